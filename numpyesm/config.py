@@ -1,0 +1,90 @@
+"""Model shapes: one small dataclass and the four published ESM-2 sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import CheckpointError
+
+VOCAB_SIZE = 33
+MAX_RESIDUES = 2048
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of an ESM-2 encoder.
+
+    Attributes
+    ----------
+    num_layers, embed_dim, num_heads, ffn_dim : int
+        Number of layers, width, attention heads a layer, feed-forward width.
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    ffn_dim: int
+
+    def __post_init__(self) -> None:
+        for field, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"the model configuration has {field}={value!r}, expected a positive integer")
+        if self.embed_dim % (2 * self.num_heads):
+            raise CheckpointError(
+                f"the model configuration has embed_dim={self.embed_dim} and num_heads={self.num_heads}: "
+                "rotary attention needs an even number of channels a head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels a head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_representations(self) -> int:
+        """Representations that can be asked for: the embedding (0) and every layer."""
+        return self.num_layers + 1
+
+    @property
+    def name(self) -> str:
+        """Preset name (`esm2-35m`), or `custom`."""
+        return next((name for name, preset in PRESETS.items() if preset == self), "custom")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            return cls(**{key: fields[key] for key in ("num_layers", "embed_dim", "num_heads", "ffn_dim")})
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"the model configuration in the file cannot be read ({error})") from error
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "esm2-8m": ModelConfig(6, 320, 20, 1280),
+    "esm2-35m": ModelConfig(12, 480, 20, 1920),
+    "esm2-150m": ModelConfig(30, 640, 20, 2560),
+    "esm2-650m": ModelConfig(33, 1280, 20, 5120),
+}
+
+# The name of each preset at fair-esm; on the Hugging Face Hub it lives under "facebook/".
+OFFICIAL_NAMES: dict[str, str] = {
+    "esm2-8m": "esm2_t6_8M_UR50D",
+    "esm2-35m": "esm2_t12_35M_UR50D",
+    "esm2-150m": "esm2_t30_150M_UR50D",
+    "esm2-650m": "esm2_t33_650M_UR50D",
+}
+
+
+def preset_name(name: str) -> str | None:
+    """`esm2-35m` for `esm2-35m`, `ESM2-35M`, `esm2_t12_35M_UR50D` or `facebook/esm2_t12_35M_UR50D`; else None."""
+    if name.lower() in PRESETS:
+        return name.lower()
+    bare = name.removeprefix("facebook/")
+    return next((preset for preset, official in OFFICIAL_NAMES.items() if official == bare), None)

@@ -1,0 +1,65 @@
+"""Everything numpyesm raises on purpose. Each message says what was wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+
+class NumpyesmError(Exception):
+    """Base of all errors that numpyesm raises on purpose."""
+
+
+class InvalidSequence(NumpyesmError, ValueError):
+    """A sequence that the model cannot take.
+
+    Attributes
+    ----------
+    item : int or None
+        Index of the sequence in the batch; None if the batch itself is wrong (empty, not a list).
+    position : int or None
+        1-based residue position of the first offending character; None if the whole item is wrong.
+    character : str or None
+        The offending character.
+    reason : str
+        The message without the item's index.
+    """
+
+    def __init__(
+        self, reason: str, *, item: int | None = None, position: int | None = None, character: str | None = None
+    ) -> None:
+        super().__init__(reason if item is None else f"item {item}: {reason}")
+        self.reason = reason
+        self.item = item
+        self.position = position
+        self.character = character
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries (bulk workers); the default would lose the keywords.
+        return _rebuild_invalid_sequence, (self.reason, self.item, self.position, self.character)
+
+
+def _rebuild_invalid_sequence(
+    reason: str, item: int | None, position: int | None, character: str | None
+) -> InvalidSequence:
+    return InvalidSequence(reason, item=item, position=position, character=character)
+
+
+class InvalidOption(NumpyesmError, ValueError):
+    """An option outside what is allowed: a layer out of range, an unknown `include`, backend or precision."""
+
+
+class CheckpointError(NumpyesmError, ValueError):
+    """A weights file that is truncated, corrupted, of another model, or no checkpoint at all."""
+
+
+class WeightsNotFound(NumpyesmError, FileNotFoundError):
+    """No weights where they were looked for; the message names the ways out."""
+
+    def __str__(self) -> str:  # FileNotFoundError would format (errno, strerror)
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingHead(NumpyesmError, RuntimeError):
+    """The weights have no LM head or no contact head, and an output that needs it was asked for."""
+
+
+class MissingExtra(NumpyesmError, ImportError):
+    """An optional dependency is absent; the message says which extra installs it."""

@@ -1,0 +1,119 @@
+"""The one canonical layout that every reader produces and the encoder takes.
+
+Matrices are stored as (in_features, out_features), so that a layer is `rows @ weight` with no transposition:
+OpenBLAS runs this form up to twice as fast as `rows @ weight.T` at the 16 to 100 rows of a short protein.
+Query, key and value are one matrix, in this order. Nothing is scaled or folded: a converted file holds the
+checkpoint's own numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import VOCAB_SIZE, ModelConfig
+from ..errors import CheckpointError
+from .tensor import StoredTensor
+
+LM_HEAD = ("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.bias")
+CONTACT_HEAD = ("contact_head.weight", "contact_head.bias")
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the canonical layout, heads included, in file order."""
+    width, ffn = config.embed_dim, config.ffn_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB_SIZE, width)}
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        shapes |= {
+            prefix + "attention_norm.weight": (width,),
+            prefix + "attention_norm.bias": (width,),
+            prefix + "qkv.weight": (width, 3 * width),
+            prefix + "qkv.bias": (3 * width,),
+            prefix + "out_proj.weight": (width, width),
+            prefix + "out_proj.bias": (width,),
+            prefix + "ffn_norm.weight": (width,),
+            prefix + "ffn_norm.bias": (width,),
+            prefix + "fc1.weight": (width, ffn),
+            prefix + "fc1.bias": (ffn,),
+            prefix + "fc2.weight": (ffn, width),
+            prefix + "fc2.bias": (width,),
+        }
+    return shapes | {
+        "final_norm.weight": (width,),
+        "final_norm.bias": (width,),
+        "lm_head.dense.weight": (width, width),
+        "lm_head.dense.bias": (width,),
+        "lm_head.norm.weight": (width,),
+        "lm_head.norm.bias": (width,),
+        "lm_head.bias": (VOCAB_SIZE,),
+        "contact_head.weight": (config.num_layers * config.num_heads,),
+        "contact_head.bias": (1,),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights in the canonical layout, with where they came from.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    tensors : mapping of str to StoredTensor
+        Canonical names; the LM head and the contact head are each there completely or not at all.
+    source : str
+        Where the numbers came from, for people (`esm2_t12_35M_UR50D.pt`, `synthetic:esm2-35m:0`).
+    source_sha256 : str
+        SHA-256 of the source file, empty if there is none.
+    precision : str
+        How the matrices are stored: `fp32`, `fp16` or `bf16`.
+    synthetic : bool
+        True for seeded random weights: their outputs mean nothing.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+    source: str
+    source_sha256: str = ""
+    precision: str = "fp32"
+    synthetic: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = canonical_shapes(self.config)
+        for head in (LM_HEAD, CONTACT_HEAD):
+            present = [name for name in head if name in self.tensors]
+            if present and len(present) < len(head):
+                missing = next(name for name in head if name not in self.tensors)
+                raise CheckpointError(f"tensor {missing!r} is missing, though {present[0]!r} is there")
+            if not present:
+                expected = {name: shape for name, shape in expected.items() if name not in head}
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"tensor {name!r} is missing")
+            if self.tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {self.tensors[name].shape}, expected {shape} for {self.config.name}"
+                )
+        unknown = sorted(self.tensors.keys() - expected.keys())
+        if unknown:
+            raise CheckpointError(f"tensor {unknown[0]!r} is not part of an ESM-2 model")
+
+    @property
+    def has_lm_head(self) -> bool:
+        return LM_HEAD[0] in self.tensors
+
+    @property
+    def has_contact_head(self) -> bool:
+        return CONTACT_HEAD[0] in self.tensors
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(int(np.prod(tensor.shape)) for tensor in self.tensors.values())
+
+    def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
+        """One tensor as `dtype`; a view of the file where it is stored so."""
+        return self.tensors[name].astype(dtype)

@@ -1,0 +1,74 @@
+"""A tensor as it lies in a file: float32 ready to use, or float16, bfloat16, float64 to be widened on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# safetensors' dtype names; NumPy has no bfloat16, so its bits travel as uint16.
+STORAGE_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
+PRECISION_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Raw storage and what it means.
+
+    Attributes
+    ----------
+    raw : ndarray
+        The stored numbers; bfloat16 as uint16 bit patterns. May be a read-only view of a mapped file.
+    dtype : str
+        `F32`, `F16`, `BF16` or `F64`.
+    """
+
+    raw: npt.NDArray
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.raw.shape)
+
+    def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
+        """The numbers as `dtype`, without a copy where they are stored so."""
+        values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
+        return values.astype(dtype, copy=False)
+
+    def stored_as(self, dtype: str) -> StoredTensor:
+        """The same numbers, rounded to nearest even, in another storage dtype.
+
+        Raises
+        ------
+        OverflowError
+            If a finite number becomes infinite (float16 ends at 65504).
+        """
+        if dtype == self.dtype:
+            return self
+        values = self.astype(np.float32)
+        if dtype == "BF16":
+            return StoredTensor(round_to_bfloat16(values), dtype)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(STORAGE_DTYPES[dtype])
+        if not np.isfinite(narrow).all() and np.isfinite(values).all():
+            raise OverflowError(f"a value of {float(np.abs(values).max()):g} is beyond the range of {dtype}")
+        return StoredTensor(narrow, dtype)
+
+
+def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """float32 from bfloat16 bit patterns: exact, bfloat16 is float32's upper half."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """bfloat16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = 0x7FC0
+    return rounded

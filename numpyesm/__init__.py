@@ -1,5 +1,31 @@
-"""ESM-2 protein language models on NumPy alone."""
+"""ESM-2 protein language models on NumPy alone: embeddings, masked predictions, contact maps, without torch."""
 
 from ._version import __version__
+from .config import ModelConfig
+from .errors import (
+    CheckpointError,
+    InvalidOption,
+    InvalidSequence,
+    MissingExtra,
+    MissingHead,
+    NumpyesmError,
+    WeightsNotFound,
+)
+from .model import ESM2, SyntheticWeightsWarning
+from .results import EncodeResult, PredictResult
 
-__all__ = ["__version__"]
+__all__ = [
+    "ESM2",
+    "CheckpointError",
+    "EncodeResult",
+    "InvalidOption",
+    "InvalidSequence",
+    "MissingExtra",
+    "MissingHead",
+    "ModelConfig",
+    "NumpyesmError",
+    "PredictResult",
+    "SyntheticWeightsWarning",
+    "WeightsNotFound",
+    "__version__",
+]

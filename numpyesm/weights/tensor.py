@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class StoredTensor:
         `F32`, `F16`, `BF16` or `F64`.
     """
 
-    raw: npt.NDArray
+    raw: npt.NDArray[Any]
     dtype: str = "F32"
 
     @property

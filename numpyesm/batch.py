@@ -1,0 +1,120 @@
+"""Packing: sequences one behind the other, no padding, cut into tiles and blocks of rows.
+
+A *tile* is a run of rows of one sequence; attention is computed a tile at a time. Where a sequence is cut depends on
+its own length only, so that a result does not depend on what else is in the batch or on the number of threads.
+A *block* is a run of whole tiles, of one or several sequences: the unit of work that one thread takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .alphabet import MASK
+
+TILE_ROWS = 64
+BLOCK_ROWS = 192
+
+# Training masked 15 % of the residues and hid 80 % of those; token dropout rescales to that share.
+_TRAINED_MASK_RATIO = 0.15 * 0.8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `start:stop` of the packed batch, all of the sequence that lies at `first:last`."""
+
+    index: int
+    sequence: int
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive whole tiles; together the rows `start:stop`."""
+
+    tiles: tuple[Tile, ...]
+
+    @property
+    def start(self) -> int:
+        return self.tiles[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.tiles[-1].stop
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed token rows.
+
+    Attributes
+    ----------
+    tokens : ndarray (T,) uint8
+        All sequences, `<cls>` and `<eos>` included.
+    offsets : tuple of int, (n + 1,)
+        Sequence i lies at rows `offsets[i]:offsets[i + 1]`.
+    embedding_scale : ndarray (T,) float64
+        Factor of each row of the embedding (token dropout); 0 for `<mask>`.
+    """
+
+    tokens: npt.NDArray[np.uint8]
+    offsets: tuple[int, ...]
+    embedding_scale: npt.NDArray[np.float64]
+
+    @classmethod
+    def pack(cls, sequences: Sequence[npt.NDArray[np.uint8]]) -> Batch:
+        """Pack tokenized sequences."""
+        lengths = [len(ids) for ids in sequences]
+        tokens = np.concatenate(sequences)
+        masked = tokens == MASK
+        offsets = (0, *np.cumsum(lengths).tolist())
+        # esm2.py: x * (1 - mask_ratio_train) / (1 - mask_ratio_observed), <cls> and <eos> counted as tokens.
+        per_sequence = [
+            (1 - _TRAINED_MASK_RATIO) / (1 - np.count_nonzero(masked[a:b]) / (b - a))
+            for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
+        scale = np.repeat(np.array(per_sequence), lengths)
+        scale[masked] = 0.0
+        return cls(tokens, offsets, scale)
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Row span of each sequence, `<cls>` and `<eos>` included."""
+        return list(zip(self.offsets, self.offsets[1:], strict=False))
+
+    def tiles(self) -> list[Tile]:
+        """All tiles in row order."""
+        out: list[Tile] = []
+        for sequence, (first, last) in enumerate(self.spans):
+            rows = last - first
+            # An even number of near-equal parts, so that two threads share a single sequence evenly.
+            parts = 1 if rows < 32 else 2 * -(-rows // (2 * TILE_ROWS))
+            cuts = [first + rows * part // parts for part in range(parts + 1)]
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                out.append(Tile(len(out), sequence, start, stop, first, last))
+        return out
+
+    def blocks(self, threads: int, block_rows: int = BLOCK_ROWS) -> list[Block]:
+        """Tiles gathered into blocks of about `block_rows` rows, fewer where that would leave threads idle."""
+        tiles = self.tiles()
+        target = min(block_rows, -(-self.num_rows // threads))
+        blocks: list[Block] = []
+        start = 0
+        for i, tile in enumerate(tiles):
+            rows = tile.stop - tiles[start].start
+            following = tiles[i + 1].stop - tiles[i + 1].start if i + 1 < len(tiles) else 0
+            # Close the block when the next tile would overshoot the target by more than it falls short now.
+            if i + 1 == len(tiles) or rows + following / 2 > target:
+                blocks.append(Block(tuple(tiles[start : i + 1])))
+                start = i + 1
+        return blocks

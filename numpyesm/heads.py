@@ -1,0 +1,136 @@
+"""What turns the encoder's rows and attention maps into outputs: pooling, contacts, attention summary, log-prob."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .alphabet import AMINO_ACID_COLUMNS
+from .batch import Batch, Tile
+from .config import ModelConfig
+from .kernels.base import AttentionMaps
+
+Array = npt.NDArray[Any]
+
+# Rows of a contact map finished at a time, so that temporaries stay small beside the map.
+_CONTACT_ROWS = 128
+
+
+class ContactHead:
+    """Contacts of a batch, accumulated head by head; never more than one map a sequence is held.
+
+    fair-esm stacks the maps of all layers and heads, symmetrises, applies the average product correction (APC) to
+    each, and runs a logistic regression over them. The regression is linear, so with S = A + Aᵀ, r = S·1 and t = Σ r
+
+        logit = Σ_h w_h (S_h - r_h r_hᵀ / t_h) + b = M + Mᵀ - Rᵀ diag(w / t) R + b,   M = Σ_h w_h A_h
+
+    where only M (L×L) and the row and column sums of each head are kept. Heads with w_h = 0 are never looked at.
+    """
+
+    def __init__(self, config: ModelConfig, weight: Array, bias: float, batch: Batch, dtype: npt.DTypeLike) -> None:
+        by_layer = weight.reshape(config.num_layers, config.num_heads)
+        self._heads = [np.flatnonzero(row) for row in by_layer]
+        self._coefficients = [row[heads].astype(np.float64) for row, heads in zip(by_layer, self._heads, strict=True)]
+        self._bias = bias
+        self._dtype = np.dtype(dtype)
+        residues = [last - first - 2 for first, last in batch.spans]
+        used = sum(len(heads) for heads in self._heads)
+        self._weighted = [np.zeros((n, n)) for n in residues]
+        self._marginals = [np.zeros((used, n)) for n in residues]  # row sums + column sums of each head
+        self._used_before = np.cumsum([0, *(len(heads) for heads in self._heads)])
+
+    @property
+    def last_layer(self) -> int:
+        """Number of layers that must run: those above have coefficients of zero only."""
+        used = [layer for layer, heads in enumerate(self._heads) if len(heads)]
+        return used[-1] + 1 if used else 0
+
+    def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        """Ask the kernels for this tile's share of layer `layer`."""
+        heads = self._heads[layer]
+        if len(heads) == 0:
+            return
+        rows = maps.rows
+        start = tile.start - tile.first - 1 + rows.start  # first residue of the tile
+        count = rows.stop - rows.start
+        length = tile.last - tile.first - 2
+        maps.heads, maps.coefficients = heads, self._coefficients[layer]
+        maps.weighted = self._weighted[tile.sequence][start : start + count]
+        maps.row_sums = np.empty((len(heads), count))
+        maps.column_sums = np.empty((len(heads), length))
+
+    def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        """Take in what the kernels left in `maps`; called in tile order, so that sums do not depend on threads."""
+        if maps.heads is None or maps.row_sums is None or maps.column_sums is None:
+            return
+        sums = self._marginals[tile.sequence][self._used_before[layer] : self._used_before[layer + 1]]
+        start = tile.start - tile.first - 1 + maps.rows.start
+        sums[:, start : start + maps.row_sums.shape[1]] += maps.row_sums
+        sums += maps.column_sums
+
+    def result(self, sequence: int) -> Array:
+        """Contact probabilities (L, L) of one sequence; its map is given up."""
+        weighted, sums = self._weighted[sequence], self._marginals[sequence]
+        coefficients = np.concatenate([np.empty(0), *self._coefficients])
+        total = sums.sum(axis=1)
+        # A head whose attention never falls on residues has t = 0; fair-esm divides 0 by 0 there, we leave it out.
+        factor = np.divide(coefficients, total, out=np.zeros_like(total), where=total > 0)
+        scaled = (sums * factor[:, None]).T
+        length = len(weighted)
+        contacts = np.empty((length, length), self._dtype)
+        for i in range(0, length, _CONTACT_ROWS):
+            rows = slice(i, min(i + _CONTACT_ROWS, length))
+            for j in range(i, length, _CONTACT_ROWS):
+                columns = slice(j, min(j + _CONTACT_ROWS, length))
+                block = weighted[rows, columns] + weighted[columns, rows].T
+                block -= scaled[rows] @ sums[:, columns]
+                block += self._bias
+                if i == j:  # rounding differs across the diagonal; the map is symmetric
+                    block = (block + block.T) / 2
+                block = sigmoid(block)
+                contacts[rows, columns] = block
+                contacts[columns, rows] = block.T
+        self._weighted[sequence] = np.empty((0, 0))
+        return contacts
+
+
+class AttentionSummary:
+    """Mean attention on each residue, a layer each: over heads and over all query rows."""
+
+    def __init__(self, config: ModelConfig, batch: Batch, dtype: npt.DTypeLike) -> None:
+        self._config = config
+        self._dtype = np.dtype(dtype)
+        self._sums = [np.zeros((config.num_layers, last - first), np.float64) for first, last in batch.spans]
+
+    def request(self, tile: Tile, maps: AttentionMaps) -> None:
+        maps.summary = np.empty(tile.last - tile.first, self._dtype)
+
+    def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        if maps.summary is not None:
+            self._sums[tile.sequence][layer] += maps.summary
+
+    def result(self, sequence: int) -> Array:
+        """(num_layers, L)"""
+        sums = self._sums[sequence]
+        return (sums[:, 1:-1] / (sums.shape[1] * self._config.num_heads)).astype(self._dtype)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def log_prob(logits: Array, tokens: Array) -> float:
+    """Sum over canonical residues of log-softmax over the 20 columns: (L, 20), token ids (L,) -> scalar.
+
+    Residues other than the 20 amino acids count nothing.
+    """
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    log_softmax = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    columns = tokens.astype(np.intp) - AMINO_ACID_COLUMNS.start
+    canonical = np.flatnonzero((columns >= 0) & (columns < logits.shape[1]))
+    return float(log_softmax[canonical, columns[canonical]].sum())

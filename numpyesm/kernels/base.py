@@ -1,0 +1,104 @@
+"""The handful of numeric steps that a backend provides; `encoder.py` is written once against them.
+
+Shapes: D width, H heads, C channels a head (D = H·C), F feed-forward width, R rows of one block or tile,
+L tokens of one sequence (residues + 2), T rows of the whole packed batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import ModelConfig
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class AttentionMaps:
+    """What one tile of one layer adds to contact maps and attention summaries; None for what is not wanted.
+
+    Attributes
+    ----------
+    heads : ndarray of intp (K,)
+        Heads whose contact coefficient is not zero.
+    coefficients : ndarray (K,)
+        Their coefficients.
+    weighted : ndarray (r, L - 2) float64
+        Rows of the tile that are residues; `coefficient · attention` is added here, summed over heads.
+    row_sums : ndarray (K, r) float64
+        Set to the sum of each head's attention over residue columns.
+    column_sums : ndarray (K, L - 2) float64
+        Set to the sum of each head's attention over the tile's residue rows.
+    summary : ndarray (L,) or None
+        Set to the sum of attention over all heads and over all rows of the tile.
+    rows : slice
+        Which rows of the tile are residues (all but `<cls>` and `<eos>`).
+    """
+
+    rows: slice
+    heads: Array | None = None
+    coefficients: Array | None = None
+    weighted: Array | None = None
+    row_sums: Array | None = None
+    column_sums: Array | None = None
+    summary: Array | None = None
+
+
+class Kernels(ABC):
+    """Weights of one model, laid out for one backend, and the steps of the forward pass on blocks of rows.
+
+    All methods may be called from several threads at once, on blocks that do not overlap.
+    """
+
+    config: ModelConfig
+    name: str
+    precision: str
+    dtype: np.dtype[Any]
+
+    # Batches of at most this many rows run as one block: the backend spreads its own steps over the threads.
+    single_block_rows: int = 0
+
+    def session(self, threads: int) -> AbstractContextManager[Any]:
+        """Held while a forward pass runs; `threads` is how many threads one step may use by itself."""
+        return nullcontext()
+
+    @abstractmethod
+    def embed(self, tokens: Array, scale: Array) -> Array:
+        """Rows of the embedding times their scale: (T,), (T,) -> (T, D)."""
+
+    @abstractmethod
+    def rotary_tables(self, length: int) -> Array:
+        """Whatever `qkv` needs to rotate positions 0 to `length - 1`; the first axis is the position."""
+
+    @abstractmethod
+    def new_qkv(self, rows: int) -> Array:
+        """Room for query, key and value of `rows` rows; the first axis is the row."""
+
+    @abstractmethod
+    def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
+        """LayerNorm, query/key/value projection, rotation: (R, D) -> out (R, ...).
+
+        `rotary` holds consecutive pieces of the rotary table that together cover the R rows.
+        """
+
+    @abstractmethod
+    def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
+        """Attention of the rows `query` (a piece of `qkv`'s output) over the sequence `keys`: -> out (R, D)."""
+
+    @abstractmethod
+    def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
+        """x += out_proj(context); x += fc2(gelu(fc1(LayerNorm(x)))), in place: (R, D), (R, D)."""
+
+    @abstractmethod
+    def final_norm(self, x: Array, out: Array) -> None:
+        """LayerNorm after the last layer: (R, D) -> out (R, D)."""
+
+    @abstractmethod
+    def lm_head(self, x: Array) -> Array:
+        """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""

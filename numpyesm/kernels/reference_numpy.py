@@ -1,0 +1,287 @@
+"""The model's arithmetic in plain NumPy: readable, complete, and the reference for every other backend.
+
+Shapes as in `base.py`. Every function works on a block of rows small enough to stay in the CPU's caches, mostly in
+place: at these sizes memory traffic, not arithmetic, is what NumPy code pays for.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..alphabet import AMINO_ACID_COLUMNS
+from ..weights.checkpoint import Checkpoint
+from .base import Array, AttentionMaps, Kernels
+from .blas import blas_threads
+
+LAYER_NORM_EPSILON = 1e-5
+
+# Numbers that GELU, and bytes of attention scores that softmax, take at a time: what fits a core's L2 cache.
+_GELU_ELEMENTS = 32 * 1920
+_SCORE_BYTES = 512 * 1024
+
+# OpenBLAS sums in another order when a product is smaller than this (its small-matrix kernels). Rows are padded above
+# it, so that a row's result does not depend on how many rows share its block.
+_SMALL_PRODUCT = 1_000_000
+
+# exp() of a score within ± this neither overflows nor vanishes, even summed over 2050 keys: no need to subtract the
+# row's maximum first.
+_SAFE_SCORE = 60.0
+
+# gelu(x) = x / (1 + exp(-x P(x²))): P is a minimax fit of logit(Φ(x)) / x, highest power first, weighted by its effect
+# on the result; the largest error against the exact erf form is 7e-8 (tools/fit_gelu.py).
+_GELU_P = (
+    3.6187271938271902e-09,
+    -2.67293764072034e-07,
+    7.946226863840827e-06,
+    -0.00011055588674078872,
+    -6.590950812169469e-05,
+    0.07266782266675867,
+    1.5957689853266488,
+)
+
+
+class Scratch(threading.local):
+    """Buffers of the calling thread, reused from block to block: fresh memory costs more than it is worth."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def room(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array of this shape with undefined contents, valid until the same name is asked for again."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size or buffer.dtype != dtype:
+            buffer = self._buffers[name] = np.empty(size, dtype)
+        return buffer[:size].reshape(shape)
+
+
+_scratch = Scratch()
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Array:
+    """(x - mean) / sqrt(variance + 1e-5) · weight + bias over the last axis: (R, D) -> (R, D)."""
+    y = np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
+    variance = np.einsum("ij,ij->i", y, y) / x.dtype.type(x.shape[1])
+    y *= (1 / np.sqrt(variance + x.dtype.type(LAYER_NORM_EPSILON)))[:, None]
+    y *= weight
+    y += bias
+    return y
+
+
+def gelu(x: Array) -> None:
+    """x · (1 + erf(x / √2)) / 2, the exact form, in place: (R, F)."""
+    if x.dtype == np.float64:
+        x *= 0.5 * (1.0 + _erf_float64(x * math.sqrt(0.5)))
+        return
+    rows = max(1, _GELU_ELEMENTS // x.shape[1])
+    for start in range(0, len(x), rows):
+        _gelu_float32(x[start : start + rows])
+
+
+def _gelu_float32(x: Array) -> None:
+    """gelu(x) in place, for a piece that fits the cache."""
+    square = np.multiply(x, x, out=_scratch.room("gelu square", x.shape, x.dtype))
+    p = np.multiply(square, np.float32(-_GELU_P[0]), out=_scratch.room("gelu p", x.shape, x.dtype))
+    p += np.float32(-_GELU_P[1])
+    for coefficient in _GELU_P[2:]:
+        p *= square
+        p += np.float32(-coefficient)
+    p *= x
+    with np.errstate(over="ignore"):  # exp is infinite below x = -13, and the result is then -0
+        np.exp(p, out=p)
+    p += np.float32(1)
+    x /= p
+
+
+def _erf_float64(x: Array) -> Array:
+    """erf to float64 rounding; slow, for the reference precision only."""
+    return np.fromiter(map(math.erf, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None = None) -> Array:
+    """x @ weight + bias: (R, K), (K, N) -> (R, N)."""
+    rows, inner, columns = len(x), *weight.shape
+    least = _SMALL_PRODUCT // (inner * columns) + 1
+    if rows < least:
+        padded = np.zeros((least, inner), x.dtype)
+        padded[:rows] = x
+        y = np.matmul(padded, weight)[:rows]
+        if out is not None:
+            out[...] = y
+            y = out
+    else:
+        y = np.matmul(x, weight, out=out)
+    if bias is not None:
+        y += bias
+    return y
+
+
+def precise_linear(x: Array, weight: Array, bias: Array, piece: int, out: Array) -> None:
+    """`linear` summed in pieces of the inner dimension: less rounding, for the steps whose error matters most."""
+    linear(x[:, :piece], weight[:piece], out=out)
+    part = _scratch.room("part", out.shape, out.dtype)
+    for start in range(piece, len(weight), piece):
+        out += linear(x[:, start : start + piece], weight[start : start + piece], out=part)
+    out += bias
+
+
+def exp_scores(scores: Array) -> None:
+    """exp(score - shift), in place, with a shift a row that keeps it in range: (G, R, L)."""
+    highest = scores.max(axis=-1, keepdims=True)
+    if not (np.abs(highest) < _SAFE_SCORE).all():
+        scores -= highest
+    np.exp(scores, out=scores)
+
+
+def rotary_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
+    """10000^(-2i/C), rounded to float32 as fair-esm's buffer is: (C/2,)."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    power = np.power(10000.0, exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / power
+
+
+class NumpyKernels(Kernels):
+    """All steps on NumPy and its BLAS, in float32 or, for reference, float64.
+
+    Query and key columns are reordered at load so that the two channels that rotate together are neighbours: the
+    rotation is then one multiplication of complex numbers. Scores do not change, both sides being reordered alike.
+    """
+
+    name = "numpy"
+    # Below this, two Python threads in lock step lose more to the interpreter lock than they gain; BLAS's threads win.
+    single_block_rows = 160
+
+    def __init__(self, checkpoint: Checkpoint, precision: str = "fp32") -> None:
+        self.config = checkpoint.config
+        self.precision = precision
+        self.dtype = np.dtype(np.float64 if precision == "fp64" else np.float32)
+        self._complex = np.dtype(np.complex128 if precision == "fp64" else np.complex64)
+        self._rotary = np.empty((0, self.config.embed_dim), self._complex)
+        self._rotary_lock = threading.Lock()
+        w = {name: checkpoint.array(name, self.dtype) for name in checkpoint.tensors}
+        order = self._rotary_pair_order()
+        for layer in range(self.config.num_layers):
+            for part in ("weight", "bias"):
+                name = f"layers.{layer}.qkv.{part}"
+                w[name] = np.take(w[name], order, axis=-1)
+        if checkpoint.has_lm_head:
+            w["lm_head.amino_acids"] = np.ascontiguousarray(w["embed_tokens.weight"][AMINO_ACID_COLUMNS].T)
+            w["lm_head.bias"] = w["lm_head.bias"][AMINO_ACID_COLUMNS]
+        self._w = w
+
+    def _rotary_pair_order(self) -> npt.NDArray[np.intp]:
+        """Column order (3D,): query and key as (head, pair, 2), from halves (head, 2, pair); value as it is."""
+        width, heads, half = self.config.embed_dim, self.config.num_heads, self.config.head_dim // 2
+        pairs = np.arange(width).reshape(heads, 2, half).swapaxes(1, 2).ravel()
+        return np.concatenate((pairs, width + pairs, 2 * width + np.arange(width)))
+
+    def session(self, threads: int) -> AbstractContextManager[Any]:
+        return blas_threads(threads)
+
+    def embed(self, tokens: Array, scale: Array) -> Array:
+        x = self._w["embed_tokens.weight"][tokens]
+        x *= scale.astype(self.dtype)[:, None]
+        return x
+
+    def rotary_tables(self, length: int) -> Array:
+        """exp(i · position · frequency), for all query then all key channels, queries times C^-1/2: (length, D)."""
+        with self._rotary_lock:
+            if len(self._rotary) < length:
+                rows = max(length, min(2 * len(self._rotary), 2050))
+                # Angles in float64: at position 2000 a float32 angle is off by 1e-4.
+                angle = np.arange(rows)[:, None] * rotary_frequencies(self.config.head_dim).astype(np.float64)
+                turn = np.exp(1j * angle)
+                query = np.tile(turn * self.config.head_dim**-0.5, (1, self.config.num_heads))
+                key = np.tile(turn, (1, self.config.num_heads))
+                self._rotary = np.concatenate((query, key), axis=1).astype(self._complex)
+            return self._rotary[:length]
+
+    def new_qkv(self, rows: int) -> Array:
+        return np.empty((rows, 3 * self.config.embed_dim), self.dtype)
+
+    def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
+        w, prefix = self._w, f"layers.{layer}."
+        y = _scratch.room("norm", x.shape, self.dtype)
+        layer_norm(x, w[prefix + "attention_norm.weight"], w[prefix + "attention_norm.bias"], out=y)
+        precise_linear(y, w[prefix + "qkv.weight"], w[prefix + "qkv.bias"], piece=160, out=out)
+        pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
+        start = 0
+        for table in rotary:
+            pairs[start : start + len(table)] *= table
+            start += len(table)
+
+    def _heads(self, qkv: Array, part: int) -> Array:
+        """Query (0), key (1) or value (2) as (H, R, C), a view."""
+        width = self.config.embed_dim
+        columns = qkv[:, part * width : (part + 1) * width]
+        return columns.reshape(len(qkv), self.config.num_heads, self.config.head_dim).swapaxes(0, 1)
+
+    def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
+        q, k, v = self._heads(query, 0), self._heads(keys, 1), self._heads(keys, 2)
+        rows, length = len(query), len(keys)
+        group = max(1, _SCORE_BYTES // (rows * length * self.dtype.itemsize))
+        room = _scratch.room("scores", (min(group, len(q)), rows, length), self.dtype)
+        if maps is not None and maps.summary is not None:
+            maps.summary[...] = 0
+        for first in range(0, len(q), group):
+            heads = slice(first, min(first + group, len(q)))
+            scores = np.matmul(q[heads], k[heads].swapaxes(1, 2), out=room[: heads.stop - first])  # (G, R, L)
+            exp_scores(scores)
+            norm = 1 / scores.sum(axis=-1)  # (G, R)
+            if out is not None:
+                context = np.matmul(scores, v[heads])  # (G, R, C)
+                context *= norm[:, :, None]
+                out.reshape(rows, *q.shape[::2])[:, heads] = context.swapaxes(0, 1)
+            if maps is not None:
+                _add_to_maps(maps, first, scores, norm)
+
+    def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
+        w, prefix = self._w, f"layers.{layer}."
+        y = _scratch.room("norm", x.shape, self.dtype)
+        h = _scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype)
+        precise_linear(context, w[prefix + "out_proj.weight"], w[prefix + "out_proj.bias"], piece=96, out=y)
+        x += y
+        layer_norm(x, w[prefix + "ffn_norm.weight"], w[prefix + "ffn_norm.bias"], out=y)
+        linear(y, w[prefix + "fc1.weight"], w[prefix + "fc1.bias"], out=h)
+        gelu(h)
+        x += linear(h, w[prefix + "fc2.weight"], w[prefix + "fc2.bias"], out=y)
+
+    def final_norm(self, x: Array, out: Array) -> None:
+        layer_norm(x, self._w["final_norm.weight"], self._w["final_norm.bias"], out=out)
+
+    def lm_head(self, x: Array) -> Array:
+        w = self._w
+        y = np.empty_like(x)
+        precise_linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], piece=96, out=y)
+        gelu(y)
+        y = layer_norm(y, w["lm_head.norm.weight"], w["lm_head.norm.bias"])
+        return linear(y, w["lm_head.amino_acids"], w["lm_head.bias"])
+
+
+def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) -> None:
+    """Add the heads `first ...` of one tile: unnormalised attention (G, R, L) and 1 / row sum (G, R)."""
+    if maps.summary is not None:
+        maps.summary += np.matmul(norm[:, None, :], scores)[:, 0].sum(axis=0)
+    if maps.heads is None:
+        return
+    assert maps.coefficients is not None
+    assert maps.weighted is not None
+    assert maps.row_sums is not None
+    assert maps.column_sums is not None
+    here = np.flatnonzero((maps.heads >= first) & (maps.heads < first + len(scores)))
+    for index in here:
+        head = maps.heads[index] - first
+        unnormalised = scores[head][maps.rows, 1:-1]  # (r, L - 2)
+        # In float64: where attention is spread evenly, the map and its average product cancel to a few digits.
+        attention = _scratch.room("attention", unnormalised.shape, np.dtype(np.float64))
+        np.multiply(unnormalised, norm[head][maps.rows, None], out=attention)
+        maps.row_sums[index] = attention.sum(axis=1)
+        maps.column_sums[index] = attention.sum(axis=0)
+        attention *= maps.coefficients[index]
+        maps.weighted += attention

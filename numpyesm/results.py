@@ -1,0 +1,122 @@
+"""What the model returns. `to_dict()` is the JSON shape of the HTTP service; what was not asked for is absent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .alphabet import AMINO_ACIDS
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class EncodeResult:
+    """Outputs of `ESM2.encode` for one sequence of L residues; None for what was not asked for.
+
+    Attributes
+    ----------
+    sequence_index : int
+        Place of the sequence in the batch.
+    embeddings : dict of int to ndarray (D,) float32, or None
+        Mean over the residues, a layer each, ascending.
+    bos_embeddings : dict of int to ndarray (D,) float32, or None
+        The `<cls>` row.
+    per_token_embeddings : dict of int to ndarray (L, D) float32, or None
+        One row a residue.
+    contacts : ndarray (L, L) float32, or None
+        Contact probabilities.
+    logits : ndarray (L, 20) float32, or None
+        Columns in the order of `vocab_tokens`.
+    attentions : ndarray (num_layers, L) float32, or None
+        Mean over heads and over all query positions (`<cls>` and `<eos>` counted), at each residue.
+    """
+
+    sequence_index: int
+    embeddings: dict[int, FloatArray] | None = None
+    bos_embeddings: dict[int, FloatArray] | None = None
+    per_token_embeddings: dict[int, FloatArray] | None = None
+    contacts: FloatArray | None = None
+    logits: FloatArray | None = None
+    attentions: FloatArray | None = None
+
+    @property
+    def vocab_tokens(self) -> list[str]:
+        """Amino acids of the 20 logit columns."""
+        return list(AMINO_ACIDS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The service's JSON shape: lists and numbers only."""
+        out: dict[str, Any] = {"sequence_index": self.sequence_index}
+        if self.embeddings is not None:
+            out["embeddings"] = [{"layer": n, "embedding": v.tolist()} for n, v in self.embeddings.items()]
+        if self.bos_embeddings is not None:
+            out["bos_embeddings"] = [{"layer": n, "embedding": v.tolist()} for n, v in self.bos_embeddings.items()]
+        if self.per_token_embeddings is not None:
+            out["per_token_embeddings"] = [
+                {"layer": n, "embeddings": v.tolist()} for n, v in self.per_token_embeddings.items()
+            ]
+        if self.contacts is not None:
+            out["contacts"] = self.contacts.tolist()
+        if self.logits is not None:
+            out["logits"] = self.logits.tolist()
+            out["vocab_tokens"] = self.vocab_tokens
+        if self.attentions is not None:
+            out["attentions"] = self.attentions.tolist()
+        return out
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Flat named arrays for `np.savez`: `mean_6`, `bos_12`, `per_token_12`, `contacts`, `logits`, `attentions`."""
+        out: dict[str, npt.NDArray[Any]] = {}
+        for name, by_layer in (
+            ("mean", self.embeddings),
+            ("bos", self.bos_embeddings),
+            ("per_token", self.per_token_embeddings),
+        ):
+            out |= {f"{name}_{layer}": values for layer, values in (by_layer or {}).items()}
+        for name in ("contacts", "logits", "attentions"):
+            if getattr(self, name) is not None:
+                out[name] = getattr(self, name)
+        return out
+
+
+@dataclass(eq=False)
+class PredictResult:
+    """Outputs of `ESM2.predict` for one sequence of L residues.
+
+    Attributes
+    ----------
+    sequence_index : int
+        Place of the sequence in the batch.
+    logits : ndarray (L, 20) float32, or (masks, 20) with `positions="masked"`
+        Columns in the order of `vocab_tokens`.
+    sequence_tokens : list of str
+        The L residues, `<mask>` as one token.
+    mask_positions : list of int
+        0-based indices of the masks in `sequence_tokens`, ascending: the rows of `logits` with `positions="masked"`.
+    """
+
+    sequence_index: int
+    logits: FloatArray
+    sequence_tokens: list[str]
+    mask_positions: list[int]
+
+    @property
+    def vocab_tokens(self) -> list[str]:
+        """Amino acids of the 20 logit columns."""
+        return list(AMINO_ACIDS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The service's JSON shape: lists and numbers only."""
+        return {
+            "logits": self.logits.tolist(),
+            "sequence_tokens": self.sequence_tokens,
+            "vocab_tokens": self.vocab_tokens,
+        }
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Flat named arrays for `np.savez`."""
+        return {"logits": self.logits, "mask_positions": np.asarray(self.mask_positions, dtype=np.int64)}

@@ -1,0 +1,111 @@
+"""A pool of worker threads that the caller only waits for: Ctrl-C reaches the caller at once and stops the workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import InvalidOption
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+Item = TypeVar("Item")
+
+
+def default_threads() -> int:
+    """`NUMPYESM_THREADS`, else the CPUs that this process may use (affinity and container quota counted)."""
+    setting = os.environ.get("NUMPYESM_THREADS")
+    if setting:
+        return check_threads(setting)
+    try:
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        available = os.cpu_count() or 1
+    return max(1, min(available, _container_quota() or available))
+
+
+def check_threads(threads: object) -> int:
+    """A positive number of threads, or InvalidOption."""
+    try:
+        count = int(threads) if isinstance(threads, str) else threads
+    except ValueError:
+        count = None
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise InvalidOption(f"threads={threads!r}: expected a whole number from 1 to 1024")
+    return count
+
+
+def _container_quota() -> int | None:
+    """CPUs that the control group allows (cgroup v2), rounded up; None if unlimited or unknown."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
+class WorkerPool:
+    """`threads` workers shared by all calls into one model, so that concurrent calls do not oversubscribe."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+
+    def run(self, work: Callable[[Item], None], items: Sequence[Item]) -> None:
+        """Call `work` on every item, in any order, and return when all are done.
+
+        The first exception stops the rest and is raised here; so does KeyboardInterrupt in the caller.
+        """
+        workers = min(self.threads, len(items))
+        if workers <= 1:
+            for item in items:
+                work(item)
+            return
+        queue = iter(items)
+        take = threading.Lock()
+        stop = threading.Event()
+
+        def worker() -> None:
+            while not stop.is_set():
+                with take:
+                    item = next(queue, None)
+                if item is None:
+                    return
+                try:
+                    work(item)
+                except BaseException:
+                    stop.set()
+                    raise
+
+        executor = self._get_executor()
+        futures = [executor.submit(worker) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            # On an error or an interrupt the others finish the item in hand: their buffers are the caller's.
+            stop.set()
+            for future in futures:
+                future.exception()
+
+    def _get_executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            # After a fork the threads are gone though the object is there.
+            if self._executor is None or self._process != os.getpid():
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="numpyesm")
+                self._process = os.getpid()
+            return self._executor
+
+    def __getstate__(self) -> int:
+        return self.threads
+
+    def __setstate__(self, threads: int) -> None:
+        self.__init__(threads)  # type: ignore[misc]

@@ -1,0 +1,103 @@
+"""Where fetched models are kept, and under which names. Nothing here asks the network."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import OFFICIAL_NAMES, PRESETS, preset_name
+from ..errors import InvalidOption
+from .atomic import replacing
+
+# The commit of "facebook/<official name>" that each preset means.
+PINNED_COMMITS = {
+    "esm2-8m": "c731040fcd8d73dceaa04b0a8e6329b345b0f5df",
+    "esm2-35m": "6fbf070e65b0b7291e7bbcd451118c216cff79d8",
+    "esm2-150m": "a695f6045e2e32885fa60af20c13cb35398ce30c",
+    "esm2-650m": "08e4846e537177426273712802403f7ba8261b6c",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def cache_dir() -> Path:
+    """Where downloaded weights are kept: NUMPYESM_CACHE, or the system's place for caches."""
+    if chosen := os.environ.get("NUMPYESM_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "numpyesm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numpyesm"
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form `organisation/name`."""
+    return _HUB_ID.fullmatch(spec) is not None and ".." not in spec
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit hash, which always means the same files."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def cached(name: str, *, revision: str | None = None, dtype: str = "fp32") -> Path | None:
+    """The canonical file that an earlier `fetch` left in the cache; never a network call."""
+    model = RemoteModel.named(name, revision)
+    commit = model.cached_commit()
+    if commit is None:
+        return None
+    path = model.cache_path(commit, dtype)
+    return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A repository at a revision, and where its conversions are kept."""
+
+    repository: str
+    preset: str | None
+    revision: str | None
+
+    @classmethod
+    def named(cls, name: str, revision: str | None) -> RemoteModel:
+        preset = preset_name(name)
+        if preset is not None:
+            pinned = PINNED_COMMITS[preset]
+            # Another commit of a published model is a model of its own: no pinned checksum, another place.
+            return cls(f"facebook/{OFFICIAL_NAMES[preset]}", preset, revision or pinned)
+        if not is_hub_id(name):
+            raise InvalidOption(f"{name!r} is neither one of {', '.join(PRESETS)} nor a Hub id 'organisation/name'")
+        return cls(name, None, revision)
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.preset is not None and self.revision == PINNED_COMMITS[self.preset]
+
+    @property
+    def folder(self) -> Path:
+        return cache_dir() / "hub" / self.repository.replace("/", "--")
+
+    def cache_path(self, commit: str, dtype: str) -> Path:
+        """The canonical file of one commit."""
+        suffix = "" if dtype == "fp32" else f"-{dtype}"
+        if self.is_pinned:
+            return cache_dir() / f"{self.preset}{suffix}.safetensors"
+        return self.folder / f"{commit}{suffix}.safetensors"
+
+    def cached_commit(self) -> str | None:
+        """The commit that needs no question to the Hub: a full one, or what `main` was when first fetched."""
+        if self.revision is not None:
+            return self.revision if is_commit(self.revision) else None
+        with suppress(OSError, ValueError):
+            commit = (self.folder / "main").read_text().strip()
+            return commit if is_commit(commit) else None
+        return None
+
+    def remember(self, commit: str) -> None:
+        """Note what `main` is, so that the next run needs no network."""
+        if self.revision is None:
+            with replacing(self.folder / "main") as file:
+                file.write(commit.encode())

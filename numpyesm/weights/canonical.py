@@ -1,0 +1,123 @@
+"""numpyesm's own file: safetensors in the canonical layout, with metadata that say what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, InvalidOption
+from .checkpoint import Checkpoint, canonical_shapes
+from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
+from .tensor import PRECISION_DTYPES, StoredTensor
+
+FORMAT = "numpyesm"
+FORMAT_VERSION = "1"
+
+
+def save_canonical(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, *, precision: str | None = None
+) -> dict[str, str]:
+    """Write a canonical file, whole or not at all; returns its metadata.
+
+    Parameters
+    ----------
+    path : str or path
+    checkpoint : Checkpoint
+    precision : {'fp32', 'fp16', 'bf16'}, optional
+        Of the matrices; norms, biases and the contact head stay float32, being small and sensitive. By default as
+        the checkpoint has it.
+    """
+    precision = precision or checkpoint.precision
+    if precision not in PRECISION_DTYPES:
+        raise InvalidOption(f"dtype is {precision!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    tensors = {
+        name: _stored(name, checkpoint.tensors[name], precision)
+        for name in canonical_shapes(checkpoint.config)
+        if name in checkpoint.tensors
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": checkpoint.config.to_json(),
+        "source": checkpoint.source,
+        "source_sha256": checkpoint.source_sha256,
+        "precision": precision,
+        "data_sha256": _data_sha256(tensors),
+    }
+    if checkpoint.synthetic:
+        metadata["synthetic"] = "true"
+    write_safetensors(path, tensors, metadata)
+    return metadata
+
+
+def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
+    """Map a canonical file; no number is read before it is used."""
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    return checkpoint_from(tensors, metadata, path)
+
+
+def is_canonical(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file with these metadata is numpyesm's own."""
+    return metadata.get("format") == FORMAT
+
+
+def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], path: Path) -> Checkpoint:
+    """The checkpoint in an opened canonical file."""
+    if not is_canonical(metadata):
+        raise CheckpointError(f"{path} is not a numpyesm file; `numpyesm convert` makes one from it")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}; this numpyesm reads version {FORMAT_VERSION} "
+            "(convert the original checkpoint again, or update numpyesm)"
+        )
+    precision = metadata.get("precision", "")
+    if precision not in PRECISION_DTYPES:
+        raise CheckpointError(f"{path} has precision {precision[:40]!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    for name, tensor in tensors.items():
+        expected = PRECISION_DTYPES[precision] if len(tensor.shape) == 2 else "F32"
+        if tensor.dtype != expected:
+            raise CheckpointError(f"{path} has tensor {name[:80]!r} stored as {tensor.dtype}, expected {expected}")
+    try:
+        return Checkpoint(
+            config=ModelConfig.from_json(metadata.get("config", "")),
+            tensors=tensors,
+            source=metadata.get("source", ""),
+            source_sha256=metadata.get("source_sha256", ""),
+            precision=precision,
+            synthetic=metadata.get("synthetic") == "true",
+            metadata=metadata,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_data(path: str | os.PathLike[str]) -> None:
+    """Verify every byte of a canonical file's tensors against the checksum in it.
+
+    Raises
+    ------
+    CheckpointError
+        If they differ, or the file has no checksum.
+    """
+    checkpoint = load_canonical(path)
+    if checkpoint.metadata.get("data_sha256") != _data_sha256(checkpoint.tensors):
+        raise CheckpointError(f"{path} is corrupted: its tensors do not have the checksum that it states")
+
+
+def _stored(name: str, tensor: StoredTensor, precision: str) -> StoredTensor:
+    try:
+        return tensor.stored_as(PRECISION_DTYPES[precision] if len(tensor.shape) == 2 else "F32")
+    except OverflowError as error:
+        raise CheckpointError(f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32") from error
+
+
+def _data_sha256(tensors: Mapping[str, StoredTensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor_bytes(tensor).data)
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Any weights in, one canonical file out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import CheckpointError, InvalidOption
+from .canonical import load_canonical, save_canonical
+from .checkpoint import Checkpoint
+from .load import Opened, open_checkpoint
+from .synthetic import is_synthetic_spec, synthetic_from_spec
+from .tensor import PRECISION_DTYPES
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made.
+
+    Attributes
+    ----------
+    path : Path
+        The canonical file.
+    checkpoint : Checkpoint
+        Opened from it.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "fp32",
+    regression: str | os.PathLike[str] | None = None,
+) -> Conversion:
+    """Write the canonical file of some weights.
+
+    Parameters
+    ----------
+    source : str or path
+        Whatever `load_checkpoint` opens, also a canonical file to change its dtype, or `synthetic[:name[:seed]]`.
+    output : str or path
+        A `.safetensors` file, or a folder that gets `<model>.safetensors`. It appears whole or not at all.
+    dtype : {'fp32', 'fp16', 'bf16'}
+        Of the matrices; all else stays float32.
+    regression : path, optional
+        The contact regression of a fair-esm checkpoint, if it is not beside it.
+
+    Raises
+    ------
+    CheckpointError, WeightsNotFound, InvalidOption
+        If the source cannot be read, the numbers do not fit the dtype, or the output would replace the source.
+    """
+    if dtype not in PRECISION_DTYPES:
+        raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    _check_suffix(output)
+    if isinstance(source, str) and is_synthetic_spec(source):
+        if regression is not None:
+            raise InvalidOption("synthetic weights have their own contact head: a regression does not go with them")
+        opened = Opened(synthetic_from_spec(source), (), ())
+    else:
+        opened = open_checkpoint(source, regression=regression)
+    path = output_path(output, opened.checkpoint, dtype)
+    for file in opened.files:
+        if _same_file(file, path):
+            raise InvalidOption(f"{path} is the source itself: choose another output")
+    save_canonical(path, with_provenance(opened), precision=dtype)
+    return Conversion(path, load_canonical(path))
+
+
+def canonical_name(checkpoint: Checkpoint, dtype: str) -> str:
+    """`esm2-35m.safetensors`, `esm2-35m-fp16.safetensors`; never the name of a real model for synthetic weights."""
+    name = checkpoint.config.name
+    if checkpoint.synthetic:
+        name = f"synthetic-{name}"
+    return f"{name}.safetensors" if dtype == "fp32" else f"{name}-{dtype}.safetensors"
+
+
+def output_path(output: str | os.PathLike[str], checkpoint: Checkpoint, dtype: str) -> Path:
+    """The file to write for an output that may be a folder."""
+    path = Path(output)
+    return path if path.suffix == ".safetensors" and not path.is_dir() else path / canonical_name(checkpoint, dtype)
+
+
+def with_provenance(opened: Opened) -> Checkpoint:
+    """The checkpoint with the SHA-256 of its source; what a canonical file says of its own source is kept."""
+    checkpoint = opened.checkpoint
+    if checkpoint.metadata or not opened.weight_files:
+        narrow = checkpoint.precision != "fp32" and checkpoint.metadata
+        note = f" (through {checkpoint.precision})"
+        if narrow and not checkpoint.source.endswith(note):
+            return replace(checkpoint, source=checkpoint.source + note)
+        return checkpoint
+    return replace(checkpoint, source_sha256=file_sha256(opened.weight_files))
+
+
+def file_sha256(files: Iterable[Path]) -> str:
+    """SHA-256 of the bytes of one file, or of several one behind the other."""
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            with open(path, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
+
+
+def _check_suffix(output: str | os.PathLike[str]) -> None:
+    path = Path(output)
+    if path.suffix not in ("", ".safetensors") and not path.is_dir():
+        raise InvalidOption(f"the output {path} must be a .safetensors file or a folder")
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError:  # the output does not exist yet
+        return False

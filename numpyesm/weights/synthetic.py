@@ -1,0 +1,124 @@
+"""Seeded random weights of the right shape, for timing and for trying things out. Their outputs mean nothing.
+
+The scales are chosen so that the numbers behave like a trained model's: attention is neither uniform nor one-hot, no
+activation explodes, a contact map has a few bright spots on a dark ground. So timings and tolerances carry over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import PRESETS, ModelConfig, preset_name
+from ..errors import InvalidOption
+from .checkpoint import Checkpoint, canonical_shapes
+from .tensor import StoredTensor
+
+_QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
+_BRANCH_STD = 0.15  # of what one block adds to the residual stream, against an embedding of 0.1
+_EMBEDDING_STD = 0.1  # of the tied embedding: logits then have a standard deviation of about 2
+_CONTACT_NONZERO = 0.25  # of the coefficients; 61 of 240 in the real 35M
+_CONTACT_BIAS = -4.0
+_CONTACT_STD = 90.0
+
+
+@dataclass(frozen=True)
+class SyntheticSpec:
+    """Which synthetic weights are meant.
+
+    Attributes
+    ----------
+    name : str
+        A preset name, as `esm2-35m`.
+    seed : int
+    """
+
+    name: str = "esm2-35m"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"synthetic:{self.name}:{self.seed}"
+
+
+def is_synthetic_spec(spec: str) -> bool:
+    """Whether `spec` asks for synthetic weights."""
+    return spec == "synthetic" or spec.startswith("synthetic:")
+
+
+def parse_synthetic(spec: str) -> SyntheticSpec:
+    """`synthetic[:name[:seed]]` taken apart.
+
+    Raises
+    ------
+    InvalidOption
+        If it is something else.
+    """
+    parts = spec.split(":")
+    name = preset_name(parts[1]) if len(parts) > 1 else "esm2-35m"
+    seed = parts[2] if len(parts) > 2 else "0"
+    plain = seed.isascii() and seed.isdigit() and len(seed) <= 18
+    if parts[0] != "synthetic" or len(parts) > 3 or name is None or not plain:
+        raise InvalidOption(
+            f"{spec!r} names no synthetic weights, expected synthetic[:name[:seed]] with name one of "
+            f"{', '.join(PRESETS)} and a natural number as seed"
+        )
+    return SyntheticSpec(name, int(seed))
+
+
+def synthetic_from_spec(spec: str) -> Checkpoint:
+    """The weights that `synthetic[:name[:seed]]` means."""
+    parsed = parse_synthetic(spec)
+    return random_checkpoint(PRESETS[parsed.name], parsed.seed, source=str(parsed))
+
+
+def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
+    """Random weights of a published shape.
+
+    Parameters
+    ----------
+    name : str
+        A preset name.
+    seed : int
+        Equal seeds give equal weights.
+    """
+    return synthetic_from_spec(f"synthetic:{name}:{seed}")
+
+
+def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:
+    """Random weights of any shape, flagged synthetic."""
+    tensors = {}
+    for number, (name, shape) in enumerate(canonical_shapes(config).items()):
+        # A stream for each tensor: one more tensor in the layout would not change the others.
+        stream = np.random.Generator(np.random.PCG64([seed, number]))
+        tensors[name] = StoredTensor(_random_tensor(name, shape, config, stream))
+    source = source or f"synthetic:custom:{seed}"
+    return Checkpoint(config, tensors, source=source, synthetic=True)
+
+
+def _random_tensor(
+    name: str, shape: tuple[int, ...], config: ModelConfig, stream: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    kind = name.rsplit(".", 1)[-1]
+    if name == "contact_head.bias":
+        return np.full(shape, _CONTACT_BIAS, np.float32)
+    values = stream.standard_normal(shape, np.float32)
+    if name == "contact_head.weight":
+        # More maps, less weight each: the sum over them keeps its spread.
+        used = stream.random(shape) < _CONTACT_NONZERO
+        scale = _CONTACT_STD / math.sqrt(max(1, int(used.sum())))
+        return np.where(used, np.abs(values) * np.float32(scale), np.float32(0))
+    if "norm" in name:
+        values *= np.float32(0.1)
+        return values + np.float32(1) if kind == "weight" else values
+    if kind == "bias":
+        values *= np.float32(0.02)
+        return values
+    values *= np.float32(_EMBEDDING_STD if name == "embed_tokens.weight" else 1 / math.sqrt(shape[0]))
+    if name.endswith(".qkv.weight"):
+        values[:, : 2 * config.embed_dim] *= np.float32(_QUERY_KEY_STD)
+    elif name.endswith((".out_proj.weight", ".fc2.weight")):
+        values *= np.float32(_BRANCH_STD)
+    return values

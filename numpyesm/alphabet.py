@@ -73,7 +73,7 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
         raise InvalidSequence(f"expected a string, got {type(sequence).__name__}", item=item)
     if not sequence:
         raise InvalidSequence(f"the sequence is empty; 1 to {MAX_RESIDUES} residues are allowed", item=item)
-    if len(sequence) > MAX_RESIDUES * len(MASK_TOKEN):  # too long even if all masks: do not take it apart first
+    if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # far too long even if all masks: not worth taking apart
         raise InvalidSequence(f"{len(sequence)} characters, at most {MAX_RESIDUES} residues are allowed", item=item)
     allowed = _PREDICT_IDS if masks else _ENCODE_IDS
     residues = residue_tokens(sequence)

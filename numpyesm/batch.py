@@ -7,6 +7,7 @@ A *block* is a run of whole tiles, of one or several sequences: the unit of work
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class Batch:
         # esm2.py: x * (1 - mask_ratio_train) / (1 - mask_ratio_observed), <cls> and <eos> counted as tokens.
         per_sequence = [
             (1 - _TRAINED_MASK_RATIO) / (1 - np.count_nonzero(masked[a:b]) / (b - a))
-            for a, b in zip(offsets, offsets[1:], strict=False)
+            for a, b in itertools.pairwise(offsets)
         ]
         scale = np.repeat(np.array(per_sequence), lengths)
         scale[masked] = 0.0
@@ -90,7 +91,7 @@ class Batch:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Row span of each sequence, `<cls>` and `<eos>` included."""
-        return list(zip(self.offsets, self.offsets[1:], strict=False))
+        return list(itertools.pairwise(self.offsets))
 
     def tiles(self) -> list[Tile]:
         """All tiles in row order."""
@@ -100,7 +101,7 @@ class Batch:
             # An even number of near-equal parts, so that two threads share a single sequence evenly.
             parts = 1 if rows < 32 else 2 * -(-rows // (2 * TILE_ROWS))
             cuts = [first + rows * part // parts for part in range(parts + 1)]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in itertools.pairwise(cuts):
                 out.append(Tile(len(out), sequence, start, stop, first, last))
         return out
 

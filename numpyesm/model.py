@@ -100,13 +100,16 @@ class ESM2:
         InvalidOption
             An unknown backend or precision.
         """
-        from .weights import load_checkpoint
-        from .weights.locate import resolve
+        # Here, not above: who makes a model from a checkpoint in hand needs no search.
+        from .weights.locate import load_found, resolve
 
-        found = resolve(os.fspath(source))
-        spec = str(found.absolute()) if isinstance(found, Path) else found
+        found = resolve(source)
         return cls(
-            load_checkpoint(found), backend=backend, precision=precision, threads=threads, _reload_from=spec
+            load_found(source, found),
+            backend=backend,
+            precision=precision,
+            threads=threads,
+            _reload_from=str(found.absolute()) if isinstance(found, Path) else found,
         )
 
     # -- what it is ---------------------------------------------------------------------------------------------
@@ -265,9 +268,7 @@ class ESM2:
         self._require_lm_head("log_prob")
         tokens = tokenize(sequences)
         rows = [np.arange(1, len(ids) - 1) for ids in tokens]
-        scores = [
-            log_prob(logits, ids[1:-1]) for ids, logits in zip(tokens, self._logits(tokens, rows), strict=True)
-        ]
+        scores = [log_prob(logits, ids[1:-1]) for ids, logits in zip(tokens, self._logits(tokens, rows), strict=True)]
         return np.array(scores, dtype=np.float64)
 
     # -- how ----------------------------------------------------------------------------------------------------
@@ -340,9 +341,7 @@ def _passes(tokens: Sequence[Array]) -> Iterator[Sequence[Array]]:
     yield tokens[start:]
 
 
-def _pool_rows(
-    results: Sequence[EncodeResult], batch: Batch, layer: int, rows: Array, wanted: frozenset[str]
-) -> None:
+def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, rows: Array, wanted: frozenset[str]) -> None:
     """Keep what was asked of one layer's rows (T, D)."""
     for result, (first, last) in zip(results, batch.spans, strict=True):
         residues = rows[first + 1 : last - 1]

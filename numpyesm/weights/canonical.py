@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +116,8 @@ def _stored(name: str, tensor: StoredTensor, precision: str) -> StoredTensor:
 
 
 def _data_sha256(tensors: Mapping[str, StoredTensor]) -> str:
+    import hashlib  # loads OpenSSL: not when a file is only opened
+
     digest = hashlib.sha256()
     for tensor in tensors.values():
         digest.update(tensor_bytes(tensor).data)

@@ -46,7 +46,13 @@ def open_weights(
     WeightsNotFound, CheckpointError, InvalidOption
         One sentence each; the first names the ways out.
     """
-    found = resolve(spec, allow_download=allow_download, progress=progress)
+    return load_found(spec, resolve(spec, allow_download=allow_download, progress=progress), regression=regression)
+
+
+def load_found(
+    spec: str | os.PathLike[str], found: Path | str, *, regression: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names."""
     checkpoint = load_checkpoint(found, regression=regression)
     name = preset_name(spec) if isinstance(spec, str) else None
     if name is not None:

@@ -1,0 +1,47 @@
+"""Fixtures shared by the tests: small synthetic models and protein-like sequences."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from numpyesm import ESM2, SyntheticWeightsWarning
+from numpyesm.alphabet import AMINO_ACIDS
+from numpyesm.config import ModelConfig
+from numpyesm.weights.synthetic import random_checkpoint
+
+# Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
+SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)
+
+
+def random_sequence(length: int, seed: int = 0, letters: str = "".join(AMINO_ACIDS)) -> str:
+    return "".join(random.Random(f"{length} {seed}").choices(letters, k=length))
+
+
+def small_model(**options: object) -> ESM2:
+    with pytest.warns(SyntheticWeightsWarning):
+        return ESM2(random_checkpoint(SMALL, seed=1), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def model() -> ESM2:
+    """A small model on the NumPy backend."""
+    return small_model(backend="numpy", threads=2)
+
+
+@pytest.fixture(scope="session")
+def reference() -> ESM2:
+    """The same model in float64."""
+    return small_model(backend="numpy", precision="fp64", threads=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the official weights run where those are found, without asking the network."""
+    from numpyesm.weights import find_local
+
+    if find_local("esm2-35m") is None:
+        skip = pytest.mark.skip(reason="official ESM-2 35M weights are not on this machine (numpyesm fetch)")
+        for item in items:
+            if "official_weights" in item.keywords:
+                item.add_marker(skip)

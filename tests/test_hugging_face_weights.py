@@ -1,0 +1,198 @@
+"""Hugging Face folders and files into the canonical layout, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from numpyesm.config import PRESETS
+from numpyesm.errors import CheckpointError
+from numpyesm.weights.load import load_checkpoint
+
+mk = pytest.importorskip("make_checkpoints")
+torch = mk.torch
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mk.fair_esm_model()
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("gamma", [False, True])
+def test_masked_lm(tmp_path, model, binary, gamma):
+    state = mk.hugging_face_state(model, gamma=gamma)
+    state["esm.embeddings.position_ids"] = torch.arange(1026)[None]
+    state["esm.embeddings.position_embeddings.weight"] = torch.ones(1026, 40)  # official files carry it, unused
+    state["lm_head.decoder.weight"] = state["esm.embeddings.word_embeddings.weight"].clone()
+    folder = mk.write_hugging_face(tmp_path / "hf", state, binary=binary)
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.config == mk.TINY
+    mk.expect_same_model(checkpoint, model)
+    mk.expect_same_model(load_checkpoint(folder / ("pytorch_model.bin" if binary else "model.safetensors")), model)
+
+
+def test_true_35m_shape_without_config(tmp_path):
+    model = mk.fair_esm_model(PRESETS["esm2-35m"])
+    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model))
+    (folder / "config.json").unlink()
+    checkpoint = load_checkpoint(folder / "model.safetensors")
+    assert checkpoint.config.name == "esm2-35m"
+    mk.expect_same_model(checkpoint, model)
+
+
+@pytest.mark.parametrize(
+    "kind", ["EsmForMaskedLM", "EsmModel", "EsmForSequenceClassification", "EsmForTokenClassification"]
+)
+def test_what_transformers_writes(tmp_path, model, kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.EsmConfig(**{k: v for k, v in mk.hugging_face_config().items() if k != "architectures"})
+    theirs = getattr(transformers, kind)(config)
+    theirs.load_state_dict(mk.hugging_face_state(model, prefix="" if kind == "EsmModel" else "esm."), strict=False)
+    theirs.save_pretrained(tmp_path / "hf")
+    mk.expect_same_model(load_checkpoint(tmp_path / "hf"), model, lm_head=kind == "EsmForMaskedLM")
+
+
+def test_trunk_without_any_head(tmp_path, model):
+    state = {k: v for k, v in mk.hugging_face_state(model, prefix="").items() if "head" not in k}
+    state |= {"pooler.dense.weight": torch.ones(40, 40), "classifier.bias": torch.ones(2)}
+    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
+    mk.expect_same_model(checkpoint, model, lm_head=False, contact_head=False)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_shards(tmp_path, model, binary):
+    from safetensors.torch import save_file
+
+    state = mk.hugging_face_state(model)
+    folder = mk.write_hugging_face(tmp_path / "hf", {"x": torch.ones(1)}, binary=binary)
+    names = sorted(state)
+    stem, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
+    (folder / f"{stem}{suffix}").unlink()
+    weight_map = {}
+    for number, piece in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{number:05}-of-00002{suffix}"
+        shard = {name: state[name] for name in piece}
+        torch.save(shard, folder / file) if binary else save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(piece, file)
+    index = folder / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    mk.expect_same_model(load_checkpoint(folder), model)
+
+    index.write_text(json.dumps({"weight_map": weight_map | {"more": file}}))
+    with pytest.raises(CheckpointError, match="'more' is in none"):
+        load_checkpoint(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load_checkpoint(folder)
+    (folder / file).unlink()
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_files(tmp_path, dtype):
+    model = mk.fair_esm_model().to(getattr(torch, dtype))
+    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model)))
+    assert checkpoint.precision == {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    mk.expect_same_model(checkpoint, model.float())
+
+
+def test_mixed_dtypes_are_widened(tmp_path, model):
+    state = mk.hugging_face_state(model)
+    name = "esm.encoder.layer.0.output.dense.weight"
+    state[name] = state[name].half()
+    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
+    assert checkpoint.precision == "fp32"
+    np.testing.assert_array_equal(checkpoint.array("layers.0.fc2.weight"), state[name].float().numpy().T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "bert"},
+        {"position_embedding_type": "absolute"},
+        {"emb_layer_norm_before": True},
+        {"token_dropout": False},
+        {"vocab_size": 32},
+        {"mask_token_id": 4},
+        {"layer_norm_eps": 1e-12},
+        {"rope_theta": 500000.0},
+        {"rope_parameters": {"rope_theta": 1.0}},
+        {"is_folding_model": True},
+        {"is_decoder": True},
+        {"num_hidden_layers": 3},
+        {"hidden_size": 80},
+        {"intermediate_size": 80},
+        {"num_attention_heads": 3},
+        {"num_attention_heads": None},
+        {"num_attention_heads": "20"},
+        {"layer_norm_eps": [1e-5]},
+    ],
+)
+def test_other_models_by_their_config(tmp_path, model, change):
+    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model), mk.hugging_face_config(**change))
+    with pytest.raises(CheckpointError, match=r"config|ESM-2") as caught:
+        load_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["position_embedding_type", "token_dropout", "mask_token_id", "layer_norm_eps", "model_type"]
+)
+def test_absent_keys_mean_what_transformers_takes_them_for(tmp_path, model, key):
+    config = mk.hugging_face_config()
+    del config[key]
+    with pytest.raises(CheckpointError, match=f"does not give {key}"):
+        load_checkpoint(mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model), config))
+
+
+E = "esm.encoder.layer.0."
+CHANGES = {
+    "untied": ({"lm_head.decoder.weight": torch.ones(33, 40)}, "not its embedding"),
+    "unknown": ({E + "crossattention.self.query.weight": torch.ones(2)}, "not part of one"),
+    "norm before": ({"esm.encoder.emb_layer_norm_before.weight": torch.ones(40)}, "not part of one"),
+    "lora": ({E + "attention.self.query.lora_A.weight": torch.ones(2, 2)}, "LoRA"),
+    "two trunks": ({"other.embeddings.word_embeddings.weight": torch.ones(33, 40)}, "more than one"),
+    "two biases": ({"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
+    "two norms": ({E + "LayerNorm.gamma": torch.ones(40)}, "twice"),
+    "nan": ({E + "output.dense.bias": torch.full((40,), float("nan"))}, "NaN"),
+    "shape": ({E + "output.dense.weight": torch.ones(40, 40)}, r"shape \(40, 40\), expected \(40, 160\)"),
+    "missing": ({E + "LayerNorm.bias": None}, "missing"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_models_by_their_tensors(tmp_path, model, name):
+    change, message = CHANGES[name]
+    state = {k: v for k, v in (mk.hugging_face_state(model) | change).items() if v is not None}
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
+
+
+def test_learned_positions_without_config(tmp_path, model):
+    state = {k: v for k, v in mk.hugging_face_state(model).items() if "inv_freq" not in k}
+    state["esm.embeddings.position_embeddings.weight"] = torch.ones(1026, 40)
+    folder = mk.write_hugging_face(tmp_path / "hf", state)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="learned positions"):
+        load_checkpoint(folder)
+
+
+def test_adapters(tmp_path, model):
+    folder = mk.write_hugging_face(tmp_path / "hf", {"x": torch.ones(1)})
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="PEFT adapter"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_broken_config(tmp_path, model, text):
+    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model))
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(folder)

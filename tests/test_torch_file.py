@@ -1,0 +1,257 @@
+"""Files of torch.save, read without torch."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numpyesm.errors import CheckpointError
+from numpyesm.weights.fair_esm import read_regression
+from numpyesm.weights.load import load_checkpoint
+from numpyesm.weights.pickle_reader import Global, Inert
+from numpyesm.weights.torch_file import read_torch
+
+torch = pytest.importorskip("torch")
+
+REGRESSION = Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt"
+
+
+def rewrite(source, target, *, change=None, compression=zipfile.ZIP_STORED, prefix=None):
+    """Copy a zip entry by entry; `change` maps names (without folder) to new content or None."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for info in old.infolist():
+            folder, _, name = info.filename.partition("/")
+            content = old.read(info.filename)
+            if change and name in change:
+                content = change[name]
+            if content is not None:
+                new.writestr(f"{folder if prefix is None else prefix}/{name}", content)
+    return target
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.arange(6.0).reshape(2, 3), "n": {"b": torch.ones(4, dtype=torch.float64)}}, path)
+    return path
+
+
+def test_the_real_contact_regression():
+    tensors = read_regression(REGRESSION)
+    weight = tensors["contact_head.regression.weight"].raw
+    assert weight.shape == (1, 240)
+    assert np.count_nonzero(weight) == 61
+    assert tensors["contact_head.regression.bias"].raw[0] == pytest.approx(-4.7618, abs=1e-4)
+    theirs = torch.load(REGRESSION, weights_only=True)["model"]["contact_head.regression.weight"].numpy()
+    np.testing.assert_array_equal(weight, theirs)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "uint16"]
+)
+def test_dtypes(tmp_path, dtype):
+    tensor = torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))
+    torch.save(tensor, tmp_path / "t.pt")
+    stored = read_torch(tmp_path / "t.pt")
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(stored.raw, tensor.view(torch.uint16).numpy())
+        np.testing.assert_array_equal(stored.astype(), tensor.float().numpy())
+    else:
+        np.testing.assert_array_equal(stored.raw, tensor.numpy())
+
+
+def test_views_strides_sharing_and_parameters(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    content = {
+        "base": base,
+        "transposed": base.T,
+        "slice": base[1:3, 2:5],
+        "column": base[:, 3],
+        "scalar": torch.tensor(7.0),
+        "none": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(base[0].clone()),
+        "module": torch.nn.Linear(3, 2).state_dict(),
+        "size": base.size(),
+    }
+    torch.save(content, tmp_path / "t.pt")
+    result = read_torch(tmp_path / "t.pt")
+    for name in ("base", "transposed", "slice", "column", "scalar", "parameter"):
+        np.testing.assert_array_equal(result[name].raw, content[name].detach().numpy(), err_msg=name)
+    assert result["none"].raw.size == 0
+    assert result["size"] == (4, 6)
+    np.testing.assert_array_equal(result["module"]["weight"].raw, content["module"]["weight"].numpy())
+    assert np.shares_memory(result["base"].raw, result["slice"].raw)
+    with pytest.raises(ValueError):
+        result["base"].raw[0, 0] = 1
+
+
+def test_compressed_entries_and_any_folder_name(tmp_path, saved):
+    packed = rewrite(saved, tmp_path / "packed.pt", compression=zipfile.ZIP_DEFLATED, prefix="any name")
+    np.testing.assert_array_equal(read_torch(packed)["a"].raw, [[0, 1, 2], [3, 4, 5]])
+    bz = rewrite(saved, tmp_path / "bz.pt", compression=zipfile.ZIP_BZIP2)
+    with pytest.raises(CheckpointError, match="unusual method"):
+        read_torch(bz)
+
+
+def test_every_truncation_is_an_error(tmp_path, saved):
+    whole = saved.read_bytes()
+    cut = tmp_path / "cut.pt"
+    for length in [*range(0, len(whole), 7), len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pt"):
+            read_torch(cut)
+
+
+def test_no_flipped_bit_changes_a_number(tmp_path, saved):
+    whole = saved.read_bytes()
+    expected = np.arange(6.0).reshape(2, 3)
+    flipped = tmp_path / "flipped.pt"
+    refused = 0
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        flipped.write_bytes(content)
+        try:
+            result = read_torch(flipped)
+        except CheckpointError:
+            refused += 1
+            continue
+        np.testing.assert_array_equal(result["a"].raw, expected)  # padding, dates and the like were hit
+        np.testing.assert_array_equal(result["n"]["b"].raw, np.ones(4))
+    assert refused > 300
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.pkl": None}, "not one that torch.save wrote"),
+        ({"data/0": None}, "is missing"),
+        ({"data/0": b"1234"}, "another size"),
+        ({"data/0": b"123"}, "another size"),
+        ({"data/0": bytes(4000)}, "another size"),
+        ({"byteorder": b"big"}, "big-endian"),
+        ({"data.pkl": b"garbage"}, "damaged or not a pickle"),
+        ({"data.pkl": bytes(5 << 20)}, "much more than a model"),
+        ({"version": b"3\n", "data.pkl": b"\x80\x02}."}, None),
+    ],
+)
+def test_wrong_entries(tmp_path, saved, change, message):
+    path = rewrite(saved, tmp_path / "y.pt", change=change)
+    if message is None:
+        assert read_torch(path) == {}
+        return
+    with pytest.raises(CheckpointError, match=message):
+        read_torch(path)
+
+
+def pickled(storage_count, offset, shape, strides, key="0", kind="FloatStorage"):
+    text = lambda value: b"X" + struct.pack("<I", len(value)) + value.encode()  # noqa: E731
+    number = lambda value: b"\x8a\x08" + struct.pack("<q", value)  # noqa: E731
+    numbers = lambda values: b"(" + b"".join(map(number, values)) + b"t"  # noqa: E731
+    storage = (
+        b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu") + number(storage_count) + b"tQ"
+    )
+    rest = number(offset) + numbers(shape) + numbers(strides) + b"\x89}"
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR."  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (7, 0, (2, 3), (3, 1)),
+        (5, 0, (5,), (1,)),
+        (6, 1, (2, 3), (3, 1)),
+        (6, 0, (2, 3), (4, 1)),
+        (6, -1, (2, 3), (3, 1)),
+        (6, 0, (2, -3), (3, 1)),
+        (6, 0, (2, 3), (-3, 1)),
+        (6, 0, (2, 3), (1,)),
+        (6, 0, (1 << 40,), (0,)),  # a small file that would fill the memory
+        (6, 0, (1 << 40, 1 << 40), (0, 0)),
+        (6, 1 << 60, (1,), (1,)),
+        (6, 0, (1,) * 20, (1,) * 20),
+        (6, 0, (2, 3), (3, 1), "../data.pkl"),
+        (-6, 0, (2, 3), (3, 1)),
+    ],
+)
+def test_impossible_tensors(tmp_path, saved, arguments):
+    path = rewrite(saved, tmp_path / "y.pt", change={"data.pkl": pickled(*arguments)})
+    with pytest.raises(CheckpointError, match="corrupted"):
+        read_torch(path)
+
+
+def test_unknown_storages_become_records(tmp_path, saved):
+    content = pickled(3, 0, (3,), (1,), kind="ComplexFloatStorage")
+    assert isinstance(read_torch(rewrite(saved, tmp_path / "y.pt", change={"data.pkl": content})), Inert)
+
+
+def test_zip_bombs(tmp_path, saved):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("a/data.pkl", pickled(1 << 22, 0, (1 << 22,), (1,)))
+        bomb.writestr("a/data/0", bytes(1 << 24))
+    with pytest.raises(CheckpointError, match="implausible size"):
+        read_torch(tmp_path / "bomb.pt")
+
+
+def test_old_formats_say_how_to_resave(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="re-save it"):
+        read_torch(tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match="re-save it"):
+        load_checkpoint(tmp_path / "old.pt")
+
+
+def test_torchscript_is_named(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_torch(tmp_path / "script.pt")
+
+
+def test_pickled_modules_are_not_checkpoints(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    assert read_torch(tmp_path / "module.pt").function == Global("torch.nn.modules.linear", "Linear")
+    with pytest.raises(CheckpointError, match="save its state_dict"):
+        load_checkpoint(tmp_path / "module.pt")
+
+
+class Payload:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "pytorch_model.bin"])
+def test_a_payload_in_a_checkpoint_does_nothing(tmp_path, name):
+    marker = tmp_path / "ran"
+    path = tmp_path / name
+    torch.save({"cfg": {"model": Payload(f"touch {marker}")}, "model": {"x": torch.ones(2)}}, path)
+    read_torch(path)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # the payload is a real one
+    assert marker.exists()
+
+
+def test_a_payload_in_place_of_a_tensor(tmp_path):
+    marker = tmp_path / "ran"
+    torch.save(
+        {"embed_tokens.weight": Payload(f"touch {marker}"), "layers.0.fc1.weight": torch.ones(2, 2)}, tmp_path / "x.pt"
+    )
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "x.pt")
+    assert not marker.exists()
+
+
+def test_plain_pickles_are_named(tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match="Python pickle"):
+        load_checkpoint(tmp_path / "x.pt")

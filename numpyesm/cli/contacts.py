@@ -1,0 +1,122 @@
+"""`numpyesm contacts`: a list of contacts, a map in characters, a picture, or the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidOption, MissingExtra
+from ..fasta import Record
+from ..model import ESM2
+from .inputs import load_model, on_records, read_records
+from .outputs import chosen_format, json_bytes, npz_bytes, write
+
+_ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".txt": "map"}
+_SHADES = " .:-=+*#%@"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One map a sequence."""
+    form = chosen_format(arguments, _ENDINGS, "map", "tsv")
+    records = read_records(arguments.input)
+    if form == "png":
+        _import_matplotlib()  # before the model runs: a missing extra should not cost minutes
+        if arguments.output is None:
+            raise InvalidOption("a picture needs a file: -o map.png")
+    folder = Path(arguments.output) if arguments.output and len(records) > 1 and form in ("png", "tsv", "map") else None
+    if folder is not None and (folder.is_file() or folder.suffix.lower() in _ENDINGS):
+        raise InvalidOption(f"{len(records)} sequences give {len(records)} files: -o must be a folder")
+    model = load_model(arguments)
+    results = on_records(records, lambda s: model.encode(s, include=["contacts"]))
+    maps = [result.contacts for result in results if result.contacts is not None]
+    if form == "json":
+        write(json_bytes({"results": [result.to_dict() for result in results]}), arguments.output)
+        return 0
+    if form == "npz":
+        arrays: dict[str, npt.NDArray[Any]] = {f"contacts_{i}": contacts for i, contacts in enumerate(maps)}
+        write(npz_bytes({"ids": np.array([record.id for record in records])} | arrays), arguments.output)
+        return 0
+    render: dict[str, Callable[[Record, npt.NDArray[np.float32]], bytes]] = {
+        "tsv": lambda record, c: contact_list(record, c, arguments.threshold, arguments.min_separation).encode(),
+        "map": lambda record, c: contact_text(titled(record, model), c).encode(),
+        "png": lambda record, c: contact_png(titled(record, model), c),
+    }
+    pages = [render[form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
+    if folder is None:
+        write(b"".join(pages), arguments.output)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    ending = {"map": "txt"}.get(form, form)
+    for number, (record, page) in enumerate(zip(records, pages, strict=True), start=1):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", record.id).strip("._")[:100]
+        write(page, folder / f"{number:03d}_{name or 'sequence'}.{ending}")
+    return 0
+
+
+def titled(record: Record, model: ESM2) -> Record:
+    """The record under the name that stands above its map: it says so if the weights are synthetic."""
+    return record._replace(id=f"{record.id} (SYNTHETIC WEIGHTS)") if model.checkpoint.synthetic else record
+
+
+def contact_list(record: Record, contacts: npt.NDArray[np.float32], threshold: float, min_separation: int) -> str:
+    """Tab-separated: id, i, residue, j, residue, probability; most probable first, positions counted from 1."""
+    i, j = np.triu_indices(len(contacts), k=max(1, min_separation))
+    keep = contacts[i, j] >= threshold
+    i, j = i[keep], j[keep]
+    order = np.argsort(-contacts[i, j], kind="stable")
+    lines = ["id\ti\tresidue_i\tj\tresidue_j\tprobability"]
+    lines += [
+        f"{record.id}\t{a + 1}\t{record.sequence[a]}\t{b + 1}\t{record.sequence[b]}\t{contacts[a, b]:.4f}"
+        for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def contact_text(record: Record, contacts: npt.NDArray[np.float32], width: int | None = None) -> str:
+    """The map in characters, shrunk to the terminal by taking the highest probability of each cell."""
+    columns = width or min(120, shutil.get_terminal_size((80, 24)).columns) - 2
+    cells = min(len(contacts), max(10, columns // 2))
+    edges = np.arange(cells + 1) * len(contacts) // cells
+    shrunk = np.maximum.reduceat(np.maximum.reduceat(contacts, edges[:-1], axis=0), edges[:-1], axis=1)
+    shade = np.minimum((shrunk * len(_SHADES)).astype(int), len(_SHADES) - 1)
+    rows = ("".join(_SHADES[value] * 2 for value in row) for row in shade)
+    title = f"{record.id}: {len(contacts)} residues, contacts 0 to 1 as {_SHADES!r}"
+    return "\n".join([title, *(f"|{row}|" for row in rows)]) + "\n"
+
+
+def contact_png(record: Record, contacts: npt.NDArray[np.float32]) -> bytes:
+    """The map as a picture."""
+    figure_class = _import_matplotlib()
+    figure = figure_class(figsize=(6.4, 5.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    length = len(contacts)
+    image = axes.imshow(
+        contacts,
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        origin="lower",
+        extent=(0.5, length + 0.5, 0.5, length + 0.5),
+        interpolation="nearest" if length > 400 else "none",
+    )
+    axes.set(xlabel="residue", ylabel="residue", title=f"{record.id}: {length} residues")
+    figure.colorbar(image, label="contact probability")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _import_matplotlib() -> Any:
+    try:
+        from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
+    except ImportError as error:
+        raise MissingExtra("pictures need matplotlib: pip install 'numpyesm[plot]'") from error
+    return Figure

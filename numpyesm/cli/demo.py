@@ -1,0 +1,92 @@
+"""`numpyesm demo`: embeddings, a masked prediction and a contact map of real proteins, with timings."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from ..errors import MissingExtra, WeightsNotFound
+from ..fasta import Record, parse_fasta
+from ..model import ESM2
+from ..results import EncodeResult
+from .contacts import contact_png, contact_text, titled
+from .inference import predict_table, stack_results
+from .inputs import load_model
+from .outputs import npz_bytes, table, write
+
+_BANNER = """\
+======================================================================
+  SYNTHETIC WEIGHTS: no official ESM-2 weights were found.
+  The model below is random: timings are real, numbers MEAN NOTHING.
+  With a network: numpyesm fetch esm2-35m        Without: see README.
+======================================================================"""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Official weights if they can be found or fetched, else synthetic ones and a banner that says so."""
+    output = Path(arguments.output)
+    records = list(parse_fasta(files("numpyesm").joinpath("data", "example_proteins.fasta").read_text().splitlines()))
+    start = time.perf_counter()
+    model = _load(arguments)
+    print(f"{model!r}\nloaded in {time.perf_counter() - start:.2f} s\n")
+
+    results, seconds = _timed_encode(model, records)
+    residues = sum(len(record.sequence) for record in records)
+    print(
+        f"Embeddings of {len(records)} proteins, {residues} residues: "
+        f"{seconds:.2f} s, {residues / seconds:.0f} residues/s"
+    )
+    rows = []
+    for record, result in zip(records, results, strict=True):
+        assert result.embeddings is not None
+        mean = result.embeddings[model.config.num_layers]
+        rows.append((record.id, len(record.sequence), " ".join(f"{value:8.4f}" for value in mean[:5]) + " …"))
+    print(table(("protein", "residues", "mean embedding, last layer"), rows))
+    write(npz_bytes(stack_results(results)), output / "embeddings.npz")
+
+    shortest = min(records, key=lambda record: len(record.sequence))
+    middle = len(shortest.sequence) // 2
+    masked = f"{shortest.sequence[:middle]}<mask>{shortest.sequence[middle + 1 :]}"
+    start = time.perf_counter()
+    predicted = model.predict([masked], positions="masked")
+    print(
+        f"What stands at position {middle + 1} of {shortest.id} (really {shortest.sequence[middle]})? "
+        f"{time.perf_counter() - start:.3f} s"
+    )
+    print(predict_table([shortest], predicted, "masked"))
+
+    start = time.perf_counter()
+    contacts = model.encode([shortest.sequence], include=["contacts"])[0].contacts
+    assert contacts is not None
+    print(f"Contact map of {shortest.id}, {len(contacts)} residues: {time.perf_counter() - start:.3f} s")
+    title = titled(shortest, model)
+    try:
+        write(contact_png(title, contacts), output / "contacts.png")
+        print(f"picture: {output / 'contacts.png'}")
+    except MissingExtra as error:
+        print(contact_text(title, contacts, width=64))
+        print(f"(no picture: {error})")
+    write(contact_text(title, contacts, width=160).encode(), output / "contacts.txt")
+    print(f"all results: {output}/")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> ESM2:
+    try:
+        return load_model(arguments)
+    except WeightsNotFound as error:
+        if arguments.weights:
+            raise
+        print(f"numpyesm: {error}\n\n{_BANNER}\n", file=sys.stderr, flush=True)
+    arguments.weights = "synthetic:esm2-35m:0"
+    return load_model(arguments)
+
+
+def _timed_encode(model: ESM2, records: list[Record]) -> tuple[list[EncodeResult], float]:
+    sequences = [record.sequence for record in records]
+    start = time.perf_counter()
+    results = model.encode(sequences)
+    return results, time.perf_counter() - start

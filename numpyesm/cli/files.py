@@ -1,0 +1,135 @@
+"""`numpyesm fetch`, `convert`, `verify`, `info`: everything about weights files and the installation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .._version import __version__
+from ..config import PRESETS
+from ..errors import NumpyesmError, WeightsNotFound
+from ..threads import check_threads, default_threads
+from ..verification import compare_with_reference
+from ..weights import cache_dir, check_data, find_local, open_weights, resolve
+from ..weights.checkpoint import Checkpoint
+from .inputs import load_model
+from .outputs import table
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Download, verify, convert; print where the file is."""
+    from ..weights.hub import fetch as fetch_weights
+
+    path = fetch_weights(
+        arguments.name or arguments.weights or "esm2-35m",
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        output=arguments.output,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+    )
+    print(path)
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Any checkpoint in, one canonical file out; print where it is."""
+    from ..weights.conversion import convert as convert_weights
+
+    made = convert_weights(arguments.source, arguments.output, dtype=arguments.dtype, regression=arguments.regression)
+    checkpoint = made.checkpoint
+    print(made.path)
+    print(
+        f"{checkpoint.config.name}, {checkpoint.num_parameters:,} parameters, {checkpoint.precision}, "
+        f"{made.path.stat().st_size / 1e6:.1f} MB{_missing_heads(checkpoint)}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Checksum of the file, if it states one, and the published numbers; 1 if any is off."""
+    path = resolve(arguments.weights or "esm2-35m")
+    checked = "no checksum in the file"
+    stated = open_weights(path).metadata.get("data_sha256") if isinstance(path, Path) else None
+    if isinstance(path, Path) and stated:
+        check_data(path)
+        checked = "checksum of the tensors is right"
+    print(f"{path}: {checked}", file=sys.stderr)
+    model = load_model(arguments)
+    comparisons = compare_with_reference(model)
+    rows = [
+        (c.sequence, c.output, f"{c.deviation:.1e}", f"{c.tolerance:.0e}", "ok" if c.passed else "DIFFERS")
+        for c in comparisons
+    ]
+    print(table(("sequence", "output", "deviation", "allowed", ""), rows), end="")
+    failed = sum(not c.passed for c in comparisons)
+    if failed:
+        print(
+            f"numpyesm: {failed} of {len(comparisons)} reference values differ: "
+            + ("synthetic weights cannot reproduce them" if model.checkpoint.synthetic else "not the official weights"),
+            file=sys.stderr,
+        )
+        return 1
+    print(f"all {len(comparisons)} reference values are reproduced by {model!r}")
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Versions, machine, and the weights that would be used."""
+    threads = default_threads() if arguments.threads is None else check_threads(arguments.threads)
+    rows: list[tuple[str, object]] = [
+        ("numpyesm", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("numpy", np.__version__),
+        *((name, _version(name)) for name in ("safetensors", "huggingface-hub", "numba", "matplotlib")),
+        ("threads", threads),
+        ("cache", cache_dir()),
+        ("NUMPYESM_WEIGHTS", os.environ.get("NUMPYESM_WEIGHTS", "not set")),
+    ]
+    for name in PRESETS:
+        try:
+            rows.append((name, find_local(name) or "not on this machine (numpyesm fetch)"))
+        except NumpyesmError as error:
+            rows.append((name, error))
+    print(table(("", ""), rows).lstrip(), end="")
+    spec = arguments.weights or "esm2-35m"
+    try:
+        checkpoint = open_weights(spec, allow_download=False)
+    except WeightsNotFound as error:
+        if arguments.weights:
+            raise
+        print(f"\nno weights to describe: {error}", file=sys.stderr)
+        return 0
+    config = checkpoint.config
+    described: list[tuple[str, object]] = [
+        ("weights", spec),
+        ("model", f"{config.name}: {config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads"),
+        ("parameters", f"{checkpoint.num_parameters:,} stored as {checkpoint.precision}{_missing_heads(checkpoint)}"),
+        ("source", checkpoint.source + (" (SYNTHETIC: the numbers mean nothing)" if checkpoint.synthetic else "")),
+        ("source sha256", checkpoint.source_sha256 or "none"),
+    ]
+    print("\n" + table(("", ""), described).lstrip(), end="")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _missing_heads(checkpoint: Checkpoint) -> str:
+    missing = [
+        name
+        for name, present in (("LM head", checkpoint.has_lm_head), ("contact head", checkpoint.has_contact_head))
+        if not present
+    ]
+    return f" (no {' and no '.join(missing)})" if missing else ""

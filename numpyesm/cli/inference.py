@@ -1,0 +1,111 @@
+"""`numpyesm encode`, `predict`, `log-prob`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..alphabet import AMINO_ACIDS
+from ..fasta import Record
+from ..results import EncodeResult, PredictResult
+from .inputs import load_model, on_records, read_records
+from .outputs import chosen_format, json_bytes, npz_bytes, table, write
+
+_ENDINGS = {".npz": "npz", ".json": "json", ".txt": "table"}
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Embeddings and whatever else `--include` names."""
+    records = read_records(arguments.input)
+    model = load_model(arguments)
+    results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
+    form = chosen_format(arguments, _ENDINGS, "table", "json")
+    if form == "json":
+        data = json_bytes({"results": [result.to_dict() for result in results]})
+    elif form == "npz":
+        data = npz_bytes(_names(records) | stack_results(results))
+    else:
+        data = _encode_table(records, results).encode()
+    write(data, arguments.output)
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Logits at the masks or everywhere."""
+    records = read_records(arguments.input)
+    model = load_model(arguments)
+    results = on_records(records, lambda s: model.predict(s, arguments.positions))
+    form = chosen_format(arguments, _ENDINGS, "table", "json")
+    if form == "json":
+        data = json_bytes({"results": [result.to_dict() for result in results]})
+    elif form == "npz":
+        data = npz_bytes(_names(records) | stack_results(results))
+    else:
+        data = predict_table(records, results, arguments.positions).encode()
+    write(data, arguments.output)
+    return 0
+
+
+def log_prob(arguments: argparse.Namespace) -> int:
+    """One number a sequence."""
+    records = read_records(arguments.input)
+    model = load_model(arguments)
+    scores = on_records(records, model.log_prob)
+    form = chosen_format(arguments, _ENDINGS, "table", "json")
+    if form == "json":
+        data = json_bytes({"results": [{"log_prob": float(score)} for score in scores]})
+    elif form == "npz":
+        data = npz_bytes(_names(records) | {"log_prob": scores})
+    else:
+        rows = [(r.id, len(r.sequence), float(score)) for r, score in zip(records, scores, strict=True)]
+        data = table(("id", "length", "log_prob"), rows).encode()
+    write(data, arguments.output)
+    return 0
+
+
+def _names(records: Sequence[Record]) -> dict[str, npt.NDArray[Any]]:
+    return {"ids": np.array([record.id for record in records])}
+
+
+def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one a sequence (`contacts_0`)."""
+    arrays = [result.to_arrays() for result in results]
+    stacked = {
+        name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))
+    }
+    return stacked | {
+        f"{name}_{i}": value for i, one in enumerate(arrays) for name, value in one.items() if name not in stacked
+    }
+
+
+def _encode_table(records: Sequence[Record], results: Sequence[EncodeResult]) -> str:
+    """One line a sequence and output: its shape and first values."""
+    rows = [
+        (
+            record.id,
+            len(record.sequence),
+            name,
+            "×".join(map(str, array.shape)),
+            " ".join(f"{v:9.5f}" for v in array.flat[:5]),
+        )
+        for record, result in zip(records, results, strict=True)
+        for name, array in result.to_arrays().items()
+    ]
+    return table(("id", "length", "output", "shape", "first values"), rows)
+
+
+def predict_table(records: Sequence[Record], results: Sequence[PredictResult], positions: str) -> str:
+    """One line a mask: the five most probable amino acids."""
+    rows = []
+    for record, result in zip(records, results, strict=True):
+        for row, position in enumerate(result.mask_positions):
+            logits = result.logits[row if positions == "masked" else position].astype(np.float64)
+            probability = np.exp(logits - logits.max())
+            probability /= probability.sum()
+            best = np.argsort(-probability)[:5]
+            rows.append((record.id, position + 1, "  ".join(f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in best)))
+    return table(("id", "position", "most probable"), rows)

@@ -1,0 +1,77 @@
+"""Sequences from the command line: FASTA files, standard input, or bare sequences; and the model to run them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+from ..alphabet import MASK_TOKEN, tokenize
+from ..errors import InvalidSequence
+from ..fasta import Record, clean_sequence, read_fasta
+from ..model import ESM2
+
+Result = TypeVar("Result")
+
+_BARE_SEQUENCE = re.compile(r"(?:[A-Z*-]|<mask>)+")
+
+
+def load_model(arguments: argparse.Namespace) -> ESM2:
+    """The model that the common options name."""
+    return ESM2.from_pretrained(
+        arguments.weights or "esm2-35m",
+        backend=arguments.backend,
+        precision=arguments.precision,
+        threads=arguments.threads,
+    )
+
+
+def read_records(inputs: Sequence[str]) -> list[Record]:
+    """Records of all inputs in order; bare sequences are named by their place."""
+    records: list[Record] = []
+    for text in inputs:
+        if text == "-":
+            records += read_fasta(cast(io.BufferedReader, sys.stdin.buffer))
+        elif _is_file(text):
+            records += read_fasta(text)
+        elif _BARE_SEQUENCE.fullmatch(text):
+            records.append(Record(f"sequence_{len(records) + 1}", "", clean_sequence(text)))
+        else:
+            raise InvalidSequence(_no_input(text))
+    return records
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it: not a file
+        return False
+
+
+def _no_input(text: str) -> str:
+    """Why an argument that names no file is no sequence either."""
+    if set(text) & set("./\\:~") or not text:
+        return f"there is no file {text[:200]!r}"
+    try:
+        tokenize([text], masks=MASK_TOKEN in text)
+    except InvalidSequence as error:
+        return f"{text[:80]!r} is no file, and as a sequence: {error.reason}"
+    return f"{text[:80]!r} is neither a file nor a sequence"
+
+
+def on_records(records: Sequence[Record], compute: Callable[[Iterable[str]], Result]) -> Result:
+    """`compute(sequences)`, with the record's name in the error if one is refused."""
+    try:
+        return compute([record.sequence for record in records])
+    except InvalidSequence as error:
+        if error.item is None:
+            raise
+        raise InvalidSequence(
+            f"record {error.item + 1} ({records[error.item].id or 'no name'}): {error.reason}",
+            position=error.position,
+            character=error.character,
+        ) from error

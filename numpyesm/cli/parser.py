@@ -1,0 +1,99 @@
+"""Commands and their options. A command's module is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from .._version import __version__
+from ..options import INCLUDES, POSITIONS
+
+_INPUT_HELP = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `numpyesm`; each command sets `run`: parsed arguments in, exit code out."""
+    parser = argparse.ArgumentParser(prog="numpyesm", description="ESM-2 protein language models on NumPy alone.")
+    parser.add_argument("--version", action="version", version=f"numpyesm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add(commands, "demo", "demo", "try everything on a few real proteins")
+    command.add_argument("-o", "--output", default="demo-output", help="folder for the results (%(default)s)")
+
+    command = _add(
+        commands, "fetch", "files:fetch", "download official weights from the Hugging Face Hub and convert them"
+    )
+    command.add_argument(
+        "name", nargs="?", default=None, help="esm2-8m, esm2-35m (default), esm2-150m, esm2-650m, or a Hub id"
+    )
+    command.add_argument("--revision", help="commit, branch or tag (the official models are pinned)")
+    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="storage (%(default)s)")
+    command.add_argument("-o", "--output", help="file or folder (the cache by default)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
+    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")
+    command.add_argument("-o", "--output", required=True, help="file.safetensors, or a folder")
+    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="storage (%(default)s)")
+    command.add_argument("--regression", help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
+
+    _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
+    _add(commands, "info", "files:info", "what is installed, what the machine has, which weights are found")
+
+    command = _add_inference(commands, "encode", "inference:encode", "embeddings, contacts, logits, attentions")
+    command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
+    command.add_argument(
+        "--include",
+        nargs="+",
+        default=["mean"],
+        choices=[*INCLUDES, "per_residue"],
+        metavar="OUTPUT",
+        help=f"of {', '.join(INCLUDES)} (mean)",
+    )
+
+    command = _add_inference(commands, "predict", "inference:predict", "what stands behind each <mask>")
+    command.add_argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
+
+    _add_inference(commands, "log-prob", "inference:log_prob", "log-probability of each sequence, from one pass")
+
+    command = _add(commands, "contacts", "contacts", "contact map as text, picture or numbers")
+    command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
+    command.add_argument("-o", "--output", help=".png, .npz, .json, .tsv or .txt; a folder for several sequences")
+    command.add_argument(
+        "--format", choices=["tsv", "map", "png", "npz", "json"], help="by the output's ending, else tsv"
+    )
+    command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
+    command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, target: str, text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("--weights", help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
+    command.add_argument("--backend", choices=["auto", "numpy", "numba"], default="auto", help="(%(default)s)")
+    command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="(%(default)s)")
+    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    command.add_argument("--debug", action="store_true", help="full traceback on an error")
+    module, _, function = target.partition(":")
+
+    def run(arguments: argparse.Namespace) -> int:
+        loaded = import_module(f".{module}", __package__)
+        code: int = getattr(loaded, function or "run")(arguments)
+        return code
+
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_inference(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, target: str, text: str
+) -> argparse.ArgumentParser:
+    command = _add(commands, name, target, text)
+    command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
+    command.add_argument("-o", "--output", help="file (stdout by default); .npz and .json choose the format")
+    command.add_argument(
+        "--format", choices=["json", "npz", "table"], help="by the output's ending, else table on a terminal and json"
+    )
+    return command

@@ -1,0 +1,70 @@
+"""FASTA as people have it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import pytest
+
+from numpyesm import InvalidSequence
+from numpyesm.fasta import Record, clean_sequence, read_fasta
+
+PLAIN = b">a first one\nMKT\nAYI\n\n>b\nMK*\n"
+RECORDS = [Record("a", "a first one", "MKTAYI"), Record("b", "b", "MK")]
+
+
+def read(data: bytes) -> list[Record]:
+    return list(read_fasta(io.BufferedReader(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PLAIN,
+        PLAIN.replace(b"\n", b"\r\n"),
+        PLAIN.lower().replace(b"a first one", b"a first one"),
+        gzip.compress(PLAIN),
+        gzip.compress(PLAIN[:15]) + gzip.compress(PLAIN[15:]),
+        b"\xef\xbb\xbf" + PLAIN,
+        PLAIN.rstrip(),
+        b"; a comment\n" + PLAIN,
+        PLAIN.replace(b"MKT\nAYI", b"  MKT AYI  "),
+    ],
+    ids=["plain", "crlf", "lower", "gzip", "two-gzip-members", "bom", "no-last-newline", "comment", "blanks"],
+)
+def test_forms(data: bytes) -> None:
+    assert read(data) == RECORDS
+
+
+def test_file_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.fasta.gz").write_bytes(gzip.compress(PLAIN))
+    assert list(read_fasta(tmp_path / "x.fasta.gz")) == RECORDS
+
+
+def test_bare_lines_and_masks() -> None:
+    assert [r.sequence for r in read(b"MKT\nak<mask>y\n")] == ["MKT", "AK<mask>Y"]
+    assert read(b">m\nMK<ma\nsk>T\n")[0].sequence == "MK<mask>T"
+
+
+def test_only_one_trailing_star_is_dropped() -> None:
+    assert clean_sequence("MK*T*") == "MK*T"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no sequences"),
+        (b"\n\n", "no sequences"),
+        (b">a\n>b\nMK\n", "'a' has no sequence"),
+        (b">a\nMK\n>b\n", "'b' has no sequence"),
+        (b"MK\n>b\nMK\n", "line 2"),
+        (gzip.compress(PLAIN)[:-6], "damaged"),
+        (b"\x1f\x8bnonsense", "damaged"),
+        (b">a\n\xff\xfe\x00", "not a text file"),
+    ],
+)
+def test_bad_files(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidSequence, match=message):
+        read(data)

@@ -63,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     assert contacts is not None
     print(f"Contact map of {shortest.id}, {len(contacts)} residues: {time.perf_counter() - start:.3f} s")
     title = titled(shortest, model)
+    print(contact_text(title, contacts, width=64))
     try:
         write(contact_png(title, contacts), output / "contacts.png")
         print(f"picture: {output / 'contacts.png'}")
     except MissingExtra as error:
-        print(contact_text(title, contacts, width=64))
-        print(f"(no picture: {error})")
+        print(f"no picture: {error}")
     write(contact_text(title, contacts, width=160).encode(), output / "contacts.txt")
     print(f"all results: {output}/")
     return 0

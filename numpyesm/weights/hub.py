@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
@@ -190,37 +190,47 @@ def _file(sibling: Any) -> _File:
 
 def _download(model: RemoteModel, commit: str, file: _File, folder: Path) -> None:
     """One file, whole and verified, in `folder`; goes on with what an earlier run left."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-
     target = folder / file.name
     if target.is_file():  # verified when it got this name
         return
     partial = folder / f"{file.name}.part"
-    url = hf_hub_url(model.repository, file.name, revision=commit)
     try:
         with open(partial, "ab") as stream:
-            have = stream.tell()
-            if file.size is not None and have > file.size:
+            if file.size is not None and stream.tell() > file.size:
                 stream.truncate(0)
-                have = 0
-            if have != file.size or have == 0:
+            if stream.tell() == 0 or stream.tell() != file.size:
                 with _network_errors(model):
-                    headers = _hub_utils().build_hf_headers(library_name="numpyesm")
-                    http_get(
-                        url,
-                        stream,
-                        resume_size=have,
-                        headers=headers,
-                        expected_size=file.size,
-                        displayed_filename=file.name,
-                    )
+                    _receive(model, commit, file, stream)
         _verify(model, file, partial)
         os.replace(partial, target)
     except OSError as error:
         if isinstance(error, WeightsNotFound):
             raise
         raise CheckpointError(f"{partial} cannot be written ({error.strerror or error})") from error
+
+
+def _receive(model: RemoteModel, commit: str, file: _File, stream: BinaryIO) -> None:
+    """Append what is missing; a connection that drops is taken up again as long as each one brings something."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+
+    while True:
+        have = stream.tell()
+        try:
+            http_get(
+                hf_hub_url(model.repository, file.name, revision=commit),
+                stream,
+                resume_size=have,
+                headers=_hub_utils().build_hf_headers(library_name="numpyesm"),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+            return
+        except Exception:
+            # Not every version of huggingface-hub takes up a dropped connection by itself.
+            stream.flush()
+            if stream.tell() <= have:
+                raise
 
 
 def _verify(model: RemoteModel, file: _File, path: Path) -> None:

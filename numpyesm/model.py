@@ -68,7 +68,7 @@ class ESM2:
                 f"{checkpoint.source}: SYNTHETIC random weights. The numbers that come out mean nothing; "
                 "use them for timing and trying out only.",
                 SyntheticWeightsWarning,
-                stacklevel=2,
+                stacklevel=2 if _reload_from is None else 3,  # the caller of from_pretrained
             )
 
     @classmethod

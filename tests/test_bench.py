@@ -1,0 +1,192 @@
+"""The benchmark's machinery on a tiny run: what it writes, and that it notices an engine that computes something else.
+
+No time is asserted anywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("esm")
+
+# `bench` belongs to the repository, not to the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import agreement, report, workloads
+from bench.engines import Environments, select
+from bench.measure import Limits, Rounds
+from bench.run import Plan, run
+from bench.weights import make_weights
+
+ENGINES = ["numpyesm-numpy", "fair-esm"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench-cache")
+
+
+def environments() -> Environments:
+    """Both engines in the interpreter that runs the tests."""
+    here = Path(sys.executable)
+    return Environments(here, here, here)
+
+
+def tiny_plan(cache: Path, **changes: object) -> Plan:
+    options: dict[str, object] = {
+        "mode": "quick",
+        "engines": select(ENGINES),
+        "names": ("1x20", "2x16"),
+        "threads": 1,
+        "limits": Limits(repeats=1, cell_seconds=5, warm_up_seconds=5, skip_seconds=60),
+        "contact_lengths": (24,),
+        "cold_repeats": 1,
+        "import_repeats": 1,
+        "peaks": False,
+        "model": "esm2-8m",
+        "cache": cache,
+    }
+    return Plan(**(options | changes))  # type: ignore[arg-type]
+
+
+def test_a_run_writes_json_table_and_every_sample(cache: Path, tmp_path: Path) -> None:
+    result = run(tiny_plan(cache), environments())
+
+    path = report.write_all(result, tmp_path)
+    loaded = json.loads((tmp_path / "latest.json").read_text())
+    assert {engine["status"] for engine in loaded["engines"].values()} == {"ok"}, loaded["engines"]
+    assert loaded["engines"]["numpyesm-numpy-fp32"]["agreement"]["max_difference"] < 1e-4
+    lanes = {"numpyesm-numpy-fp32", "numpyesm-numpy-fp32:mean", "fair-esm-fp32"}
+    assert set(loaded["timings"]) == lanes
+    for lane in lanes:
+        for name in ("1x20", "2x16"):
+            cell = loaded["timings"][lane][name]
+            assert len(cell["seconds"]) == 1, (lane, name, cell)
+            assert cell["median"] == cell["best"] == cell["seconds"][0] > 0
+            assert cell["peak_mb"] > 0
+    for name, cells in loaded["contacts"].items():
+        assert cells["24"]["agreement"]["agrees"], (name, cells)
+        assert cells["24"]["median_peak_mb"] > 0
+    assert set(loaded["cold_start"]) == {"numpyesm-numpy-fp32", "fair-esm-fp32"}
+    assert all(len(cell["seconds"]) == 1 for cell in loaded["cold_start"].values()), loaded["cold_start"]
+    assert math.isfinite(loaded["import"]["extra_seconds"])
+
+    text = path.read_text()
+    for expected in ("**Seconds**", "fair-esm-fp32", "**numpyesm-numpy-fp32**", "Contact map", "Cold start"):
+        assert expected in text
+    # The report alone can be made again.
+    assert report.main([str(tmp_path / "latest.json"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "latest.md").read_text() == text
+
+
+def test_an_engine_that_disagrees_is_named_and_not_timed(cache: Path) -> None:
+    plan = tiny_plan(
+        cache, sabotage="numpyesm-numpy-fp32", names=("1x20",), contact_repeats=0, cold_repeats=0, import_repeats=0
+    )
+    result = run(plan, environments())
+
+    assert result["engines"]["numpyesm-numpy-fp32"]["status"] == "disagrees"
+    assert "allowed is 0.001" in result["engines"]["numpyesm-numpy-fp32"]["reason"]
+    assert result["engines"]["fair-esm-fp32"]["status"] == "ok"
+    assert list(result["timings"]) == ["fair-esm-fp32"]
+    assert "numpyesm-numpy-fp32 disagrees" in report.markdown(result)
+
+
+def test_an_engine_that_cannot_run_is_named_with_the_reason(cache: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "python-without-peers"
+    # A Python that sees no installed packages stands for a peers' environment where nothing could be installed.
+    empty.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    empty.chmod(0o755)
+    here = Path(sys.executable)
+    plan = tiny_plan(cache, names=("1x20",), contact_repeats=0, cold_repeats=0, import_repeats=0)
+    result = run(plan, Environments(here, empty, here))
+
+    assert result["engines"]["fair-esm-fp32"]["status"] == "missing"
+    assert result["engines"]["numpyesm-numpy-fp32"]["status"] == "ok"
+    assert "- fair-esm-fp32 missing: " in report.markdown(result)
+
+
+def test_peers_get_the_same_numbers(cache: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.numpy import load_file
+
+    from numpyesm.weights import load_canonical
+
+    folder, problems = make_weights("esm2-8m", 0, select(ENGINES), environments(), cache)
+    assert not problems
+    canonical = load_canonical(folder / "canonical.safetensors")
+    key = canonical.array("layers.1.qkv.weight")[:, 320:640].T
+    state = torch.load(folder / "fair-esm.pt", weights_only=True)["model"]
+    np.testing.assert_array_equal(state["layers.1.self_attn.k_proj.weight"].numpy(), key)
+    hugging_face = load_file(folder / "hf" / "model.safetensors")
+    np.testing.assert_array_equal(hugging_face["esm.encoder.layer.1.attention.self.key.weight"], key)
+
+
+@pytest.mark.parametrize(
+    ("precision", "noise", "agrees"),
+    [("fp32", 1e-5, True), ("fp32", 2e-2, False), ("bf16", 1e-2, True), ("bf16", 1.0, False), ("bf16", 0.0, False)],
+)
+def test_comparison(precision: str, noise: float, agrees: bool) -> None:
+    stream = np.random.default_rng(0)
+    reference = [{"mean": stream.standard_normal(8), "logits": stream.standard_normal((5, 20))}]
+    near = [{key: value + noise * stream.standard_normal(value.shape) for key, value in reference[0].items()}]
+    assert agreement.compare(near, reference, precision)["agrees"] is agrees
+
+
+@pytest.mark.parametrize("broken", [np.full((5, 20), np.nan), np.zeros((4, 20))])
+def test_comparison_refuses_what_is_not_finite_or_of_another_shape(broken: np.ndarray) -> None:
+    reference = [{"mean": np.ones(8), "logits": np.ones((5, 20))}]
+    verdict = agreement.compare([{"mean": np.ones(8), "logits": broken}], reference, "int8")
+    assert verdict["agrees"] is False
+    assert "logits" in verdict["reason"]
+
+
+def test_workloads() -> None:
+    config = {"embed_dim": 480, "num_layers": 12, "ffn_dim": 1920}
+    batch = workloads.sequences("varlen256")
+    assert len(batch) == 256
+    assert min(map(len, batch)) == 87
+    batches = workloads.padded_batches(batch)
+    assert sorted(index for indices in batches for index in indices) == list(range(256))
+    assert all((max(len(batch[i]) for i in b) + 2) * len(b) <= workloads.MAX_BATCH_TOKENS for b in batches)
+    # PERFORMANCE.md: 66.9 MFLOP a token, and 23,040 for each token and token of its sequence.
+    assert workloads.flops(["A" * 98], config) == pytest.approx(100 * (66.9e6 + 23040 * 100), rel=1e-3)
+
+
+class FakeWorker:
+    """A worker that says how long it took, and keeps a log of who ran what."""
+
+    def __init__(self, name: str, seconds: float, log: list[tuple[str, str]]) -> None:
+        self.name, self.seconds, self.log = name, seconds, log
+
+    def ask(self, **request: str) -> dict[str, float]:
+        if request["do"] == "run":
+            self.log.append((self.name, request["name"]))
+        return {"seconds": self.seconds * (10 if request["name"] == "80x16" else 1), "peak_mb": 1.0}
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+
+def test_rounds_take_turns_and_name_what_they_leave_out() -> None:
+    log: list[tuple[str, str]] = []
+    workers = {name: FakeWorker(name, seconds, log) for name, seconds in (("a", 3.0), ("b", 4.0), ("slow", 5.0))}
+    batches = {name: workloads.sequences(name) for name in ("8x16", "80x16")}
+    limits = Limits(repeats=3, cell_seconds=35, warm_up_seconds=2, skip_seconds=45)
+    cells = Rounds(workers, batches, limits, always=frozenset("b")).run()  # type: ignore[arg-type]
+
+    assert "left out: would take about 50 s" in cells["slow"]["80x16"]["note"]
+    assert cells["b"]["80x16"]["seconds"] == [40.0]  # over the budget of a cell after one run
+    assert cells["a"]["80x16"]["seconds"] == [30.0, 30.0]
+    assert [name for name, workload in log if workload == "8x16"][:3] == ["a", "b", "slow"]
+    assert all(len(cells[name]["8x16"]["seconds"]) == 3 for name in workers), cells
+    # In turn: nobody runs the same workload twice in a row.
+    assert all(one != two for one, two in itertools.pairwise(log))

@@ -20,10 +20,10 @@ lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/mypy
 
 bench: $(TEST_VENV)/.installed
-	$(TEST_BIN)/python -m bench --quick
+	$(TEST_BIN)/python -m bench --setup
 
 bench-full: $(TEST_VENV)/.installed
-	$(TEST_BIN)/python -m bench --full
+	$(TEST_BIN)/python -m bench --full --setup
 
 # The environments are made anew when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml

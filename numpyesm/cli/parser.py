@@ -27,14 +27,18 @@ def build_parser() -> argparse.ArgumentParser:
         "name", nargs="?", default=None, help="esm2-8m, esm2-35m (default), esm2-150m, esm2-650m, or a Hub id"
     )
     command.add_argument("--revision", help="commit, branch or tag (the official models are pinned)")
-    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="storage (%(default)s)")
+    command.add_argument(
+        "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
+    )
     command.add_argument("-o", "--output", help="file or folder (the cache by default)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
     command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")
     command.add_argument("-o", "--output", required=True, help="file.safetensors, or a folder")
-    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="storage (%(default)s)")
+    command.add_argument(
+        "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
+    )
     command.add_argument("--regression", help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
 
     _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from .safetensors_file import shorten
-from .tensor import PRECISION_DTYPES, STORAGE_DTYPES, StoredTensor
+from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -112,7 +112,7 @@ class Assembler:
     @property
     def precision(self) -> str:
         """`fp32`, `fp16` or `bf16`: that of the matrices."""
-        return next(name for name, dtype in PRECISION_DTYPES.items() if dtype == self.storage)
+        return next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.storage)
 
     def assemble(self) -> dict[str, StoredTensor]:
         """Every tensor of the canonical layout that the checkpoint has."""
@@ -213,7 +213,7 @@ def _common_storage(tensors: Tensors, prefixes: tuple[str, ...]) -> str:
     """The dtype that all matrices share; float32 if they do not."""
     found = {tensor.dtype for name, tensor in tensors.items() if len(tensor.shape) == 2 and name.startswith(prefixes)}
     (dtype,) = found if len(found) == 1 else ("F32",)
-    return dtype if dtype in PRECISION_DTYPES.values() else "F32"
+    return dtype if dtype in FLOAT_DTYPES.values() else "F32"
 
 
 def is_finite(tensor: StoredTensor) -> bool:

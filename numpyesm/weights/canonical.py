@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import ModelConfig
@@ -14,6 +15,7 @@ from .tensor import PRECISION_DTYPES, StoredTensor
 
 FORMAT = "numpyesm"
 FORMAT_VERSION = "1"
+_SCALE = ".scale"  # of the int8 matrix before the dot
 
 
 def save_canonical(
@@ -25,9 +27,9 @@ def save_canonical(
     ----------
     path : str or path
     checkpoint : Checkpoint
-    precision : {'fp32', 'fp16', 'bf16'}, optional
-        Of the matrices; norms, biases and the contact head stay float32, being small and sensitive. By default as
-        the checkpoint has it.
+    precision : {'fp32', 'fp16', 'bf16', 'int8'}, optional
+        Of the matrices; norms, biases and the contact head stay float32, being small and sensitive. With int8 so do
+        the embedding and the LM head. By default as the checkpoint has it.
     """
     precision = precision or checkpoint.precision
     if precision not in PRECISION_DTYPES:
@@ -37,6 +39,7 @@ def save_canonical(
         for name in canonical_shapes(checkpoint.config)
         if name in checkpoint.tensors
     }
+    tensors |= {name + _SCALE: StoredTensor(t.scale) for name, t in tensors.items() if t.scale is not None}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -78,13 +81,13 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
     if precision not in PRECISION_DTYPES:
         raise CheckpointError(f"{path} has precision {precision[:40]!r}, expected one of {', '.join(PRECISION_DTYPES)}")
     for name, tensor in tensors.items():
-        expected = PRECISION_DTYPES[precision] if len(tensor.shape) == 2 else "F32"
+        expected = _storage(name, tensor.shape, precision)
         if tensor.dtype != expected:
             raise CheckpointError(f"{path} has tensor {name[:80]!r} stored as {tensor.dtype}, expected {expected}")
     try:
         return Checkpoint(
             config=ModelConfig.from_json(metadata.get("config", "")),
-            tensors=tensors,
+            tensors=_with_scales(tensors),
             source=metadata.get("source", ""),
             source_sha256=metadata.get("source_sha256", ""),
             precision=precision,
@@ -103,14 +106,32 @@ def check_data(path: str | os.PathLike[str]) -> None:
     CheckpointError
         If they differ, or the file has no checksum.
     """
-    checkpoint = load_canonical(path)
-    if checkpoint.metadata.get("data_sha256") != _data_sha256(checkpoint.tensors):
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("data_sha256") != _data_sha256(tensors):
         raise CheckpointError(f"{path} is corrupted: its tensors do not have the checksum that it states")
+
+
+def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:
+    """Dtype of a tensor in a file of this precision."""
+    narrow = len(shape) == 2 and (precision != "int8" or name.startswith("layers."))
+    return PRECISION_DTYPES[precision] if narrow else "F32"
+
+
+def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Each int8 matrix together with its scales."""
+    joined = {name: tensor for name, tensor in tensors.items() if not name.endswith(_SCALE)}
+    for name, tensor in joined.items():
+        if tensor.dtype == "I8":
+            scale = tensors.get(name + _SCALE)
+            if scale is None or scale.shape != tensor.shape[1:]:
+                raise CheckpointError(f"tensor {name + _SCALE!r} is missing or has a wrong shape")
+            joined[name] = replace(tensor, scale=scale.raw)
+    return joined
 
 
 def _stored(name: str, tensor: StoredTensor, precision: str) -> StoredTensor:
     try:
-        return tensor.stored_as(PRECISION_DTYPES[precision] if len(tensor.shape) == 2 else "F32")
+        return tensor.stored_as(_storage(name, tensor.shape, precision))
     except OverflowError as error:
         raise CheckpointError(f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32") from error
 

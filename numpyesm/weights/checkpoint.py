@@ -69,7 +69,7 @@ class Checkpoint:
     source_sha256 : str
         SHA-256 of the source file, empty if there is none.
     precision : str
-        How the matrices are stored: `fp32`, `fp16` or `bf16`.
+        How the matrices are stored: `fp32`, `fp16`, `bf16` or `int8`.
     synthetic : bool
         True for seeded random weights: their outputs mean nothing.
     """

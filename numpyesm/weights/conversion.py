@@ -47,7 +47,7 @@ def convert(
         Whatever `load_checkpoint` opens, also a canonical file to change its dtype, or `synthetic[:name[:seed]]`.
     output : str or path
         A `.safetensors` file, or a folder that gets `<model>.safetensors`. It appears whole or not at all.
-    dtype : {'fp32', 'fp16', 'bf16'}
+    dtype : {'fp32', 'fp16', 'bf16', 'int8'}
         Of the matrices; all else stays float32.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.

@@ -61,7 +61,7 @@ def fetch(
     revision : str, optional
         Commit, tag or branch. By default the pinned commit of a published model; of others `main`, as it was when it
         was first fetched.
-    dtype : {'fp32', 'fp16', 'bf16'}
+    dtype : {'fp32', 'fp16', 'bf16', 'int8'}
         Of the matrices.
     output : path, optional
         A `.safetensors` file or a folder, instead of the cache.

@@ -123,7 +123,7 @@ def find_local(name: str) -> Path | None:
 def candidate_names(preset: str) -> list[str]:
     """What the weights of a published model may be called, best first."""
     official = OFFICIAL_NAMES[preset]
-    names = [f"{preset}{precision}.safetensors" for precision in ("", "-fp16", "-bf16")]
+    names = [f"{preset}{precision}.safetensors" for precision in ("", "-fp16", "-bf16", "-int8")]
     return [*names, f"{official}.safetensors", f"{official}.pt", official, preset]
 
 

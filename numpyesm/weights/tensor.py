@@ -1,4 +1,4 @@
-"""A tensor as it lies in a file: float32 ready to use, or float16, bfloat16, float64 to be widened on demand."""
+"""A tensor as it lies in a file: float32 ready to use, or float16, bfloat16, float64, int8 to be widened on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
     "F64": np.dtype("<f8"),
 }
-PRECISION_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class StoredTensor:
     raw : ndarray
         The stored numbers; bfloat16 as uint16 bit patterns. May be a read-only view of a mapped file.
     dtype : str
-        `F32`, `F16`, `BF16` or `F64`.
+        `F32`, `F16`, `BF16`, `F64`, or `I8` with a scale.
+    scale : ndarray (N,) float32, optional
+        Of an int8 matrix (K, N): what one level of each column (output channel) is worth.
     """
 
     raw: npt.NDArray[Any]
     dtype: str = "F32"
+    scale: npt.NDArray[np.float32] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,7 +44,13 @@ class StoredTensor:
     def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
         """The numbers as `dtype`, without a copy where they are stored so."""
         values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
+        if self.scale is not None:
+            values = values * self.scale
         return values.astype(dtype, copy=False)
+
+    def quantised(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+        """Levels (K, N) and scales (N,) of a matrix: the stored ones, or as `quantise_columns` makes them."""
+        return (self.raw, self.scale) if self.scale is not None else quantise_columns(self.astype(np.float32))
 
     def stored_as(self, dtype: str) -> StoredTensor:
         """The same numbers, rounded to nearest even, in another storage dtype.
@@ -53,6 +63,9 @@ class StoredTensor:
         if dtype == self.dtype:
             return self
         values = self.astype(np.float32)
+        if dtype == "I8":
+            levels, scale = quantise_columns(values)
+            return StoredTensor(levels, dtype, scale)
         if dtype == "BF16":
             return StoredTensor(round_to_bfloat16(values), dtype)
         with np.errstate(over="ignore"):
@@ -73,3 +86,24 @@ def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = 0x7FC0
     return rounded
+
+
+def quantise_columns(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Round each column to whole multiples of 1/127 of its largest magnitude.
+
+    Parameters
+    ----------
+    weight : ndarray (K, N) float32
+
+    Returns
+    -------
+    levels : ndarray (K, N) int8
+        -127 to 127.
+    scales : ndarray (N,) float32
+        `levels * scales` is the weight, to half a scale.
+    """
+    largest = np.abs(weight).max(axis=0)
+    scales = (largest / np.float32(127)).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    levels = np.clip(np.rint(weight * inverse), -127, 127).astype(np.int8)
+    return levels, scales

@@ -1,0 +1,66 @@
+"""Weights as bytes: `convert --dtype int8`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from numpyesm import CheckpointError
+from numpyesm.weights.canonical import check_data, load_canonical, save_canonical
+from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
+from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import StoredTensor, quantise_columns
+
+
+def test_columns_are_rounded_to_half_a_level() -> None:
+    weight = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32)
+    weight[:, 3] = 0
+    levels, scales = quantise_columns(weight)
+    assert levels.dtype == np.int8
+    assert np.abs(levels).max() == 127
+    assert (np.abs(levels * scales - weight) <= scales / 2 * 1.0001).all()
+    assert (levels[:, 3] == 0).all()
+
+
+def test_file_holds_bytes_and_keeps_the_sensitive_parts(tmp_path: Path) -> None:
+    whole = random_checkpoint(SMALL)
+    save_canonical(tmp_path / "x.safetensors", whole, precision="int8")
+    check_data(tmp_path / "x.safetensors")
+    found = load_canonical(tmp_path / "x.safetensors")
+    assert found.precision == "int8"
+    for name, tensor in found.tensors.items():
+        if tensor.dtype == "I8":
+            assert name.startswith("layers.")
+            levels, scales = quantise_columns(whole.array(name))
+            np.testing.assert_array_equal(tensor.quantised()[0], levels)
+            np.testing.assert_array_equal(tensor.quantised()[1], scales)
+            np.testing.assert_array_equal(found.array(name), levels * scales)
+        else:
+            np.testing.assert_array_equal(found.array(name), whole.array(name))
+    assert sum(t.dtype == "I8" for t in found.tensors.values()) == 4 * SMALL.num_layers
+
+
+def test_quantising_again_changes_nothing(tmp_path: Path) -> None:
+    save_canonical(tmp_path / "a.safetensors", random_checkpoint(SMALL), precision="int8")
+    once = load_canonical(tmp_path / "a.safetensors")
+    save_canonical(tmp_path / "b.safetensors", once)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    save_canonical(tmp_path / "c.safetensors", once, precision="fp32")
+    levels = quantise_columns(load_canonical(tmp_path / "c.safetensors").array("layers.0.fc1.weight"))[0]
+    np.testing.assert_array_equal(levels, once.tensors["layers.0.fc1.weight"].raw)
+
+
+def test_bytes_without_their_scale_are_refused(tmp_path: Path) -> None:
+    save_canonical(tmp_path / "a.safetensors", random_checkpoint(SMALL), precision="int8")
+    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
+    del tensors["layers.0.fc1.weight.scale"]
+    write_safetensors(tmp_path / "b.safetensors", tensors, metadata)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight\.scale"):
+        load_canonical(tmp_path / "b.safetensors")
+    tensors["layers.0.fc1.weight.scale"] = StoredTensor(np.ones(3, np.float32))
+    write_safetensors(tmp_path / "c.safetensors", tensors, metadata)
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        load_canonical(tmp_path / "c.safetensors")

@@ -8,6 +8,7 @@ sequence, so the threads wait for each other once a layer, and query/key/value h
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def encode_batch(
         ) -> None:
             rows = x[block.start : block.stop]
             context = None if maps_only else np.empty_like(rows)
-            for tile in block.tiles:
+            for tile in _merge_tiles(block.tiles, maps) if kernels.merges_tiles else block.tiles:
                 out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
                 kernels.attention(qkv[tile.start : tile.stop], qkv[tile.first : tile.last], out, maps[tile.index])
             if context is None:
@@ -98,6 +99,18 @@ def encode_batch(
         if layer + 1 in representations:
             take(layer + 1, x)
         current, following = following, current
+
+
+def _merge_tiles(tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None]) -> list[Tile]:
+    """Neighbours of one sequence as one tile, where neither leaves maps: its keys are then read once."""
+    merged: list[Tile] = []
+    for tile in tiles:
+        last = merged[-1] if merged else None
+        if last and last.sequence == tile.sequence and maps[last.index] is None and maps[tile.index] is None:
+            merged[-1] = replace(last, stop=tile.stop)
+        else:
+            merged.append(tile)
+    return merged
 
 
 def _divide_threads(kernels: Kernels, rows: int, threads: int) -> tuple[int, int]:

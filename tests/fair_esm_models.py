@@ -51,11 +51,11 @@ def as_checkpoint(model: Any) -> Checkpoint:
     return from_fair_esm({"model": state}, Path("in-memory.pt"))
 
 
-def numpyesm_models(model: Any, threads: int = 2) -> tuple[ESM2, ESM2]:
-    """(float32, float64 reference) on the NumPy backend."""
+def numpyesm_models(model: Any, backend: str = "numpy", threads: int = 2) -> tuple[ESM2, ESM2]:
+    """(float32 on the named backend, float64 reference on NumPy)"""
     checkpoint = as_checkpoint(model)
     return (
-        ESM2(checkpoint, backend="numpy", threads=threads),
+        ESM2(checkpoint, backend=backend, threads=threads),
         ESM2(checkpoint, backend="numpy", precision="fp64", threads=threads),
     )
 

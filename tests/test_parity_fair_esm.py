@@ -7,6 +7,7 @@ largest where there are enough numbers that it is not the luck of one of them.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,22 @@ ENOUGH_NUMBERS = 5000
 WEIGHTS = [(0, 1.0), (1, 2.0), (2, 2.5)]
 
 
+BACKENDS = [
+    "numpy",
+    pytest.param("numba", marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=WEIGHTS, ids=lambda p: f"seed{p[0]}-sharp{p[1]}")
-def models(request: pytest.FixtureRequest) -> Any:
+def models(request: pytest.FixtureRequest, backend: str) -> Any:
     """(fair-esm, numpyesm float32, numpyesm float64)"""
     fair = fair_esm_model(*request.param)
-    return (fair, *numpyesm_models(fair))
+    return (fair, *numpyesm_models(fair, backend))
 
 
 def run_fair_esm(fair: Any, sequences: list[str], layers: list[int], contacts: bool = True) -> list[dict[str, Any]]:
@@ -108,9 +120,9 @@ def test_error_is_at_most_torchs(models: Any, length: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1022, 2048])
-def test_error_is_at_most_torchs_for_long_sequences(length: int) -> None:
+def test_error_is_at_most_torchs_for_long_sequences(length: int, backend: str) -> None:
     fair = fair_esm_model(1, 2.0)
-    ours, reference = numpyesm_models(fair)
+    ours, reference = numpyesm_models(fair, backend)
     sequence = random_sequence(length)
     # fair-esm's contacts of 2048 residues would take 25 GB.
     contacts = length <= 1022

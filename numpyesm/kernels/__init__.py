@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import InvalidOption
+import importlib.util
+
+from ..errors import InvalidOption, MissingExtra
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
 
@@ -11,22 +13,38 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def make_kernels(checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32") -> Kernels:
-    """Kernels of the named backend with the weights laid out for it.
+    """Kernels of the named backend with the weights laid out for it; `auto` is numba where it is installed.
 
     Raises
     ------
     InvalidOption
-        An unknown backend or precision, or a precision that the backend does not have.
+        An unknown backend or precision, or a precision that the backend or the CPU does not have.
+    MissingExtra
+        The numba backend without Numba.
     """
     if backend not in BACKENDS:
         raise InvalidOption(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     # fp64 is the reference precision of the tests; it is not offered to users.
     if precision not in (*PRECISIONS, "fp64"):
         raise InvalidOption(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
-    if backend == "numba":
-        raise InvalidOption("backend='numba' is not part of this version yet; use backend='numpy' or 'auto'")
+    if backend == "numba" or (backend == "auto" and precision in PRECISIONS and _numba_available()):
+        if not _numba_available():
+            raise MissingExtra("backend='numba' needs Numba: pip install 'numpyesm[fast]'")
+        if precision == "fp64":
+            raise InvalidOption("precision='fp64': the numba backend does not have it")
+        from .numba_.kernels import NumbaKernels
+
+        return NumbaKernels(checkpoint, precision)
     if precision in ("bf16", "int8"):
-        raise InvalidOption(f"precision={precision!r}: the numpy backend computes in fp32 only")
+        hint = "" if _numba_available() else " (it is not installed: pip install 'numpyesm[fast]')"
+        raise InvalidOption(
+            f"precision={precision!r}: the numpy backend computes in fp32 only, the numba backend has it{hint}"
+        )
     from .reference_numpy import NumpyKernels
 
     return NumpyKernels(checkpoint, precision)
+
+
+def _numba_available() -> bool:
+    """Whether `import numba` would find something; looked up without importing it."""
+    return importlib.util.find_spec("numba") is not None

@@ -64,6 +64,9 @@ class Kernels(ABC):
     # Batches of at most this many rows run as one block: the backend spreads its own steps over the threads.
     single_block_rows: int = 0
 
+    # Whether `attention` may get several tiles of a sequence at once where no maps are wanted, with the same result.
+    merges_tiles: bool = False
+
     def session(self, threads: int) -> AbstractContextManager[Any]:
         """Held while a forward pass runs; `threads` is how many threads one step may use by itself."""
         return nullcontext()

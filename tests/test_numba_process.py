@@ -1,0 +1,122 @@
+"""Compiled kernels in fresh processes: forced instruction sets, the cache on disk, start-up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+from numpyesm.errors import InvalidOption
+from numpyesm.kernels.numba_ import cache
+from numpyesm.kernels.numba_.isa import host_isa, host_levels
+from numpyesm.kernels.numba_.warmup import warmup
+
+ROOT = Path(__file__).parents[1]
+
+ENCODE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from numpyesm import ESM2
+from numpyesm.config import ModelConfig
+from numpyesm.weights.synthetic import random_checkpoint
+precision = sys.argv[1] if len(sys.argv) > 1 else "fp32"
+model = ESM2(random_checkpoint(ModelConfig(1, 80, 20, 320)), backend="numba", precision=precision, threads=2)
+print(float(model.encode(["MKTAYIAKQR"])[0].embeddings[1].sum()))
+"""
+
+
+def start(*arguments: str, code: str = ENCODE, **environment: str) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NUMPYESM_ISA", "NUMBA_CACHE_DIR")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_importing_numpyesm_does_not_import_numba() -> None:
+    finish(start(code="import numpyesm, sys; assert not {'numba', 'llvmlite'} & sys.modules.keys()"))
+
+
+def test_unknown_level() -> None:
+    process = start(NUMPYESM_ISA="sse9")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert f"InvalidOption: NUMPYESM_ISA=sse9: this CPU has {', '.join(host_levels())}" in err
+
+
+def test_precision_that_the_level_lacks() -> None:
+    process = start("bf16", NUMPYESM_ISA="plain")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "InvalidOption: precision='bf16'" in err
+    assert "plain (set by NUMPYESM_ISA), has fp32" in err
+
+
+def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
+    processes = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(3)]
+    found = [finish(process) for process in processes]
+    assert len({out for out, _ in found}) == 1
+    assert any("numpyesm: compiling kernels" in err for _, err in found)
+    out, err = finish(start(NUMBA_CACHE_DIR=str(tmp_path)))
+    assert out == found[0][0]
+    assert "compiling" not in err
+    # Each of the instruction sets has its own folder.
+    assert [host_isa().name in folder.name for folder in tmp_path.iterdir()] == [True]
+
+
+def test_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Falls back to the temporary folder, and to memory where there is none."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code = "from numpyesm.kernels.numba_.cache import cache_folder; print(cache_folder())"
+    out, _ = finish(start(code=code, NUMBA_CACHE_DIR=str(blocked / "below"), TMPDIR=str(tmp_path)))
+    assert out.startswith(str(tmp_path / "numpyesm-"))
+    in_memory = "import tempfile; tempfile.tempdir = '/nowhere'\n" + code
+    out, _ = finish(start(code=in_memory, NUMBA_CACHE_DIR=str(blocked / "below")))
+    assert out == "None\n"
+
+
+def test_runs_from_memory(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code = "import tempfile; tempfile.tempdir = '/nowhere'\n" + ENCODE
+    _, err = finish(start(code=code, NUMBA_CACHE_DIR=str(blocked / "below")))
+    assert "compiling" in err
+
+
+def test_filled_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled, temporary = tmp_path / "filled", tmp_path / "tmp"
+    (filled / cache._key()).mkdir(parents=True)
+    (filled / cache._key() / "fp32.ready").touch()
+    temporary.mkdir(mode=0o700)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(filled))
+    monkeypatch.setattr(cache, "_temporary_folder", lambda: temporary)
+    usable = cache._usable
+    monkeypatch.setattr(cache, "_usable", lambda folder: filled not in folder.parents and usable(folder))
+    found = cache.cache_folder.__wrapped__()
+    assert found == temporary / cache._key()
+    assert (found / "fp32.ready").exists()
+
+
+def test_warmup(tmp_path: Path) -> None:
+    folder = warmup(["fp32"], tmp_path)
+    assert folder is not None
+    assert (folder / "fp32.ready").exists()
+    _, err = finish(start(NUMBA_CACHE_DIR=str(tmp_path)))
+    assert "compiling" not in err
+    with pytest.raises(InvalidOption):
+        warmup(["fp8"])

@@ -54,6 +54,11 @@ def tokenize(sequences: Iterable[str], *, masks: bool = False) -> list[npt.NDArr
     InvalidSequence
         Says which item, which position (counted from 1, `<mask>` being one residue) and what is allowed.
     """
+    return [_tokenize_one(sequence, index, masks) for index, sequence in enumerate(as_batch(sequences))]
+
+
+def as_batch(sequences: Iterable[str]) -> list[str]:
+    """The sequences as a list of at least one, or InvalidSequence; a lone string is not taken for its letters."""
     if isinstance(sequences, str | bytes):
         raise InvalidSequence(
             f"expected a list of sequences, got one {type(sequences).__name__}; put it into a list: [sequence]"
@@ -64,7 +69,7 @@ def tokenize(sequences: Iterable[str], *, masks: bool = False) -> list[npt.NDArr
         raise InvalidSequence(f"expected a list of sequences, got {type(sequences).__name__}") from None
     if not items:
         raise InvalidSequence("the batch is empty; give at least one sequence")
-    return [_tokenize_one(sequence, index, masks) for index, sequence in enumerate(items)]
+    return items
 
 
 def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.uint8]:

@@ -53,10 +53,12 @@ class ModelConfig:
         return next((name for name, preset in PRESETS.items() if preset == self), "custom")
 
     def to_json(self) -> str:
+        """The fields as a JSON object with sorted keys, as it stands in a canonical file."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
+        """The inverse of `to_json`; CheckpointError if the text is no such object."""
         try:
             fields: dict[str, Any] = json.loads(text)
             return cls(**{key: fields[key] for key in ("num_layers", "embed_dim", "num_heads", "ffn_dim")})

@@ -8,12 +8,15 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 from typing import NamedTuple
 
 from .errors import InvalidSequence
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _MASK = re.compile("<mask>", re.IGNORECASE)
+# ASCII only: str.upper would make SS of the letter ß.
+_UPPER = str.maketrans(ascii_lowercase, ascii_uppercase)
 
 
 class Record(NamedTuple):
@@ -94,6 +97,4 @@ def _record(header: str, parts: list[str]) -> Record:
 def clean_sequence(text: str) -> str:
     """Upper case (`<mask>` kept), without blanks and without one trailing `*`."""
     residues = "".join(text.split()).removesuffix("*")
-    if residues.isupper() and "<" not in residues:
-        return residues
-    return "<mask>".join(part.upper() for part in _MASK.split(residues))
+    return "<mask>".join(part.translate(_UPPER) for part in _MASK.split(residues))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import MASK, residue_tokens, tokenize
+from .alphabet import MASK, as_batch, residue_tokens, tokenize
 from .batch import Batch
 from .config import ModelConfig
 from .encoder import encode_batch, lm_logits
@@ -147,10 +147,12 @@ class ESM2:
     def __repr__(self) -> str:
         config = self.config
         synthetic = ", SYNTHETIC WEIGHTS" if self._checkpoint.synthetic else ""
+        stored = self._checkpoint.precision
+        narrow = f" stored as {stored}" if stored != "fp32" else ""
         return (
             f"ESM2({self.name}: {config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads, "
             f"backend={self.backend}, precision={self.precision}, threads={self.threads}, "
-            f"source={self._checkpoint.source!r}{synthetic})"
+            f"source={self._checkpoint.source!r}{narrow}{synthetic})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -235,7 +237,7 @@ class ESM2:
         """
         masked_only = check_positions(positions) == "masked"
         self._require_lm_head("predict")
-        batch = sequences if isinstance(sequences, str) else list(sequences)
+        batch = as_batch(sequences)
         tokens = tokenize(batch, masks=True)
         rows = [np.flatnonzero(ids == MASK) if masked_only else np.arange(1, len(ids) - 1) for ids in tokens]
         return [

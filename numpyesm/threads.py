@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -30,10 +31,10 @@ def default_threads() -> int:
 def check_threads(threads: object) -> int:
     """A positive number of threads, or InvalidOption."""
     try:
-        count = int(threads) if isinstance(threads, str) else threads
-    except ValueError:
-        count = None
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        count = int(threads) if isinstance(threads, str) else operator.index(threads)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        count = 0
+    if isinstance(threads, bool) or not 1 <= count <= 1024:
         raise InvalidOption(f"threads={threads!r}: expected a whole number from 1 to 1024")
     return count
 

@@ -297,9 +297,8 @@ def test_model_from_a_file_can_be_pickled_and_saved(tmp_path: Path) -> None:
     assert_same(again.encode(["MKT"], include=["mean", "contacts"]), expected)
     assert_same(copy.deepcopy(loaded).encode(["MKT"], include=["mean", "contacts"]), expected)
     loaded.save(tmp_path / "b.safetensors")
-    assert_same(
-        ESM2.from_pretrained(str(tmp_path / "b.safetensors")).encode(["MKT"], include=["mean", "contacts"]), expected
-    )
+    saved = ESM2.from_pretrained(str(tmp_path / "b.safetensors"), backend="numpy")
+    assert_same(saved.encode(["MKT"], include=["mean", "contacts"]), expected)
     assert len(pickle.dumps(loaded)) < 10_000
 
 

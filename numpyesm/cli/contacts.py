@@ -25,8 +25,10 @@ _SHADES = " .:-=+*#%@"
 
 def run(arguments: argparse.Namespace) -> int:
     """One map a sequence."""
+    if arguments.output == "-":
+        arguments.output = None
     form = chosen_format(arguments, _ENDINGS, "map", "tsv")
-    records = read_records(arguments.input)
+    records = read_records(arguments.input, arguments.output)
     if form == "png":
         _import_matplotlib()  # before the model runs: a missing extra should not cost minutes
         if arguments.output is None:
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if form == "npz":
         arrays: dict[str, npt.NDArray[Any]] = {f"contacts_{i}": contacts for i, contacts in enumerate(maps)}
-        write(npz_bytes({"ids": np.array([record.id for record in records])} | arrays), arguments.output)
+        write(npz_bytes({"ids": np.array([record.id[:200] for record in records])} | arrays), arguments.output)
         return 0
     render: dict[str, Callable[[Record, npt.NDArray[np.float32]], bytes]] = {
         "tsv": lambda record, c: contact_list(record, c, arguments.threshold, arguments.min_separation).encode(),
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     pages = [render[form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
     if folder is None:
+        if form == "tsv":  # one header for all
+            pages[1:] = [page.partition(b"\n")[2] for page in pages[1:]]
         write(b"".join(pages), arguments.output)
         return 0
     folder.mkdir(parents=True, exist_ok=True)

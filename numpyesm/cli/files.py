@@ -14,7 +14,7 @@ import numpy as np
 
 from .._version import __version__
 from ..config import PRESETS
-from ..errors import NumpyesmError, WeightsNotFound
+from ..errors import MissingExtra, NumpyesmError, WeightsNotFound
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
 from ..weights import cache_dir, check_data, find_local, open_weights, resolve
@@ -78,6 +78,16 @@ def verify(arguments: argparse.Namespace) -> int:
         )
         return 1
     print(f"all {len(comparisons)} reference values are reproduced by {model!r}")
+    return 0
+
+
+def warmup(arguments: argparse.Namespace) -> int:
+    """Fill the cache of compiled kernels; print where it is."""
+    if importlib.util.find_spec("numba") is None:
+        raise MissingExtra("warmup compiles the numba backend: pip install 'numpyesm[fast]'")
+    from ..kernels.numba_.warmup import warmup as compile_kernels
+
+    print(compile_kernels(cache_dir=arguments.cache) or "compiled in memory only: no folder can be written")
     return 0
 
 

@@ -15,12 +15,13 @@ from ..results import EncodeResult, PredictResult
 from .inputs import load_model, on_records, read_records
 from .outputs import chosen_format, json_bytes, npz_bytes, table, write
 
+_ID_LENGTH = 200
 _ENDINGS = {".npz": "npz", ".json": "json", ".txt": "table"}
 
 
 def encode(arguments: argparse.Namespace) -> int:
     """Embeddings and whatever else `--include` names."""
-    records = read_records(arguments.input)
+    records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
     form = chosen_format(arguments, _ENDINGS, "table", "json")
@@ -36,7 +37,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> int:
     """Logits at the masks or everywhere."""
-    records = read_records(arguments.input)
+    records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.predict(s, arguments.positions))
     form = chosen_format(arguments, _ENDINGS, "table", "json")
@@ -52,7 +53,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
 def log_prob(arguments: argparse.Namespace) -> int:
     """One number a sequence."""
-    records = read_records(arguments.input)
+    records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     scores = on_records(records, model.log_prob)
     form = chosen_format(arguments, _ENDINGS, "table", "json")
@@ -68,7 +69,8 @@ def log_prob(arguments: argparse.Namespace) -> int:
 
 
 def _names(records: Sequence[Record]) -> dict[str, npt.NDArray[Any]]:
-    return {"ids": np.array([record.id for record in records])}
+    # A fixed width for all: one header of a megabyte must not cost a megabyte a record.
+    return {"ids": np.array([record.id[:_ID_LENGTH] for record in records])}
 
 
 def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:

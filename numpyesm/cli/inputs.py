@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from ..alphabet import MASK_TOKEN, tokenize
-from ..errors import InvalidSequence
+from ..errors import InvalidOption, InvalidSequence
 from ..fasta import Record, clean_sequence, read_fasta
 from ..model import ESM2
 
@@ -30,10 +31,12 @@ def load_model(arguments: argparse.Namespace) -> ESM2:
     )
 
 
-def read_records(inputs: Sequence[str]) -> list[Record]:
-    """Records of all inputs in order; bare sequences are named by their place."""
+def read_records(inputs: Sequence[str], output: str | None = None) -> list[Record]:
+    """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them."""
     records: list[Record] = []
     for text in inputs:
+        if output is not None and output != "-" and _is_file(text) and _same_file(text, output):
+            raise InvalidOption(f"-o {output} is the input itself: choose another output")
         if text == "-":
             records += read_fasta(cast(io.BufferedReader, sys.stdin.buffer))
         elif _is_file(text):
@@ -47,13 +50,22 @@ def read_records(inputs: Sequence[str]) -> list[Record]:
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return Path(text).exists() and not Path(text).is_dir()
     except (OSError, ValueError):  # too long for a name, or a NUL in it: not a file
+        return False
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # the output is not there yet
         return False
 
 
 def _no_input(text: str) -> str:
     """Why an argument that names no file is no sequence either."""
+    if text and Path(text[:4096]).is_dir():
+        return f"{text!r} is a folder, expected a file"
     if set(text) & set("./\\:~") or not text:
         return f"there is no file {text[:200]!r}"
     try:

@@ -42,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--regression", help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
 
     _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
+    command = _add(commands, "warmup", "files:warmup", "compile the numba backend's kernels ahead of their first use")
+    command.add_argument("--cache", metavar="DIR", help="folder (NUMBA_CACHE_DIR, or the user's cache)")
+
     _add(commands, "info", "files:info", "what is installed, what the machine has, which weights are found")
 
     command = _add_inference(commands, "encode", "inference:encode", "embeddings, contacts, logits, attentions")

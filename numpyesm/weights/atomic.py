@@ -21,8 +21,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         If the file cannot be written (no permission, disk full).
     """
     path = Path(path)
+    if path.is_symlink():  # the file behind the link is what is replaced
+        path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as device:  # a pipe or a device has no whole to appear at once
+            yield device
+        return
     # Same folder: os.replace is atomic only within one file system. The dot keeps it out of every search.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

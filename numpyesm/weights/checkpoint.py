@@ -83,6 +83,11 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Before the names of all layers are made: a damaged file may state a billion.
+        if self.config.num_layers > len(self.tensors):
+            raise CheckpointError(
+                f"the configuration states {self.config.num_layers} layers, but there are {len(self.tensors)} tensors"
+            )
         expected = canonical_shapes(self.config)
         for head in (LM_HEAD, CONTACT_HEAD):
             present = [name for name in head if name in self.tensors]

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
-from ..errors import CheckpointError, WeightsNotFound
+from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from .cache import cache_dir, cached, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
@@ -65,6 +65,8 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
 
     A path, or the string `synthetic:name:seed` if `spec` asks for that.
     """
+    if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
+        raise InvalidOption(f"{spec!r} names no weights: expected a model name, a Hub id, a file or a folder")
     if not isinstance(spec, str):
         return _existing(Path(spec))
     if is_synthetic_spec(spec):
@@ -121,10 +123,10 @@ def find_local(name: str) -> Path | None:
 
 
 def candidate_names(preset: str) -> list[str]:
-    """What the weights of a published model may be called, best first."""
+    """What the weights of a published model may be called; exact ones before those that lost digits."""
     official = OFFICIAL_NAMES[preset]
-    names = [f"{preset}{precision}.safetensors" for precision in ("", "-fp16", "-bf16", "-int8")]
-    return [*names, f"{official}.safetensors", f"{official}.pt", official, preset]
+    exact = [f"{preset}.safetensors", f"{official}.safetensors", f"{official}.pt", official, preset]
+    return [*exact, *(f"{preset}{precision}.safetensors" for precision in ("-fp16", "-bf16", "-int8"))]
 
 
 def _one_in_folder(folder: Path) -> Path | None:

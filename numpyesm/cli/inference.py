@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,7 @@ def encode(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
-    form = chosen_format(arguments, _ENDINGS, "table", "json")
-    if form == "json":
-        data = json_bytes({"results": [result.to_dict() for result in results]})
-    elif form == "npz":
-        data = npz_bytes(_names(records) | stack_results(results))
-    else:
-        data = _encode_table(records, results).encode()
-    write(data, arguments.output)
-    return 0
+    return _write_results(arguments, records, results, lambda: _encode_table(records, results))
 
 
 def predict(arguments: argparse.Namespace) -> int:
@@ -40,15 +32,7 @@ def predict(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.predict(s, arguments.positions))
-    form = chosen_format(arguments, _ENDINGS, "table", "json")
-    if form == "json":
-        data = json_bytes({"results": [result.to_dict() for result in results]})
-    elif form == "npz":
-        data = npz_bytes(_names(records) | stack_results(results))
-    else:
-        data = predict_table(records, results, arguments.positions).encode()
-    write(data, arguments.output)
-    return 0
+    return _write_results(arguments, records, results, lambda: predict_table(records, results, arguments.positions))
 
 
 def log_prob(arguments: argparse.Namespace) -> int:
@@ -64,6 +48,24 @@ def log_prob(arguments: argparse.Namespace) -> int:
     else:
         rows = [(r.id, len(r.sequence), float(score)) for r, score in zip(records, scores, strict=True)]
         data = table(("id", "length", "log_prob"), rows).encode()
+    write(data, arguments.output)
+    return 0
+
+
+def _write_results(
+    arguments: argparse.Namespace,
+    records: Sequence[Record],
+    results: Sequence[EncodeResult] | Sequence[PredictResult],
+    as_table: Callable[[], str],
+) -> int:
+    """Write the results in the chosen format."""
+    form = chosen_format(arguments, _ENDINGS, "table", "json")
+    if form == "json":
+        data = json_bytes({"results": [result.to_dict() for result in results]})
+    elif form == "npz":
+        data = npz_bytes(_names(records) | stack_results(results))
+    else:
+        data = as_table().encode()
     write(data, arguments.output)
     return 0
 

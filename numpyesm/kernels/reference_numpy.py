@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..alphabet import AMINO_ACID_COLUMNS
 from ..weights.checkpoint import Checkpoint
-from .base import Array, AttentionMaps, Kernels
+from .base import Array, AttentionMaps, Kernels, rotary_pair_order
 from .blas import blas_threads
 
 LAYER_NORM_EPSILON = 1e-5
@@ -170,7 +170,7 @@ class NumpyKernels(Kernels):
         self._rotary = np.empty((0, self.config.embed_dim), self._complex)
         self._rotary_lock = threading.Lock()
         w = {name: checkpoint.array(name, self.dtype) for name in checkpoint.tensors}
-        order = self._rotary_pair_order()
+        order = rotary_pair_order(self.config)
         for layer in range(self.config.num_layers):
             for part in ("weight", "bias"):
                 name = f"layers.{layer}.qkv.{part}"
@@ -179,12 +179,6 @@ class NumpyKernels(Kernels):
             w["lm_head.amino_acids"] = np.ascontiguousarray(w["embed_tokens.weight"][AMINO_ACID_COLUMNS].T)
             w["lm_head.bias"] = w["lm_head.bias"][AMINO_ACID_COLUMNS]
         self._w = w
-
-    def _rotary_pair_order(self) -> npt.NDArray[np.intp]:
-        """Column order (3D,): query and key as (head, pair, 2), from halves (head, 2, pair); value as it is."""
-        width, heads, half = self.config.embed_dim, self.config.num_heads, self.config.head_dim // 2
-        pairs = np.arange(width).reshape(heads, 2, half).swapaxes(1, 2).ravel()
-        return np.concatenate((pairs, width + pairs, 2 * width + np.arange(width)))
 
     def session(self, threads: int) -> AbstractContextManager[Any]:
         return blas_threads(threads)

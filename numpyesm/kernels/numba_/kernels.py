@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ...alphabet import AMINO_ACID_COLUMNS
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
-from ..base import Array, AttentionMaps, Kernels
+from ..base import Array, AttentionMaps, Kernels, rotary_pair_order
 from ..reference_numpy import rotary_frequencies
 from . import bf16, cache, fp32, int8
 from .attention import attend, strip_size, wide_size, work_size
@@ -76,7 +76,7 @@ class NumbaKernels(Kernels):
 
     def _pack_layer(self, checkpoint: Checkpoint, prefix: str) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """What `project_qkv` takes of a layer, and what `project_and_feed_forward` takes."""
-        order = self._rotary_pair_order()
+        order = rotary_pair_order(self.config)
 
         def norm(name: str) -> tuple[Array, ...]:
             return _owned(checkpoint, f"{prefix}{name}.weight"), _owned(checkpoint, f"{prefix}{name}.bias")
@@ -112,12 +112,6 @@ class NumbaKernels(Kernels):
             pack_panels(amino_acids),
             padded_columns(checkpoint.array("lm_head.bias")[AMINO_ACID_COLUMNS]),
         )
-
-    def _rotary_pair_order(self) -> npt.NDArray[np.intp]:
-        """Column order (3D,): query and key as (head, pair, 2), from halves (head, 2, pair); value as it is."""
-        width, heads, half = self.config.embed_dim, self.config.num_heads, self.config.head_dim // 2
-        pairs = np.arange(width).reshape(heads, 2, half).swapaxes(1, 2).ravel()
-        return np.concatenate((pairs, width + pairs, 2 * width + np.arange(width)))
 
     # -- steps --------------------------------------------------------------------------------------------------
 

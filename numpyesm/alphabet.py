@@ -18,7 +18,7 @@ TOKENS: tuple[str, ...] = (
     *("<null_1>", "<mask>"),
 )
 TOKEN_ID: dict[str, int] = {token: index for index, token in enumerate(TOKENS)}
-CLS, PAD, EOS, MASK = TOKEN_ID["<cls>"], TOKEN_ID["<pad>"], TOKEN_ID["<eos>"], TOKEN_ID["<mask>"]
+CLS, EOS, MASK = TOKEN_ID["<cls>"], TOKEN_ID["<eos>"], TOKEN_ID["<mask>"]
 
 # The 20 amino acids are columns 4 to 23 of the vocabulary; all logits that leave the model are these columns.
 AMINO_ACID_COLUMNS = slice(4, 24)

@@ -51,10 +51,12 @@ def encode_batch(
     map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary else 0)
     block_threads, step_threads = _divide_threads(kernels, batch.num_rows, pool.threads)
     blocks = batch.blocks(block_threads)
+    tiles = [tile for block in blocks for tile in block.tiles]
     x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
     if 0 in representations:
         take(0, x)
-    if full_layers == map_layers == 0:
+    layers = max(full_layers, map_layers)
+    if layers == 0:
         return
 
     rotary = kernels.rotary_tables(max(last - first for first, last in batch.spans))
@@ -67,8 +69,8 @@ def encode_batch(
 
     with kernels.session(step_threads):
         pool.run(lambda block: project_qkv(0, block, current), blocks)
-    for layer in range(max(full_layers, map_layers)):
-        maps = [_request_maps(layer, tile, contacts, summary) for block in blocks for tile in block.tiles]
+    for layer in range(layers):
+        maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
         maps_only = layer >= full_layers and layer + 1 == map_layers
 
         # Bound as defaults: a closure over loop variables would see the next layer's.
@@ -88,14 +90,14 @@ def encode_batch(
             if context is None:
                 return
             kernels.project_and_feed_forward(layer, context, rows)
-            if layer + 1 < max(full_layers, map_layers):
+            if layer + 1 < layers:
                 project_qkv(layer + 1, block, next_qkv)
             elif layer + 1 == num_layers:
                 kernels.final_norm(rows, out=rows)
 
         with kernels.session(step_threads):
             pool.run(run_block, blocks)
-        _collect_maps(layer, batch.tiles(), maps, contacts, summary)
+        _collect_maps(layer, tiles, maps, contacts, summary)
         if layer + 1 in representations:
             take(layer + 1, x)
         current, following = following, current

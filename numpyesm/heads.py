@@ -52,13 +52,11 @@ class ContactHead:
         heads = self._heads[layer]
         if len(heads) == 0:
             return
-        rows = maps.rows
-        start = tile.start - tile.first - 1 + rows.start  # first residue of the tile
-        count = rows.stop - rows.start
+        residues = _residues(tile, maps)
         length = tile.last - tile.first - 2
         maps.heads, maps.coefficients = heads, self._coefficients[layer]
-        maps.weighted = self._weighted[tile.sequence][start : start + count]
-        maps.row_sums = np.empty((len(heads), count))
+        maps.weighted = self._weighted[tile.sequence][residues]
+        maps.row_sums = np.empty((len(heads), residues.stop - residues.start))
         maps.column_sums = np.empty((len(heads), length))
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
@@ -66,8 +64,7 @@ class ContactHead:
         if maps.heads is None or maps.row_sums is None or maps.column_sums is None:
             return
         sums = self._marginals[tile.sequence][self._used_before[layer] : self._used_before[layer + 1]]
-        start = tile.start - tile.first - 1 + maps.rows.start
-        sums[:, start : start + maps.row_sums.shape[1]] += maps.row_sums
+        sums[:, _residues(tile, maps)] += maps.row_sums
         sums += maps.column_sums
 
     def result(self, sequence: int) -> Array:
@@ -94,6 +91,12 @@ class ContactHead:
                 contacts[columns, rows] = block.T
         self._weighted[sequence] = np.empty((0, 0))
         return contacts
+
+
+def _residues(tile: Tile, maps: AttentionMaps) -> slice:
+    """Which residues of its sequence a tile holds, counted without `<cls>`."""
+    before = tile.start - tile.first - 1
+    return slice(before + maps.rows.start, before + maps.rows.stop)
 
 
 class AttentionSummary:

@@ -56,13 +56,12 @@ def convert(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     """Checksum of the file, if it states one, and the published numbers; 1 if any is off."""
     path = resolve(arguments.weights or "esm2-35m")
+    model = load_model(arguments)
     checked = "no checksum in the file"
-    stated = open_weights(path).metadata.get("data_sha256") if isinstance(path, Path) else None
-    if isinstance(path, Path) and stated:
+    if isinstance(path, Path) and model.checkpoint.metadata.get("data_sha256"):
         check_data(path)
         checked = "checksum of the tensors is right"
     print(f"{path}: {checked}", file=sys.stderr)
-    model = load_model(arguments)
     comparisons = compare_with_reference(model)
     rows = [
         (c.sequence, c.output, f"{c.deviation:.1e}", f"{c.tolerance:.0e}", "ok" if c.passed else "DIFFERS")

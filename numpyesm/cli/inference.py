@@ -40,16 +40,14 @@ def log_prob(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input, arguments.output)
     model = load_model(arguments)
     scores = on_records(records, model.log_prob)
-    form = chosen_format(arguments, _ENDINGS, "table", "json")
-    if form == "json":
-        data = json_bytes({"results": [{"log_prob": float(score)} for score in scores]})
-    elif form == "npz":
-        data = npz_bytes(_names(records) | {"log_prob": scores})
-    else:
-        rows = [(r.id, len(r.sequence), float(score)) for r, score in zip(records, scores, strict=True)]
-        data = table(("id", "length", "log_prob"), rows).encode()
-    write(data, arguments.output)
-    return 0
+    rows = [(r.id, len(r.sequence), float(score)) for r, score in zip(records, scores, strict=True)]
+    return _write(
+        arguments,
+        records,
+        lambda: [{"log_prob": float(score)} for score in scores],
+        lambda: {"log_prob": scores},
+        lambda: table(("id", "length", "log_prob"), rows),
+    )
 
 
 def _write_results(
@@ -58,12 +56,25 @@ def _write_results(
     results: Sequence[EncodeResult] | Sequence[PredictResult],
     as_table: Callable[[], str],
 ) -> int:
-    """Write the results in the chosen format."""
+    """Write model results in the chosen format."""
+    return _write(
+        arguments, records, lambda: [result.to_dict() for result in results], lambda: stack_results(results), as_table
+    )
+
+
+def _write(
+    arguments: argparse.Namespace,
+    records: Sequence[Record],
+    as_json: Callable[[], list[dict[str, Any]]],
+    as_arrays: Callable[[], dict[str, npt.NDArray[Any]]],
+    as_table: Callable[[], str],
+) -> int:
+    """Write whichever form is chosen; the others are not made."""
     form = chosen_format(arguments, _ENDINGS, "table", "json")
     if form == "json":
-        data = json_bytes({"results": [result.to_dict() for result in results]})
+        data = json_bytes({"results": as_json()})
     elif form == "npz":
-        data = npz_bytes(_names(records) | stack_results(results))
+        data = npz_bytes(_names(records) | as_arrays())
     else:
         data = as_table().encode()
     write(data, arguments.output)

@@ -105,13 +105,3 @@ class Kernels(ABC):
     @abstractmethod
     def lm_head(self, x: Array) -> Array:
         """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""
-
-
-def rotary_pair_order(config: ModelConfig) -> npt.NDArray[np.intp]:
-    """Column order (3D,) of a qkv matrix that puts the two channels that rotate together side by side.
-
-    Query and key go from halves (head, 2, pair) to (head, pair, 2), value stays. Scores do not change.
-    """
-    width, heads, half = config.embed_dim, config.num_heads, config.head_dim // 2
-    pairs = np.arange(width).reshape(heads, 2, half).swapaxes(1, 2).ravel()
-    return np.concatenate((pairs, width + pairs, 2 * width + np.arange(width)))

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..alphabet import AMINO_ACID_COLUMNS
 from ..weights.checkpoint import Checkpoint
-from .base import Array, AttentionMaps, Kernels, rotary_pair_order
+from .base import Array, AttentionMaps, Kernels
 from .blas import blas_threads
+from .rotary import rotary_pair_order, rotary_turns
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -144,13 +144,6 @@ def exp_scores(scores: Array) -> None:
     np.exp(scores, out=scores)
 
 
-def rotary_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
-    """10000^(-2i/C), rounded to float32 as fair-esm's buffer is: (C/2,)."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    power = np.power(10000.0, exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / power
-
-
 class NumpyKernels(Kernels):
     """All steps on NumPy and its BLAS, in float32 or, for reference, float64.
 
@@ -189,16 +182,11 @@ class NumpyKernels(Kernels):
         return x
 
     def rotary_tables(self, length: int) -> Array:
-        """exp(i · position · frequency), for all query then all key channels, queries times C^-1/2: (length, D)."""
+        """`rotary_turns` with queries times C^-1/2: (length, D) complex."""
         with self._rotary_lock:
             if len(self._rotary) < length:
                 rows = max(length, min(2 * len(self._rotary), 2050))
-                # Angles in float64: at position 2000 a float32 angle is off by 1e-4.
-                angle = np.arange(rows)[:, None] * rotary_frequencies(self.config.head_dim).astype(np.float64)
-                turn = np.exp(1j * angle)
-                query = np.tile(turn * self.config.head_dim**-0.5, (1, self.config.num_heads))
-                key = np.tile(turn, (1, self.config.num_heads))
-                self._rotary = np.concatenate((query, key), axis=1).astype(self._complex)
+                self._rotary = rotary_turns(self.config, rows, self.config.head_dim**-0.5).astype(self._complex)
             return self._rotary[:length]
 
     def new_qkv(self, rows: int) -> Array:

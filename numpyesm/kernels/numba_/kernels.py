@@ -11,8 +11,8 @@ import numpy.typing as npt
 from ...alphabet import AMINO_ACID_COLUMNS
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
-from ..base import Array, AttentionMaps, Kernels, rotary_pair_order
-from ..reference_numpy import rotary_frequencies
+from ..base import Array, AttentionMaps, Kernels
+from ..rotary import rotary_pair_order, rotary_turns
 from . import bf16, cache, fp32, int8
 from .attention import attend, strip_size, wide_size, work_size
 from .emitter import TILE_COLUMNS, TILE_ROWS
@@ -129,12 +129,8 @@ class NumbaKernels(Kernels):
 
     def _rotary_table(self, length: int) -> Array:
         """(cos, sin) of position · frequency for all query, then all key channels, queries scaled: (length, 2D)."""
-        # Angles in float64: at position 2000 a float32 angle is off by 1e-4.
-        angle = np.arange(length)[:, None] * rotary_frequencies(self.config.head_dim).astype(np.float64)
-        turn = np.exp(1j * angle)
-        query = np.tile(turn * (math.log2(math.e) * self.config.head_dim**-0.5), (1, self.config.num_heads))
-        key = np.tile(turn, (1, self.config.num_heads))
-        return np.concatenate((query, key), axis=1).astype(np.complex64).view(np.float32)
+        turns = rotary_turns(self.config, length, math.log2(math.e) * self.config.head_dim**-0.5)
+        return turns.astype(np.complex64).view(np.float32)
 
     def new_qkv(self, rows: int) -> Array:
         """(rows, 3, H, C), a view: in memory the rows of each head follow each other, as attention reads them."""

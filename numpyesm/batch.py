@@ -106,16 +106,16 @@ class Batch:
         return out
 
     def blocks(self, threads: int, block_rows: int = BLOCK_ROWS) -> list[Block]:
-        """Tiles gathered into blocks of about `block_rows` rows, fewer where that would leave threads idle."""
+        """Tiles gathered into blocks of at most about `block_rows` rows, near-equal and as many for every thread."""
         tiles = self.tiles()
-        target = min(block_rows, -(-self.num_rows // threads))
+        count = threads * -(-self.num_rows // (threads * block_rows))
         blocks: list[Block] = []
         start = 0
         for i, tile in enumerate(tiles):
-            rows = tile.stop - tiles[start].start
-            following = tiles[i + 1].stop - tiles[i + 1].start if i + 1 < len(tiles) else 0
-            # Close the block when the next tile would overshoot the target by more than it falls short now.
-            if i + 1 == len(tiles) or rows + following / 2 > target:
+            following = tiles[i + 1].stop - tile.stop if i + 1 < len(tiles) else 0
+            # Close the block at the cut between tiles that lies nearest to an even division.
+            due = (len(blocks) + 1) * self.num_rows / count
+            if i + 1 == len(tiles) or tile.stop + following / 2 > due:
                 blocks.append(Block(tuple(tiles[start : i + 1])))
                 start = i + 1
         return blocks

@@ -1,22 +1,16 @@
-"""The encoder: layers over blocks of packed rows, one barrier a layer, written once for every backend.
-
-For each block of rows a thread does the attention of layer n, the output projection, the feed-forward part and the
-query, key and value of layer n + 1, while the rows are in its cache. Attention reads keys and values of the whole
-sequence, so the threads wait for each other once a layer, and query/key/value have two buffers that take turns.
-"""
+"""The encoder: which layers a batch runs through, and what is taken on the way, whatever the backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .batch import Batch, Block, Tile
+from .batch import Batch, Tile
 from .heads import AttentionSummary, ContactHead
-from .kernels.base import AttentionMaps, Kernels
+from .kernels.base import AttentionMaps, Kernels, divide_threads
 from .threads import WorkerPool
 
 Array = npt.NDArray[Any]
@@ -46,78 +40,26 @@ def encode_batch(
     contacts, summary
         Attention maps go there, if given.
     """
-    num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
-    map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary else 0)
-    block_threads, step_threads = _divide_threads(kernels, batch.num_rows, pool.threads)
-    blocks = batch.blocks(block_threads)
-    tiles = [tile for block in blocks for tile in block.tiles]
-    x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
-    if 0 in representations:
-        take(0, x)
+    map_layers = max(contacts.last_layer if contacts else 0, kernels.config.num_layers if summary else 0)
     layers = max(full_layers, map_layers)
-    if layers == 0:
-        return
-
-    rotary = kernels.rotary_tables(max(last - first for first, last in batch.spans))
-    current, following = kernels.new_qkv(batch.num_rows), kernels.new_qkv(batch.num_rows)
-
-    def project_qkv(layer: int, block: Block, out: Array) -> None:
-        rows = slice(block.start, block.stop)
-        pieces = [rotary[tile.start - tile.first : tile.stop - tile.first] for tile in block.tiles]
-        kernels.qkv(layer, x[rows], pieces, out[rows])
-
-    with kernels.session(step_threads):
-        pool.run(lambda block: project_qkv(0, block, current), blocks)
-    for layer in range(layers):
-        maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
-        maps_only = layer >= full_layers and layer + 1 == map_layers
-
-        # Bound as defaults: a closure over loop variables would see the next layer's.
-        def run_block(
-            block: Block,
-            layer: int = layer,
-            maps: Sequence[AttentionMaps | None] = maps,
-            maps_only: bool = maps_only,
-            qkv: Array = current,
-            next_qkv: Array = following,
-        ) -> None:
-            rows = x[block.start : block.stop]
-            context = None if maps_only else np.empty_like(rows)
-            for tile in _merge_tiles(block.tiles, maps) if kernels.merges_tiles else block.tiles:
-                out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
-                kernels.attention(qkv[tile.start : tile.stop], qkv[tile.first : tile.last], out, maps[tile.index])
-            if context is None:
-                return
-            kernels.project_and_feed_forward(layer, context, rows)
-            if layer + 1 < layers:
-                project_qkv(layer + 1, block, next_qkv)
-            elif layer + 1 == num_layers:
-                kernels.final_norm(rows, out=rows)
-
-        with kernels.session(step_threads):
-            pool.run(run_block, blocks)
-        _collect_maps(layer, tiles, maps, contacts, summary)
-        if layer + 1 in representations:
-            take(layer + 1, x)
-        current, following = following, current
-
-
-def _merge_tiles(tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None]) -> list[Tile]:
-    """Neighbours of one sequence as one tile, where neither leaves maps: its keys are then read once."""
-    merged: list[Tile] = []
-    for tile in tiles:
-        last = merged[-1] if merged else None
-        if last and last.sequence == tile.sequence and maps[last.index] is None and maps[tile.index] is None:
-            merged[-1] = replace(last, stop=tile.stop)
+    forward = kernels.forward(pool, batch, layers, with_maps=map_layers > 0)
+    if 0 in representations:
+        take(0, forward.x)
+    tiles = batch.tiles() if map_layers else []
+    layer = 0
+    while layer < layers:
+        if layer < map_layers:
+            stop = layer + 1
+            maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
+            forward.advance(stop, maps, maps_only=layer >= full_layers and stop == map_layers)
+            _collect_maps(layer, tiles, maps, contacts, summary)
         else:
-            merged.append(tile)
-    return merged
-
-
-def _divide_threads(kernels: Kernels, rows: int, threads: int) -> tuple[int, int]:
-    """(blocks at a time, threads that one step may use by itself) for a batch of this many rows."""
-    return (1, threads) if rows <= kernels.single_block_rows else (threads, 1)
+            stop = min(wanted for wanted in representations if wanted > layer)
+            forward.advance(stop)
+        if stop in representations:
+            take(stop, forward.x)
+        layer = stop
 
 
 def _request_maps(
@@ -154,7 +96,7 @@ def _collect_maps(
 def lm_logits(kernels: Kernels, pool: WorkerPool, rows: Array) -> Array:
     """Logits of the 20 amino acids for final-layer rows: (R, D) -> (R, 20)."""
     logits = np.empty((len(rows), 20), kernels.dtype)
-    block_threads, step_threads = _divide_threads(kernels, len(rows), pool.threads)
+    block_threads, step_threads = divide_threads(kernels, len(rows), pool.threads)
     step = max(1, min(_LM_HEAD_ROWS, -(-len(rows) // block_threads)))
 
     def run(start: int) -> None:

@@ -55,7 +55,8 @@ class ContactHead:
         residues = _residues(tile, maps)
         length = tile.last - tile.first - 2
         maps.heads, maps.coefficients = heads, self._coefficients[layer]
-        maps.weighted = self._weighted[tile.sequence][residues]
+        # Transposed: kernels have queries as neighbours, and M + Mᵀ is all that counts.
+        maps.weighted = self._weighted[tile.sequence].T[residues]
         maps.row_sums = np.empty((len(heads), residues.stop - residues.start))
         maps.column_sums = np.empty((len(heads), length))
 

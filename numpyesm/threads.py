@@ -95,6 +95,23 @@ class WorkerPool:
             for future in futures:
                 future.exception()
 
+    def run_together(self, work: Callable[[int], None], count: int, give_up: Callable[[], None]) -> None:
+        """Call `work(0)` … `work(count - 1)` on workers, even a single one, and return when all are done.
+
+        For long calls of compiled code, which cannot be interrupted: on an error, and on KeyboardInterrupt in the
+        caller, `give_up` is called, and must make them return soon. They may run one after the other.
+        """
+        executor = self._get_executor()
+        futures = [executor.submit(work, index) for index in range(count)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            give_up()
+            for future in futures:
+                future.cancel() or future.exception()
+            raise
+
     def _get_executor(self) -> ThreadPoolExecutor:
         with self._lock:
             # After a fork the threads are gone though the object is there.

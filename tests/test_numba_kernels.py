@@ -5,6 +5,7 @@ The file runs once for the host's best instruction set, and in other processes f
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -20,10 +21,12 @@ import numba
 
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.kernels.base import AttentionMaps
-from numpyesm.kernels.numba_ import gemm, steps
-from numpyesm.kernels.numba_.emitter import TILE_COLUMNS, TILE_ROWS
+from numpyesm.kernels.numba_ import attention, bf16, fp32, gemm, int8, steps
+from numpyesm.kernels.numba_.emitter import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
+from numpyesm.kernels.numba_.forward import cut_blocks, map_table
 from numpyesm.kernels.numba_.isa import host_isa, host_levels
 from numpyesm.kernels.numba_.kernels import NumbaKernels
+from numpyesm.kernels.numba_.layout import address
 from numpyesm.kernels.reference_numpy import NumpyKernels
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import quantise_columns
@@ -34,19 +37,108 @@ SHAPES["odd"] = ModelConfig(1, 30, 3, 50)
 
 
 @numba.njit
-def _linear(x, piece, weight, bias, columns, step, out, tile):  # type: ignore[no-untyped-def]
-    gemm.linear(x, x.shape[1], piece, weight, bias, columns, step, out, tile)
+def _linear(x, rows, inner, piece, weight, bias, columns, step, out, tile):  # type: ignore[no-untyped-def]
+    gemm.linear(
+        x, 4 * inner, rows, inner, piece, weight, inner * TILE_BYTES, bias, columns, step, out, 4 * columns, tile
+    )
 
 
 @numba.njit
-def _quantise_rows(x, out, scales, offsets):  # type: ignore[no-untyped-def]
-    steps.quantise_rows(x, x.shape[1], out, scales, offsets)
+def _quantise_rows(x, rows, width, out, out_step, levels):  # type: ignore[no-untyped-def]
+    steps.quantise_rows(x, 4 * width, rows, width, out, out_step, levels, rows)
 
 
 def linear(x: Any, weight: Any, bias: Any, step: int, out: Any, piece: int = 100) -> Any:
-    tile = gemm.aligned(TILE_ROWS * TILE_COLUMNS)
-    _linear(x, piece, gemm.pack_panels(weight), gemm.padded_columns(bias), weight.shape[1], step, out, tile)
+    tile, packed, padded = gemm.aligned(TILE_ROWS * TILE_COLUMNS), gemm.pack_panels(weight), gemm.padded_columns(bias)
+    _linear(
+        address(x),
+        *x.shape,
+        piece,
+        address(packed),
+        address(padded),
+        weight.shape[1],
+        step,
+        address(out),
+        address(tile),
+    )
     return out
+
+
+class Steps:
+    """Compiled steps of a model of one layer, on arrays."""
+
+    def __init__(self, checkpoint: Any, precision: str = "fp32") -> None:
+        self.kernels = NumbaKernels(checkpoint, precision)
+        self.config, self.dtype = self.kernels.config, np.dtype(np.float32)
+        self.compiled = {"fp32": fp32, "bf16": bf16, "int8": int8}[precision]
+        self.narrow = self.kernels.qkv_dtype == np.uint16
+
+    def tables(self, rows: int, length: int, with_maps: bool = False) -> tuple[Any, Any]:
+        model, self.rotary = self.kernels.model_table(length)
+        return model, self.kernels.room(rows, length, with_maps)
+
+    def project(self, x: Any, start: int = 0) -> Any:
+        """Query, key and value (3, H, rows, padded C) as they lie in memory."""
+        rows, kernels = len(x), self.kernels
+        out = gemm.aligned(3 * rows * self.config.num_heads * kernels.head_dim, kernels.qkv_dtype)
+        model, room = self.tables(rows, start + rows)
+        positions = np.arange(start, start + rows)
+        self.compiled.project_qkv(
+            address(model),
+            address(kernels.layers),
+            address(room),
+            address(x),
+            rows,
+            address(positions),
+            rows,
+            address(out),
+        )
+        return out.reshape(3, self.config.num_heads, rows, kernels.head_dim)
+
+    def plain(self, qkv: Any) -> Any:
+        """The same as (rows, 3D) numbers, queries without the factor that makes scores exponents of two."""
+        if self.narrow:
+            qkv = (qkv.astype(np.uint32) << 16).view(np.float32)
+        found = qkv[..., : self.config.head_dim].transpose(2, 0, 1, 3).astype(np.float64)
+        found[:, 0] /= math.log2(math.e)
+        return found.reshape(len(found), -1)
+
+    def attention(self, qkv: Any, start: int, stop: int, maps: Any = None, context: bool = True) -> Any:
+        """Context (stop - start, D) of some rows; the maps are filled in."""
+        kernels, length = self.kernels, qkv.shape[2]
+        model, room = self.tables(stop - start, length, maps is not None)
+        out = np.full((stop - start, self.config.num_heads, kernels.head_dim), 7, np.float32)
+        table, summaries, kept = map_table([maps], [length], self.config.num_heads, not context) if maps else (0, [], 0)
+        at = address(qkv)
+        row = kernels.head_dim * qkv.itemsize
+        attend = attention.attend_bf16 if self.narrow else attention.attend
+        attend(
+            address(model),
+            address(room),
+            at + start * row,
+            stop - start,
+            at,
+            length,
+            length,
+            address(out),
+            address(table) if maps else 0,
+        )
+        if maps:
+            maps.summary[...] = summaries[0]
+            del kept
+        if not context:
+            assert (out == 7).all()
+        return out[..., : self.config.head_dim].reshape(stop - start, -1)
+
+    def project_and_feed_forward(self, context: Any, x: Any) -> None:
+        """In place on x (rows, D)."""
+        kernels, config = self.kernels, self.config
+        padded = np.zeros((len(x), config.num_heads, kernels.head_dim), np.float32)
+        padded[..., : config.head_dim] = context.reshape(len(x), config.num_heads, -1)
+        model, room = self.tables(len(x), 1)
+        self.compiled.project_and_feed_forward(
+            address(model), address(kernels.layers), address(room), address(padded), address(x), len(x)
+        )
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -54,18 +146,18 @@ def normal(*shape: int, seed: int = 0) -> Any:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def backends(request: pytest.FixtureRequest) -> tuple[NumbaKernels, NumpyKernels]:
+def backends(request: pytest.FixtureRequest) -> tuple[Steps, NumpyKernels]:
     checkpoint = random_checkpoint(SHAPES[request.param], seed=3)
-    return NumbaKernels(checkpoint), NumpyKernels(checkpoint, "fp64")
+    return Steps(checkpoint), NumpyKernels(checkpoint, "fp64")
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[NumbaKernels, NumpyKernels]:
+def small() -> tuple[Steps, NumpyKernels]:
     checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
-    return NumbaKernels(checkpoint), NumpyKernels(checkpoint, "fp64")
+    return Steps(checkpoint), NumpyKernels(checkpoint, "fp64")
 
 
-def project(kernels: Any, x: Any, start: int = 0) -> Any:
+def project(kernels: NumpyKernels, x: Any, start: int = 0) -> Any:
     out = kernels.new_qkv(len(x))
     kernels.qkv(0, x.astype(kernels.dtype), [kernels.rotary_tables(start + len(x))[start:]], out)
     return out
@@ -106,18 +198,17 @@ def test_gelu_is_the_exact_form() -> None:
 @pytest.mark.parametrize("rows", [1, 13, 101])
 def test_qkv(backends: Any, rows: int) -> None:
     ours, reference = backends
-    x, width = normal(rows, ours.config.embed_dim), ours.config.embed_dim
-    found = project(ours, x, start=5).reshape(rows, 3 * width).astype(np.float64)
-    found[:, :width] /= math.log2(math.e)
+    x = normal(rows, ours.config.embed_dim)
+    found = ours.plain(ours.project(x, start=5))
     np.testing.assert_allclose(found, project(reference, x, start=5), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 13, 101])
+@pytest.mark.parametrize("rows", [1, 13, 101, 300])
 def test_project_and_feed_forward(backends: Any, rows: int) -> None:
     ours, reference = backends
     context, x = normal(rows, ours.config.embed_dim), normal(rows, ours.config.embed_dim, seed=1)
     found, exact = x.copy(), x.astype(np.float64)
-    ours.project_and_feed_forward(0, context, found)
+    ours.project_and_feed_forward(context, found)
     reference.project_and_feed_forward(0, context.astype(np.float64), exact)
     np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6)
 
@@ -126,58 +217,60 @@ def test_project_and_feed_forward(backends: Any, rows: int) -> None:
 def test_norm_and_lm_head(backends: Any, rows: int) -> None:
     ours, reference = backends
     x = normal(rows, ours.config.embed_dim) + np.float32(0.5)
-    normed, exact = np.empty_like(x), np.empty(x.shape)
-    ours.final_norm(x, normed)
-    reference.final_norm(x.astype(np.float64), exact)
-    np.testing.assert_allclose(normed, exact, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(ours.lm_head(x), reference.lm_head(x.astype(np.float64)), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(ours.kernels.lm_head(x), reference.lm_head(x.astype(np.float64)), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 3), (17, 17), (33, 40), (43, 258), (64, 700)])
 def test_attention(backends: Any, rows: int, length: int) -> None:
     ours, reference = backends
     x = normal(length, ours.config.embed_dim)
-    qkv, exact_qkv = project(ours, x), project(reference, x)
-    found, exact = np.empty((rows, x.shape[1]), np.float32), np.empty((rows, x.shape[1]))
-    ours.attention(qkv[:rows], qkv, found, None)
+    qkv, exact_qkv = ours.project(x), project(reference, x)
+    exact = np.empty((rows, x.shape[1]))
     reference.attention(exact_qkv[:rows], exact_qkv, exact, None)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(ours.attention(qkv, 0, rows), exact, rtol=0, atol=5e-6)
 
 
-def test_attention_that_is_sharp(small: Any) -> None:
-    """Scores of hundreds, where an exponential without its row's maximum would overflow."""
-    ours, reference = small
-    x = normal(300, 480)
-    qkv, exact_qkv = project(ours, x), project(reference, x)
-    qkv[:, :2] *= 16
-    exact_qkv[:, : 2 * 480] = qkv[:, :2].reshape(300, 960)
-    exact_qkv[:, :480] /= math.log2(math.e)
-    found, exact = np.empty((64, 480), np.float32), np.empty((64, 480))
-    ours.attention(qkv[:64], qkv, found, None)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shift", [0, 150, -150])
+def test_attention_out_of_the_range_of_exponentials(shift: int, precision: str) -> None:
+    """Scores of hundreds, where an exponential without its row's maximum would overflow; all far below zero; both."""
+    if precision not in host_isa().precisions:
+        pytest.skip(f"{host_isa().name} has no {precision}")
+    checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
+    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+    qkv = ours.project(normal(300, 480))
+    numbers = (qkv.astype(np.uint32) << 16).view(np.float32) if ours.narrow else qkv
+    numbers[:2] *= 16
+    if shift:  # the same for all keys of some queries: a channel that every key shares
+        numbers[1, :, :, 0] = 1
+        numbers[0, :, :, 0] = np.where(np.arange(300) % 3 == 0, shift, 0)
+        numbers[:2, :, :, 1] = 0
+    if ours.narrow:  # all of these are bf16 already, as 16 is a power of two
+        qkv = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    exact_qkv, exact = ours.plain(qkv), np.empty((64, 480))
     reference.attention(exact_qkv[:64], exact_qkv, exact, None)
+    found = ours.attention(qkv, 0, 64)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if precision == "fp32" else 2e-2)
+    for first, last in ((0, 1), (3, 40)):
+        np.testing.assert_array_equal(ours.attention(qkv, first, last), found[first:last])
 
 
 def test_attention_keeps_nan_in_its_row(small: Any) -> None:
     ours, _ = small
-    qkv = project(ours, normal(40, 480))
-    qkv[3, 0] = np.nan  # one query
-    out = np.empty((40, 480), np.float32)
-    ours.attention(qkv, qkv, out, None)
+    qkv = ours.project(normal(40, 480))
+    qkv[0, :, 3] = np.nan  # one query
+    out = ours.attention(qkv, 0, 40)
     assert np.isnan(out[3]).all()
     assert np.isfinite(np.delete(out, 3, axis=0)).all()
 
 
 def test_attention_of_a_row_does_not_depend_on_the_tile(small: Any) -> None:
     ours, _ = small
-    qkv = project(ours, normal(300, 480))
-    whole = np.empty((300, 480), np.float32)
-    ours.attention(qkv, qkv, whole, None)
+    qkv = ours.project(normal(300, 480))
+    whole = ours.attention(qkv, 0, 300)
     for first, last in ((0, 1), (7, 20), (40, 83), (200, 300)):
-        part = np.empty((last - first, 480), np.float32)
-        ours.attention(qkv[first:last], qkv, part, None)
-        np.testing.assert_array_equal(part, whole[first:last])
+        np.testing.assert_array_equal(ours.attention(qkv, first, last), whole[first:last])
 
 
 def make_maps(rows: int, first: int, last: int, length: int, dtype: Any) -> AttentionMaps:
@@ -186,30 +279,50 @@ def make_maps(rows: int, first: int, last: int, length: int, dtype: Any) -> Atte
         slice(first, last),
         heads,
         np.array([0.5, -2.0, 3.0]),
-        np.ones((last - first, length - 2)),
+        np.ones((length - 2, last - first)).T,
         np.empty((3, last - first)),
         np.empty((3, length - 2)),
         np.empty(length, dtype),
     )
 
 
-@pytest.mark.parametrize(("start", "rows", "length"), [(0, 3, 3), (0, 43, 258), (200, 58, 258), (60, 33, 400)])
-def test_maps(small: Any, start: int, rows: int, length: int) -> None:
-    ours, reference = small
-    x = normal(length, 480)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("start", "rows", "length"), [(0, 3, 3), (0, 43, 257), (200, 58, 258), (60, 33, 400)])
+def test_maps(start: int, rows: int, length: int, precision: str) -> None:
+    if precision not in host_isa().precisions:
+        pytest.skip(f"{host_isa().name} has no {precision}")
+    checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
+    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     first, last = int(start == 0), rows - int(start + rows == length)
     found, exact = (make_maps(rows, first, last, length, dtype) for dtype in (np.float32, np.float64))
-    qkv, exact_qkv = project(ours, x), project(reference, x)
-    with_maps, without = (np.empty((rows, 480), np.float32) for _ in range(2))
-    ours.attention(qkv[start : start + rows], qkv, with_maps, found)
-    ours.attention(qkv[start : start + rows], qkv, without, None)
+    qkv = ours.project(normal(length, 480))
+    exact_qkv = ours.plain(qkv)
+    with_maps = ours.attention(qkv, start, start + rows, found)
+    np.testing.assert_array_equal(with_maps, ours.attention(qkv, start, start + rows))
     reference.attention(exact_qkv[start : start + rows], exact_qkv, None, exact)
-    np.testing.assert_array_equal(with_maps, without)
+    bound = 2e-5 if precision == "fp32" else 2e-3
     for name in ("weighted", "row_sums", "column_sums", "summary"):
-        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=0, atol=bound, err_msg=name)
     again = make_maps(rows, first, last, length, np.float32)
-    ours.attention(qkv[start : start + rows], qkv, None, again)  # maps without context
+    ours.attention(qkv, start, start + rows, again, context=False)
     np.testing.assert_array_equal(again.weighted, found.weighted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("lengths", [[3], [102], [514], [2050], [258] * 8, [3, 700, 40, 40, 2, 1], [5] * 300])
+def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
+    ends = np.cumsum([0, *lengths]).tolist()
+    spans = list(itertools.pairwise(ends))
+    blocks = cut_blocks(spans, threads)
+    pieces = [piece for block in blocks for piece in block]
+    rows = [row for start, stop, _, _ in pieces for row in range(start, stop)]
+    assert rows == list(range(ends[-1]))
+    assert all((first, last) in spans and first <= start < stop <= last for start, stop, first, last in pieces)
+    sizes = [block[-1][1] - block[0][0] for block in blocks]
+    assert max(sizes) <= 256 + 32
+    if ends[-1] >= 64 * threads:
+        assert len(blocks) % threads == 0
+        assert max(sizes) <= ends[-1] / len(blocks) + 32
 
 
 def test_quantised_columns() -> None:
@@ -224,8 +337,9 @@ def test_quantised_columns() -> None:
 def test_quantised_rows() -> None:
     x = normal(7, 45)
     x[2] = 1.5
-    levels, scales, offsets = np.empty((7, 48), np.uint8), np.empty(7, np.float32), np.empty(7, np.float32)
-    _quantise_rows(x, levels, scales, offsets)
+    levels, found = np.empty((7, 48), np.uint8), np.empty((2, 7), np.float32)
+    _quantise_rows(address(x), 7, 45, address(levels), 48, address(found))
+    scales, offsets = found
     whole = levels.view(np.int8) if host_isa().name == "neon" else levels
     back = whole[:, :45] * scales[:, None] + offsets[:, None]
     assert (np.abs(back - x) <= scales[:, None] * 0.501 + 1e-6).all()
@@ -237,20 +351,23 @@ def test_low_precision_steps(shape: str, precision: str) -> None:
     if precision not in host_isa().precisions:
         pytest.skip(f"{host_isa().name} has no {precision}")
     checkpoint = random_checkpoint(SHAPES[shape], seed=3)
-    ours, reference = NumbaKernels(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     width = ours.config.embed_dim
     bound = {"bf16": 0.006, "int8": 0.03}[precision]
     for rows in (1, 13, 101):
         x = normal(rows, width)
-        found, exact = project(ours, x).reshape(rows, -1).astype(np.float64), project(reference, x)
-        found[:, :width] /= math.log2(math.e)
+        qkv, exact = ours.project(x), project(reference, x)
+        found = ours.plain(qkv)
         assert np.sqrt(np.mean((found - exact) ** 2)) < bound * exact.std()
+        context, rounded = ours.attention(qkv, 0, rows), np.empty((rows, width))
+        reference.attention(found, found, rounded, None)
+        assert np.sqrt(np.mean((context - rounded) ** 2)) < 0.006 * exact.std()
         y, z = x.copy(), x.astype(np.float64)
-        ours.project_and_feed_forward(0, x, y)
+        ours.project_and_feed_forward(x, y)
         reference.project_and_feed_forward(0, x.astype(np.float64), z)
         assert np.sqrt(np.mean((y - z) ** 2)) < bound * (z - x).std()
         single = x[-1:].copy()
-        ours.project_and_feed_forward(0, x[-1:].copy(), single)
+        ours.project_and_feed_forward(x[-1:], single)
         np.testing.assert_array_equal(single, y[-1:])
 
 

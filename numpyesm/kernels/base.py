@@ -1,4 +1,7 @@
-"""The handful of numeric steps that a backend provides; `encoder.py` is written once against them.
+"""What a backend provides; `encoder.py` is written once against it.
+
+A backend either takes a pass through the layers as a whole (`Kernels.forward`), or provides the handful of numeric
+steps that a layer consists of (`SteppedKernels`).
 
 Shapes: D width, H heads, C channels a head (D = H·C), F feed-forward width, R rows of one block or tile,
 L tokens of one sequence (residues + 2), T rows of the whole packed batch.
@@ -7,6 +10,7 @@ L tokens of one sequence (residues + 2), T rows of the whole packed batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..batch import Batch
 from ..config import ModelConfig
+from ..threads import WorkerPool
 
 Array = npt.NDArray[Any]
 
@@ -50,10 +56,36 @@ class AttentionMaps:
     summary: Array | None = None
 
 
-class Kernels(ABC):
-    """Weights of one model, laid out for one backend, and the steps of the forward pass on blocks of rows.
+class Forward(ABC):
+    """A forward pass under way: the embedding is done, and layers follow as far as they are asked for.
 
-    All methods may be called from several threads at once, on blocks that do not overlap.
+    Attributes
+    ----------
+    x : ndarray (T, D)
+        Rows of the residual stream after the layers so far; after the last layer, through the final LayerNorm.
+    """
+
+    x: Array
+
+    @abstractmethod
+    def advance(self, stop: int, maps: Sequence[AttentionMaps | None] | None = None, maps_only: bool = False) -> None:
+        """Run the layers that follow, up to number `stop`.
+
+        Parameters
+        ----------
+        stop : int
+            Layers done afterwards; the next one where there are maps.
+        maps : sequence of AttentionMaps or None, optional
+            What each tile of the batch must leave.
+        maps_only : bool
+            Nothing else is wanted of this layer: `x` stays as it is, and no layer may follow.
+        """
+
+
+class Kernels(ABC):
+    """Weights of one model, laid out for one backend, and the arithmetic on packed rows.
+
+    All methods may be called from several threads at once.
     """
 
     config: ModelConfig
@@ -64,12 +96,29 @@ class Kernels(ABC):
     # Batches of at most this many rows run as one block: the backend spreads its own steps over the threads.
     single_block_rows: int = 0
 
-    # Whether `attention` may get several tiles of a sequence at once where no maps are wanted, with the same result.
-    merges_tiles: bool = False
-
     def session(self, threads: int) -> AbstractContextManager[Any]:
         """Held while a forward pass runs; `threads` is how many threads one step may use by itself."""
         return nullcontext()
+
+    @abstractmethod
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
+        """Begin a pass of `layers` layers over `batch`; with maps, tiles are not put together."""
+
+    @abstractmethod
+    def lm_head(self, x: Array) -> Array:
+        """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""
+
+
+class SteppedKernels(Kernels):
+    """A backend that provides the steps of a layer, each on a block of rows; `SteppedForward` puts them together.
+
+    All steps may be called from several threads at once, on blocks that do not overlap.
+    """
+
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
+        from .stepped import SteppedForward
+
+        return SteppedForward(self, pool, batch, layers)
 
     @abstractmethod
     def embed(self, tokens: Array, scale: Array) -> Array:
@@ -102,6 +151,7 @@ class Kernels(ABC):
     def final_norm(self, x: Array, out: Array) -> None:
         """LayerNorm after the last layer: (R, D) -> out (R, D)."""
 
-    @abstractmethod
-    def lm_head(self, x: Array) -> Array:
-        """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""
+
+def divide_threads(kernels: Kernels, rows: int, threads: int) -> tuple[int, int]:
+    """(blocks at a time, threads that one step may use by itself) for a batch of this many rows."""
+    return (1, threads) if rows <= kernels.single_block_rows else (threads, 1)

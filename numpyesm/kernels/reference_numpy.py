@@ -15,7 +15,7 @@ import numpy as np
 
 from ..alphabet import AMINO_ACID_COLUMNS
 from ..weights.checkpoint import Checkpoint
-from .base import Array, AttentionMaps, Kernels
+from .base import Array, AttentionMaps, SteppedKernels
 from .blas import blas_threads
 from .rotary import rotary_pair_order, rotary_turns
 
@@ -144,7 +144,7 @@ def exp_scores(scores: Array) -> None:
     np.exp(scores, out=scores)
 
 
-class NumpyKernels(Kernels):
+class NumpyKernels(SteppedKernels):
     """All steps on NumPy and its BLAS, in float32 or, for reference, float64.
 
     Query and key columns are reordered at load so that the two channels that rotate together are neighbours: the

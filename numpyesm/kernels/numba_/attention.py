@@ -1,8 +1,12 @@
-"""Attention of a tile of query rows over one sequence, without an array of all scores.
+"""Attention of a run of query rows over one sequence, without an array of all scores.
 
 Queries lie along the vector's lanes: a strip of scores is (keys × queries), so that the softmax of a query is
 arithmetic on its own lane, with no sum across lanes, and keys and values are used as they lie. Keys are taken in
-chunks that stay in the first cache; each chunk moves the running maximum, and what was summed before is rescaled.
+chunks that stay in the first cache.
+
+Softmax does not change when all scores of a query move by the same amount. Moving by their maximum keeps exponentials
+in range, at the price of a pass over the scores; so they are taken as they are first, while the product is still in
+registers, and only the lanes whose sum left the safe range are computed again, moved by their maximum.
 """
 
 from __future__ import annotations
@@ -16,42 +20,68 @@ from .emitter import (
     TILE_COLUMNS,
     TILE_ROWS,
     VECTOR_BYTES,
+    narrow_context,
+    narrow_context_bf16,
+    narrow_pairs_bf16,
+    narrow_product,
+    narrow_product_bf16,
+    narrow_scores,
+    narrow_scores_bf16,
+    wide_context,
+    wide_context_bf16,
+    wide_pairs_bf16,
+    wide_product,
+    wide_product_bf16,
+    wide_scores,
+    wide_scores_bf16,
+)
+from .int8 import NARROW
+from .layout import Maps, Model, Room
+from .steps import REASSOCIATE
+from .vectors import (
+    carray,
     column_maximum,
-    exp2_difference,
-    exponentiate_columns,
+    float32_at,
+    float64_at,
+    int64_at,
+    load_integer,
     load_number,
-    multiply_narrow,
-    multiply_narrow_transposed,
-    multiply_wide,
-    multiply_wide_transposed,
+    store_number,
+    store_pair,
     store_scaled,
     transpose_eight,
+    uint16_at,
+    uint32_at,
 )
-from .steps import REASSOCIATE
+
+INT = types.int64
 
 # Keys whose scores are held at a time: 16 kB of them, half of a small first cache.
 CHUNK_KEYS = max(32, 16384 // (4 * TILE_COLUMNS) // TILE_ROWS * TILE_ROWS)
+
+# Sums of exponentials outside this range are computed again: below it some of their terms may have vanished.
+_SAFE_LOWEST, _SAFE_HIGHEST = np.float32(2.0**-60), np.float32(2.0**100)
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _LOWEST = np.float32(-np.inf)
 
-
-def work_size(head_dim: int) -> int:
-    """Numbers that `attend` needs as `work`: queries and context of one head, and four rows of state."""
-    return (2 * head_dim + 4) * TILE_COLUMNS
+_HEADS, _HEAD_DIM = int(Model.HEADS), int(Model.HEAD_DIM)
+_QUERIES, _SCORES, _STATE, _CONTEXT = int(Room.QUERIES), int(Room.SCORES), int(Room.STATE), int(Room.STRIP_CONTEXT)
+_KEPT, _VALUES, _PAIRS, _FACTORS = int(Room.KEPT), int(Room.VALUES), int(Room.PAIRS), int(Room.FACTORS)
+_MAP_OF_HEAD, _COEFFICIENTS, _SUMMARY = int(Maps.MAP_OF_HEAD), int(Maps.COEFFICIENTS), int(Maps.SUMMARY)
+_WEIGHTED, _WEIGHTED_STEP = int(Maps.WEIGHTED), int(Maps.WEIGHTED_STEP)
+_ROW_SUMS, _ROW_SUMS_STEP = int(Maps.ROW_SUMS), int(Maps.ROW_SUMS_STEP)
+_COLUMN_SUMS, _COLUMN_SUMS_STEP = int(Maps.COLUMN_SUMS), int(Maps.COLUMN_SUMS_STEP)
+_FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RESIDUE), int(Maps.ONLY)
 
 
 def strip_size(length: int, with_maps: bool) -> int:
-    """Numbers that `attend` needs as `strip`: one chunk of scores, or all of them where maps are wanted."""
-    return (length if with_maps else CHUNK_KEYS) * TILE_COLUMNS
+    """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
+    return (length + 1 if with_maps else CHUNK_KEYS) * TILE_COLUMNS
 
 
-def wide_size(rows: int, length: int, with_contacts: bool) -> int:
-    """Numbers that `attend` needs as `wide`: sums, factors and maxima of the chunks, and strips of contacts."""
-    chunks = -(-length // CHUNK_KEYS)
-    strips = -(-rows // TILE_COLUMNS) * length if with_contacts else 0
-    return (1 + 2 * chunks + strips) * TILE_COLUMNS
+# -- products of one strip ------------------------------------------------------------------------------------------
 
 
 @helper
@@ -66,262 +96,354 @@ def _tile_height(rows):
 
 
 @helper
-def _score_chunk(queries, keys, keys_step, count, head_dim, lanes, scores):
-    """scores (count, lanes) = keys (count, C) · queries (C, lanes)"""
+def _exponentials(narrow, keep, queries, keys, step, count, head_dim, lanes, scores, shift, total):
+    """2^(keys (count, C) · queries (C, lanes) - shift) and their sums; bf16 leaves pairs unless they are to `keep`."""
     done = 0
     while done < count:
         height = _tile_height(count - done)
-        left, target = keys + done * keys_step, scores + 4 * done * lanes
-        if lanes == TILE_COLUMNS:
-            multiply_wide(height, left, keys_step, queries, head_dim, target, 4 * lanes, 0)
+        left = keys + done * step
+        if narrow:
+            if keep:
+                target = scores + 4 * done * lanes
+                if lanes == TILE_COLUMNS:
+                    wide_scores_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
+                else:
+                    narrow_scores_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
+            else:
+                target = scores + 2 * done * lanes
+                if lanes == TILE_COLUMNS:
+                    wide_pairs_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
+                else:
+                    narrow_pairs_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
         else:
-            multiply_narrow(height, left, keys_step, queries, head_dim, target, 4 * lanes, 0)
+            target = scores + 4 * done * lanes
+            if lanes == TILE_COLUMNS:
+                wide_scores(height, left, step, queries, head_dim, target, shift, total)
+            else:
+                narrow_scores(height, left, step, queries, head_dim, target, shift, total)
         done += height
 
 
 @helper
-def _add_context(scores, values, values_step, count, head_dim, lanes, context, add):
-    """context (C, lanes) = values (count, C) transposed · scores (count, lanes), added to what is there if `add`"""
+def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, highest):
+    """Each query's largest score over all keys."""
+    best = carray(float32_at(highest), (lanes,))
+    for lane in range(lanes):
+        best[lane] = _LOWEST
+    for first in range(0, length, CHUNK_KEYS):
+        count = min(CHUNK_KEYS, length - first)
+        done = 0
+        while done < count:
+            height = _tile_height(count - done)
+            left, target = keys + (first + done) * step, scores + 4 * done * lanes
+            if narrow:
+                if lanes == TILE_COLUMNS:
+                    wide_product_bf16(height, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
+                else:
+                    narrow_product_bf16(height, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
+            elif lanes == TILE_COLUMNS:
+                wide_product(height, left, step, queries, head_dim, target, 4 * lanes, 0)
+            else:
+                narrow_product(height, left, step, queries, head_dim, target, 4 * lanes, 0)
+            done += height
+        for at in range(0, 4 * lanes, VECTOR_BYTES):
+            column_maximum(scores + at, 4 * lanes, count, highest + at)
+
+
+@helper
+def _add_context(narrow, scores, values, step, count, head_dim, lanes, context, add):
+    """context (C, lanes) = values (count, C) transposed · scores (count, lanes), added to what is there if `add`.
+
+    bf16 takes neighbours of count in pairs, `count` of them.
+    """
     done = 0
     while done < head_dim:
         height = _tile_height(head_dim - done)
         left, target = values + 4 * done, context + 4 * done * lanes
-        if lanes == TILE_COLUMNS:
-            multiply_wide_transposed(height, left, values_step, scores, count, target, 4 * lanes, add)
+        if narrow:
+            if lanes == TILE_COLUMNS:
+                wide_context_bf16(height, left, step, scores, count, target, 4 * lanes, add)
+            else:
+                narrow_context_bf16(height, left, step, scores, count, target, 4 * lanes, add)
+        elif lanes == TILE_COLUMNS:
+            wide_context(height, left, step, scores, count, target, 4 * lanes, add)
         else:
-            multiply_narrow_transposed(height, left, values_step, scores, count, target, 4 * lanes, add)
+            narrow_context(height, left, step, scores, count, target, 4 * lanes, add)
         done += height
 
 
+# -- in and out of strips -------------------------------------------------------------------------------------------
+
+
 @helper
-def _gather_queries(query, step, count, head_dim, lanes, out):
-    """One head of `count` query rows (count, C), transposed, other lanes zero: -> out (C, lanes) flat"""
+def _gather_queries(query, step, count, items, lanes, out):
+    """One head of `count` query rows, `items` numbers of four bytes each: -> (items, lanes), other lanes zero."""
     if count < lanes:
-        out[: head_dim * lanes] = _ZERO
-    whole = count // 8 * 8 if head_dim % 8 == 0 else 0
+        every = carray(float32_at(out), (items * lanes,))
+        every[:] = _ZERO
+    whole = count // 8 * 8 if items >= 8 else 0
     for lane in range(0, whole, 8):
-        for channel in range(0, head_dim, 8):
-            target = out.ctypes.data + 4 * (channel * lanes + lane)
-            transpose_eight(query + lane * step + 4 * channel, step, target, 4 * lanes)
+        for start in range(0, items, 8):
+            item = min(start, items - 8)  # the last eight may overlap those before
+            transpose_eight(query + lane * step + 4 * item, step, out + 4 * (item * lanes + lane), 4 * lanes)
     for lane in range(whole, count):
-        for channel in range(head_dim):
-            out[channel * lanes + lane] = load_number(query + lane * step + 4 * channel)
+        for item in range(items):
+            store_number(load_number(query + lane * step + 4 * item), out + 4 * (item * lanes + lane))
 
 
 @helper
-def _scatter_context(context, total, inverse, start, count, column, head_dim, lanes, out):
+def _scatter_context(context, total, inverse, count, head_dim, lanes, out, step):
     """context (C, lanes) / total (lanes,), transposed, into one head's columns of `count` rows; `inverse` is room."""
+    sums, factors = carray(float32_at(total), (lanes,)), carray(float32_at(inverse), (lanes,))
     for lane in range(lanes):
-        inverse[lane] = _ONE / total[lane]
+        factors[lane] = _ONE / sums[lane]
     for channel in range(head_dim):
         for at in range(0, 4 * lanes, VECTOR_BYTES):
-            here = context.ctypes.data + 4 * channel * lanes + at
-            store_scaled(here, inverse.ctypes.data + at, here)
-    whole = count // 8 * 8 if head_dim % 8 == 0 else 0
-    step = 4 * out.shape[1]
+            here = context + 4 * channel * lanes + at
+            store_scaled(here, inverse + at, here)
+    whole = count // 8 * 8
     for lane in range(0, whole, 8):
         for channel in range(0, head_dim, 8):
-            source = context.ctypes.data + 4 * (channel * lanes + lane)
-            target = out.ctypes.data + (start + lane) * step + 4 * (column + channel)
-            transpose_eight(source, 4 * lanes, target, step)
+            transpose_eight(context + 4 * (channel * lanes + lane), 4 * lanes, out + lane * step + 4 * channel, step)
     for lane in range(whole, count):
-        row = out[start + lane]
         for channel in range(head_dim):
-            row[column + channel] = context[channel * lanes + lane]
+            store_number(load_number(context + 4 * (channel * lanes + lane)), out + lane * step + 4 * channel)
 
 
 @helper
-def _attend_head(queries, context, state, keys, values, step, length, head_dim, lanes, strip, maxima, keep):
-    """One head for up to `lanes` queries: leaves the unnormalised context and, in `state`, each lane's sum.
+def _pair_values(values, length, head_dim, out):
+    """Neighbouring rows of bf16 side by side: (L, C) -> (L / 2, C) pairs, the last one filled up with zeros."""
+    for pair in range(length // 2):
+        low = carray(uint16_at(values + 4 * pair * head_dim), (head_dim,))
+        high = carray(uint16_at(values + (4 * pair + 2) * head_dim), (head_dim,))
+        target = carray(uint32_at(out + 4 * pair * head_dim), (head_dim,))
+        for channel in range(head_dim):
+            target[channel] = np.uint32(low[channel]) | (np.uint32(high[channel]) << np.uint32(16))
+    if length % 2:
+        low = carray(uint16_at(values + 2 * (length - 1) * head_dim), (head_dim,))
+        target = carray(uint32_at(out + 2 * (length - 1) * head_dim), (head_dim,))
+        for channel in range(head_dim):
+            target[channel] = np.uint32(low[channel])
 
-    With `keep`, all exponentials stay in `strip` (L, lanes), each chunk relative to its row of `maxima`.
+
+@helper
+def _pair_scores(scores, count, lanes, out):
+    """Neighbouring rows of float32 rounded to bf16, side by side: (count, lanes) -> (count / 2, lanes) pairs.
+
+    After an odd number of rows the next one must be zero.
     """
-    highest, total, before, factor = state[0], state[1], state[2], state[3]
-    for lane in range(lanes):
-        highest[lane], total[lane] = _LOWEST, _ZERO
-    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
-    for chunk in range(chunks):
-        first, last = length * chunk // chunks, length * (chunk + 1) // chunks
-        count = last - first
-        scores = strip.ctypes.data + (4 * first * lanes if keep else 0)
-        _score_chunk(queries.ctypes.data, keys + first * step, step, count, head_dim, lanes, scores)
+    for pair in range((count + 1) // 2):
+        low = scores + 8 * pair * lanes
         for at in range(0, 4 * lanes, VECTOR_BYTES):
-            for lane in range(at // 4, at // 4 + LANES):
-                before[lane] = highest[lane]
-            column_maximum(scores + at, 4 * lanes, count, highest.ctypes.data + at)
-            if chunk > 0:
-                fit = factor.ctypes.data + at
-                exp2_difference(before.ctypes.data + at, highest.ctypes.data + at, fit)
-                store_scaled(total.ctypes.data + at, fit, total.ctypes.data + at)
-                for channel in range(head_dim):
-                    here = context.ctypes.data + 4 * channel * lanes + at
-                    store_scaled(here, fit, here)
-            exponentiate_columns(scores + at, 4 * lanes, count, highest.ctypes.data + at, total.ctypes.data + at)
-        if keep:
-            for lane in range(lanes):
-                maxima[chunk, lane] = highest[lane]
-        _add_context(scores, values + first * step, step, count, head_dim, lanes, context.ctypes.data, chunk)
+            store_pair(low + at, low + 4 * lanes + at, out + 4 * pair * lanes + at)
 
 
 @helper
-def _chunk_factors(maxima, state, chunks, count, lanes, factors):
-    """What turns kept exponentials into attention: 2^(chunk's maximum - maximum) / sum, 0 in unused lanes."""
-    for chunk in range(chunks):
-        for lane in range(lanes):
-            if lane < count:
-                shift = maxima[chunk, lane] - np.float64(state[0, lane])
-                factors[chunk, lane] = np.exp2(shift) / np.float64(state[1, lane])
-            else:
-                factors[chunk, lane] = 0.0
+def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
+    """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
-
-@helper(fastmath=REASSOCIATE)
-def _add_summary(strip, factors, length, lanes, summary):
-    """summary (L,) += attention summed over queries"""
-    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
-    for chunk in range(chunks):
-        row = factors[chunk]
-        for key in range(length * chunk // chunks, length * (chunk + 1) // chunks):
-            column = 0.0
-            for lane in range(lanes):
-                column += np.float64(strip[key * lanes + lane]) * row[lane]
-            summary[key] += column
-
-
-@helper(fastmath=REASSOCIATE)
-def _add_contacts(strip, factors, length, lanes, coefficient, weighted, row_sums, column_sums):
-    """One head's attention on residues: weighted (L, lanes) += coefficient · it; its sums are added to the others."""
-    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
-    for chunk in range(chunks):
-        row = factors[chunk]
-        first, last = length * chunk // chunks, length * (chunk + 1) // chunks
-        for key in range(max(first, 1), min(last, length - 1)):
-            column = 0.0
-            for lane in range(lanes):
-                attention = np.float64(strip[key * lanes + lane]) * row[lane]
-                column += attention
-                row_sums[lane] += attention
-                weighted[key * lanes + lane] += coefficient * attention
-            column_sums[key - 1] += column
-
-
-_ROWS = types.float32[:, ::1]
-_FLAT = types.float32[::1]
-_INDEX = types.int64[::1]
-_WIDE = types.float64[::1]
-_WIDE_ROWS = types.float64[:, ::1]
-
-
-@kernel(
-    "all",
-    *[types.int64] * 7,
-    _ROWS,
-    types.int64,
-    types.int64,
-    _FLAT,
-    _FLAT,
-    _INDEX,
-    _WIDE,
-    *[_WIDE_ROWS] * 3,
-    _WIDE,
-    types.int64,
-    types.int64,
-    _WIDE,
-)
-def attend(
-    query,
-    rows,
-    keys,
-    length,
-    step,
-    part_step,
-    head_step,
-    out,
-    width,
-    heads,
-    strip,
-    work,
-    map_of_head,
-    coefficients,
-    weighted,
-    row_sums,
-    column_sums,
-    summary,
-    first_residue,
-    last_residue,
-    wide,
-):
-    """Attention of `rows` rows at address `query` over the `length` rows of a sequence at `keys`: -> out (R, D).
-
-    An `out` of no rows takes nothing. Rows are as `new_qkv` lays them out: (row, part, head, channel) with the first
-    three `step`, `part_step` and `head_step` bytes apart. Scores are exponents of two: log2(e) is in the queries.
-
-    See `AttentionMaps` for the maps; `map_of_head` (H,) is the index of a head's map or -1, `column_sums` comes set to
-    zero, and so does `summary` (L,), empty if it is not wanted. `strip`, `work` and `wide` are room, see `strip_size`
-    and so on.
+    Row 0 is what scores are moved by. With `keep`, all exponentials stay in `scores` (L, lanes).
     """
-    head_dim = width // heads
-    state = work[: 4 * TILE_COLUMNS].reshape(4, TILE_COLUMNS)
-    queries = work[4 * TILE_COLUMNS : (4 + head_dim) * TILE_COLUMNS]
-    context = work[(4 + head_dim) * TILE_COLUMNS : (4 + 2 * head_dim) * TILE_COLUMNS]
-    with_summary, with_contacts = summary.shape[0] > 0, coefficients.shape[0] > 0
-    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
-    sums = wide[:TILE_COLUMNS]
-    factors = wide[TILE_COLUMNS : (1 + chunks) * TILE_COLUMNS].reshape(chunks, TILE_COLUMNS)
-    maxima = wide[(1 + chunks) * TILE_COLUMNS : (1 + 2 * chunks) * TILE_COLUMNS].reshape(chunks, TILE_COLUMNS)
-    local = wide[(1 + 2 * chunks) * TILE_COLUMNS :]
-    if with_contacts:
-        local[: (rows + TILE_COLUMNS - 1) // TILE_COLUMNS * length * TILE_COLUMNS] = 0.0
+    shift, total = state, state + 4 * lanes
+    sums = carray(float32_at(total), (lanes,))
+    for lane in range(lanes):
+        sums[lane] = _ZERO
+    for first in range(0, length, CHUNK_KEYS):
+        count = min(CHUNK_KEYS, length - first)
+        chunk = scores + (4 * first * lanes if keep else 0)
+        _exponentials(narrow, keep, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift, total)
+        if not narrow:
+            _add_context(narrow, chunk, values + first * step, step, count, head_dim, lanes, context, first)
+            continue
+        if keep:
+            if count % 2:
+                after = carray(float32_at(chunk + 4 * count * lanes), (lanes,))
+                after[:] = _ZERO
+            _pair_scores(chunk, count, lanes, pairs)
+            chunk = pairs
+        here = values + 2 * first * head_dim
+        _add_context(narrow, chunk, here, 4 * head_dim, (count + 1) // 2, head_dim, lanes, context, first)
+
+
+@helper
+def _safe(total, count):
+    """Whether the sums of all `count` lanes are in the safe range; NaN is not."""
+    sums = carray(float32_at(total), (count,))
+    safe = True
+    for lane in range(count):
+        safe = safe and _SAFE_LOWEST < sums[lane] < _SAFE_HIGHEST
+    return safe
+
+
+@helper
+def _restore_safe_lanes(kept, state, context, head_dim, lanes):
+    """Put back context and sum of the lanes that were in the safe range: they must not depend on their neighbours."""
+    sums, before = carray(float32_at(state + 4 * lanes), (lanes,)), carray(float32_at(kept), (1 + head_dim, lanes))
+    rows = carray(float32_at(context), (head_dim, lanes))
+    for lane in range(lanes):
+        if _SAFE_LOWEST < before[0, lane] < _SAFE_HIGHEST:
+            sums[lane] = before[0, lane]
+            for channel in range(head_dim):
+                rows[channel, lane] = before[1 + channel, lane]
+
+
+@helper
+def _keep(kept, state, context, head_dim, lanes):
+    """Copy sums and context."""
+    sums, rows = carray(float32_at(state + 4 * lanes), (lanes,)), carray(float32_at(context), (head_dim * lanes,))
+    target = carray(float32_at(kept), ((1 + head_dim) * lanes,))
+    target[:lanes] = sums
+    target[lanes:] = rows
+
+
+# -- maps -----------------------------------------------------------------------------------------------------------
+
+
+@helper(fastmath=REASSOCIATE)
+def _add_summary(scores, factors, length, lanes, summary):
+    """summary (L,) += attention summed over queries: exponentials (L, lanes) times factors (lanes,) float64"""
+    factor, sums = carray(float64_at(factors), (lanes,)), carray(float64_at(summary), (length,))
+    for key in range(length):
+        row = carray(float32_at(scores + 4 * key * lanes), (lanes,))
+        column = 0.0
+        for lane in range(lanes):
+            column += np.float64(row[lane]) * factor[lane]
+        sums[key] += column
+
+
+@helper(fastmath=REASSOCIATE)
+def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weighted, step, row_sums, column_sums):
+    """One head's attention on residues, of the lanes from `first` to `last`.
+
+    weighted (L - 2, lanes) += coefficient · it, where lanes are neighbours and rows `step` bytes apart; row_sums is set
+    to its sum over keys (lanes,), and its sum over lanes is added to column_sums (L - 2,).
+    """
+    factor, sums = carray(float64_at(factors), (lanes,)), carray(float64_at(row_sums), (lanes,))
+    columns = carray(float64_at(column_sums), (length - 2,))
+    for lane in range(first, last):
+        sums[lane - first] = 0.0
+    for key in range(1, length - 1):
+        row = carray(float32_at(scores + 4 * key * lanes), (lanes,))
+        target = carray(float64_at(weighted + (key - 1) * step), (lanes,))
+        column = 0.0
+        for lane in range(first, last):
+            attention = np.float64(row[lane]) * factor[lane]
+            column += attention
+            sums[lane - first] += attention
+            target[lane - first] += coefficient * attention
+        columns[key - 1] += column
+
+
+@helper
+def _leave_maps(maps, index, scores, state, start, count, length, lanes, factors):
+    """Add one head's strip to the summary and, if its `index` is not negative, to the contacts."""
+    factor, totals = carray(float64_at(factors), (lanes,)), carray(float32_at(state + 4 * lanes), (lanes,))
+    for lane in range(lanes):
+        factor[lane] = 1.0 / np.float64(totals[lane]) if lane < count else 0.0
+    if load_integer(maps, _SUMMARY) != 0:
+        _add_summary(scores, factors, length, lanes, load_integer(maps, _SUMMARY))
+    if index < 0:
+        return
+    first_residue = load_integer(maps, _FIRST_RESIDUE)
+    first, last = max(0, first_residue - start), min(count, load_integer(maps, _LAST_RESIDUE) - start)
+    if first >= last:
+        return
+    residue = start + first - first_residue
+    _add_contacts(
+        scores,
+        factors,
+        length,
+        lanes,
+        first,
+        last,
+        carray(float64_at(load_integer(maps, _COEFFICIENTS)), (index + 1,))[index],
+        load_integer(maps, _WEIGHTED) + 8 * residue,
+        load_integer(maps, _WEIGHTED_STEP),
+        load_integer(maps, _ROW_SUMS) + index * load_integer(maps, _ROW_SUMS_STEP) + 8 * residue,
+        load_integer(maps, _COLUMN_SUMS) + index * load_integer(maps, _COLUMN_SUMS_STEP),
+    )
+
+
+@helper
+def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, maps):
+    """See `attend`."""
+    heads, head_dim = load_integer(model, _HEADS), load_integer(model, _HEAD_DIM)
+    size = 2 if narrow else 4
+    step, out_step = size * head_dim, 4 * heads * head_dim
+    head_step = all_rows * step
+    part_step = heads * head_step
+    items = head_dim // 2 if narrow else head_dim
+    strip, scores, state = load_integer(room, _QUERIES), load_integer(room, _SCORES), load_integer(room, _STATE)
+    context, kept, factors = load_integer(room, _CONTEXT), load_integer(room, _KEPT), load_integer(room, _FACTORS)
+    pairs, value_pairs = load_integer(room, _PAIRS), load_integer(room, _VALUES)
+    with_contacts = with_summary = maps_only = False
+    if maps != 0:
+        with_contacts, with_summary = load_integer(maps, _MAP_OF_HEAD) != 0, load_integer(maps, _SUMMARY) != 0
+        maps_only = load_integer(maps, _ONLY) != 0
     for head in range(heads):
-        index = map_of_head[head]
+        index = -1
+        if with_contacts:
+            index = carray(int64_at(load_integer(maps, _MAP_OF_HEAD)), (heads,))[head]
         keep = with_summary or index >= 0
-        if out.shape[0] == 0 and not keep:
+        if maps_only and not keep:
             continue
         at = head * head_step
-        # All queries of the tile before the next head: its keys and values are in the second cache.
+        head_keys, values = keys + part_step + at, keys + 2 * part_step + at
+        if narrow:
+            _pair_values(values, length, head_dim, value_pairs)
+            values = value_pairs
+        # All queries before the next head: its keys and values are in the second cache.
         for start in range(0, rows, TILE_COLUMNS):
             count = min(TILE_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else TILE_COLUMNS
-            _gather_queries(query + start * step + at, step, count, head_dim, lanes, queries)
-            _attend_head(
-                queries,
-                context,
-                state,
-                keys + part_step + at,
-                keys + 2 * part_step + at,
-                step,
-                length,
-                head_dim,
-                lanes,
-                strip,
-                maxima,
-                keep,
-            )
-            if out.shape[0] > 0:
-                _scatter_context(context, state[1], state[3], start, count, head * head_dim, head_dim, lanes, out)
-            if not keep:
-                continue
-            _chunk_factors(maxima, state, chunks, count, lanes, factors)
-            if with_summary:
-                _add_summary(strip, factors, length, lanes, summary)
-            if index < 0:
-                continue
+            _gather_queries(queries + start * step + at, step, count, items, lanes, strip)
+            shift = carray(float32_at(state), (lanes,))
             for lane in range(lanes):
-                sums[lane] = 0.0
-                if not first_residue <= start + lane < last_residue:
-                    for chunk in range(chunks):
-                        factors[chunk, lane] = 0.0
-            _add_contacts(
-                strip, factors, length, lanes, coefficients[index], local[start * length :], sums, column_sums[index]
-            )
-            for lane in range(max(0, first_residue - start), min(count, last_residue - start)):
-                row_sums[index, start + lane - first_residue] = sums[lane]
-    if not with_contacts:
-        return
-    for start in range(0, rows, TILE_COLUMNS):
-        count = min(TILE_COLUMNS, rows - start)
-        lanes = LANES if count <= LANES else TILE_COLUMNS
-        for lane in range(max(0, first_residue - start), min(count, last_residue - start)):
-            row = weighted[start + lane - first_residue]
-            for key in range(1, length - 1):
-                row[key - 1] += local[start * length + key * lanes + lane]
+                shift[lane] = _ZERO
+            again = False
+            while True:
+                _strip(
+                    narrow,
+                    keep,
+                    strip,
+                    head_keys,
+                    values,
+                    step,
+                    length,
+                    head_dim,
+                    lanes,
+                    scores,
+                    pairs,
+                    state,
+                    context,
+                )
+                if again or _safe(state + 4 * lanes, count):
+                    break
+                _keep(kept, state, context, head_dim, lanes)
+                _maxima(narrow, strip, head_keys, step, length, head_dim, lanes, scores, state)
+                again = True
+            if keep:
+                _leave_maps(maps, index, scores, state, start, count, length, lanes, factors)
+            if maps_only:
+                continue
+            if again:
+                _restore_safe_lanes(kept, state, context, head_dim, lanes)
+            target = out + start * out_step + 4 * head * head_dim
+            _scatter_context(context, state + 4 * lanes, state + 8 * lanes, count, head_dim, lanes, target, out_step)
+
+
+@kernel("fp32" if NARROW else ("fp32", "int8"), *[INT] * 9)
+def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
+    """Attention of `rows` rows over the `length` rows of their sequence: -> out (rows, all heads) float32.
+
+    `queries` and `keys` are where those rows of query head 0 lie in a buffer that `gemm.linear_heads` has filled for
+    `all_rows` rows. Scores are exponents of two: log2(e) is in the queries. `maps` is a table of `layout.Maps` or 0;
+    sums of columns and the summary come set to zero.
+    """
+    _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
+
+
+@kernel(("bf16", "int8") if NARROW else "bf16", *[INT] * 9)
+def attend_bf16(model, room, queries, rows, keys, length, all_rows, out, maps):
+    """`attend` on bf16, summed in float32."""
+    _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)

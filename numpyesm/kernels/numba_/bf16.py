@@ -1,82 +1,114 @@
-"""The linear steps of a layer in bf16, summed in float32; LayerNorm and GELU stay float32."""
+"""The linear steps of a layer in bf16, summed in float32; LayerNorm and the residual stream stay float32."""
 
 from __future__ import annotations
 
-from numba import types
-
 from .cache import kernel
-from .fp32 import FLAT, GROUP_ROWS, INDEX, ROWS
-from .gemm import ADD, GELU_BF16, STORE, linear_bf16
-from .steps import layer_norm, narrow_rows, rotate, scatter_heads
-
-NARROW = types.uint16[::1]
-NARROW_ROWS = types.uint16[:, ::1]
-
-
-@kernel("bf16", ROWS, FLAT, FLAT, NARROW, FLAT, ROWS, INDEX, *[types.int64] * 5, ROWS, NARROW_ROWS, ROWS, FLAT)
-def project_qkv(
-    x,
-    gain,
-    shift,
-    weight,
-    bias,
-    table,
-    positions,
-    head_dim,
-    out,
-    step,
-    part_step,
-    head_step,
-    normed,
-    left,
-    projected,
-    tile,
-):
-    """`fp32.project_qkv` with packed bf16 weights; `left` (GROUP_ROWS, ≥ D) is room for the rows as bf16."""
-    width = x.shape[1]
-    groups = (x.shape[0] + GROUP_ROWS - 1) // GROUP_ROWS
-    for group in range(groups):
-        start = x.shape[0] * group // groups
-        rows = x[start : x.shape[0] * (group + 1) // groups]
-        y, z, a = normed[: rows.shape[0]], projected[: rows.shape[0]], left[: rows.shape[0]]
-        layer_norm(rows, gain, shift, y)
-        narrow_rows(y, width, a)
-        linear_bf16(a, width, weight, bias, 3 * width, STORE, z.ctypes.data, 4 * z.shape[1], tile)
-        rotate(z, table, positions[start:])
-        scatter_heads(z, head_dim, out + start * step, step, part_step, head_step)
-
-
-@kernel(
-    "bf16",
-    ROWS,
-    ROWS,
-    NARROW,
-    FLAT,
-    FLAT,
-    FLAT,
-    NARROW,
-    FLAT,
-    NARROW,
-    FLAT,
-    types.int64,
-    ROWS,
-    NARROW_ROWS,
-    NARROW_ROWS,
-    FLAT,
+from .emitter import TILE_BYTES
+from .fp32 import (
+    ATTENTION_GAIN,
+    ATTENTION_SHIFT,
+    BIAS,
+    FC1,
+    FC2,
+    FFN,
+    FFN_COLUMNS,
+    FFN_GAIN,
+    FFN_SHIFT,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INT,
+    LEFT,
+    NORMED,
+    OUT_PROJ,
+    QKV,
+    ROTARY,
+    TILE,
+    WEIGHT,
+    WIDTH,
+    ZEROS,
+    groups_of,
 )
-def project_and_feed_forward(
-    context, x, project, project_bias, gain, shift, up, up_bias, down, down_bias, ffn, normed, left, hidden, tile
-):
-    """`fp32.project_and_feed_forward` with packed bf16 weights; `hidden` (GROUP_ROWS, > F) has room for whole tiles."""
-    width = x.shape[1]
-    groups = (x.shape[0] + GROUP_ROWS - 1) // GROUP_ROWS
+from .gemm import ADD, GELU_BF16, linear_bf16, linear_heads_bf16
+from .steps import layer_norm, narrow_rows
+from .vectors import load_integer
+
+
+@kernel("bf16", *[INT] * 8)
+def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
+    """`fp32.project_qkv` with packed bf16 weights; leaves bf16."""
+    width, heads, head_dim = load_integer(model, WIDTH), load_integer(model, HEADS), load_integer(model, HEAD_DIM)
+    table, normed, tile = load_integer(model, ROTARY), load_integer(room, NORMED), load_integer(room, TILE)
+    gain, shift, left = (
+        load_integer(layer, ATTENTION_GAIN),
+        load_integer(layer, ATTENTION_SHIFT),
+        load_integer(room, LEFT),
+    )
+    step = 4 * width
+    left_step = 4 * ((width + 1) // 2)
+    groups = groups_of(model, rows)
     for group in range(groups):
-        start, stop = x.shape[0] * group // groups, x.shape[0] * (group + 1) // groups
-        rows, count = x[start:stop], stop - start
-        y, a, h = normed[:count], left[:count], hidden[:count]
-        narrow_rows(context[start:stop], width, a)
-        linear_bf16(a, width, project, project_bias, width, ADD, rows.ctypes.data, 4 * width, tile)
-        layer_norm(rows, gain, shift, y)
-        narrow_rows(y, width, a)
-        linear_bf16(a, width, up, up_bias, ffn, GELU_BF16, h.ctypes.data, 2 * h.shape[1], tile)
-        linear_bf16(h, ffn, down, down_bias, width, ADD, rows.ctypes.data, 4 * width, tile)
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        layer_norm(x + start * step, step, count, width, gain, shift, normed, step)
+        narrow_rows(normed, step, count, width, left, left_step)
+        linear_heads_bf16(
+            left,
+            left_step,
+            count,
+            width,
+            layer + 8 * QKV,
+            table,
+            positions + 8 * start,
+            heads,
+            head_dim,
+            all_rows,
+            out + start * head_dim * 2,
+            tile,
+        )
+
+
+@kernel("bf16", *[INT] * 6)
+def project_and_feed_forward(model, layer, room, context, x, rows):
+    """`fp32.project_and_feed_forward` with packed bf16 weights."""
+    width, ffn, most = load_integer(model, WIDTH), load_integer(model, FFN), load_integer(model, FFN_COLUMNS)
+    inner = load_integer(model, HEADS) * load_integer(model, HEAD_DIM)
+    normed, hidden, tile = load_integer(room, NORMED), load_integer(room, HIDDEN), load_integer(room, TILE)
+    gain, shift, left = load_integer(layer, FFN_GAIN), load_integer(layer, FFN_SHIFT), load_integer(room, LEFT)
+    out_weight, out_bias = load_integer(layer, OUT_PROJ + WEIGHT), load_integer(layer, OUT_PROJ + BIAS)
+    up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
+    down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
+    zeros = load_integer(model, ZEROS)
+    step, pairs = 4 * width, (width + 1) // 2
+    groups = groups_of(model, rows)
+    for group in range(groups):
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        y = x + start * step
+        narrow_rows(context + start * 4 * inner, 4 * inner, count, inner, left, 2 * inner)
+        linear_bf16(
+            left, 2 * inner, count, inner, out_weight, inner // 2 * TILE_BYTES, out_bias, width, ADD, y, step, tile
+        )
+        layer_norm(y, step, count, width, gain, shift, normed, step)
+        narrow_rows(normed, step, count, width, left, 4 * pairs)
+        for first in range(0, ffn, most):
+            columns = min(most, ffn - first)
+            panels = up + first * 4 * pairs
+            linear_bf16(
+                left,
+                4 * pairs,
+                count,
+                width,
+                panels,
+                pairs * TILE_BYTES,
+                up_bias + 4 * first,
+                columns,
+                GELU_BF16,
+                hidden,
+                2 * most,
+                tile,
+            )
+            bias = down_bias if first == 0 else zeros
+            panels = down + first // 2 * TILE_BYTES
+            panel_step = (ffn + 1) // 2 * TILE_BYTES
+            linear_bf16(hidden, 2 * most, count, columns, panels, panel_step, bias, width, ADD, y, step, tile)

@@ -121,13 +121,13 @@ def _numba_writes_to(folder: Path) -> Iterator[None]:
             numba_config.CACHE_DIR = before
 
 
-def kernel(precision: str, *arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Compile a function for these argument types when `precision` is first used, and keep the code on disk.
+def kernel(precisions: str | tuple[str, ...], *arguments: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function for these argument types when one of `precisions` is first used, and keep the code on disk.
 
     Parameters
     ----------
-    precision : str
-        `fp32`, `bf16`, `int8`, or `all` for what every precision needs.
+    precisions : str or tuple of str
+        Of `fp32`, `bf16`, `int8`; `all` for what every precision needs.
     arguments : Numba types
     """
 
@@ -138,7 +138,8 @@ def kernel(precision: str, *arguments: Any) -> Callable[[Callable[..., None]], A
             # A folder that became read-only: the code stays in memory.
             with suppress(RuntimeError), _numba_writes_to(folder):
                 dispatcher.enable_caching()
-        _registry[precision].append((dispatcher, arguments))
+        for precision in (precisions,) if isinstance(precisions, str) else precisions:
+            _registry[precision].append((dispatcher, arguments))
         return dispatcher
 
     return decorate
@@ -153,6 +154,13 @@ def helper(function: Callable[..., Any] | None = None, *, fastmath: Any = False)
     if function is None:
         return lambda inner: helper(inner, fastmath=fastmath)
     return numba.njit(nogil=True, fastmath=fastmath, inline="never" if fastmath else "always")(function)
+
+
+def entry(dispatcher: Any) -> int:
+    """Address of a compiled function, for `vectors.call_kernel`."""
+    (compiled,) = dispatcher.overloads.values()
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return address
 
 
 def prepare(precision: str) -> None:

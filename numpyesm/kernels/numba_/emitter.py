@@ -1,6 +1,7 @@
 """The one place that writes LLVM IR: register-tiled products and the vector arithmetic around them.
 
-Everything here is a Numba intrinsic that takes addresses as integers; `gemm.py` and `attention.py` build on them.
+What it makes are Numba intrinsics that take addresses as integers: products here, arithmetic on a vector in
+`vectors.py`; `gemm.py` and `attention.py` build on them.
 The IR names vector widths and, for bf16 and int8, instructions; which ones comes from `isa.host_isa()`.
 
 A product intrinsic computes one tile, C (rows × columns) = A (rows × k) · B (k × columns), with all of C in registers.
@@ -32,8 +33,9 @@ TILE_BYTES = 4 * TILE_COLUMNS
 
 I32, I64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-# 2^f on [-1/2, 1/2], highest power first: least squares reweighted to an even relative error of 2e-9.
-EXP2_P = (
+# 2^f on [-1/2, 1/2], highest power first: least squares reweighted to an even relative error of 2e-9, and of 7e-5 for
+# what is rounded to 8 bits afterwards.
+_EXP2_P = (
     0.00015353361885996788,
     0.0013398874422857476,
     0.009618437357837392,
@@ -42,6 +44,10 @@ EXP2_P = (
     0.693147202855082,
     1.0,
 )
+_EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)
+# `reference_numpy._GELU_P` with three coefficients, error 3e-5, and the x² up to which they hold.
+_GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762)
+_GELU_COARSE_LARGEST = 36.0
 # Adding 1.5 · 2^23 rounds a float32 to a whole number and leaves that number in its low bits.
 _ROUND = 12582912.0
 _EXP2_LOWEST, _EXP2_HIGHEST = -125.0, 126.0
@@ -107,30 +113,26 @@ class Emitter:
         """Lane-wise maximum; x where either is NaN."""
         return self.b.select(self.b.fcmp_ordered("<", x, y), y, x)
 
-    def exp2(self, x: Any) -> Any:
-        """2^x, with x clamped to the range of normal numbers; NaN stays NaN."""
-        b = self.b
-        x = self.larger(x, self.constant(_EXP2_LOWEST))
-        highest = self.constant(_EXP2_HIGHEST)
-        x = b.select(b.fcmp_ordered(">", x, highest), highest, x)
-        return self._exp2_in_range(x)
+    def smaller(self, x: Any, y: Any) -> Any:
+        """Lane-wise minimum; x where either is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", x, y), y, x)
 
-    def exp2_negative(self, x: Any) -> Any:
-        """2^x for x that are not positive, less work than `exp2`."""
-        return self._exp2_in_range(self.larger(x, self.constant(_EXP2_LOWEST)))
-
-    def _exp2_in_range(self, x: Any) -> Any:
+    def exp2(self, x: Any, coarse: bool = False) -> Any:
+        """2^x; NaN stays NaN. Without AVX-512, exponents are limited to those of normal numbers."""
         b = self.b
-        if self.isa.name == "avx512":
+        scales = self.isa.name == "avx512"  # an instruction that knows overflow and underflow
+        if scales:
             whole = self.call("llvm.nearbyint.v16f32", self.vector, x)
         else:
+            x = self.smaller(self.larger(x, self.constant(_EXP2_LOWEST)), self.constant(_EXP2_HIGHEST))
             shifted = b.fadd(x, self.constant(_ROUND))
             whole = b.fsub(shifted, self.constant(_ROUND))
         fraction = b.fsub(x, whole)
-        p = self.constant(EXP2_P[0])
-        for coefficient in EXP2_P[1:]:
+        first, *others = _EXP2_COARSE_P if coarse else _EXP2_P
+        p = self.constant(first)
+        for coefficient in others:
             p = self.fma(p, fraction, self.constant(coefficient))
-        if self.isa.name == "avx512":
+        if scales:
             every = ir.Constant(ir.IntType(16), 0xFFFF)
             current_rounding = ir.Constant(I32, 4)
             name = "llvm.x86.avx512.mask.scalef.ps.512"
@@ -143,14 +145,33 @@ class Emitter:
         kind = ir.VectorType(_BFloat(), self.isa.lanes)
         return self.b.bitcast(self.b.fptrunc(x, kind), ir.VectorType(ir.IntType(16), self.isa.lanes))
 
-    def gelu(self, x: Any) -> Any:
+    def narrow_pair(self, low: Any, high: Any) -> Any:
+        """Two float32 vectors rounded to bf16, lane by lane one beside the other."""
+        b = self.b
+
+        def every(value: int) -> Any:
+            return ir.Constant(self.integers, [value] * self.isa.lanes)
+
+        half = every(0x8000)
+        low, high = (b.add(b.bitcast(x, self.integers), half) for x in (low, high))
+        return b.or_(b.lshr(low, every(16)), b.and_(high, every(0xFFFF0000)))
+
+    def gelu(self, x: Any, coarse: bool = False) -> Any:
         """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `reference_numpy`."""
         b = self.b
         square = b.fmul(x, x)
-        p = self.constant(-_GELU_P[0] * math.log2(math.e))
-        for coefficient in _GELU_P[1:]:
+        if coarse:
+            square = self.smaller(square, self.constant(_GELU_COARSE_LARGEST))
+        first, *others = _GELU_COARSE_P if coarse else _GELU_P
+        p = self.constant(-first * math.log2(math.e))
+        for coefficient in others:
             p = self.fma(p, square, self.constant(-coefficient * math.log2(math.e)))
-        return b.fdiv(x, b.fadd(self.constant(1.0), self.exp2(b.fmul(p, x))))
+        divisor = b.fadd(self.constant(1.0), self.exp2(b.fmul(p, x), coarse))
+        if coarse and self.isa.name == "avx512":
+            name, zero = "llvm.x86.avx512.rcp14.ps.512", ir.Constant(self.vector, None)
+            every = ir.Constant(ir.IntType(16), 0xFFFF)
+            return b.fmul(x, self.call(name, self.vector, divisor, zero, every))
+        return b.fdiv(x, divisor)
 
     def loop(self, count: Any, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """`for i in range(count): values = body(i, values)`, at least once; -> the last values."""
@@ -217,6 +238,53 @@ def _multiply_int8(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 _MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16, "int8": _multiply_int8}
 
 
+def _function(name: str, emit: Callable[..., None]) -> Any:
+    """An intrinsic of eight integers that calls what `emit(emitter, *arguments)` writes.
+
+    One copy in a module however often it is called: inlined, it would be optimised anew at each place.
+    """
+
+    @intrinsic
+    def function(typingctx, a0, a1, a2, a3, a4, a5, a6, a7):
+        def codegen(context, builder, signature, arguments):
+            function = builder.module.globals.get(name)
+            if function is None:
+                function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
+                function.attributes.add("noinline")
+                function.linkage = "internal"
+                inner = ir.IRBuilder(function.append_basic_block("entry"))
+                emit(Emitter(inner), *function.args)
+                inner.ret_void()
+            builder.call(function, arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return function
+
+
+def _step(
+    e: Emitter, kind: str, height: int, vectors: int, a: Any, a_step: Any, b: Any, transposed: bool = False
+) -> Callable[[Any, list[Any]], list[Any]]:
+    """Step i along k of a tile of height · vectors accumulators, row by row; see `_product`."""
+
+    def step(i: Any, totals: list[Any]) -> list[Any]:
+        here = e.offset(b, i, vectors * VECTOR_BYTES)
+        right = [e.load(e.offset(here, e.number(j), VECTOR_BYTES), e.integers) for j in range(vectors)]
+        new = []
+        for row in range(height):
+            if transposed:
+                address = e.offset(e.b.add(a, e.b.mul(i, a_step)), e.number(row), 4)
+            else:
+                address = e.offset(e.b.add(a, e.offset(e.number(0), a_step, row)), i, 4)
+            left = e.splat(e.load(address, I32))
+            for j in range(vectors):
+                new.append(_MULTIPLY[kind](e, left, right[j], totals[row * vectors + j]))
+        return new
+
+    return step
+
+
 def _product(kind: str, vectors: int, heights: list[int], transposed: bool = False) -> Any:
     """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add)`.
 
@@ -232,20 +300,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
         add = builder.icmp_signed("!=", add, e.number(0))
 
         def tile(height: int) -> None:
-            def step(i: Any, totals: list[Any]) -> list[Any]:
-                here = e.offset(b, i, vectors * VECTOR_BYTES)
-                right = [e.load(e.offset(here, e.number(j), VECTOR_BYTES), e.integers) for j in range(vectors)]
-                new = []
-                for row in range(height):
-                    if transposed:
-                        address = e.offset(builder.add(a, builder.mul(i, a_step)), e.number(row), 4)
-                    else:
-                        address = e.offset(builder.add(a, e.offset(e.number(0), a_step, row)), i, 4)
-                    left = e.splat(e.load(address, I32))
-                    for j in range(vectors):
-                        new.append(_MULTIPLY[kind](e, left, right[j], totals[row * vectors + j]))
-                return new
-
+            step = _step(e, kind, height, vectors, a, a_step, b, transposed)
             totals = e.loop(k, [zero] * (height * vectors), step)
             addresses = [
                 e.offset(e.offset(c, c_step, row), e.number(j), VECTOR_BYTES)
@@ -263,25 +318,50 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
 
         e.switch(rows, heights, tile)
 
-    @intrinsic
-    def product(typingctx, rows, a, a_step, b, k, c, c_step, add):
-        def codegen(context, builder, signature, arguments):
-            name = f"numpyesm_product_{kind}_{vectors}_{len(heights)}_{'transposed' if transposed else 'plain'}"
-            function = builder.module.globals.get(name)
-            if function is None:
-                function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
-                # One copy however often it is called: inlined, it would be optimised anew at each place.
-                function.attributes.add("noinline")
-                function.linkage = "internal"
-                inner = ir.IRBuilder(function.append_basic_block("entry"))
-                emit(Emitter(inner), *function.args)
-                inner.ret_void()
-            builder.call(function, arguments)
-            return context.get_dummy_value()
+    name = f"numpyesm_product_{kind}_{vectors}_{len(heights)}_{'transposed' if transposed else 'plain'}"
+    return _function(name, emit)
 
-        return types.void(*[types.int64] * 8), codegen
 
-    return product
+def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
+    """Make the intrinsic `f(rows, a, a_step, b, k, c, shift, total)`: a product that goes into an exponential.
+
+    c = 2^(a · b - shift) and total += its sum over rows, where `shift` and `total` are one row. `pairs` leaves bf16
+    with neighbours of a column beside each other, as the next product takes them; the other of a single row is zero.
+    """
+
+    def emit(e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, shift: Any, total: Any) -> None:
+        builder = e.b
+        coarse = kind != "fp32"
+
+        def tile(height: int) -> None:
+            start = [
+                builder.fsub(ir.Constant(e.vector, None), e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector))
+                for j in range(vectors)
+            ]
+
+            step = _step(e, kind, height, vectors, a, a_step, b)
+            scores = e.loop(k, start * height, step)
+            for j in range(vectors):
+                at = e.offset(total, e.number(j), VECTOR_BYTES)
+                whole = e.load(at, e.vector)
+                before = ir.Constant(e.vector, None)
+                for row in range(height):
+                    value = e.exp2(scores[row * vectors + j], coarse)
+                    whole = builder.fadd(whole, value)
+                    if not pairs:
+                        e.store(value, e.offset(c, e.number(row * vectors + j), VECTOR_BYTES))
+                    elif row % 2:
+                        target = e.offset(c, e.number(row // 2 * vectors + j), VECTOR_BYTES)
+                        e.store(e.narrow_pair(before, value), target)
+                    before = value
+                if pairs and height % 2:
+                    target = e.offset(c, e.number(height // 2 * vectors + j), VECTOR_BYTES)
+                    e.store(e.narrow_pair(before, ir.Constant(e.vector, None)), target)
+                e.store(whole, at)
+
+        e.switch(rows, heights, tile)
+
+    return _function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", emit)
 
 
 _ALL_HEIGHTS = list(range(1, TILE_ROWS + 1))
@@ -291,236 +371,19 @@ _SOME_HEIGHTS = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
 multiply_fp32 = _product("fp32", ISA.vectors, _ALL_HEIGHTS)
 multiply_bf16 = _product("bf16", ISA.vectors, _ALL_HEIGHTS)
 multiply_int8 = _product("int8", ISA.vectors, _ALL_HEIGHTS)
-multiply_wide = _product("fp32", ISA.vectors, _SOME_HEIGHTS)
-multiply_narrow = _product("fp32", 1, _SOME_HEIGHTS)
-multiply_wide_transposed = _product("fp32", ISA.vectors, _SOME_HEIGHTS, transposed=True)
-multiply_narrow_transposed = _product("fp32", 1, _SOME_HEIGHTS, transposed=True)
 
-
-# -- arithmetic on one vector at an address -------------------------------------------------------------------------
-
-
-@intrinsic
-def store_biased(typingctx, source, bias, out):
-    """out = source + bias"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        source, bias = (e.load(address, e.vector) for address in arguments[:2])
-        e.store(builder.fadd(source, bias), arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_gelu(typingctx, source, bias, out):
-    """out = gelu(source + bias)"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        source, bias = (e.load(address, e.vector) for address in arguments[:2])
-        e.store(e.gelu(builder.fadd(source, bias)), arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def add_biased(typingctx, source, bias, out):
-    """out += source + bias"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        source, bias, before = (e.load(address, e.vector) for address in arguments)
-        e.store(builder.fadd(before, builder.fadd(source, bias)), arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_scaled(typingctx, source, factor, out):
-    """out = source · factor, lane by lane"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        source, factor = (e.load(address, e.vector) for address in arguments[:2])
-        e.store(builder.fmul(source, factor), arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_gelu_bf16(typingctx, source, bias, out):
-    """out = gelu(source + bias), rounded to bf16"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        source, bias = (e.load(address, e.vector) for address in arguments[:2])
-        e.store(e.narrow(e.gelu(builder.fadd(source, bias))), arguments[2], align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_bf16(typingctx, source, out):
-    """out = source, rounded to bf16"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        e.store(e.narrow(e.load(arguments[0], e.vector)), arguments[1], align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_number_bf16(typingctx, source, out):
-    """One number of `store_bf16`."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        vector = e.narrow(e.splat(e.load(arguments[0], FLOAT)))
-        e.store(builder.extract_element(vector, ir.Constant(I32, 0)), arguments[1], align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def dequantise(typingctx, tile, column_sum, column_scale, scale, offset):
-    """tile = column_scale (scale · tile + offset · column_sum) in place: int32 in, float32 out"""
-
-    def codegen(context, builder, signature, arguments):
-        tile, column_sum, column_scale, scale, offset = arguments
-        e = Emitter(builder)
-        product = builder.sitofp(e.load(tile, e.integers), e.vector)
-        shift = builder.fmul(e.splat(offset), e.load(column_sum, e.vector))
-        value = e.fma(e.splat(scale), product, shift)
-        e.store(builder.fmul(value, e.load(column_scale, e.vector)), tile)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.float32, types.float32), codegen
-
-
-# -- softmax down the columns of a strip of scores (keys × queries): one lane is one query --------------------------
-
-
-@intrinsic
-def column_maximum(typingctx, scores, step, count, highest):
-    """highest = max(highest, scores[0], …, scores[count - 1]), where rows are `step` bytes apart."""
-
-    def codegen(context, builder, signature, arguments):
-        scores, step, count, highest = arguments
-        e = Emitter(builder)
-
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            return [e.larger(values[0], e.load(builder.add(scores, builder.mul(i, step)), e.vector))]
-
-        (result,) = e.loop(count, [e.load(highest, e.vector)], body)
-        e.store(result, highest)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
-
-
-@intrinsic
-def exponentiate_columns(typingctx, scores, step, count, highest, total):
-    """scores = 2^(scores - highest) in place; total += their sum."""
-
-    def codegen(context, builder, signature, arguments):
-        scores, step, count, highest, total = arguments
-        e = Emitter(builder)
-        shift = e.load(highest, e.vector)
-
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            address = builder.add(scores, builder.mul(i, step))
-            value = e.exp2_negative(builder.fsub(e.load(address, e.vector), shift))
-            e.store(value, address)
-            return [builder.fadd(values[0], value)]
-
-        (result,) = e.loop(count, [e.constant(0.0)], body)
-        e.store(builder.fadd(e.load(total, e.vector), result), total)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
-
-
-@intrinsic
-def exp2_difference(typingctx, x, y, out):
-    """out = 2^(x - y) for x <= y"""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        x, y = (e.load(address, e.vector) for address in arguments[:2])
-        e.store(e.exp2_negative(builder.fsub(x, y)), arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-# -- single numbers at an address -----------------------------------------------------------------------------------
-
-
-@intrinsic
-def load_number(typingctx, address):
-    """The float32 at an address."""
-
-    def codegen(context, builder, signature, arguments):
-        return Emitter(builder).load(arguments[0], FLOAT)
-
-    return types.float32(types.int64), codegen
-
-
-@intrinsic
-def store_number(typingctx, value, address):
-    """Write one float32."""
-
-    def codegen(context, builder, signature, arguments):
-        Emitter(builder).store(*arguments)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64), codegen
-
-
-@intrinsic
-def copy_eight(typingctx, source, out):
-    """Copy eight float32."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        e.store(e.load(arguments[0], ir.VectorType(FLOAT, 8)), arguments[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def transpose_eight(typingctx, source, source_step, out, out_step):
-    """out[j, i] = source[i, j] for 8 × 8 float32; rows are `source_step` and `out_step` bytes apart."""
-
-    def codegen(context, builder, signature, arguments):
-        source, source_step, out, out_step = arguments
-        e = Emitter(builder)
-        eight = ir.VectorType(FLOAT, 8)
-        rows = [e.load(e.offset(source, source_step, i), eight) for i in range(8)]
-        # Swap blocks of 4, then of 2, then of 1 across the diagonal.
-        for width in (4, 2, 1):
-            for i in range(8):
-                if i & width:
-                    continue
-                low = [j if not j & width else 8 + (j ^ width) for j in range(8)]
-                high = [j ^ width if not j & width else 8 + j for j in range(8)]
-                first, second = rows[i], rows[i | width]
-                rows[i], rows[i | width] = (
-                    builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 8), mask))
-                    for mask in (low, high)
-                )
-        for j in range(8):
-            e.store(rows[j], e.offset(out, out_step, j))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+# Attention, for a full tile of query columns and for one register of them.
+wide_scores = _scores("fp32", ISA.vectors, _SOME_HEIGHTS, pairs=False)
+narrow_scores = _scores("fp32", 1, _SOME_HEIGHTS, pairs=False)
+wide_product = _product("fp32", ISA.vectors, _SOME_HEIGHTS)
+narrow_product = _product("fp32", 1, _SOME_HEIGHTS)
+wide_context = _product("fp32", ISA.vectors, _SOME_HEIGHTS, transposed=True)
+narrow_context = _product("fp32", 1, _SOME_HEIGHTS, transposed=True)
+wide_scores_bf16 = _scores("bf16", ISA.vectors, _SOME_HEIGHTS, pairs=False)
+narrow_scores_bf16 = _scores("bf16", 1, _SOME_HEIGHTS, pairs=False)
+wide_pairs_bf16 = _scores("bf16", ISA.vectors, _SOME_HEIGHTS, pairs=True)
+narrow_pairs_bf16 = _scores("bf16", 1, _SOME_HEIGHTS, pairs=True)
+wide_product_bf16 = _product("bf16", ISA.vectors, _SOME_HEIGHTS)
+narrow_product_bf16 = _product("bf16", 1, _SOME_HEIGHTS)
+wide_context_bf16 = _product("bf16", ISA.vectors, _SOME_HEIGHTS, transposed=True)
+narrow_context_bf16 = _product("bf16", 1, _SOME_HEIGHTS, transposed=True)

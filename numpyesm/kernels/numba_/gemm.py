@@ -1,4 +1,7 @@
-"""Products of rows with packed weights, with the step that follows while the tile is in the first cache."""
+"""Products of rows with packed weights, with the step that follows while the tile is in the first cache.
+
+Rows, weights and outputs are addresses; `step`s are bytes from row to row.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,36 @@ from .emitter import (
     TILE_COLUMNS,
     TILE_ROWS,
     VECTOR_BYTES,
-    add_biased,
-    dequantise,
-    load_number,
     multiply_bf16,
     multiply_fp32,
     multiply_int8,
+)
+from .layout import Matrix
+from .vectors import (
+    PIECE,
+    add_biased,
+    carray,
+    dequantise,
+    float32_at,
+    int64_at,
+    load_integer,
+    load_number,
     store_biased,
     store_gelu,
     store_gelu_bf16,
+    store_gelu_coarse,
     store_number,
+    store_piece,
+    store_piece_bf16,
+    store_rotated,
+    store_rotated_bf16,
 )
 
 # What becomes of a finished tile.
-STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
+STORE, GELU, ADD, GELU_BF16, GELU_COARSE = 0, 1, 2, 3, 4
 
 _VECTORS = TILE_COLUMNS // LANES
+_WEIGHT, _BIAS, _OFFSETS, _SCALES = (int(entry) for entry in Matrix)
 
 
 def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
@@ -71,21 +88,24 @@ def pack_panels(weight: Array, group: int = 1) -> Array:
     return out
 
 
+# -- the end of a tile ----------------------------------------------------------------------------------------------
+
+
 @helper
-def finish_tile(step, height, width, tile, bias, out, out_step):
+def _finish(step, height, width, tile, bias, out, out_step):
     """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it."""
     for row in range(height):
         source, target = tile + row * TILE_BYTES, out + row * out_step
-        if step == GELU_BF16:  # its rows have room for whole tiles
-            for vector in range(_VECTORS):
-                at = vector * VECTOR_BYTES
-                store_gelu_bf16(source + at, bias + at, target + at // 2)
-            continue
-        if width == TILE_COLUMNS:
+        # Those two have room for whole tiles.
+        if width == TILE_COLUMNS or step == GELU_BF16 or step == GELU_COARSE:  # noqa: SIM109
             for vector in range(_VECTORS):
                 at = vector * VECTOR_BYTES
                 if step == GELU:
                     store_gelu(source + at, bias + at, target + at)
+                elif step == GELU_COARSE:
+                    store_gelu_coarse(source + at, bias + at, target + at)
+                elif step == GELU_BF16:
+                    store_gelu_bf16(source + at, bias + at, target + at // 2)
                 elif step == ADD:
                     add_biased(source + at, bias + at, target + at)
                 else:
@@ -105,96 +125,180 @@ def finish_tile(step, height, width, tile, bias, out, out_step):
 
 
 @helper
-def linear(x, inner, piece, weight, bias, columns, step, out, tile):
-    """`step` of x @ weight + bias: (R, ≥ K), packed (K, N), (N,) -> out (R, ≥ N).
+def _finish_heads(narrow, height, first_column, tile, bias, table, positions, heads, head_dim, rows, out):
+    """Rotate queries and keys of a tile and put every head's rows where they follow each other.
 
-    K is summed in pieces: shorter chains of additions round less.
+    The columns are (part, head, channel); at `out` lies row `first row` of query head 0, and the heads of `rows` rows
+    each follow it, then keys, then values: bf16 if `narrow`, else float32.
     """
-    rows, x_step, out_step = x.shape[0], 4 * x.shape[1], 4 * out.shape[1]
-    x_at, weight_at, bias_at, out_at, tile_at = (
-        x.ctypes.data,
-        weight.ctypes.data,
-        bias.ctypes.data,
-        out.ctypes.data,
-        tile.ctypes.data,
-    )
+    size = 2 if narrow else 4
+    width = heads * head_dim
+    head_step = rows * head_dim * size
+    position = carray(int64_at(positions), (height,))
+    for column in range(first_column, min(first_column + TILE_COLUMNS, 3 * width), PIECE):
+        at = 4 * (column - first_column)
+        part, within = column // width, column % width
+        channel = within % head_dim
+        target = out + (part * heads + within // head_dim) * head_step + channel * size
+        turn = table + 4 * (channel + (2 * head_dim if part == 0 else 0))
+        for row in range(height):
+            source, here = tile + row * TILE_BYTES + at, target + row * head_dim * size
+            if part == 2:
+                if narrow:
+                    store_piece_bf16(source, bias + at, here)
+                else:
+                    store_piece(source, bias + at, here)
+                continue
+            cosine = turn + position[row] * 16 * head_dim
+            sine = cosine + 4 * head_dim
+            if narrow:
+                store_rotated_bf16(source, bias + at, cosine, sine, here)
+            else:
+                store_rotated(source, bias + at, cosine, sine, here)
+
+
+# -- one tile -------------------------------------------------------------------------------------------------------
+
+
+@helper
+def _tile_fp32(height, left, step, panel, inner, piece, tile):
+    """K is summed in pieces: shorter chains of additions round less."""
+    for k in range(0, inner, piece):
+        multiply_fp32(height, left + 4 * k, step, panel + k * TILE_BYTES, min(piece, inner - k), tile, TILE_BYTES, k)
+
+
+@helper
+def _tile_int8(height, left, step, panel, steps, levels, max_rows, offsets, scales, tile):
+    """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
+    multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0)
+    row_scales = carray(float32_at(levels), (height,))
+    row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
+    for row in range(height):
+        for at in range(0, TILE_BYTES, VECTOR_BYTES):
+            dequantise(tile + row * TILE_BYTES + at, offsets + at, scales + at, row_scales[row], row_offsets[row])
+
+
+# -- whole products -------------------------------------------------------------------------------------------------
+
+
+@helper
+def linear(x, x_step, rows, inner, piece, weight, panel_step, bias, columns, step, out, out_step, tile):
+    """`step` of x @ weight + bias: (R, K), packed (≥ K, N), (N,) -> out (R, N); panels are `panel_step` bytes apart."""
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for first_column in range(0, columns, TILE_COLUMNS):
-        panel = weight_at + 4 * inner * first_column
-        width = min(TILE_COLUMNS, columns - first_column)
+    for first in range(0, columns, TILE_COLUMNS):
+        panel = weight + first // TILE_COLUMNS * panel_step
+        width = min(TILE_COLUMNS, columns - first)
         start = 0
         for t in range(tiles):
             # Tiles of near-equal height: a low last tile would not fill the multipliers' pipelines.
             height = rows * (t + 1) // tiles - start
-            left = x_at + start * x_step
-            for k in range(0, inner, piece):
-                multiply_fp32(
-                    height, left + 4 * k, x_step, panel + k * TILE_BYTES, min(piece, inner - k), tile_at, TILE_BYTES, k
-                )
-            finish_tile(
-                step,
-                height,
-                width,
-                tile_at,
-                bias_at + 4 * first_column,
-                out_at + start * out_step + 4 * first_column,
-                out_step,
-            )
+            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile)
+            _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + 4 * first, out_step)
             start += height
 
 
 @helper
-def linear_bf16(x, inner, weight, bias, columns, step, out, out_step, tile):
-    """`step` of x @ weight + bias, summed in float32: bf16 (R, ≥ K), packed bf16 (K, N), (N,) -> out.
+def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads, head_dim, all_rows, out, tile):
+    """Query, key and value of (R, K), see `_finish_heads`."""
+    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
+        start = 0
+        for t in range(tiles):
+            height = rows * (t + 1) // tiles - start
+            _tile_fp32(height, x + start * x_step, x_step, weight + 4 * inner * first, inner, piece, tile)
+            at, to = bias + 4 * first, out + start * head_dim * 4
+            _finish_heads(False, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
+            start += height
 
-    `out` is an address with rows `out_step` bytes apart. K is padded to an even number.
-    """
-    rows, x_step = x.shape[0], 2 * x.shape[1]
+
+@helper
+def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step, out, out_step, tile):
+    """`linear` of bf16, summed in float32; K is padded to an even number."""
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     number = 2 if step == GELU_BF16 else 4
-    steps = (inner + 1) // 2
-    x_at, weight_at, bias_at, tile_at = x.ctypes.data, weight.ctypes.data, bias.ctypes.data, tile.ctypes.data
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for first_column in range(0, columns, TILE_COLUMNS):
-        panel = weight_at + 4 * steps * first_column
-        width = min(TILE_COLUMNS, columns - first_column)
+    for first in range(0, columns, TILE_COLUMNS):
+        panel = weight + first // TILE_COLUMNS * panel_step
+        width = min(TILE_COLUMNS, columns - first)
         start = 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            multiply_bf16(height, x_at + start * x_step, x_step, panel, steps, tile_at, TILE_BYTES, 0)
-            target = out + start * out_step + number * first_column
-            finish_tile(step, height, width, tile_at, bias_at + 4 * first_column, target, out_step)
+            multiply_bf16(height, x + start * x_step, x_step, panel, (inner + 1) // 2, tile, TILE_BYTES, 0)
+            _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + number * first, out_step)
             start += height
 
 
 @helper
-def linear_int8(x, scales, offsets, inner, weight, sums, factors, bias, columns, step, out, tile):
-    """`step` of x @ weight + bias: uint8 (R, ≥ K), packed int8 (K, N), (N,) -> out (R, ≥ N).
-
-    Row r of x stands for `scales[r] · x + offsets[r]`; column n of the weights for `factors[n] · weight`, and `sums[n]`
-    is its sum. K is padded to a multiple of four.
-    """
-    rows, x_step, out_step = x.shape[0], x.shape[1], 4 * out.shape[1]
-    steps = (inner + 3) // 4
-    x_at, weight_at, bias_at, out_at, tile_at = (
-        x.ctypes.data,
-        weight.ctypes.data,
-        bias.ctypes.data,
-        out.ctypes.data,
-        tile.ctypes.data,
-    )
-    sums_at, factors_at = sums.ctypes.data, factors.ctypes.data
+def linear_heads_bf16(x, x_step, rows, inner, matrix, table, positions, heads, head_dim, all_rows, out, tile):
+    """`linear_heads` of bf16; leaves bf16."""
+    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
+    steps = (inner + 1) // 2
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for first_column in range(0, columns, TILE_COLUMNS):
-        panel = weight_at + 4 * steps * first_column
-        width, at = min(TILE_COLUMNS, columns - first_column), 4 * first_column
+    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
         start = 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            multiply_int8(height, x_at + start * x_step, x_step, panel, steps, tile_at, TILE_BYTES, 0)
-            for row in range(height):
-                scale, offset = scales[start + row], offsets[start + row]
-                for vector in range(0, TILE_BYTES, VECTOR_BYTES):
-                    source = tile_at + row * TILE_BYTES + vector
-                    dequantise(source, sums_at + at + vector, factors_at + at + vector, scale, offset)
-            finish_tile(step, height, width, tile_at, bias_at + at, out_at + start * out_step + at, out_step)
+            multiply_bf16(height, x + start * x_step, x_step, weight + 4 * steps * first, steps, tile, TILE_BYTES, 0)
+            at, to = bias + 4 * first, out + start * head_dim * 2
+            _finish_heads(True, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
+            start += height
+
+
+@helper
+def linear_int8(
+    x,
+    x_step,
+    rows,
+    inner,
+    levels,
+    max_rows,
+    weight,
+    panel_step,
+    offsets,
+    scales,
+    bias,
+    columns,
+    step,
+    out,
+    out_step,
+    tile,
+):
+    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_tile_int8`; K is padded to fours."""
+    steps = (inner + 3) // 4
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for first in range(0, columns, TILE_COLUMNS):
+        panel = weight + first // TILE_COLUMNS * panel_step
+        width, at = min(TILE_COLUMNS, columns - first), 4 * first
+        start = 0
+        for t in range(tiles):
+            height = rows * (t + 1) // tiles - start
+            left = x + start * x_step
+            _tile_int8(
+                height, left, x_step, panel, steps, levels + 4 * start, max_rows, offsets + at, scales + at, tile
+            )
+            _finish(step, height, width, tile, bias + at, out + start * out_step + at, out_step)
+            start += height
+
+
+@helper
+def linear_heads_int8(
+    narrow, x, x_step, rows, inner, levels, max_rows, matrix, table, positions, heads, head_dim, all_rows, out, tile
+):
+    """`linear_heads` of bytes; leaves bf16 if `narrow`, else float32."""
+    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
+    offsets, scales = load_integer(matrix, _OFFSETS), load_integer(matrix, _SCALES)
+    steps, size = (inner + 3) // 4, 2 if narrow else 4
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
+        panel, at = weight + 4 * steps * first, 4 * first
+        start = 0
+        for t in range(tiles):
+            height = rows * (t + 1) // tiles - start
+            left, to = x + start * x_step, out + start * head_dim * size
+            _tile_int8(
+                height, left, x_step, panel, steps, levels + 4 * start, max_rows, offsets + at, scales + at, tile
+            )
+            _finish_heads(
+                narrow, height, first, tile, bias + at, table, positions + 8 * start, heads, head_dim, all_rows, to
+            )
             start += height

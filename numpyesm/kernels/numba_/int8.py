@@ -1,99 +1,179 @@
 """The linear steps of a layer on bytes: a scale for each output channel, and for each row of activations.
 
-LayerNorm, GELU and the residual stream stay float32.
+LayerNorm, GELU and the residual stream stay float32. Hidden activations have a scale for each part that is computed
+at a time.
 """
 
 from __future__ import annotations
 
-from numba import types
+from .cache import helper, kernel
+from .emitter import ISA, TILE_BYTES, TILE_COLUMNS
+from .fp32 import (
+    ATTENTION_GAIN,
+    ATTENTION_SHIFT,
+    BIAS,
+    FC1,
+    FC2,
+    FFN,
+    FFN_COLUMNS,
+    FFN_GAIN,
+    FFN_SHIFT,
+    GROUP_ROWS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    HIDDEN_LEFT,
+    INT,
+    LEFT,
+    LEVELS,
+    NORMED,
+    OFFSETS,
+    OUT_PROJ,
+    QKV,
+    ROTARY,
+    SCALES,
+    TILE,
+    WEIGHT,
+    WIDTH,
+    ZEROS,
+    groups_of,
+)
+from .gemm import ADD, GELU_COARSE, linear_heads_int8, linear_int8
+from .steps import layer_norm, quantise_rows
+from .vectors import load_integer
 
-from .cache import kernel
-from .fp32 import FLAT, GROUP_ROWS, INDEX, ROWS
-from .gemm import ADD, GELU, STORE, linear_int8
-from .steps import layer_norm, quantise_rows, rotate, scatter_heads
-
-BYTES = types.int8[::1]
-BYTE_ROWS = types.uint8[:, ::1]
-# Packed weights, the sums of their columns, the scales of their columns, bias.
-LINEAR = (BYTES, FLAT, FLAT, FLAT)
+# Attention is in bf16 where the CPU multiplies it.
+NARROW = ISA.bf16
+_SIZE = 2 if NARROW else 4
 
 
-@kernel("int8", ROWS, FLAT, FLAT, *LINEAR, ROWS, INDEX, *[types.int64] * 5, ROWS, BYTE_ROWS, FLAT, ROWS, FLAT)
-def project_qkv(
-    x,
-    gain,
-    shift,
-    weight,
-    sums,
-    factors,
-    bias,
-    table,
-    positions,
-    head_dim,
-    out,
-    step,
-    part_step,
-    head_step,
-    normed,
-    left,
-    levels,
-    projected,
-    tile,
-):
-    """`fp32.project_qkv` with packed int8 weights; `left` (GROUP_ROWS, ≥ D) and `levels` hold quantised rows."""
-    width = x.shape[1]
-    scales, offsets = levels[:GROUP_ROWS], levels[GROUP_ROWS:]
-    groups = (x.shape[0] + GROUP_ROWS - 1) // GROUP_ROWS
+@helper
+def _bytes(width):
+    """Room for a row of bytes: whole steps of a product."""
+    return (width + 3) // 4 * 4
+
+
+@kernel("int8", *[INT] * 8)
+def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
+    """`fp32.project_qkv` with packed int8 weights; leaves bf16 where the CPU multiplies it."""
+    width, heads, head_dim = load_integer(model, WIDTH), load_integer(model, HEADS), load_integer(model, HEAD_DIM)
+    table, normed, tile = load_integer(model, ROTARY), load_integer(room, NORMED), load_integer(room, TILE)
+    gain, shift = load_integer(layer, ATTENTION_GAIN), load_integer(layer, ATTENTION_SHIFT)
+    left, levels, most = load_integer(room, LEFT), load_integer(room, LEVELS), load_integer(model, GROUP_ROWS)
+    step, left_step = 4 * width, _bytes(width)
+    groups = groups_of(model, rows)
     for group in range(groups):
-        start = x.shape[0] * group // groups
-        rows = x[start : x.shape[0] * (group + 1) // groups]
-        y, z, a = normed[: rows.shape[0]], projected[: rows.shape[0]], left[: rows.shape[0]]
-        layer_norm(rows, gain, shift, y)
-        quantise_rows(y, width, a, scales, offsets)
-        linear_int8(a, scales, offsets, width, weight, sums, factors, bias, 3 * width, STORE, z, tile)
-        rotate(z, table, positions[start:])
-        scatter_heads(z, head_dim, out + start * step, step, part_step, head_step)
-
-
-@kernel("int8", ROWS, ROWS, *LINEAR, FLAT, FLAT, *LINEAR, *LINEAR, types.int64, ROWS, BYTE_ROWS, FLAT, ROWS, FLAT)
-def project_and_feed_forward(
-    context,
-    x,
-    project,
-    project_sums,
-    project_factors,
-    project_bias,
-    gain,
-    shift,
-    up,
-    up_sums,
-    up_factors,
-    up_bias,
-    down,
-    down_sums,
-    down_factors,
-    down_bias,
-    ffn,
-    normed,
-    left,
-    levels,
-    hidden,
-    tile,
-):
-    """`fp32.project_and_feed_forward` with packed int8 weights; `left` (GROUP_ROWS, ≥ F) is room for quantised rows."""
-    width = x.shape[1]
-    scales, offsets = levels[:GROUP_ROWS], levels[GROUP_ROWS:]
-    groups = (x.shape[0] + GROUP_ROWS - 1) // GROUP_ROWS
-    for group in range(groups):
-        start, stop = x.shape[0] * group // groups, x.shape[0] * (group + 1) // groups
-        rows, count = x[start:stop], stop - start
-        y, a, h = normed[:count], left[:count], hidden[:count]
-        quantise_rows(context[start:stop], width, a, scales, offsets)
-        linear_int8(
-            a, scales, offsets, width, project, project_sums, project_factors, project_bias, width, ADD, rows, tile
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        layer_norm(x + start * step, step, count, width, gain, shift, normed, step)
+        quantise_rows(normed, step, count, width, left, left_step, levels, most)
+        linear_heads_int8(
+            NARROW,
+            left,
+            left_step,
+            count,
+            width,
+            levels,
+            most,
+            layer + 8 * QKV,
+            table,
+            positions + 8 * start,
+            heads,
+            head_dim,
+            all_rows,
+            out + start * head_dim * _SIZE,
+            tile,
         )
-        layer_norm(rows, gain, shift, y)
-        quantise_rows(y, width, a, scales, offsets)
-        linear_int8(a, scales, offsets, width, up, up_sums, up_factors, up_bias, ffn, GELU, h, tile)
-        quantise_rows(h, ffn, a, scales, offsets)
-        linear_int8(a, scales, offsets, ffn, down, down_sums, down_factors, down_bias, width, ADD, rows, tile)
+
+
+@helper
+def _linear(x, x_step, rows, inner, levels, max_rows, layer, matrix, columns, step, out, out_step, tile):
+    """A whole matrix of a layer."""
+    linear_int8(
+        x,
+        x_step,
+        rows,
+        inner,
+        levels,
+        max_rows,
+        load_integer(layer, matrix + WEIGHT),
+        (inner + 3) // 4 * TILE_BYTES,
+        load_integer(layer, matrix + OFFSETS),
+        load_integer(layer, matrix + SCALES),
+        load_integer(layer, matrix + BIAS),
+        columns,
+        step,
+        out,
+        out_step,
+        tile,
+    )
+
+
+@kernel("int8", *[INT] * 6)
+def project_and_feed_forward(model, layer, room, context, x, rows):
+    """`fp32.project_and_feed_forward` with packed int8 weights."""
+    width, ffn, most = load_integer(model, WIDTH), load_integer(model, FFN), load_integer(model, FFN_COLUMNS)
+    inner = load_integer(model, HEADS) * load_integer(model, HEAD_DIM)
+    normed, hidden, tile = load_integer(room, NORMED), load_integer(room, HIDDEN), load_integer(room, TILE)
+    left, levels, hidden_left = load_integer(room, LEFT), load_integer(room, LEVELS), load_integer(room, HIDDEN_LEFT)
+    gain, shift, max_rows = (
+        load_integer(layer, FFN_GAIN),
+        load_integer(layer, FFN_SHIFT),
+        load_integer(model, GROUP_ROWS),
+    )
+    hidden_levels = levels + 8 * max_rows
+    up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
+    up_offsets, up_scales = load_integer(layer, FC1 + OFFSETS), load_integer(layer, FC1 + SCALES)
+    down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
+    down_offsets, down_scales = load_integer(layer, FC2 + OFFSETS), load_integer(layer, FC2 + SCALES)
+    zeros = load_integer(model, ZEROS)
+    step, left_step = 4 * width, _bytes(width)
+    padded = 4 * ((width + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS)
+    groups = groups_of(model, rows)
+    for group in range(groups):
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        y = x + start * step
+        quantise_rows(context + start * 4 * inner, 4 * inner, count, inner, left, inner, levels, max_rows)
+        _linear(left, inner, count, inner, levels, max_rows, layer, OUT_PROJ, width, ADD, y, step, tile)
+        layer_norm(y, step, count, width, gain, shift, normed, step)
+        quantise_rows(normed, step, count, width, left, left_step, levels, max_rows)
+        for first in range(0, ffn, most):
+            columns = min(most, ffn - first)
+            linear_int8(
+                left,
+                left_step,
+                count,
+                width,
+                levels,
+                max_rows,
+                up + first * left_step,
+                left_step // 4 * TILE_BYTES,
+                up_offsets + 4 * first,
+                up_scales + 4 * first,
+                up_bias + 4 * first,
+                columns,
+                GELU_COARSE,
+                hidden,
+                4 * most,
+                tile,
+            )
+            quantise_rows(hidden, 4 * most, count, columns, hidden_left, most, hidden_levels, max_rows)
+            linear_int8(
+                hidden_left,
+                most,
+                count,
+                columns,
+                hidden_levels,
+                max_rows,
+                down + first // 4 * TILE_BYTES,
+                _bytes(ffn) // 4 * TILE_BYTES,
+                down_offsets + first // most * padded,
+                down_scales,
+                down_bias if first == 0 else zeros,
+                width,
+                ADD,
+                y,
+                step,
+                tile,
+            )

@@ -1,4 +1,4 @@
-"""The `Kernels` of compiled code: weights packed at load, room kept per thread, one compiled call a step and block."""
+"""The `Kernels` of compiled code: weights packed at load, and what runs a pass through them."""
 
 from __future__ import annotations
 
@@ -9,238 +9,223 @@ import numpy as np
 import numpy.typing as npt
 
 from ...alphabet import AMINO_ACID_COLUMNS
+from ...batch import Batch
+from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
-from ..base import Array, AttentionMaps, Kernels
-from ..rotary import rotary_pair_order, rotary_turns
-from . import bf16, cache, fp32, int8
-from .attention import attend, strip_size, wide_size, work_size
+from ..base import Array, Forward, Kernels
+from ..rotary import rotary_frequencies, rotary_pair_order
+from . import attention, bf16, cache, fp32, int8
 from .emitter import TILE_COLUMNS, TILE_ROWS
 from .gemm import aligned, pack_panels, padded_columns, panels
 from .isa import check_precision, host_isa
+from .layout import Layer, Model, Room, address, table
 
 _STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
 
-# Beside the width of a row in a buffer, so that rows do not all fall on the same lines of the first cache.
-_ROW_PADDING = 16
-
-_NO_ROWS = np.empty((0, 0), np.float32)
-_NO_NUMBERS = np.empty(0, np.float64)
-_NO_WIDE_ROWS = np.empty((0, 0), np.float64)
-
-
-class Room(threading.local):
-    """Aligned buffers of the calling thread, reused from block to block."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-
-    def flat(self, name: str, size: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """An array of at least `size` numbers with undefined contents, the same one for the same name."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[name] = aligned(size, dtype)
-        return buffer
-
-    def rows(self, name: str, rows: int, columns: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """(rows, columns), undefined."""
-        return self.flat(name, rows * columns, dtype)[: rows * columns].reshape(rows, columns)
+# What the linear steps take at a time stays in a second cache of a megabyte, beside a panel of weights.
+_GROUP_BYTES = 900_000
+_MOST_GROUP_ROWS = 256
+_FFN_COLUMNS = 480
 
 
 class NumbaKernels(Kernels):
-    """Steps of the forward pass in compiled code.
+    """Compiled steps over packed weights.
 
-    Query and key columns are reordered at load so that the two channels that rotate together are neighbours. Queries
-    also take up log2(e), so that scores are exponents of two.
+    Query and key columns are reordered at load so that the two channels that rotate together are neighbours, and
+    heads are filled up with zeros to a multiple of eight channels. Queries also take up log2(e), so that scores are
+    exponents of two.
     """
 
     name = "numba"
     dtype = np.dtype(np.float32)
-    merges_tiles = True
 
     def __init__(self, checkpoint: Checkpoint, precision: str = "fp32") -> None:
-        self.config = checkpoint.config
+        self.config = config = checkpoint.config
         self.precision = precision
         check_precision(host_isa(), precision)
         cache.prepare(precision)
-        self._room = Room()
-        self._table = np.empty((0, 0), np.float32)
-        self._table_lock = threading.Lock()
-        self._every_head = np.full(self.config.num_heads, -1, np.int64)
-        self._embedding = checkpoint.array("embed_tokens.weight")
-        self._final_norm = (_owned(checkpoint, "final_norm.weight"), _owned(checkpoint, "final_norm.bias"))
-        self._layers = [self._pack_layer(checkpoint, f"layers.{layer}.") for layer in range(self.config.num_layers)]
+        self.head_dim = -(-config.head_dim // 8) * 8
+        # Attention is in bf16 where products are narrower than that, if the CPU multiplies it.
+        self.qkv_dtype = np.dtype(np.uint16 if precision != "fp32" and host_isa().bf16 else np.float32)
+        self._kept: list[Array] = []  # every array that a table points at
+        self._rooms = threading.local()
+        self._rotary = np.empty((0, 0), np.float32)
+        self._rotary_lock = threading.Lock()
+        self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
+        row = 4 * (config.embed_dim + _FFN_COLUMNS)
+        self.group_rows = max(TILE_ROWS, min(_MOST_GROUP_ROWS, _GROUP_BYTES // row))
+        self.ffn_columns = min(_FFN_COLUMNS, panels(config.ffn_dim) * TILE_COLUMNS)
+        widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
+        self._zeros = self._keep(np.zeros(widest, np.float32))
+        self._final_norm = [self._vector(checkpoint, f"final_norm.{name}") for name in ("weight", "bias")]
+        self.layers = table(
+            [entry for layer in range(config.num_layers) for entry in self._pack_layer(checkpoint, f"layers.{layer}.")]
+        ).reshape(config.num_layers, Layer.ENTRIES)
         self._lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
+        steps = _STEPS[precision]
+        narrow = self.qkv_dtype == np.uint16
+        self.entries = [
+            cache.entry(step)
+            for step in (
+                steps.project_qkv,
+                attention.attend_bf16 if narrow else attention.attend,
+                steps.project_and_feed_forward,
+            )
+        ]
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def _pack_layer(self, checkpoint: Checkpoint, prefix: str) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """What `project_qkv` takes of a layer, and what `project_and_feed_forward` takes."""
+    def _keep(self, array: Array) -> Array:
+        self._kept.append(array)
+        return array
+
+    def _vector(self, checkpoint: Checkpoint, name: str) -> int:
+        """Address of a vector."""
+        return address(self._keep(np.array(checkpoint.array(name), np.float32)))
+
+    def _pack_layer(self, checkpoint: Checkpoint, prefix: str) -> list[int]:
+        """The row of `layout.Layer` of one layer."""
+        entries = [
+            self._vector(checkpoint, f"{prefix}{norm}.{name}")
+            for norm in ("attention_norm", "ffn_norm")
+            for name in ("weight", "bias")
+        ]
         order = rotary_pair_order(self.config)
-
-        def norm(name: str) -> tuple[Array, ...]:
-            return _owned(checkpoint, f"{prefix}{name}.weight"), _owned(checkpoint, f"{prefix}{name}.bias")
-
-        def matrix(name: str) -> tuple[Array, ...]:
+        for name in ("qkv", "out_proj", "fc1", "fc2"):
             weight, bias = checkpoint.tensors[f"{prefix}{name}.weight"], checkpoint.array(f"{prefix}{name}.bias")
-            return self._pack(weight, bias, order if name == "qkv" else slice(None))
+            entries += self._pack(name, weight, bias, order)
+        return entries
 
-        qkv = (*norm("attention_norm"), *matrix("qkv"))
-        rest = (*matrix("out_proj"), *norm("ffn_norm"), *matrix("fc1"), *matrix("fc2"))
-        return qkv, rest
-
-    def _pack(self, weight: StoredTensor, bias: Array, order: Array | slice) -> tuple[Array, ...]:
-        """The columns `order` of a matrix and its bias, as the products of this precision take them."""
+    def _pack(self, name: str, weight: StoredTensor, bias: Array, order: npt.NDArray[np.intp]) -> list[int]:
+        """The row of `layout.Matrix` of one matrix, as the products of this precision take it."""
+        bias = np.asarray(bias, np.float32)
+        values: Array
+        scales: Array | None = None
         if self.precision == "int8":
-            levels, scales = weight.quantised()
-            levels, scales = levels[:, order], scales[order]
-            sums = levels.sum(axis=0, dtype=np.int64)
-            packed = pack_panels(levels, group=4), padded_columns(sums), padded_columns(scales)
-            return *packed, padded_columns(bias[order])
-        values: Array = weight.astype(np.float32)[:, order]
+            values, scales = weight.quantised()
+        else:
+            values = weight.astype(np.float32)
+        if name == "qkv":
+            values, bias = values[:, order], bias[order]
+            values, bias = self._fill_heads(values, axis=1), self._fill_heads(bias, axis=0)
+            scales = None if scales is None else self._fill_heads(scales[order], axis=0)
+        elif name == "out_proj":
+            values = self._fill_heads(values, axis=0)
+        packed_bias = self._keep(padded_columns(bias))
+        if self.precision == "fp32":
+            return [address(self._keep(pack_panels(values))), address(packed_bias), 0, 0]
         if self.precision == "bf16":
-            return pack_panels(round_to_bfloat16(values), group=2), padded_columns(bias[order])
-        return pack_panels(values), padded_columns(bias[order])
+            packed = pack_panels(round_to_bfloat16(values.astype(np.float32)), group=2)
+            return [address(self._keep(packed)), address(packed_bias), 0, 0]
+        assert scales is not None
+        # Activations of the second half of the feed-forward part are quantised a part at a time.
+        part = self.ffn_columns if name == "fc2" else len(values)
+        parts = [values[first : first + part] for first in range(0, len(values), part)]
+        offsets = np.concatenate([padded_columns(rows.sum(axis=0, dtype=np.int64) * scales) for rows in parts])
+        packed = pack_panels(values, group=4)
+        kept = [self._keep(array) for array in (packed, packed_bias, offsets, padded_columns(scales))]
+        return [address(array) for array in kept]
 
-    def _pack_lm_head(self, checkpoint: Checkpoint) -> tuple[Array, ...]:
-        amino_acids = np.ascontiguousarray(self._embedding[AMINO_ACID_COLUMNS].T)
-        return (
+    def _fill_heads(self, array: Array, axis: int) -> Array:
+        """Zeros behind the channels of each head, up to the width that the kernels take."""
+        missing = self.head_dim - self.config.head_dim
+        if missing == 0:
+            return array
+        shape = array.shape
+        by_head = array.reshape(*shape[:axis], -1, self.config.head_dim, *shape[axis + 1 :])
+        filled = np.pad(by_head, [(0, missing) if i == axis + 1 else (0, 0) for i in range(by_head.ndim)])
+        return filled.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    def _pack_lm_head(self, checkpoint: Checkpoint) -> list[int]:
+        amino_acids = np.ascontiguousarray(self.embedding[AMINO_ACID_COLUMNS].T)
+        arrays = (
             pack_panels(checkpoint.array("lm_head.dense.weight")),
             padded_columns(checkpoint.array("lm_head.dense.bias")),
-            _owned(checkpoint, "lm_head.norm.weight"),
-            _owned(checkpoint, "lm_head.norm.bias"),
+            np.array(checkpoint.array("lm_head.norm.weight"), np.float32),
+            np.array(checkpoint.array("lm_head.norm.bias"), np.float32),
             pack_panels(amino_acids),
             padded_columns(checkpoint.array("lm_head.bias")[AMINO_ACID_COLUMNS]),
         )
+        return [address(self._keep(array)) for array in arrays]
 
-    # -- steps --------------------------------------------------------------------------------------------------
+    # -- tables -------------------------------------------------------------------------------------------------
 
-    def embed(self, tokens: Array, scale: Array) -> Array:
-        x: Array = self._embedding[tokens]
-        x *= scale.astype(np.float32)[:, None]
-        return x
-
-    def rotary_tables(self, length: int) -> Array:
-        """The positions themselves: the table of angles stays here."""
-        with self._table_lock:
-            if len(self._table) < length:
-                self._table = self._rotary_table(max(length, min(2 * len(self._table), 2050)))
-        return np.arange(length)
+    def model_table(self, length: int) -> tuple[npt.NDArray[np.int64], Array]:
+        """`layout.Model` for sequences of up to `length` tokens, and the array of turns that must outlive it."""
+        config = self.config
+        with self._rotary_lock:
+            if len(self._rotary) < length:
+                self._rotary = self._rotary_table(max(length, min(2 * len(self._rotary), 2050)))
+            rotary = self._rotary
+        entries = {
+            Model.WIDTH: config.embed_dim,
+            Model.HEADS: config.num_heads,
+            Model.HEAD_DIM: self.head_dim,
+            Model.FFN: config.ffn_dim,
+            Model.GROUP_ROWS: self.group_rows,
+            Model.FFN_COLUMNS: self.ffn_columns,
+            Model.ROTARY: address(rotary),
+            Model.EMBEDDING: address(self.embedding),
+            Model.FINAL_GAIN: self._final_norm[0],
+            Model.FINAL_SHIFT: self._final_norm[1],
+            Model.ZEROS: address(self._zeros),
+        }
+        return table([entries[entry] for entry in Model]), rotary
 
     def _rotary_table(self, length: int) -> Array:
-        """(cos, sin) of position · frequency for all query, then all key channels, queries scaled: (length, 2D)."""
-        turns = rotary_turns(self.config, length, math.log2(math.e) * self.config.head_dim**-0.5)
-        return turns.astype(np.complex64).view(np.float32)
-
-    def new_qkv(self, rows: int) -> Array:
-        """(rows, 3, H, C), a view: in memory the rows of each head follow each other, as attention reads them."""
+        """See `layout.Model.ROTARY`: angles in float64, as a float32 angle is off by 1e-4 at position 2000."""
         config = self.config
-        by_head = aligned(rows * 3 * config.embed_dim).reshape(3, config.num_heads, rows, config.head_dim)
-        return by_head.transpose(2, 0, 1, 3)
+        angle = np.arange(length)[:, None] * rotary_frequencies(config.head_dim).astype(np.float64)
+        turns = np.zeros((length, 2, 2, self.head_dim))
+        turns[:, :, 0, : config.head_dim] = np.repeat(np.cos(angle), 2, axis=1)[:, None]
+        turns[:, :, 1, 0 : config.head_dim : 2] = -np.sin(angle)[:, None]
+        turns[:, :, 1, 1 : config.head_dim : 2] = np.sin(angle)[:, None]
+        turns[:, 1] *= math.log2(math.e) * config.head_dim**-0.5
+        return turns.reshape(length, -1).astype(np.float32)
 
-    def _tile(self) -> Array:
-        return self._room.flat("tile", TILE_ROWS * TILE_COLUMNS)
+    def room(self, block_rows: int, length: int, with_maps: bool) -> npt.NDArray[np.int64]:
+        """`layout.Room` of the calling thread, with its buffers made large enough; they are kept for later."""
+        buffers: dict[Room, Array] = self._rooms.__dict__.setdefault("buffers", {})
+        width, rows = self.config.embed_dim, self.group_rows
+        lanes, context = TILE_COLUMNS, self.config.num_heads * self.head_dim
+        hidden = np.uint16 if self.precision == "bf16" else np.float32
+        sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
+            Room.NORMED: (rows * width, np.float32),
+            Room.HIDDEN: (rows * self.ffn_columns, hidden),
+            Room.TILE: (TILE_ROWS * TILE_COLUMNS, np.float32),
+            Room.CONTEXT: (block_rows * context, np.float32),
+            Room.QUERIES: (self.head_dim * lanes, np.float32),
+            Room.SCORES: (attention.strip_size(length, with_maps), np.float32),
+            Room.STATE: (3 * lanes, np.float32),
+            Room.STRIP_CONTEXT: (self.head_dim * lanes, np.float32),
+            Room.KEPT: ((1 + self.head_dim) * lanes, np.float32),
+            Room.FACTORS: (lanes, np.float64),
+        }
+        if self.precision != "fp32":
+            sizes[Room.LEFT] = (rows * (max(width, context) + 8), np.uint16)
+            sizes[Room.LEVELS] = (4 * rows, np.float32)
+            sizes[Room.HIDDEN_LEFT] = (rows * self.ffn_columns, np.uint8)
+        if self.qkv_dtype == np.uint16:
+            sizes[Room.VALUES] = ((length + 1) // 2 * self.head_dim, np.uint32)
+            sizes[Room.PAIRS] = (attention.CHUNK_KEYS * lanes, np.uint32)
+        for name, (size, dtype) in sizes.items():
+            if name not in buffers or buffers[name].size < size:
+                buffers[name] = aligned(size, dtype)
+        return table([address(buffers.get(Room(entry))) for entry in range(Room.ENTRIES)])
 
-    def _padded_rows(self, name: str, columns: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """Room for a group of rows, with some columns to spare."""
-        return self._room.rows(name, fp32.GROUP_ROWS, panels(columns) * TILE_COLUMNS + _ROW_PADDING, dtype)
+    # -- passes -------------------------------------------------------------------------------------------------
 
-    def _operand_rows(self) -> tuple[Array, ...]:
-        """Room for a group of rows as the products of this precision take them, and for their scales."""
-        if self.precision == "bf16":
-            return (self._padded_rows("left", self.config.embed_dim, np.uint16),)
-        if self.precision == "int8":
-            wide = max(self.config.embed_dim, self.config.ffn_dim)
-            return self._padded_rows("left", wide, np.uint8), self._room.flat("levels", 2 * fp32.GROUP_ROWS)
-        return ()
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
+        from .forward import NumbaForward
 
-    def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
-        config = self.config
-        _STEPS[self.precision].project_qkv(
-            x,
-            *self._layers[layer][0],
-            self._table,
-            np.concatenate(rotary),
-            config.head_dim,
-            _address(out),
-            *out.strides[:3],
-            self._padded_rows("normed", config.embed_dim),
-            *self._operand_rows(),
-            self._room.rows("projected", fp32.GROUP_ROWS, 3 * config.embed_dim),
-            self._tile(),
-        )
-
-    def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
-        config, length = self.config, len(keys)
-        wants_summary = maps is not None and maps.summary is not None
-        wants_contacts = maps is not None and maps.heads is not None
-        map_of_head, coefficients, residues = self._every_head, _NO_NUMBERS, (0, 0)
-        weighted = row_sums = column_sums = _NO_WIDE_ROWS
-        summary = np.zeros(length) if wants_summary else _NO_NUMBERS
-        if maps is not None and maps.heads is not None:
-            assert maps.coefficients is not None
-            assert maps.weighted is not None
-            assert maps.row_sums is not None
-            assert maps.column_sums is not None
-            map_of_head = self._every_head.copy()
-            map_of_head[maps.heads] = np.arange(len(maps.heads))
-            coefficients, weighted = maps.coefficients, maps.weighted
-            row_sums, column_sums = maps.row_sums, maps.column_sums
-            column_sums[...] = 0
-            residues = (maps.rows.start, maps.rows.stop)
-        attend(
-            _address(query),
-            len(query),
-            _address(keys),
-            length,
-            *keys.strides[:3],
-            _NO_ROWS if out is None else out,
-            config.embed_dim,
-            config.num_heads,
-            self._room.flat("strip", strip_size(length, wants_summary or wants_contacts)),
-            self._room.flat("work", work_size(config.head_dim)),
-            map_of_head,
-            coefficients,
-            weighted,
-            row_sums,
-            column_sums,
-            summary,
-            *residues,
-            self._room.flat("wide", wide_size(len(query), length, wants_contacts), np.float64),
-        )
-        if maps is not None and maps.summary is not None:
-            maps.summary[...] = summary
-
-    def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
-        width, ffn = self.config.embed_dim, self.config.ffn_dim
-        _STEPS[self.precision].project_and_feed_forward(
-            context,
-            x,
-            *self._layers[layer][1],
-            ffn,
-            self._padded_rows("normed", width),
-            *self._operand_rows(),
-            self._padded_rows("hidden", ffn, np.uint16 if self.precision == "bf16" else np.float32),
-            self._tile(),
-        )
-
-    def final_norm(self, x: Array, out: Array) -> None:
-        fp32.normalise(x, *self._final_norm, out)
+        return NumbaForward(self, pool, batch, layers, with_maps)
 
     def lm_head(self, x: Array) -> Array:
         assert self._lm_head is not None
-        out = np.empty((len(x), AMINO_ACID_COLUMNS.stop - AMINO_ACID_COLUMNS.start), np.float32)
-        hidden = self._room.rows("lm head", len(x), self.config.embed_dim)
-        fp32.lm_head(x, *self._lm_head, hidden, out, self._tile())
+        width, columns = self.config.embed_dim, AMINO_ACID_COLUMNS.stop - AMINO_ACID_COLUMNS.start
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty((len(x), columns), np.float32)
+        hidden, tile = np.empty(x.shape, np.float32), aligned(TILE_ROWS * TILE_COLUMNS)
+        fp32.lm_head(address(x), len(x), width, *self._lm_head, columns, address(hidden), address(out), address(tile))
         return out
-
-
-def _owned(checkpoint: Checkpoint, name: str) -> Array:
-    """A vector as a writable array of our own: a mapped file's arrays have another Numba type."""
-    return np.array(checkpoint.array(name), np.float32)
-
-
-def _address(array: Array) -> int:
-    """Where an array's first number lies."""
-    address: int = array.__array_interface__["data"][0]
-    return address

@@ -1,0 +1,162 @@
+"""One pass through the layers on the compiled runner: blocks of rows, tables of addresses, threads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ...batch import Batch
+from ...threads import WorkerPool
+from ..base import Array, AttentionMaps, Forward
+from .emitter import TILE_COLUMNS
+from .gemm import aligned
+from .kernels import NumbaKernels
+from .layout import Maps, Pass, address, table
+from .runner import run_phases
+
+# Rows of one block, at most about: its context and its rows stay in the second cache.
+_BLOCK_ROWS = 256
+
+Span = tuple[int, int]
+Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
+
+
+class NumbaForward(Forward):
+    """See `Forward`.
+
+    Blocks are cut anywhere, since a row's result does not depend on its neighbours; with maps they are whole tiles,
+    which leave their sums one by one.
+    """
+
+    def __init__(self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> None:
+        self._kernels, self._pool, self._with_maps, self._phase = kernels, pool, with_maps, 0
+        rows, config = batch.num_rows, kernels.config
+        self._length = max(last - first for first, last in batch.spans)
+        if with_maps:
+            blocks = [[(t.start, t.stop, t.first, t.last) for t in block.tiles] for block in batch.blocks(pool.threads)]
+        else:
+            blocks = cut_blocks(batch.spans, pool.threads)
+        self._pieces = list(itertools.chain.from_iterable(blocks))
+        self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
+        self._workers = min(pool.threads, len(blocks))
+        self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
+        self._stop = np.zeros(1, np.int64)
+        self._model, rotary = kernels.model_table(self._length)
+        qkv_size = 3 * rows * config.num_heads * kernels.head_dim
+        counts = [0, *itertools.accumulate(map(len, blocks))]
+        block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
+        entries = {
+            Pass.ROWS: rows,
+            Pass.BLOCKS: len(blocks),
+            Pass.LAST: layers,
+            Pass.NORM_AFTER: config.num_layers,
+            Pass.MAPS: 0,
+            Pass.SIZE: kernels.qkv_dtype.itemsize,
+            Pass.QKV_STEP: kernels.entries[0],
+            Pass.ATTEND: kernels.entries[1],
+            Pass.REST: kernels.entries[2],
+        }
+        arrays: dict[Pass, Array] = {
+            Pass.BLOCK_TABLE: np.array(block_table, np.int64),
+            Pass.PIECE_TABLE: np.array(self._pieces, np.int64),
+            Pass.POSITIONS: np.concatenate([np.arange(last - first) for first, last in batch.spans]),
+            Pass.TOKENS: batch.tokens,
+            Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
+            Pass.X: self.x,
+            Pass.QKV: aligned(qkv_size, kernels.qkv_dtype),
+            Pass.QKV_ODD: aligned(qkv_size, kernels.qkv_dtype),
+            Pass.LAYERS: kernels.layers,
+            # A line of the cache for each counter.
+            Pass.COUNTERS: aligned(16 * (layers + 1), np.int64),
+            Pass.STOP: self._stop,
+        }
+        arrays[Pass.COUNTERS][:] = 0
+        self._kept = [rotary, *arrays.values()]  # what the table points at
+        entries |= {name: address(array) for name, array in arrays.items()}
+        self._table = table([entries[Pass(entry)] for entry in range(Pass.ENTRIES)])
+        self._run(1)
+
+    def advance(self, stop: int, maps: Sequence[AttentionMaps | None] | None = None, maps_only: bool = False) -> None:
+        if maps is None:
+            self._table[Pass.MAPS] = 0
+            self._run(stop + 1)
+            return
+        lengths = [last - first for _, _, first, last in self._pieces]
+        rows, summaries, kept = map_table(maps, lengths, self._kernels.config.num_heads, maps_only)
+        self._table[Pass.MAPS] = address(rows)
+        self._run(stop + 1)
+        del kept  # until here, compiled code reads them
+        for left, summary in zip(maps, summaries, strict=True):
+            if left is not None and left.summary is not None and summary is not None:
+                left.summary[...] = summary
+
+    def _run(self, stop: int) -> None:
+        """Phases up to `stop`, on all threads that have work."""
+        arguments = address(self._table), address(self._model)
+
+        def work(_: int) -> None:
+            room = self._kernels.room(self._block_rows, self._length, self._with_maps)
+            run_phases(*arguments, address(room), self._phase, stop)
+
+        def give_up() -> None:
+            self._stop[0] = 1
+
+        self._pool.run_together(work, self._workers, give_up)
+        self._phase = stop
+
+
+def map_table(
+    maps: Sequence[AttentionMaps | None], lengths: Sequence[int], heads: int, maps_only: bool
+) -> tuple[npt.NDArray[np.int64], list[Array | None], list[Array]]:
+    """`layout.Maps` of each piece, its summary (summed in float64), and the arrays that the table points at besides."""
+    rows = np.zeros((len(maps), Maps.ENTRIES), np.int64)
+    summaries: list[Array | None] = []
+    kept: list[Array] = []
+    for row, wanted, length in zip(rows, maps, lengths, strict=True):
+        row[Maps.ONLY] = maps_only
+        summary = np.zeros(length) if wanted is not None and wanted.summary is not None else None
+        row[Maps.SUMMARY] = address(summary)
+        summaries.append(summary)
+        if wanted is None or wanted.heads is None:
+            continue
+        assert wanted.coefficients is not None
+        assert wanted.weighted is not None
+        assert wanted.row_sums is not None
+        assert wanted.column_sums is not None
+        map_of_head = np.full(heads, -1, np.int64)
+        map_of_head[wanted.heads] = np.arange(len(wanted.heads))
+        coefficients = np.ascontiguousarray(wanted.coefficients, np.float64)
+        kept += [map_of_head, coefficients]
+        wanted.column_sums[...] = 0
+        row[Maps.MAP_OF_HEAD] = address(map_of_head)
+        row[Maps.COEFFICIENTS] = address(coefficients)
+        row[Maps.WEIGHTED], row[Maps.WEIGHTED_STEP] = address(wanted.weighted), wanted.weighted.strides[1]
+        row[Maps.ROW_SUMS], row[Maps.ROW_SUMS_STEP] = address(wanted.row_sums), wanted.row_sums.strides[0]
+        row[Maps.COLUMN_SUMS] = address(wanted.column_sums)
+        row[Maps.COLUMN_SUMS_STEP] = wanted.column_sums.strides[0]
+        row[Maps.FIRST_RESIDUE], row[Maps.LAST_RESIDUE] = wanted.rows.start, wanted.rows.stop
+    return rows, summaries, kept
+
+
+def cut_blocks(spans: Sequence[Span], threads: int) -> list[list[Piece]]:
+    """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences."""
+    rows = spans[-1][1]
+    count = threads * -(-rows // (threads * _BLOCK_ROWS))
+    # Attention takes a register tile of queries at a time; where each thread has one block, equal shares matter more.
+    step = TILE_COLUMNS if count > threads else 8
+    strips = [
+        (start, min(start + step, last), first, last) for first, last in spans for start in range(first, last, step)
+    ]
+    blocks = []
+    for _, group in itertools.groupby(strips, key=lambda strip: (strip[0] + strip[1]) * count // (2 * rows)):
+        block: list[Piece] = []
+        for start, stop, first, last in group:
+            if block and block[-1][2] == first:
+                block[-1] = (block[-1][0], stop, first, last)
+            else:
+                block.append((start, stop, first, last))
+        blocks.append(block)
+    return blocks

@@ -1,0 +1,132 @@
+"""Where things stand in the tables that compiled code reads: 64-bit integers, sizes and addresses of arrays.
+
+With plain integers as arguments, a call from Python costs a microsecond, and compiled code can call compiled code
+through its address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from ..base import Array
+
+
+class Model(IntEnum):
+    """Sizes of the model, and what all layers share."""
+
+    WIDTH = 0  # D
+    HEADS = 1
+    HEAD_DIM = 2  # rounded up to a multiple of eight
+    FFN = 3
+    GROUP_ROWS = 4  # rows that the linear steps take at a time
+    FFN_COLUMNS = 5  # hidden channels that the feed-forward step takes at a time
+    ROTARY = 6  # (positions, 4 · HEAD_DIM): cosine and (-sine, sine) for keys, then both scaled for queries
+    EMBEDDING = 7  # (33, D)
+    FINAL_GAIN = 8
+    FINAL_SHIFT = 9
+    ZEROS = 10  # as many as the widest bias
+
+
+class Layer(IntEnum):
+    """Weights of one layer; a matrix takes four entries, see `Matrix`."""
+
+    ATTENTION_GAIN = 0
+    ATTENTION_SHIFT = 1
+    FFN_GAIN = 2
+    FFN_SHIFT = 3
+    QKV = 4
+    OUT_PROJ = 8
+    FC1 = 12
+    FC2 = 16
+    ENTRIES = 20
+
+
+class Matrix(IntEnum):
+    """A packed matrix; the last two of int8 only."""
+
+    WEIGHT = 0
+    BIAS = 1
+    OFFSETS = 2  # what a column adds for each unit of a row's offset
+    SCALES = 3  # of the columns
+
+
+class Room(IntEnum):
+    """Buffers of one thread."""
+
+    NORMED = 0  # rows after LayerNorm, float32
+    LEFT = 1  # rows as the products of this precision take them
+    LEVELS = 2  # scales, then offsets of quantised rows
+    HIDDEN = 3  # hidden channels
+    HIDDEN_LEFT = 4  # the same, quantised
+    TILE = 5
+    CONTEXT = 6  # rows of one block
+    QUERIES = 7  # one head of a strip of queries, transposed
+    SCORES = 8  # a chunk of a strip, or all of it where maps are wanted
+    STATE = 9  # three rows of one number a lane: see attention.py
+    STRIP_CONTEXT = 10
+    KEPT = 11  # context and sums of the lanes that are finished
+    VALUES = 12  # bf16 values of one head, neighbours in pairs
+    PAIRS = 13  # a chunk of exponentials as pairs of bf16, where SCORES keeps them for maps
+    FACTORS = 14  # float64, one a lane
+    ENTRIES = 15
+
+
+class Pass(IntEnum):
+    """One forward pass."""
+
+    ROWS = 0
+    BLOCKS = 1  # how many
+    BLOCK_TABLE = 2  # (BLOCKS, 4): first row, last row, first piece, last piece
+    PIECE_TABLE = 3  # (pieces, 4): first row, last row, first and last row of the sequence
+    POSITIONS = 4  # (ROWS,) int64
+    TOKENS = 5  # (ROWS,) uint8
+    TOKEN_SCALE = 6  # (ROWS,) float32
+    X = 7  # (ROWS, D)
+    QKV = 8  # two buffers that take turns: layer n reads the one of n's parity
+    QKV_ODD = 9
+    LAYERS = 10  # (layers, Layer.ENTRIES)
+    COUNTERS = 11  # (phases, 16): the first of eight are blocks taken, the first of the other eight blocks done
+    STOP = 12  # of a number; not zero: give up
+    LAST = 13  # layers to run in all: the last one projects no query, key and value
+    NORM_AFTER = 14  # the layer whose rows go through the final LayerNorm
+    MAPS = 15  # (pieces, Maps.ENTRIES) or 0
+    QKV_STEP = 16  # addresses of compiled functions
+    ATTEND = 17
+    REST = 18
+    SIZE = 19  # bytes of a number of query, key and value
+    ENTRIES = 20
+
+
+class Maps(IntEnum):
+    """What attention leaves of one piece, see `AttentionMaps`."""
+
+    MAP_OF_HEAD = 0  # (H,) index of a head's map or -1; 0: no contacts
+    COEFFICIENTS = 1
+    WEIGHTED = 2  # neighbours are query rows
+    WEIGHTED_STEP = 3  # bytes from key to key
+    ROW_SUMS = 4
+    ROW_SUMS_STEP = 5
+    COLUMN_SUMS = 6
+    COLUMN_SUMS_STEP = 7
+    SUMMARY = 8  # 0: none
+    FIRST_RESIDUE = 9
+    LAST_RESIDUE = 10
+    ONLY = 11  # not zero: no context
+    ENTRIES = 12
+
+
+def address(array: Array | None) -> int:
+    """Where an array's first number lies; 0 for None."""
+    if array is None:
+        return 0
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+def table(entries: Sequence[int]) -> npt.NDArray[np.int64]:
+    """A table of these numbers."""
+    return np.array(entries, np.int64)

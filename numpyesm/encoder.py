@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch, Block, Tile
-from .heads import AttentionSummary, ContactHead
+from .config import VOCAB_SIZE
+from .heads import AttentionSummary, ContactHead, FullAttention
 from .kernels.base import AttentionMaps, Kernels
 from .threads import WorkerPool
 
@@ -34,6 +35,7 @@ def encode_batch(
     take: Callable[[int, Array], None],
     contacts: ContactHead | None = None,
     summary: AttentionSummary | None = None,
+    full: FullAttention | None = None,
 ) -> None:
     """Run as many layers as the wanted outputs need, and hand each wanted representation to `take`.
 
@@ -43,12 +45,12 @@ def encode_batch(
         0 (the scaled embedding) to num_layers (after the final LayerNorm).
     take : callable (layer, rows (T, D))
         Called in ascending order of layer; the rows are overwritten after it returns.
-    contacts, summary
+    contacts, summary, full
         Attention maps go there, if given.
     """
     num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
-    map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary else 0)
+    map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary or full else 0)
     block_threads, step_threads = _divide_threads(kernels, batch.num_rows, pool.threads)
     blocks = batch.blocks(block_threads)
     tiles = [tile for block in blocks for tile in block.tiles]
@@ -70,7 +72,7 @@ def encode_batch(
     with kernels.session(step_threads):
         pool.run(lambda block: project_qkv(0, block, current), blocks)
     for layer in range(layers):
-        maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
+        maps = [_request_maps(layer, tile, contacts, summary, full) for tile in tiles]
         maps_only = layer >= full_layers and layer + 1 == map_layers
 
         # Bound as defaults: a closure over loop variables would see the next layer's.
@@ -121,10 +123,14 @@ def _divide_threads(kernels: Kernels, rows: int, threads: int) -> tuple[int, int
 
 
 def _request_maps(
-    layer: int, tile: Tile, contacts: ContactHead | None, summary: AttentionSummary | None
+    layer: int,
+    tile: Tile,
+    contacts: ContactHead | None,
+    summary: AttentionSummary | None,
+    full: FullAttention | None,
 ) -> AttentionMaps | None:
     """What layer `layer` must leave of this tile's attention; None if nothing."""
-    if contacts is None and summary is None:
+    if contacts is None and summary is None and full is None:
         return None
     rows = slice(int(tile.start == tile.first), tile.stop - tile.start - int(tile.stop == tile.last))
     maps = AttentionMaps(rows)
@@ -132,7 +138,9 @@ def _request_maps(
         contacts.request(layer, tile, maps)
     if summary is not None:
         summary.request(tile, maps)
-    return None if maps.heads is None and maps.summary is None else maps
+    if full is not None:
+        full.request(layer, tile, maps)
+    return None if maps.heads is None and maps.summary is None and maps.full is None else maps
 
 
 def _collect_maps(
@@ -152,8 +160,8 @@ def _collect_maps(
 
 
 def lm_logits(kernels: Kernels, pool: WorkerPool, rows: Array) -> Array:
-    """Logits of the 20 amino acids for final-layer rows: (R, D) -> (R, 20)."""
-    logits = np.empty((len(rows), 20), kernels.dtype)
+    """Logits of all tokens for final-layer rows: (R, D) -> (R, 33)."""
+    logits = np.empty((len(rows), VOCAB_SIZE), kernels.dtype)
     block_threads, step_threads = _divide_threads(kernels, len(rows), pool.threads)
     step = max(1, min(_LM_HEAD_ROWS, -(-len(rows) // block_threads)))
 

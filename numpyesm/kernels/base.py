@@ -37,6 +37,8 @@ class AttentionMaps:
         Set to the sum of each head's attention over the tile's residue rows.
     summary : ndarray (L,) or None
         Set to the sum of attention over all heads and over all rows of the tile.
+    full : ndarray (H, R, L) or None
+        Set to the attention of every head and row of the tile.
     rows : slice
         Which rows of the tile are residues (all but `<cls>` and `<eos>`).
     """
@@ -48,6 +50,7 @@ class AttentionMaps:
     row_sums: Array | None = None
     column_sums: Array | None = None
     summary: Array | None = None
+    full: Array | None = None
 
 
 class Kernels(ABC):
@@ -104,4 +107,4 @@ class Kernels(ABC):
 
     @abstractmethod
     def lm_head(self, x: Array) -> Array:
-        """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""
+        """Logits of all tokens from final-norm rows: (R, D) -> (R, 33)."""

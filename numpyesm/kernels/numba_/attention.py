@@ -188,6 +188,17 @@ def _add_summary(strip, factors, length, lanes, summary):
             summary[key] += column
 
 
+@helper
+def _write_map(strip, factors, length, lanes, count, out):
+    """out (count, L) = attention of the first `count` lanes"""
+    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
+    for chunk in range(chunks):
+        for lane in range(count):
+            factor, row = factors[chunk, lane], out[lane]
+            for key in range(length * chunk // chunks, length * (chunk + 1) // chunks):
+                row[key] = np.float64(strip[key * lanes + lane]) * factor
+
+
 @helper(fastmath=REASSOCIATE)
 def _add_contacts(strip, factors, length, lanes, coefficient, weighted, row_sums, column_sums):
     """One head's attention on residues: weighted (L, lanes) += coefficient · it; its sums are added to the others."""
@@ -210,6 +221,7 @@ _FLAT = types.float32[::1]
 _INDEX = types.int64[::1]
 _WIDE = types.float64[::1]
 _WIDE_ROWS = types.float64[:, ::1]
+_MAPS = types.float32[:, :, :]
 
 
 @kernel(
@@ -224,6 +236,7 @@ _WIDE_ROWS = types.float64[:, ::1]
     _WIDE,
     *[_WIDE_ROWS] * 3,
     _WIDE,
+    _MAPS,
     types.int64,
     types.int64,
     _WIDE,
@@ -247,6 +260,7 @@ def attend(
     row_sums,
     column_sums,
     summary,
+    full,
     first_residue,
     last_residue,
     wide,
@@ -257,14 +271,14 @@ def attend(
     three `step`, `part_step` and `head_step` bytes apart. Scores are exponents of two: log2(e) is in the queries.
 
     See `AttentionMaps` for the maps; `map_of_head` (H,) is the index of a head's map or -1, `column_sums` comes set to
-    zero, and so does `summary` (L,), empty if it is not wanted. `strip`, `work` and `wide` are room, see `strip_size`
-    and so on.
+    zero, and so does `summary` (L,); `summary` and `full` (H, rows, L) are empty if they are not wanted. `strip`,
+    `work` and `wide` are room, see `strip_size` and so on.
     """
     head_dim = width // heads
     state = work[: 4 * TILE_COLUMNS].reshape(4, TILE_COLUMNS)
     queries = work[4 * TILE_COLUMNS : (4 + head_dim) * TILE_COLUMNS]
     context = work[(4 + head_dim) * TILE_COLUMNS : (4 + 2 * head_dim) * TILE_COLUMNS]
-    with_summary, with_contacts = summary.shape[0] > 0, coefficients.shape[0] > 0
+    with_summary, with_contacts, with_full = summary.shape[0] > 0, coefficients.shape[0] > 0, full.shape[0] > 0
     chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
     sums = wide[:TILE_COLUMNS]
     factors = wide[TILE_COLUMNS : (1 + chunks) * TILE_COLUMNS].reshape(chunks, TILE_COLUMNS)
@@ -274,7 +288,7 @@ def attend(
         local[: (rows + TILE_COLUMNS - 1) // TILE_COLUMNS * length * TILE_COLUMNS] = 0.0
     for head in range(heads):
         index = map_of_head[head]
-        keep = with_summary or index >= 0
+        keep = with_summary or with_full or index >= 0
         if out.shape[0] == 0 and not keep:
             continue
         at = head * head_step
@@ -304,6 +318,8 @@ def attend(
             _chunk_factors(maxima, state, chunks, count, lanes, factors)
             if with_summary:
                 _add_summary(strip, factors, length, lanes, summary)
+            if with_full:
+                _write_map(strip, factors, length, lanes, count, full[head, start : start + count])
             if index < 0:
                 continue
             for lane in range(lanes):

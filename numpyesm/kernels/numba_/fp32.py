@@ -68,7 +68,7 @@ def normalise(x, gain, shift, out):
 
 @kernel("all", ROWS, FLAT, FLAT, FLAT, FLAT, FLAT, FLAT, ROWS, ROWS, FLAT)
 def lm_head(x, dense, dense_bias, gain, shift, embedding, bias, hidden, out, tile):
-    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, 20). `hidden` (R, ≥ D) is room."""
+    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, ≥ D) is room."""
     width = x.shape[1]
     linear(x, width, _PROJECTION_PIECE, dense, dense_bias, width, GELU, hidden, tile)
     layer_norm(hidden, gain, shift, hidden)

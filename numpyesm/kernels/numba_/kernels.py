@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import AMINO_ACID_COLUMNS
+from ...config import VOCAB_SIZE
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
 from ..base import Array, AttentionMaps, Kernels
@@ -27,6 +27,7 @@ _ROW_PADDING = 16
 _NO_ROWS = np.empty((0, 0), np.float32)
 _NO_NUMBERS = np.empty(0, np.float64)
 _NO_WIDE_ROWS = np.empty((0, 0), np.float64)
+_NO_MAPS = np.empty((0, 0, 0), np.float32)
 
 
 class Room(threading.local):
@@ -103,14 +104,13 @@ class NumbaKernels(Kernels):
         return pack_panels(values), padded_columns(bias[order])
 
     def _pack_lm_head(self, checkpoint: Checkpoint) -> tuple[Array, ...]:
-        amino_acids = np.ascontiguousarray(self._embedding[AMINO_ACID_COLUMNS].T)
         return (
             pack_panels(checkpoint.array("lm_head.dense.weight")),
             padded_columns(checkpoint.array("lm_head.dense.bias")),
             _owned(checkpoint, "lm_head.norm.weight"),
             _owned(checkpoint, "lm_head.norm.bias"),
-            pack_panels(amino_acids),
-            padded_columns(checkpoint.array("lm_head.bias")[AMINO_ACID_COLUMNS]),
+            pack_panels(np.ascontiguousarray(self._embedding.T)),
+            padded_columns(checkpoint.array("lm_head.bias")),
         )
 
     # -- steps --------------------------------------------------------------------------------------------------
@@ -177,6 +177,7 @@ class NumbaKernels(Kernels):
         map_of_head, coefficients, residues = self._every_head, _NO_NUMBERS, (0, 0)
         weighted = row_sums = column_sums = _NO_WIDE_ROWS
         summary = np.zeros(length) if wants_summary else _NO_NUMBERS
+        full = _NO_MAPS if maps is None or maps.full is None else maps.full
         if maps is not None and maps.heads is not None:
             assert maps.coefficients is not None
             assert maps.weighted is not None
@@ -197,7 +198,7 @@ class NumbaKernels(Kernels):
             _NO_ROWS if out is None else out,
             config.embed_dim,
             config.num_heads,
-            self._room.flat("strip", strip_size(length, wants_summary or wants_contacts)),
+            self._room.flat("strip", strip_size(length, wants_summary or wants_contacts or full.size > 0)),
             self._room.flat("work", work_size(config.head_dim)),
             map_of_head,
             coefficients,
@@ -205,6 +206,7 @@ class NumbaKernels(Kernels):
             row_sums,
             column_sums,
             summary,
+            full,
             *residues,
             self._room.flat("wide", wide_size(len(query), length, wants_contacts), np.float64),
         )
@@ -229,7 +231,7 @@ class NumbaKernels(Kernels):
 
     def lm_head(self, x: Array) -> Array:
         assert self._lm_head is not None
-        out = np.empty((len(x), AMINO_ACID_COLUMNS.stop - AMINO_ACID_COLUMNS.start), np.float32)
+        out = np.empty((len(x), VOCAB_SIZE), np.float32)
         hidden = self._room.rows("lm head", len(x), self.config.embed_dim)
         fp32.lm_head(x, *self._lm_head, hidden, out, self._tile())
         return out

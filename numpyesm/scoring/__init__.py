@@ -1,14 +1,12 @@
 """Scores of mutations: what the model thinks of a substitution, of several at once, and of all that there are."""
 
 from .correlation import spearman
-from .methods import METHODS, score_mutations
+from .methods import score_mutations
 from .notation import Substitution, parse_mutant
-from .scan import SCAN_LETTERS, SCAN_METHODS, MutationScan, scan_mutations
+from .scan import SCAN_LETTERS, MutationScan, scan_mutations
 
 __all__ = [
-    "METHODS",
     "SCAN_LETTERS",
-    "SCAN_METHODS",
     "MutationScan",
     "Substitution",
     "parse_mutant",

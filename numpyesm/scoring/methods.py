@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..alphabet import TOKEN_ID
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
+from ..options import SCORING_METHODS
 from .marginals import Progress, masked_logits, plain_logits, pseudo_log_likelihoods
 from .notation import Change, apply_changes, check_offset, check_wild_type, check_window, read_mutants
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ..model import ESM2
 
 FloatArray = npt.NDArray[np.float64]
-
-METHODS = ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl")
 
 # Sequences whose logits are held at a time by `log-prob`.
 _SEQUENCES_AT_A_TIME = 256
@@ -36,7 +35,7 @@ def score_mutations(
     progress: Callable[[int, int], None] | None = None,
 ) -> FloatArray:
     """One number a mutant; see `ESM2.score_mutations`."""
-    check_method(method, METHODS)
+    check_method(method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
     mutants = read_mutants(wild_type, mutations, check_offset(offset))
     seen = check_window(window, len(wild_type))

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID
+from ..options import SCAN_METHODS
 from .methods import check_method, counter, position_logits
 from .notation import check_offset, check_wild_type, check_window
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 # Columns of a scan: the alphabet's order, not the model's.
 SCAN_LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-SCAN_METHODS = ("masked-marginals", "wt-marginals")
 
 
 @dataclass(eq=False)

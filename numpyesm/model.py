@@ -210,8 +210,8 @@ class ESM2:
             raise InvalidOption(f"repr_layers is empty, but include asks for {asked}: name at least one layer")
         if "logits" in wanted:
             self._require_lm_head("logits")
-        if "contacts" in wanted and not self._checkpoint.has_contact_head:
-            raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
+        if "contacts" in wanted:
+            self._require_contact_head()
         tokens = tokenize(sequences)
         results: list[EncodeResult] = []
         for chunk in _passes(tokens):
@@ -362,6 +362,15 @@ class ESM2:
         if not self._checkpoint.has_lm_head:
             raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
 
+    def _require_contact_head(self) -> None:
+        if not self._checkpoint.has_contact_head:
+            raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
+
+    def _contact_head(self, batch: Batch) -> ContactHead:
+        weight = self._checkpoint.array("contact_head.weight", self._kernels.dtype)
+        bias = float(self._checkpoint.array("contact_head.bias", self._kernels.dtype)[0])
+        return ContactHead(self.config, weight, bias, batch, self._kernels.dtype)
+
     def _encode_pass(
         self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int
     ) -> list[EncodeResult]:
@@ -371,9 +380,7 @@ class ESM2:
         results = [EncodeResult(first_index + i) for i in range(len(tokens))]
         contacts = None
         if "contacts" in wanted:
-            weight = self._checkpoint.array("contact_head.weight", kernels.dtype)
-            bias = float(self._checkpoint.array("contact_head.bias", kernels.dtype)[0])
-            contacts = ContactHead(config, weight, bias, batch, kernels.dtype)
+            contacts = self._contact_head(batch)
         summary = AttentionSummary(config, batch, kernels.dtype) if "attentions" in wanted else None
 
         by_layer = layers if wanted & BY_LAYER else []

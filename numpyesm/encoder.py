@@ -7,6 +7,7 @@ sequence, so the threads wait for each other once a layer, and query/key/value h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ def encode_batch(
     contacts: ContactHead | None = None,
     summary: AttentionSummary | None = None,
     full: FullAttention | None = None,
+    final_rows: Array | None = None,
 ) -> None:
     """Run as many layers as the wanted outputs need, and hand each wanted representation to `take`.
 
@@ -47,6 +49,9 @@ def encode_batch(
         Called in ascending order of layer; the rows are overwritten after it returns.
     contacts, summary, full
         Attention maps go there, if given.
+    final_rows : ndarray of int, optional
+        The rows of the last layer that matter: the tiles without any are left out of it, and `take` gets what was
+        there before. Not together with maps.
     """
     num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
@@ -98,11 +103,25 @@ def encode_batch(
                 kernels.final_norm(rows, out=rows)
 
         with kernels.session(step_threads):
-            pool.run(run_block, blocks)
+            pool.run(run_block, blocks if layer + 1 < num_layers else _blocks_with(blocks, final_rows))
         _collect_maps(layer, tiles, maps, contacts, summary)
         if layer + 1 in representations:
             take(layer + 1, x)
         current, following = following, current
+
+
+def _blocks_with(blocks: Sequence[Block], rows: Array | None) -> list[Block]:
+    """The blocks without the tiles that hold none of these rows; a block falls apart where tiles are missing."""
+    if rows is None:
+        return list(blocks)
+    wanted = np.sort(rows)
+
+    def holds(tile: Tile) -> bool:
+        return bool(np.searchsorted(wanted, tile.start) < np.searchsorted(wanted, tile.stop))
+
+    return [
+        Block(tuple(tiles)) for block in blocks for needed, tiles in itertools.groupby(block.tiles, holds) if needed
+    ]
 
 
 def _merge_tiles(tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None]) -> list[Tile]:

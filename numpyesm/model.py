@@ -416,7 +416,15 @@ class ESM2:
                 named = [x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]
                 logits.extend(self._project(named, columns))
 
-            encode_batch(self._kernels, self._pool, batch, representations=[self.config.num_layers], take=take)
+            final_rows = np.concatenate([keep + first for (first, _), keep in zip(batch.spans, wanted, strict=True)])
+            encode_batch(
+                self._kernels,
+                self._pool,
+                batch,
+                representations=[self.config.num_layers],
+                take=take,
+                final_rows=final_rows,
+            )
         return logits
 
     def _project(self, rows: list[Array], columns: slice = AMINO_ACID_COLUMNS) -> list[Array]:

@@ -405,6 +405,7 @@ def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
         (">a\nMKT\n>b\nMKtA\n", [], "record 'b': 't' at position 3"),
         (">a\n\n", [], "no sequence"),
         (">a\nMK\n>a\nMT\n", [], "two records"),
+        (">a\nMK\n>./a\nMT\n", [], "two records"),
         (">a\nMKT\n", ["--repr_layers", "7"], "6 layers"),
         (">a\nMKT\n", ["--truncation_seq_length", "0"], "at least 1"),
     ],

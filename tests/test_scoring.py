@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_sequence
+from conftest import random_sequence, small_model
 
 from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence, NumpyesmError
 from numpyesm.alphabet import AMINO_ACIDS
@@ -210,6 +210,29 @@ def test_only_needed_positions_run_and_each_has_one_row(model: ESM2, monkeypatch
     calls.clear()
     model.score_mutations(WILD_TYPE, MUTATIONS, "wt-marginals")
     assert calls == [(0, 5)]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_the_last_layer_runs_where_it_is_wanted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same numbers as when it runs everywhere."""
+    model = small_model(backend=backend, threads=2)
+    sequence = random_sequence(400, 2)
+    masked = sequence[:150] + "<mask>" + sequence[151:]
+    rows: list[int] = []
+    original = type(model._kernels).project_and_feed_forward
+
+    def spy(self: Any, layer: int, context: Any, x: Any) -> None:
+        rows.append(len(x)) if layer == 2 else None
+        original(self, layer, context, x)
+
+    monkeypatch.setattr(type(model._kernels), "project_and_feed_forward", spy)
+    one = model.predict([masked, masked], positions="masked")
+    assert sum(rows) < 2 * 64
+    rows.clear()
+    everywhere = model.predict([masked, masked])
+    assert sum(rows) == 2 * 402
+    for found, whole in zip(one, everywhere, strict=True):
+        np.testing.assert_array_equal(found.logits, whole.logits[[150]])
 
 
 def test_memory_is_bounded(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:

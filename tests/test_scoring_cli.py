@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def test_measured_values_that_are_missing(run: Any) -> None:
     assert "not defined" in run("score", WILD_TYPE, "v.csv")[2]
 
 
+def test_the_only_column_of_numbers_is_the_measured_one(run: Any) -> None:
+    Path("v.csv").write_text(",mutant,2500,pseudo-ppl,note\n0,M1A,1,5,a\n1,M1C,NA,6,b\n2,M1D,3,7,c\n")
+    assert "Spearman of log-prob and 2500" in run("score", WILD_TYPE, "v.csv", "--method", "log-prob")[2]
+    Path("v.csv").write_text("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n")
+    err = run("score", WILD_TYPE, "v.csv", "--method", "log-prob")[2]
+    assert "--measured-col says which of 'ddG', 'position' is measured" in err
+    assert "Spearman" not in err
+
+
+def test_gzip(run: Any) -> None:
+    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode()))
+    code, out, _ = run("score", WILD_TYPE, "gym.csv.gz", "--method", "log-prob")
+    assert (code, len(added(out))) == (0, 4)
+    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode())[:-9])
+    code, _, err = run("score", WILD_TYPE, "gym.csv.gz")
+    assert code == 1
+    assert "damaged or cut short" in err
+
+
 def test_skip_invalid(run: Any) -> None:
     Path("v.csv").write_text("mutant,DMS_score\nM1A,1\nM1*,2\nM1del,3\nA1G,4\nM1C,5\n")
     code, out, err = run("score", WILD_TYPE, "v.csv", "--skip-invalid")
@@ -241,6 +261,8 @@ def test_scan_outputs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("long.png").stat().st_size > 1000
     assert run("scan", "MKT", "-o", "a.csv", "--no-heatmap")[0] == 0
     assert not Path("a.png").exists()
+    assert run("scan", "MKT", "-o", "folder/")[0] == 0
+    assert {path.name for path in Path("folder").iterdir()} == {"scan.csv", "scan.png"}
     for arguments in (["-o", "a.png"], ["-o", "a.csv", "--heatmap", "a.csv"], ["--heatmap", "x.png", "--no-heatmap"]):
         assert run("scan", "MKT", *arguments)[0] == 2
     assert run("scan", "MKT", "--method", "log-prob")[0] == 2

@@ -87,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add_scoring(commands, "scan", "scan", "score every substitution of a protein", SCAN_METHODS)
     command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
-    command.add_argument("-o", "--output", help=".csv or .tsv (stdout by default); with it, a heat map .png beside it")
+    command.add_argument(
+        "-o", "--output", help=".csv, .tsv or a folder (stdout by default); with it, a heat map .png beside it"
+    )
     command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output by default)")
     command.add_argument("--no-heatmap", action="store_true", help="the table alone")
     return parser

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
     """Where table and heat map go: by default the picture lies beside the table."""
     output = None if arguments.output == "-" else arguments.output
+    if output and (output.endswith(("/", "\\")) or Path(output).is_dir()):
+        output = str(Path(output) / "scan.csv")
     if arguments.no_heatmap:
         if arguments.heatmap:
             raise InvalidOption("--heatmap and --no-heatmap exclude each other")

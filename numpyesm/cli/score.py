@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import math
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
+from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, apply_changes, check_wild_type, fit_mutant, parse_mutant
 from .inputs import load_model, read_records, same_file
@@ -90,14 +93,24 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
 def _read(text: str) -> tuple[bytes, str]:
     """Contents and name of the table."""
     if text == "-":
-        return sys.stdin.buffer.read(), "standard input"
+        return _unzipped(sys.stdin.buffer.read(), "standard input"), "standard input"
     path = Path(text)
     if path.is_dir():
         raise InvalidTable(f"{text} is a folder, expected a table of variants")
     try:
-        return path.read_bytes(), text
+        data = path.read_bytes()
     except (FileNotFoundError, ValueError) as error:
         raise InvalidTable(f"there is no file {text[:200]!r}, expected a table of variants") from error
+    return _unzipped(data, text), text
+
+
+def _unzipped(data: bytes, name: str) -> bytes:
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InvalidTable(f"{name}: the gzip data is damaged or cut short ({error})") from error
 
 
 def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:
@@ -161,9 +174,11 @@ def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitu
 
 def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] | None:
     """The measured column as numbers, NaN where there is none; None if the table has no such column."""
-    texts = table.require(name) if name else table.column(_MEASURED)
-    if texts is None:
+    if name is None:
+        name = _MEASURED if _MEASURED in table.columns else _only_numbers(table)
+    if name is None:
         return None
+    texts = table.require(name)
     numbers: list[float] = []
     unread: list[int] = []
     for row, text in zip(table.rows, texts, strict=True):
@@ -175,11 +190,32 @@ def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] 
                 unread.append(row.line)
     if unread:
         print(
-            f"numpyesm: {table.name}: {len(unread)} values of {name or _MEASURED} are no numbers (first in line "
+            f"numpyesm: {table.name}: {len(unread)} values of {name} are no numbers (first in line "
             f"{unread[0]}) and left out of the correlation",
             file=sys.stderr,
         )
-    return name or _MEASURED, numbers
+    return name, numbers
+
+
+def _only_numbers(table: VariantTable) -> str | None:
+    """The one column of numbers, if there is but one: fair-esm's example calls its measurements `2500`."""
+    found = [
+        name
+        for name in table.columns
+        if name and name not in SCORING_METHODS and table.columns.count(name) == 1 and _all_numbers(table.require(name))
+    ]
+    if len(found) > 1:
+        names = ", ".join(map(repr, found[:6]))
+        print(f"numpyesm: no correlation: --measured-col says which of {names} is measured", file=sys.stderr)
+    return found[0] if len(found) == 1 else None
+
+
+def _all_numbers(texts: Sequence[str]) -> bool:
+    present = [text for text in texts if text.strip().lower() not in _MISSING]
+    try:
+        return bool([float(text) for text in present])
+    except ValueError:
+        return False
 
 
 def _report(column: str, scores: Sequence[float], name: str, measured: Sequence[float]) -> None:

@@ -66,6 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise InvalidOption("--truncation_seq_length and --toks_per_batch: expected at least 1")
     dataset = esm.FastaBatchedDataset.from_file(arguments.fasta_file)
     paths = [_path(arguments.output_dir, label) for label in dataset.sequence_labels]
+    if len({os.path.normpath(path) for path in paths}) < len(paths):
+        raise InvalidSequence(
+            f"{arguments.fasta_file}: two records would have the same file (labels such as 'a' and './a')"
+        )
     alphabet = esm.Alphabet.from_architecture("ESM-1b")
     convert = alphabet.get_batch_converter(arguments.truncation_seq_length)
     for label, sequence in zip(

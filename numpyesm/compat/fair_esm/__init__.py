@@ -10,6 +10,7 @@ Arrays are NumPy's: what torch alone has (`torch.no_grad()`, `.cpu()`, `.numpy()
 `docs/from-fair-esm.md`.
 """
 
+from ..._version import __version__
 from . import data, model, pretrained
 from .data import Alphabet, BatchConverter, FastaBatchedDataset
 from .model import ESM2, MSATransformer, ProteinBertModel
@@ -21,6 +22,7 @@ __all__ = [
     "FastaBatchedDataset",
     "MSATransformer",
     "ProteinBertModel",
+    "__version__",
     "data",
     "model",
     "pretrained",

@@ -166,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NumpyesmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidOption) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stood", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,7 @@ def load_model_and_alphabet(model_name: str | os.PathLike[str], **options: Any) 
     name = os.fspath(model_name)
     if _OTHER_MODELS.fullmatch(name) and preset_name(name) is None and not Path(name).exists():
         raise NotSupported(f"{name}: numpyesm has {', '.join(OFFICIAL_NAMES.values())}")
-    core = Core.from_pretrained(model_name, **options)
-    if not core.checkpoint.has_contact_head:
-        warnings.warn(f"{name}: no regression weights were found, contacts cannot be predicted", stacklevel=2)
-    model = ESM2(core)
+    model = ESM2(Core.from_pretrained(model_name, **options))
     return model, model.alphabet
 
 

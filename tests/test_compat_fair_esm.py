@@ -163,6 +163,7 @@ def test_empty_sequence_in_a_batch(models: Any) -> None:
         ([[0, -1, 2]], "no token -1"),
         ([[0, 5, 2], [1, 1, 1]], "item 1: nothing but padding"),
         ([[0, 1, 5, 2]], "item 0: <pad> stands before"),
+        ([[0, 5, 2], [32, 32, 1]], "item 1: nothing but <mask>"),
         ([[1, 0, 5, 2]], "item 0: <pad> stands before"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import EOS, TOKENS
+from ...alphabet import EOS, MASK, TOKENS
 from ...errors import InvalidSequence
 from ...full_outputs import FullOutput, full_outputs
 from ...heads import sigmoid
@@ -244,6 +244,8 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     for item, row in enumerate(padding):
         if row.all():
             raise InvalidSequence("nothing but padding", item=item)
+        if (row | (ids[item] == MASK)).all():  # token dropout would divide by zero, and fair-esm gives NaN
+            raise InvalidSequence("nothing but <mask>, not even <cls>", item=item)
         if (row[:-1] & ~row[1:]).any():
             raise InvalidSequence("<pad> stands before other tokens; padding belongs at the end", item=item)
     return ids.astype(np.uint8)

@@ -4,6 +4,7 @@ from ._version import __version__
 from .config import ModelConfig
 from .errors import (
     CheckpointError,
+    InvalidMutation,
     InvalidOption,
     InvalidSequence,
     MissingExtra,
@@ -18,6 +19,7 @@ __all__ = [
     "ESM2",
     "CheckpointError",
     "EncodeResult",
+    "InvalidMutation",
     "InvalidOption",
     "InvalidSequence",
     "MissingExtra",

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch, Tile
-from .heads import AttentionSummary, ContactHead
+from .config import VOCAB_SIZE
+from .heads import AttentionSummary, ContactHead, FullAttention
 from .kernels.base import AttentionMaps, Kernels, divide_threads
 from .threads import WorkerPool
 
@@ -28,6 +29,8 @@ def encode_batch(
     take: Callable[[int, Array], None],
     contacts: ContactHead | None = None,
     summary: AttentionSummary | None = None,
+    full: FullAttention | None = None,
+    final_rows: Array | None = None,
 ) -> None:
     """Run as many layers as the wanted outputs need, and hand each wanted representation to `take`.
 
@@ -37,11 +40,15 @@ def encode_batch(
         0 (the scaled embedding) to num_layers (after the final LayerNorm).
     take : callable (layer, rows (T, D))
         Called in ascending order of layer; the rows are overwritten after it returns.
-    contacts, summary
+    contacts, summary, full
         Attention maps go there, if given.
+    final_rows : ndarray of int, optional
+        The rows of the last layer that matter: others may be left out of it, and `take` gets what was there before.
+        Not together with maps.
     """
+    num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
-    map_layers = max(contacts.last_layer if contacts else 0, kernels.config.num_layers if summary else 0)
+    map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary or full else 0)
     layers = max(full_layers, map_layers)
     forward = kernels.forward(pool, batch, layers, with_maps=map_layers > 0)
     if 0 in representations:
@@ -51,22 +58,28 @@ def encode_batch(
     while layer < layers:
         if layer < map_layers:
             stop = layer + 1
-            maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
+            maps = [_request_maps(layer, tile, contacts, summary, full) for tile in tiles]
             forward.advance(stop, maps, maps_only=layer >= full_layers and stop == map_layers)
             _collect_maps(layer, tiles, maps, contacts, summary)
         else:
             stop = min(wanted for wanted in representations if wanted > layer)
-            forward.advance(stop)
+            if final_rows is not None and stop == num_layers and layer + 1 < num_layers:
+                stop = num_layers - 1  # the last one by itself
+            forward.advance(stop, rows=final_rows if stop == num_layers else None)
         if stop in representations:
             take(stop, forward.x)
         layer = stop
 
 
 def _request_maps(
-    layer: int, tile: Tile, contacts: ContactHead | None, summary: AttentionSummary | None
+    layer: int,
+    tile: Tile,
+    contacts: ContactHead | None,
+    summary: AttentionSummary | None,
+    full: FullAttention | None,
 ) -> AttentionMaps | None:
     """What layer `layer` must leave of this tile's attention; None if nothing."""
-    if contacts is None and summary is None:
+    if contacts is None and summary is None and full is None:
         return None
     rows = slice(int(tile.start == tile.first), tile.stop - tile.start - int(tile.stop == tile.last))
     maps = AttentionMaps(rows)
@@ -74,7 +87,9 @@ def _request_maps(
         contacts.request(layer, tile, maps)
     if summary is not None:
         summary.request(tile, maps)
-    return None if maps.heads is None and maps.summary is None else maps
+    if full is not None:
+        full.request(layer, tile, maps)
+    return None if maps.heads is None and maps.summary is None and maps.full is None else maps
 
 
 def _collect_maps(
@@ -94,8 +109,8 @@ def _collect_maps(
 
 
 def lm_logits(kernels: Kernels, pool: WorkerPool, rows: Array) -> Array:
-    """Logits of the 20 amino acids for final-layer rows: (R, D) -> (R, 20)."""
-    logits = np.empty((len(rows), 20), kernels.dtype)
+    """Logits of all tokens for final-layer rows: (R, D) -> (R, 33)."""
+    logits = np.empty((len(rows), VOCAB_SIZE), kernels.dtype)
     block_threads, step_threads = divide_threads(kernels, len(rows), pool.threads)
     step = max(1, min(_LM_HEAD_ROWS, -(-len(rows) // block_threads)))
 

@@ -42,6 +42,42 @@ def _rebuild_invalid_sequence(
     return InvalidSequence(reason, item=item, position=position, character=character)
 
 
+class InvalidMutation(NumpyesmError, ValueError):
+    """A mutation that cannot be read, or that does not fit the wild type.
+
+    Attributes
+    ----------
+    item : int or None
+        Index of the mutation in the list; None if it stands alone, or the list itself is wrong.
+    mutation : str or None
+        The whole mutant (`A42G:V50L`).
+    position : int or None
+        The position at fault, as the mutation numbers it; None if it is not about one.
+    reason : str
+        The message without the item's index.
+    """
+
+    def __init__(
+        self, reason: str, *, item: int | None = None, mutation: str | None = None, position: int | None = None
+    ) -> None:
+        if mutation is not None and not reason.startswith(mutation):
+            reason = f"{mutation[:80]}: {reason}"
+        super().__init__(reason if item is None else f"item {item}: {reason}")
+        self.reason = reason
+        self.item = item
+        self.mutation = mutation
+        self.position = position
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_invalid_mutation, (self.reason, self.item, self.mutation, self.position)
+
+
+def _rebuild_invalid_mutation(
+    reason: str, item: int | None, mutation: str | None, position: int | None
+) -> InvalidMutation:
+    return InvalidMutation(reason, item=item, mutation=mutation, position=position)
+
+
 class InvalidOption(NumpyesmError, ValueError):
     """An option outside what is allowed: a layer out of range, an unknown `include`, backend or precision."""
 

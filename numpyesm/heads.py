@@ -121,6 +121,22 @@ class AttentionSummary:
         return (sums[:, 1:-1] / (sums.shape[1] * self._config.num_heads)).astype(self._dtype)
 
 
+class FullAttention:
+    """Every attention map of a batch, written by the kernels into the caller's arrays.
+
+    Parameters
+    ----------
+    maps : list of ndarray (num_layers, H, L, L)
+        One a sequence, `<cls>` and `<eos>` included.
+    """
+
+    def __init__(self, maps: list[Array]) -> None:
+        self._maps = maps
+
+    def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        maps.full = self._maps[tile.sequence][layer, :, tile.start - tile.first : tile.stop - tile.first]
+
+
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) without overflow."""
     e = np.exp(-np.abs(x))

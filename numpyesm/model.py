@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import MASK, as_batch, residue_tokens, tokenize
+from .alphabet import AMINO_ACID_COLUMNS, MASK, as_batch, residue_tokens, tokenize
 from .batch import Batch
 from .config import ModelConfig
 from .encoder import encode_batch, lm_logits
@@ -23,6 +23,9 @@ from .options import BY_LAYER, check_includes, check_layers, check_positions
 from .results import EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
 from .weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from .scoring.scan import MutationScan
 
 Array = npt.NDArray[Any]
 
@@ -207,8 +210,8 @@ class ESM2:
             raise InvalidOption(f"repr_layers is empty, but include asks for {asked}: name at least one layer")
         if "logits" in wanted:
             self._require_lm_head("logits")
-        if "contacts" in wanted and not self._checkpoint.has_contact_head:
-            raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
+        if "contacts" in wanted:
+            self._require_contact_head()
         tokens = tokenize(sequences)
         results: list[EncodeResult] = []
         for chunk in _passes(tokens):
@@ -273,11 +276,100 @@ class ESM2:
         scores = [log_prob(logits, ids[1:-1]) for ids, logits in zip(tokens, self._logits(tokens, rows), strict=True)]
         return np.array(scores, dtype=np.float64)
 
+    def score_mutations(
+        self,
+        wild_type: str,
+        mutations: Iterable[str],
+        method: str = "masked-marginals",
+        *,
+        offset: int = 1,
+        window: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> npt.NDArray[np.float64]:
+        """Scores of mutants; the higher, the more the model likes them.
+
+        Parameters
+        ----------
+        wild_type : str
+            Letters `ACDEFGHIKLMNPQRSTVWY` and `BXZUO`.
+        mutations : iterable of str
+            Substitutions such as `A42G`, several of one mutant joined as `A42G:V50L`, or `WT` for none. The new
+            letter is one of the 20 amino acids.
+        method : {"masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"}
+            With x the wild type, m the mutant, and the sum over the substitutions of the mutant:
+
+            - `masked-marginals`: Σ log p(m_i | x without i) - log p(x_i | x without i), each position masked alone
+              (Meier et al. 2021; fair-esm's variant-prediction script, ProteinGym);
+            - `wt-marginals`: Σ log p(m_i | x) - log p(x_i | x), from one pass without masks (the same sources);
+            - `log-prob`: `log_prob` of m minus that of x;
+            - `pseudo-ppl`: Σ over all residues of m of log p(m_i | m without i), softmax over the 33 tokens; not a
+              difference, and one pass a residue of every mutant. fair-esm's script means this sum, but looks up the
+              residue behind the masked one and leaves out the ends.
+
+            In the first three `WT` and `A42A` are worth 0.
+        offset : int
+            Position of the wild type's first residue in the numbering of the mutations (fair-esm's `--offset-idx`).
+        window : int, optional
+            Residues around each position that the model sees; by default the whole wild type, at most 2048 residues.
+            Not for `log-prob`.
+        progress : callable (done, total), optional
+            Called now and then.
+
+        Returns
+        -------
+        ndarray (n,) float64
+
+        Raises
+        ------
+        InvalidMutation
+            Names the item, the mutation and the position.
+        InvalidSequence, InvalidOption, MissingHead
+            As for `encode`.
+        """
+        from .scoring.methods import score_mutations
+
+        return score_mutations(self, wild_type, mutations, method, offset=offset, window=window, progress=progress)
+
+    def scan_mutations(
+        self,
+        wild_type: str,
+        method: str = "masked-marginals",
+        *,
+        offset: int = 1,
+        window: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> MutationScan:
+        """Scores of every substitution of a protein, as a matrix of L positions × 20 amino acids.
+
+        Parameters
+        ----------
+        wild_type, offset, window, progress
+            As for `score_mutations`.
+        method : {"masked-marginals", "wt-marginals"}
+
+        Returns
+        -------
+        MutationScan
+            `scores` (L, 20) with columns `amino_acids`, rows `positions`.
+        """
+        from .scoring.scan import scan_mutations
+
+        return scan_mutations(self, wild_type, method, offset=offset, window=window, progress=progress)
+
     # -- how ----------------------------------------------------------------------------------------------------
 
     def _require_lm_head(self, output: str) -> None:
         if not self._checkpoint.has_lm_head:
             raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
+
+    def _require_contact_head(self) -> None:
+        if not self._checkpoint.has_contact_head:
+            raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
+
+    def _contact_head(self, batch: Batch) -> ContactHead:
+        weight = self._checkpoint.array("contact_head.weight", self._kernels.dtype)
+        bias = float(self._checkpoint.array("contact_head.bias", self._kernels.dtype)[0])
+        return ContactHead(self.config, weight, bias, batch, self._kernels.dtype)
 
     def _encode_pass(
         self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int
@@ -288,9 +380,7 @@ class ESM2:
         results = [EncodeResult(first_index + i) for i in range(len(tokens))]
         contacts = None
         if "contacts" in wanted:
-            weight = self._checkpoint.array("contact_head.weight", kernels.dtype)
-            bias = float(self._checkpoint.array("contact_head.bias", kernels.dtype)[0])
-            contacts = ContactHead(config, weight, bias, batch, kernels.dtype)
+            contacts = self._contact_head(batch)
         summary = AttentionSummary(config, batch, kernels.dtype) if "attentions" in wanted else None
 
         by_layer = layers if wanted & BY_LAYER else []
@@ -313,22 +403,33 @@ class ESM2:
                     result.attentions = summary.result(i)
         return results
 
-    def _logits(self, tokens: Sequence[Array], rows: Sequence[Array]) -> list[Array]:
-        """Logits (len(rows[i]), 20) of the named rows of each sequence."""
+    def _logits(
+        self, tokens: Sequence[Array], rows: Sequence[Array], columns: slice = AMINO_ACID_COLUMNS
+    ) -> list[Array]:
+        """Logits (len(rows[i]), 20) of the named rows of each sequence, or of other columns of the 33 tokens."""
         logits: list[Array] = []
         for chunk in _passes(tokens):
             batch = Batch.pack(chunk)
             wanted = rows[len(logits) : len(logits) + len(chunk)]
 
             def take(_: int, x: Array, batch: Batch = batch, wanted: Sequence[Array] = wanted) -> None:
-                logits.extend(self._project([x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]))
+                named = [x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]
+                logits.extend(self._project(named, columns))
 
-            encode_batch(self._kernels, self._pool, batch, representations=[self.config.num_layers], take=take)
+            final_rows = np.concatenate([keep + first for (first, _), keep in zip(batch.spans, wanted, strict=True)])
+            encode_batch(
+                self._kernels,
+                self._pool,
+                batch,
+                representations=[self.config.num_layers],
+                take=take,
+                final_rows=final_rows,
+            )
         return logits
 
-    def _project(self, rows: list[Array]) -> list[Array]:
+    def _project(self, rows: list[Array], columns: slice = AMINO_ACID_COLUMNS) -> list[Array]:
         """LM head over the rows of several sequences at once."""
-        logits = lm_logits(self._kernels, self._pool, np.concatenate(rows))
+        logits = lm_logits(self._kernels, self._pool, np.concatenate(rows))[:, columns]
         return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
 
 

@@ -10,6 +10,8 @@ from .errors import InvalidOption
 INCLUDES = ("mean", "per_token", "bos", "contacts", "logits", "attentions")
 BY_LAYER = frozenset({"mean", "per_token", "bos"})
 POSITIONS = ("all", "masked")
+SCORING_METHODS = ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl")
+SCAN_METHODS = SCORING_METHODS[:2]
 
 
 def check_includes(include: Iterable[str]) -> frozenset[str]:

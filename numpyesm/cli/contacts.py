@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import re
 import shutil
 from collections.abc import Callable
@@ -13,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidOption, MissingExtra
+from ..errors import InvalidOption
 from ..fasta import Record
 from ..model import ESM2
 from .inputs import load_model, on_records, read_records
 from .outputs import chosen_format, json_bytes, npz_bytes, write
+from .pictures import figure_class, png_bytes
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".txt": "map"}
 _SHADES = " .:-=+*#%@"
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     form = chosen_format(arguments, _ENDINGS, "map", "tsv")
     records = read_records(arguments.input, arguments.output)
     if form == "png":
-        _import_matplotlib()  # before the model runs: a missing extra should not cost minutes
+        figure_class()  # before the model runs: a missing extra should not cost minutes
         if arguments.output is None:
             raise InvalidOption("a picture needs a file: -o map.png")
     folder = Path(arguments.output) if arguments.output and len(records) > 1 and form in ("png", "tsv", "map") else None
@@ -98,8 +98,7 @@ def contact_text(record: Record, contacts: npt.NDArray[np.float32], width: int |
 
 def contact_png(record: Record, contacts: npt.NDArray[np.float32]) -> bytes:
     """The map as a picture."""
-    figure_class = _import_matplotlib()
-    figure = figure_class(figsize=(6.4, 5.6), dpi=120, layout="constrained")
+    figure = figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     length = len(contacts)
     image = axes.imshow(
@@ -113,14 +112,4 @@ def contact_png(record: Record, contacts: npt.NDArray[np.float32]) -> bytes:
     )
     axes.set(xlabel="residue", ylabel="residue", title=f"{record.id}: {length} residues")
     figure.colorbar(image, label="contact probability")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _import_matplotlib() -> Any:
-    try:
-        from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
-    except ImportError as error:
-        raise MissingExtra("pictures need matplotlib: pip install 'numpyesm[plot]'") from error
-    return Figure
+    return png_bytes(figure)

@@ -35,7 +35,7 @@ def read_records(inputs: Sequence[str], output: str | None = None) -> list[Recor
     """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them."""
     records: list[Record] = []
     for text in inputs:
-        if output is not None and output != "-" and _is_file(text) and _same_file(text, output):
+        if output is not None and output != "-" and _is_file(text) and same_file(text, output):
             raise InvalidOption(f"-o {output} is the input itself: choose another output")
         if text == "-":
             records += read_fasta(cast(io.BufferedReader, sys.stdin.buffer))
@@ -55,10 +55,11 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _same_file(one: str, other: str) -> bool:
+def same_file(one: str, other: str) -> bool:
+    """Whether both names mean one file that is there."""
     try:
         return os.path.samefile(one, other)
-    except OSError:  # the output is not there yet
+    except (OSError, ValueError):  # the output is not there yet, or this is no name at all
         return False
 
 

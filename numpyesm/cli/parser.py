@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 
 from .._version import __version__
-from ..options import INCLUDES, POSITIONS
+from ..options import INCLUDES, POSITIONS, SCAN_METHODS, SCORING_METHODS
 
 _INPUT_HELP = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
+_WILD_TYPE_HELP = "FASTA file with one sequence, or the sequence itself"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +73,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
     command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
+
+    command = _add_scoring(commands, "score", "score", "score the variants of a CSV or TSV file", SCORING_METHODS)
+    command.add_argument("wild_type", nargs="?", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
+    command.add_argument("variants", nargs="?", metavar="VARIANTS", help="CSV or TSV with a header, or -")
+    command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
+    command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
+    command.add_argument("-o", "--output", "--dms-output", help="file (stdout by default); the table and one column")
+    command.add_argument("--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L (mutant)")
+    command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
+    command.add_argument("--column", metavar="NAME", help="name of the new column (the method)")
+    command.add_argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")
+
+    command = _add_scoring(commands, "scan", "scan", "score every substitution of a protein", SCAN_METHODS)
+    command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
+    command.add_argument(
+        "-o", "--output", help=".csv, .tsv or a folder (stdout by default); with it, a heat map .png beside it"
+    )
+    command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output by default)")
+    command.add_argument("--no-heatmap", action="store_true", help="the table alone")
     return parser
 
 
@@ -91,6 +112,24 @@ def _add(
         return code
 
     command.set_defaults(run=run)
+    return command
+
+
+def _add_scoring(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    target: str,
+    text: str,
+    methods: Sequence[str],
+) -> argparse.ArgumentParser:
+    command = _add(commands, name, target, text)
+    command.add_argument(
+        "--method", "--scoring-strategy", choices=methods, default=methods[0], help="how to score (%(default)s)"
+    )
+    command.add_argument(
+        "--offset", "--offset-idx", type=int, default=1, help="position of the wild type's first residue (%(default)s)"
+    )
+    command.add_argument("--window", type=int, metavar="N", help="residues seen around each position (the whole)")
     return command
 
 

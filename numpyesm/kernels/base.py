@@ -43,6 +43,8 @@ class AttentionMaps:
         Set to the sum of each head's attention over the tile's residue rows.
     summary : ndarray (L,) or None
         Set to the sum of attention over all heads and over all rows of the tile.
+    full : ndarray (H, R, L) or None
+        Set to the attention of every head and row of the tile.
     rows : slice
         Which rows of the tile are residues (all but `<cls>` and `<eos>`).
     """
@@ -54,6 +56,7 @@ class AttentionMaps:
     row_sums: Array | None = None
     column_sums: Array | None = None
     summary: Array | None = None
+    full: Array | None = None
 
 
 class Forward(ABC):
@@ -68,7 +71,13 @@ class Forward(ABC):
     x: Array
 
     @abstractmethod
-    def advance(self, stop: int, maps: Sequence[AttentionMaps | None] | None = None, maps_only: bool = False) -> None:
+    def advance(
+        self,
+        stop: int,
+        maps: Sequence[AttentionMaps | None] | None = None,
+        maps_only: bool = False,
+        rows: Array | None = None,
+    ) -> None:
         """Run the layers that follow, up to number `stop`.
 
         Parameters
@@ -79,6 +88,8 @@ class Forward(ABC):
             What each tile of the batch must leave.
         maps_only : bool
             Nothing else is wanted of this layer: `x` stays as it is, and no layer may follow.
+        rows : ndarray of int, optional
+            The rows that matter of this layer, the last one; others may stay as they are. Not with maps.
         """
 
 
@@ -106,7 +117,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def lm_head(self, x: Array) -> Array:
-        """Logits of the 20 amino acids from final-norm rows: (R, D) -> (R, 20)."""
+        """Logits of all tokens from final-norm rows: (R, D) -> (R, 33)."""
 
 
 class SteppedKernels(Kernels):

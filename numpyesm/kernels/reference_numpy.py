@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..alphabet import AMINO_ACID_COLUMNS
 from ..weights.checkpoint import Checkpoint
 from .base import Array, AttentionMaps, SteppedKernels
 from .blas import blas_threads
@@ -169,8 +168,7 @@ class NumpyKernels(SteppedKernels):
                 name = f"layers.{layer}.qkv.{part}"
                 w[name] = np.take(w[name], order, axis=-1)
         if checkpoint.has_lm_head:
-            w["lm_head.amino_acids"] = np.ascontiguousarray(w["embed_tokens.weight"][AMINO_ACID_COLUMNS].T)
-            w["lm_head.bias"] = w["lm_head.bias"][AMINO_ACID_COLUMNS]
+            w["lm_head.vocabulary"] = np.ascontiguousarray(w["embed_tokens.weight"].T)
         self._w = w
 
     def session(self, threads: int) -> AbstractContextManager[Any]:
@@ -246,13 +244,15 @@ class NumpyKernels(SteppedKernels):
         y = linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], _PIECES["lm_head"])
         gelu(y)
         y = layer_norm(y, w["lm_head.norm.weight"], w["lm_head.norm.bias"])
-        return linear(y, w["lm_head.amino_acids"], w["lm_head.bias"])
+        return linear(y, w["lm_head.vocabulary"], w["lm_head.bias"])
 
 
 def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) -> None:
     """Add the heads `first ...` of one tile: unnormalised attention (G, R, L) and 1 / row sum (G, R)."""
     if maps.summary is not None:
         maps.summary += np.matmul(norm[:, None, :], scores)[:, 0].sum(axis=0)
+    if maps.full is not None:
+        np.multiply(scores, norm[:, :, None], out=maps.full[first : first + len(scores)])
     if maps.heads is None:
         return
     assert maps.coefficients is not None

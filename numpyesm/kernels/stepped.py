@@ -7,11 +7,12 @@ sequence, so the threads wait for each other once a layer, and query/key/value h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..batch import Batch, Block
+from ..batch import Batch, Block, Tile
 from ..threads import WorkerPool
 from .base import Array, AttentionMaps, Forward, SteppedKernels, divide_threads
 
@@ -40,10 +41,17 @@ class SteppedForward(Forward):
         with kernels.session(self._step_threads):
             pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks)
 
-    def advance(self, stop: int, maps: Sequence[AttentionMaps | None] | None = None, maps_only: bool = False) -> None:
+    def advance(
+        self,
+        stop: int,
+        maps: Sequence[AttentionMaps | None] | None = None,
+        maps_only: bool = False,
+        rows: Array | None = None,
+    ) -> None:
+        blocks = self._blocks if rows is None else _blocks_with(self._blocks, rows)
         with self._kernels.session(self._step_threads):
             while self._done < stop:
-                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), self._blocks)
+                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks)
                 self._qkv, self._next_qkv = self._next_qkv, self._qkv
                 self._done += 1
 
@@ -68,3 +76,15 @@ class SteppedForward(Forward):
         rows = slice(block.start, block.stop)
         pieces = [self._rotary[tile.start - tile.first : tile.stop - tile.first] for tile in block.tiles]
         self._kernels.qkv(layer, self.x[rows], pieces, out[rows])
+
+
+def _blocks_with(blocks: Sequence[Block], rows: Array) -> list[Block]:
+    """The blocks without the tiles that hold none of these rows; a block falls apart where tiles are missing."""
+    wanted = np.sort(rows)
+
+    def holds(tile: Tile) -> bool:
+        return bool(np.searchsorted(wanted, tile.start) < np.searchsorted(wanted, tile.stop))
+
+    return [
+        Block(tuple(tiles)) for block in blocks for needed, tiles in itertools.groupby(block.tiles, holds) if needed
+    ]

@@ -73,6 +73,7 @@ _MAP_OF_HEAD, _COEFFICIENTS, _SUMMARY = int(Maps.MAP_OF_HEAD), int(Maps.COEFFICI
 _WEIGHTED, _WEIGHTED_STEP = int(Maps.WEIGHTED), int(Maps.WEIGHTED_STEP)
 _ROW_SUMS, _ROW_SUMS_STEP = int(Maps.ROW_SUMS), int(Maps.ROW_SUMS_STEP)
 _COLUMN_SUMS, _COLUMN_SUMS_STEP = int(Maps.COLUMN_SUMS), int(Maps.COLUMN_SUMS_STEP)
+_FULL, _FULL_HEAD_STEP, _FULL_ROW_STEP = int(Maps.FULL), int(Maps.FULL_HEAD_STEP), int(Maps.FULL_ROW_STEP)
 _FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RESIDUE), int(Maps.ONLY)
 
 
@@ -311,6 +312,17 @@ def _add_summary(scores, factors, length, lanes, summary):
         sums[key] += column
 
 
+@helper
+def _write_map(scores, factors, length, lanes, count, out, step):
+    """out (count, L) = attention of the first `count` lanes; its rows are `step` bytes apart."""
+    factor = carray(float64_at(factors), (lanes,))
+    strip = carray(float32_at(scores), (length, lanes))
+    for lane in range(count):
+        row = carray(float32_at(out + lane * step), (length,))
+        for key in range(length):
+            row[key] = np.float64(strip[key, lane]) * factor[lane]
+
+
 @helper(fastmath=REASSOCIATE)
 def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weighted, step, row_sums, column_sums):
     """One head's attention on residues, of the lanes from `first` to `last`.
@@ -335,13 +347,17 @@ def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weig
 
 
 @helper
-def _leave_maps(maps, index, scores, state, start, count, length, lanes, factors):
-    """Add one head's strip to the summary and, if its `index` is not negative, to the contacts."""
+def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, factors):
+    """Add one head's strip to the summary and, if its `index` is not negative, to the contacts; or leave it whole."""
     factor, totals = carray(float64_at(factors), (lanes,)), carray(float32_at(state + 4 * lanes), (lanes,))
     for lane in range(lanes):
         factor[lane] = 1.0 / np.float64(totals[lane]) if lane < count else 0.0
     if load_integer(maps, _SUMMARY) != 0:
         _add_summary(scores, factors, length, lanes, load_integer(maps, _SUMMARY))
+    if load_integer(maps, _FULL) != 0:
+        step = load_integer(maps, _FULL_ROW_STEP)
+        out = load_integer(maps, _FULL) + head * load_integer(maps, _FULL_HEAD_STEP) + start * step
+        _write_map(scores, factors, length, lanes, count, out, step)
     if index < 0:
         return
     first_residue = load_integer(maps, _FIRST_RESIDUE)
@@ -376,15 +392,16 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
     strip, scores, state = load_integer(room, _QUERIES), load_integer(room, _SCORES), load_integer(room, _STATE)
     context, kept, factors = load_integer(room, _CONTEXT), load_integer(room, _KEPT), load_integer(room, _FACTORS)
     pairs, value_pairs = load_integer(room, _PAIRS), load_integer(room, _VALUES)
-    with_contacts = with_summary = maps_only = False
+    with_contacts = with_others = maps_only = False
     if maps != 0:
-        with_contacts, with_summary = load_integer(maps, _MAP_OF_HEAD) != 0, load_integer(maps, _SUMMARY) != 0
+        with_contacts = load_integer(maps, _MAP_OF_HEAD) != 0
+        with_others = load_integer(maps, _SUMMARY) != 0 or load_integer(maps, _FULL) != 0
         maps_only = load_integer(maps, _ONLY) != 0
     for head in range(heads):
         index = -1
         if with_contacts:
             index = carray(int64_at(load_integer(maps, _MAP_OF_HEAD)), (heads,))[head]
-        keep = with_summary or index >= 0
+        keep = with_others or index >= 0
         if maps_only and not keep:
             continue
         at = head * head_step
@@ -423,7 +440,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
                 _maxima(narrow, strip, head_keys, step, length, head_dim, lanes, scores, state)
                 again = True
             if keep:
-                _leave_maps(maps, index, scores, state, start, count, length, lanes, factors)
+                _leave_maps(maps, head, index, scores, state, start, count, length, lanes, factors)
             if maps_only:
                 continue
             if again:

@@ -39,18 +39,16 @@ class NumbaForward(Forward):
             blocks = [[(t.start, t.stop, t.first, t.last) for t in block.tiles] for block in batch.blocks(pool.threads)]
         else:
             blocks = cut_blocks(batch.spans, pool.threads)
-        self._pieces = list(itertools.chain.from_iterable(blocks))
-        self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = min(pool.threads, len(blocks))
+        self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
         self._model, rotary = kernels.model_table(self._length)
         qkv_size = 3 * rows * config.num_heads * kernels.head_dim
-        counts = [0, *itertools.accumulate(map(len, blocks))]
-        block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
         entries = {
             Pass.ROWS: rows,
-            Pass.BLOCKS: len(blocks),
+            Pass.BLOCKS: 0,
+            Pass.BLOCK_TABLE: 0,
+            Pass.PIECE_TABLE: 0,
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers,
             Pass.MAPS: 0,
@@ -60,8 +58,6 @@ class NumbaForward(Forward):
             Pass.REST: kernels.entries[2],
         }
         arrays: dict[Pass, Array] = {
-            Pass.BLOCK_TABLE: np.array(block_table, np.int64),
-            Pass.PIECE_TABLE: np.array(self._pieces, np.int64),
             Pass.POSITIONS: np.concatenate([np.arange(last - first) for first, last in batch.spans]),
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
@@ -77,9 +73,30 @@ class NumbaForward(Forward):
         self._kept = [rotary, *arrays.values()]  # what the table points at
         entries |= {name: address(array) for name, array in arrays.items()}
         self._table = table([entries[Pass(entry)] for entry in range(Pass.ENTRIES)])
+        self._use_blocks(blocks)
         self._run(1)
 
-    def advance(self, stop: int, maps: Sequence[AttentionMaps | None] | None = None, maps_only: bool = False) -> None:
+    def _use_blocks(self, blocks: list[list[Piece]]) -> None:
+        """What the phases that follow work on."""
+        self._pieces = list(itertools.chain.from_iterable(blocks))
+        self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
+        self._workers = min(self._pool.threads, len(blocks))
+        counts = [0, *itertools.accumulate(map(len, blocks))]
+        block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
+        self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
+        self._table[Pass.BLOCKS] = len(blocks)
+        self._table[Pass.BLOCK_TABLE] = address(self._block_table)
+        self._table[Pass.PIECE_TABLE] = address(self._piece_table)
+
+    def advance(
+        self,
+        stop: int,
+        maps: Sequence[AttentionMaps | None] | None = None,
+        maps_only: bool = False,
+        rows: Array | None = None,
+    ) -> None:
+        if rows is not None:
+            self._use_blocks(cut_blocks(self._spans, self._pool.threads, np.sort(rows)))
         if maps is None:
             self._table[Pass.MAPS] = 0
             self._run(stop + 1)
@@ -119,6 +136,10 @@ def map_table(
         row[Maps.ONLY] = maps_only
         summary = np.zeros(length) if wanted is not None and wanted.summary is not None else None
         row[Maps.SUMMARY] = address(summary)
+        if wanted is not None and wanted.full is not None:
+            assert wanted.full.strides[2] == 4
+            row[Maps.FULL] = address(wanted.full)
+            row[Maps.FULL_HEAD_STEP], row[Maps.FULL_ROW_STEP] = wanted.full.strides[:2]
         summaries.append(summary)
         if wanted is None or wanted.heads is None:
             continue
@@ -141,8 +162,11 @@ def map_table(
     return rows, summaries, kept
 
 
-def cut_blocks(spans: Sequence[Span], threads: int) -> list[list[Piece]]:
-    """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences."""
+def cut_blocks(spans: Sequence[Span], threads: int, wanted: Array | None = None) -> list[list[Piece]]:
+    """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences.
+
+    With `wanted`, sorted, they need hold those rows only.
+    """
     rows = spans[-1][1]
     count = threads * -(-rows // (threads * _BLOCK_ROWS))
     # Attention takes a register tile of queries at a time; where each thread has one block, equal shares matter more.
@@ -150,13 +174,17 @@ def cut_blocks(spans: Sequence[Span], threads: int) -> list[list[Piece]]:
     strips = [
         (start, min(start + step, last), first, last) for first, last in spans for start in range(first, last, step)
     ]
-    blocks = []
-    for _, group in itertools.groupby(strips, key=lambda strip: (strip[0] + strip[1]) * count // (2 * rows)):
-        block: list[Piece] = []
-        for start, stop, first, last in group:
-            if block and block[-1][2] == first:
-                block[-1] = (block[-1][0], stop, first, last)
-            else:
-                block.append((start, stop, first, last))
-        blocks.append(block)
+    if wanted is not None:
+        before = np.searchsorted(wanted, [(start, stop) for start, stop, _, _ in strips])
+        strips = [strip for strip, (first, last) in zip(strips, before, strict=True) if first < last]
+    blocks: list[list[Piece]] = []
+    share = -1
+    for start, stop, first, last in strips:
+        before_share, share = share, (start + stop) * count // (2 * rows)
+        if share != before_share or blocks[-1][-1][1] != start:
+            blocks.append([(start, stop, first, last)])
+        elif blocks[-1][-1][2] == first:
+            blocks[-1][-1] = (blocks[-1][-1][0], stop, first, last)
+        else:
+            blocks[-1].append((start, stop, first, last))
     return blocks

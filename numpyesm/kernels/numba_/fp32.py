@@ -154,7 +154,7 @@ def normalise(x, rows, width, gain, shift, out):
 
 @kernel("all", *[INT] * 13)
 def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
-    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, 20). `hidden` (R, D) is room."""
+    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
     step, panel = 4 * width, width * TILE_BYTES
     linear(x, step, rows, width, _PROJECTION_PIECE, dense, panel, dense_bias, width, GELU, hidden, step, tile)
     layer_norm(hidden, step, rows, width, gain, shift, hidden, step)

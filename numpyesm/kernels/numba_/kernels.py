@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import AMINO_ACID_COLUMNS
 from ...batch import Batch
+from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
@@ -138,14 +138,13 @@ class NumbaKernels(Kernels):
         return filled.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
     def _pack_lm_head(self, checkpoint: Checkpoint) -> list[int]:
-        amino_acids = np.ascontiguousarray(self.embedding[AMINO_ACID_COLUMNS].T)
         arrays = (
             pack_panels(checkpoint.array("lm_head.dense.weight")),
             padded_columns(checkpoint.array("lm_head.dense.bias")),
             np.array(checkpoint.array("lm_head.norm.weight"), np.float32),
             np.array(checkpoint.array("lm_head.norm.bias"), np.float32),
-            pack_panels(amino_acids),
-            padded_columns(checkpoint.array("lm_head.bias")[AMINO_ACID_COLUMNS]),
+            pack_panels(np.ascontiguousarray(self.embedding.T)),
+            padded_columns(checkpoint.array("lm_head.bias")),
         )
         return [address(self._keep(array)) for array in arrays]
 
@@ -223,7 +222,7 @@ class NumbaKernels(Kernels):
 
     def lm_head(self, x: Array) -> Array:
         assert self._lm_head is not None
-        width, columns = self.config.embed_dim, AMINO_ACID_COLUMNS.stop - AMINO_ACID_COLUMNS.start
+        width, columns = self.config.embed_dim, VOCAB_SIZE
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((len(x), columns), np.float32)
         hidden, tile = np.empty(x.shape, np.float32), aligned(TILE_ROWS * TILE_COLUMNS)

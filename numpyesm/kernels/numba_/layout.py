@@ -116,7 +116,10 @@ class Maps(IntEnum):
     FIRST_RESIDUE = 9
     LAST_RESIDUE = 10
     ONLY = 11  # not zero: no context
-    ENTRIES = 12
+    FULL = 12  # 0: none; float32, neighbours are keys
+    FULL_HEAD_STEP = 13
+    FULL_ROW_STEP = 14
+    ENTRIES = 15
 
 
 def address(array: Array | None) -> int:

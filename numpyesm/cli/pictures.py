@@ -1,0 +1,24 @@
+"""Pictures, where matplotlib is installed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ..errors import MissingExtra
+
+
+def figure_class() -> Any:
+    """matplotlib's `Figure`, or MissingExtra; no pyplot: nothing here needs a screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("pictures need matplotlib: pip install 'numpyesm[plot]'") from error
+    return Figure
+
+
+def png_bytes(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

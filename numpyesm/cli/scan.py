@@ -1,0 +1,96 @@
+"""`numpyesm scan`: every substitution of a protein as a matrix, and as a heat map."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InvalidOption, MissingExtra
+from ..scoring.scan import MutationScan
+from .inputs import load_model, same_file
+from .outputs import write
+from .pictures import figure_class, png_bytes
+from .score import progress_line, read_wild_type
+
+# Positions in one strip of the heat map.
+_STRIP = 100
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The matrix, and the picture beside it."""
+    output, picture = _outputs(arguments)
+    wild_type = read_wild_type(arguments.input, output)
+    if picture is not None and same_file(arguments.input, str(picture)):
+        raise InvalidOption(f"--heatmap {picture} is the input itself: choose another output")
+    if picture is not None:
+        try:
+            figure_class()  # before the model runs: a missing extra should not cost minutes
+        except MissingExtra as error:
+            if arguments.heatmap:
+                raise
+            print(f"numpyesm: no heat map: {error}", file=sys.stderr)
+            picture = None
+    model = load_model(arguments)
+    scan = model.scan_mutations(
+        wild_type,
+        arguments.method,
+        offset=arguments.offset,
+        window=arguments.window,
+        progress=progress_line("positions"),
+    )
+    delimiter = "\t" if output and Path(output).suffix.lower() in (".tsv", ".tab") else ","
+    write(scan_table(scan, delimiter).encode(), output)
+    if picture is not None:
+        write(scan_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
+    return 0
+
+
+def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
+    """Where table and heat map go: by default the picture lies beside the table."""
+    output = None if arguments.output == "-" else arguments.output
+    if output and (output.endswith(("/", "\\")) or Path(output).is_dir()):
+        output = str(Path(output) / "scan.csv")
+    if arguments.no_heatmap:
+        if arguments.heatmap:
+            raise InvalidOption("--heatmap and --no-heatmap exclude each other")
+        return output, None
+    if output and Path(output).suffix.lower() == ".png":
+        raise InvalidOption(f"-o {output}: the table is CSV or TSV; the picture is --heatmap")
+    if arguments.heatmap:
+        if output and Path(output).absolute() == Path(arguments.heatmap).absolute():
+            raise InvalidOption(f"-o and --heatmap are both {output}")
+        return output, Path(arguments.heatmap)
+    return output, Path(output).with_suffix(".png") if output else None
+
+
+def scan_table(scan: MutationScan, delimiter: str = ",") -> str:
+    """`position,wild_type,A,C,…,Y`, one row a position."""
+    lines = [["position", "wild_type", *scan.amino_acids]]
+    for position, letter, row in zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True):
+        lines.append([str(position), letter, *map(repr, row)])
+    return "".join(delimiter.join(line) + "\n" for line in lines)
+
+
+def scan_png(scan: MutationScan, note: str = "") -> bytes:
+    """Amino acids against positions in strips; red is worse than the wild type, whose own cells are dotted."""
+    length = len(scan.wild_type)
+    strips = range(0, length, _STRIP)
+    figure = figure_class()(figsize=(14, 0.8 + 3.0 * len(strips)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    limit = max(float(np.abs(scan.scores).max()), 1e-6)
+    letters = scan.amino_acids
+    for ax, start in zip(axes, strips, strict=True):
+        part = scan.scores[start : start + _STRIP]
+        image = ax.imshow(part.T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
+        own = [(i, letters.index(w)) for i, w in enumerate(scan.wild_type[start : start + _STRIP]) if w in letters]
+        ax.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
+        ax.set_xlim(-0.5, min(_STRIP, length) - 0.5)
+        ax.set_yticks(range(len(letters)), letters, fontsize=7)
+        ticks = [i for i in range(len(part)) if (scan.positions[start + i]) % 10 == 0] or [0]
+        ax.set_xticks(ticks, [f"{scan.wild_type[start + i]}{scan.positions[start + i]}" for i in ticks], fontsize=8)
+    axes[0].set_title(f"{scan.method}, {length} residues{f' ({note})' if note else ''}; dots: the wild type")
+    figure.colorbar(image, ax=list(axes), label="log p(mutant) − log p(wild type)", shrink=min(1.0, 2 / len(strips)))
+    return png_bytes(figure)

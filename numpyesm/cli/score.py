@@ -1,0 +1,225 @@
+"""`numpyesm score`: one more column in a table of variants, and how well it ranks what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import math
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import InvalidMutation, InvalidOption, InvalidSequence
+from ..options import SCORING_METHODS
+from ..scoring.correlation import spearman
+from ..scoring.notation import Substitution, apply_changes, check_wild_type, fit_mutant, parse_mutant
+from .inputs import load_model, read_records, same_file
+from .outputs import write
+from .variant_table import InvalidTable, VariantTable, read_table
+
+# ProteinGym's names; fair-esm's example has the first too.
+_MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything about the table is checked before the model is loaded."""
+    wild_text, table_text = _inputs(arguments)
+    output = arguments.output
+    if output is not None and output != "-" and table_text != "-" and same_file(table_text, output):
+        raise InvalidOption(f"-o {output} is the input itself: choose another output")
+    wild_type = read_wild_type(wild_text, output)
+    column = arguments.column or arguments.method
+    table = read_table(*_read(table_text), wanted=[arguments.mutation_col or _MUTANT, _SEQUENCE])
+    if column in table.columns:
+        raise InvalidOption(f"{table.name} has a column {column!r} already: name another with --column")
+    if "\n" in column or "\r" in column:
+        raise InvalidOption("--column: a name has no line ends")
+    mutants = _mutants(table, arguments, wild_type)
+    measured = _measured(table, arguments.measured_col)
+
+    good = [mutant for mutant in mutants if mutant is not None]
+    model = load_model(arguments)
+    scores = iter(
+        model.score_mutations(
+            wild_type,
+            good,
+            arguments.method,
+            offset=arguments.offset,
+            window=arguments.window,
+            progress=progress_line("residues" if arguments.method == "pseudo-ppl" else "passes"),
+        ).tolist()
+    )
+    values = [math.nan if mutant is None else next(scores) for mutant in mutants]
+    write(table.with_column(column, ["" if math.isnan(value) else repr(value) for value in values]), output)
+    if measured is not None:
+        _report(column, values, *measured)
+    return 0
+
+
+def read_wild_type(text: str, output: str | None) -> str:
+    """The one sequence of a FASTA file, of standard input, or given as it is."""
+    records = read_records([text], output)
+    if len(records) != 1:
+        names = ", ".join(record.id for record in records[:3])
+        raise InvalidSequence(f"{text}: {len(records)} sequences ({names} …), expected one wild type")
+    return check_wild_type(records[0].sequence)
+
+
+def progress_line(unit: str) -> Callable[[int, int], None] | None:
+    """A counter on the terminal; None where stderr is not one."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done} of {total} {unit}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Wild type and table, by place or by fair-esm's option names."""
+    places = [text for text in (arguments.wild_type, arguments.variants) if text is not None]
+    wild_type = arguments.sequence if arguments.sequence is not None else (places.pop(0) if places else None)
+    table = arguments.dms_input if arguments.dms_input is not None else (places.pop(0) if places else None)
+    if wild_type is None or table is None or places:
+        raise InvalidOption("expected a wild type and a table of variants: numpyesm score WILD_TYPE VARIANTS.csv")
+    if wild_type == table == "-":
+        raise InvalidOption("the wild type and the variants cannot both come from standard input")
+    return wild_type, table
+
+
+def _read(text: str) -> tuple[bytes, str]:
+    """Contents and name of the table."""
+    if text == "-":
+        return _unzipped(sys.stdin.buffer.read(), "standard input"), "standard input"
+    path = Path(text)
+    if path.is_dir():
+        raise InvalidTable(f"{text} is a folder, expected a table of variants")
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, ValueError) as error:
+        raise InvalidTable(f"there is no file {text[:200]!r}, expected a table of variants") from error
+    return _unzipped(data, text), text
+
+
+def _unzipped(data: bytes, name: str) -> bytes:
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InvalidTable(f"{name}: the gzip data is damaged or cut short ({error})") from error
+
+
+def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:
+    """A mutation for each row; None for those that `--skip-invalid` leaves out."""
+    column, sequences = table.column(arguments.mutation_col or _MUTANT), table.column(_SEQUENCE)
+    if column is None and (arguments.mutation_col or sequences is None):
+        table.require(arguments.mutation_col or _MUTANT)
+    parsed: list[tuple[Substitution, ...] | None] = []
+    problems: list[str] = []
+
+    def refuse(line: int, reason: str) -> None:
+        message = f"{table.name}, line {line}: {reason}"
+        if not arguments.skip_invalid:
+            raise InvalidMutation(message)
+        problems.append(message)
+
+    for i, row in enumerate(table.rows):
+        try:
+            if column is None:
+                assert sequences is not None
+                parsed.append(_from_sequence(wild_type, sequences[i], arguments.offset))
+            else:
+                parsed.append(parse_mutant(column[i]))
+        except InvalidMutation as error:
+            refuse(row.line, error.reason)
+            parsed.append(None)
+    readable = [mutant for mutant in parsed if mutant is not None]
+    mutants: list[str | None] = []
+    for i, (row, mutant) in enumerate(zip(table.rows, parsed, strict=True)):
+        mutants.append(None)
+        if mutant is None:
+            continue
+        try:
+            changed = apply_changes(wild_type, fit_mutant(wild_type, mutant, arguments.offset, others=readable))
+        except InvalidMutation as error:
+            refuse(row.line, error.reason)
+            continue
+        if column is not None and sequences is not None and sequences[i].strip() not in ("", changed):
+            refuse(row.line, f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it another one?")
+            continue
+        mutants[-1] = ":".join(map(str, mutant)) or "WT"
+    if problems:
+        print(f"numpyesm: {len(problems)} of {len(mutants)} rows left without a score:", file=sys.stderr)
+        for problem in problems[:10]:
+            print(f"  {problem}", file=sys.stderr)
+    return mutants
+
+
+def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitution, ...]:
+    """Where a whole mutated sequence differs from the wild type."""
+    sequence = sequence.strip()
+    if len(sequence) != len(wild_type):
+        raise InvalidMutation(
+            f"the {_SEQUENCE} has {len(sequence)} residues, the wild type {len(wild_type)}: "
+            "insertions and deletions have no score, substitutions only"
+        )
+    pairs = enumerate(zip(wild_type, sequence, strict=True), start=offset)
+    text = ":".join(f"{wild}{position}{letter}" for position, (wild, letter) in pairs if wild != letter)
+    return parse_mutant(text or "WT")
+
+
+def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] | None:
+    """The measured column as numbers, NaN where there is none; None if the table has no such column."""
+    if name is None:
+        name = _MEASURED if _MEASURED in table.columns else _only_numbers(table)
+    if name is None:
+        return None
+    texts = table.require(name)
+    numbers: list[float] = []
+    unread: list[int] = []
+    for row, text in zip(table.rows, texts, strict=True):
+        try:
+            numbers.append(float(text))
+        except ValueError:
+            numbers.append(math.nan)
+            if text.strip().lower() not in _MISSING:
+                unread.append(row.line)
+    if unread:
+        print(
+            f"numpyesm: {table.name}: {len(unread)} values of {name} are no numbers (first in line "
+            f"{unread[0]}) and left out of the correlation",
+            file=sys.stderr,
+        )
+    return name, numbers
+
+
+def _only_numbers(table: VariantTable) -> str | None:
+    """The one column of numbers, if there is but one: fair-esm's example calls its measurements `2500`."""
+    found = [
+        name
+        for name in table.columns
+        if name and name not in SCORING_METHODS and table.columns.count(name) == 1 and _all_numbers(table.require(name))
+    ]
+    if len(found) > 1:
+        names = ", ".join(map(repr, found[:6]))
+        print(f"numpyesm: no correlation: --measured-col says which of {names} is measured", file=sys.stderr)
+    return found[0] if len(found) == 1 else None
+
+
+def _all_numbers(texts: Sequence[str]) -> bool:
+    present = [text for text in texts if text.strip().lower() not in _MISSING]
+    try:
+        return bool([float(text) for text in present])
+    except ValueError:
+        return False
+
+
+def _report(column: str, scores: Sequence[float], name: str, measured: Sequence[float]) -> None:
+    used = sum(not (math.isnan(a) or math.isnan(b)) for a, b in zip(scores, measured, strict=True))
+    rho = spearman(scores, measured)
+    said = "not defined: fewer than two values, or all equal" if math.isnan(rho) else f"{rho:.4f}"
+    print(f"Spearman of {column} and {name}: {said} ({used} of {len(scores)} rows)", file=sys.stderr)

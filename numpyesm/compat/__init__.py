@@ -1,0 +1,1 @@
+"""Look-alikes of other packages on numpyesm's engine."""

@@ -1,0 +1,176 @@
+"""fair-esm's `esm-extract` with the same arguments: `python -m numpyesm.compat.extract MODEL FASTA OUTPUT_DIR …`.
+
+It writes `LABEL.npz` where fair-esm writes `LABEL.pt`. `load` gives the dictionary that `torch.load` would, and
+`numpy.load` the same arrays by flat names: `representations_33`, `mean_representations_33`, `bos_representations_33`,
+`contacts`, `label`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidOption, InvalidSequence, NumpyesmError
+from ..kernels import BACKENDS, PRECISIONS
+from ..options import check_layers
+from ..weights.atomic import replacing
+from . import fair_esm as esm
+from .fair_esm.model import ESM2
+
+_BY_LAYER = ("representations", "mean_representations", "bos_representations")
+_LONGEST_NAME = 255  # of a file, in bytes, on common file systems
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """fair-esm's arguments, and numpyesm's own choices behind them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m numpyesm.compat.extract",
+        description="Extract per-token representations and model outputs for sequences in a FASTA file",
+    )
+    parser.add_argument("model_location", help="fair-esm's name of a model, a .pt or .safetensors file, or a folder")
+    parser.add_argument("fasta_file", type=Path, help="FASTA file on which to extract representations")
+    parser.add_argument("output_dir", type=Path, help="output directory for extracted representations")
+    parser.add_argument("--toks_per_batch", type=int, default=4096, help="maximum batch size (%(default)s)")
+    parser.add_argument(
+        "--repr_layers", type=int, default=[-1], nargs="+", help="layers, 0 to num_layers or from the end (-1)"
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        choices=["mean", "per_tok", "bos", "contacts"],
+        required=True,
+        help="which representations to return",
+    )
+    parser.add_argument(
+        "--truncation_seq_length", type=int, default=1022, help="cut longer sequences to this (%(default)s)"
+    )
+    parser.add_argument("--nogpu", action="store_true", help="accepted: numpyesm runs on the CPU")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """One `.npz` a record; records whose file is there already are skipped, as fair-esm does."""
+    if arguments.truncation_seq_length < 1 or arguments.toks_per_batch < 1:
+        raise InvalidOption("--truncation_seq_length and --toks_per_batch: expected at least 1")
+    dataset = esm.FastaBatchedDataset.from_file(arguments.fasta_file)
+    paths = [_path(arguments.output_dir, label) for label in dataset.sequence_labels]
+    if len({os.path.normpath(path) for path in paths}) < len(paths):
+        raise InvalidSequence(
+            f"{arguments.fasta_file}: two records would have the same file (labels such as 'a' and './a')"
+        )
+    alphabet = esm.Alphabet.from_architecture("ESM-1b")
+    convert = alphabet.get_batch_converter(arguments.truncation_seq_length)
+    for label, sequence in zip(
+        dataset.sequence_labels, dataset.sequence_strs, strict=True
+    ):  # before the model runs for hours
+        _check(label, sequence, alphabet)
+    options = {"backend": arguments.backend, "precision": arguments.precision, "threads": arguments.threads}
+    model, _ = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)
+    layers = check_layers(arguments.repr_layers, model.num_layers)
+    print(f"Read {arguments.fasta_file} with {len(dataset)} sequences")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
+    for number, batch in enumerate(batches, start=1):
+        todo = [index for index in batch if not paths[index].exists()]
+        print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
+        if len(todo) < len(batch):
+            print(f"Skipping {len(batch) - len(todo)} sequences whose files are there")
+        if todo:
+            _, _, tokens = convert([dataset[index] for index in todo])
+            results = _extract(model, tokens, layers, arguments.include)
+            for index, result in zip(todo, results, strict=True):
+                save({"label": dataset.sequence_labels[index], **result}, paths[index])
+
+
+def _extract(
+    model: ESM2, tokens: npt.NDArray[np.int64], layers: Sequence[int], include: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What goes into each file, of one padded batch."""
+    by_layer = layers if {"mean", "per_tok", "bos"} & set(include) else []
+    out = model._forward(tokens, by_layer, contacts="contacts" in include)
+    found = []
+    for i, residues in enumerate((tokens != model.padding_idx).sum(axis=1).tolist()):
+        length = residues - 2
+        rows = {layer: values[i, 1 : length + 1] for layer, values in out["representations"].items()}
+        result: dict[str, Any] = {}
+        if "per_tok" in include:
+            result["representations"] = rows
+        if "mean" in include:
+            result["mean_representations"] = {layer: values.mean(axis=0) for layer, values in rows.items()}
+        if "bos" in include:
+            result["bos_representations"] = {layer: values[i, 0] for layer, values in out["representations"].items()}
+        if "contacts" in include:
+            result["contacts"] = out["contacts"][i, :length, :length]
+        found.append(result)
+    return found
+
+
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """Write one record's dictionary, whole or not at all."""
+    flat: dict[str, Any] = {}
+    for name, value in result.items():
+        flat |= {f"{name}_{layer}": array for layer, array in value.items()} if name in _BY_LAYER else {name: value}
+    with replacing(path) as file:
+        np.savez(file, **flat)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `torch.load` gives of fair-esm's file: `label`, `representations` {layer: (L, D)}, and so on."""
+    result: dict[str, Any] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays.files:
+            match = re.fullmatch(rf"({'|'.join(_BY_LAYER)})_(\d+)", key)
+            if match:
+                result.setdefault(match[1], {})[int(match[2])] = arrays[key]
+            else:
+                result[key] = str(arrays[key]) if key == "label" else arrays[key]
+    return result
+
+
+def _path(folder: Path, label: str) -> Path:
+    """Where a record goes: a `/` in its label makes a folder, as in fair-esm, but never outside of `folder`."""
+    parts = f"{label}.npz".split("/")
+    if "\0" in label or os.path.isabs(label) or ".." in parts or os.path.splitdrive(label)[0]:
+        raise InvalidSequence(f"record {label[:80]!r}: its file would lie outside of {folder}")
+    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        raise InvalidSequence(f"record {label[:80]!r}…: the label is too long for the name of a file")
+    return folder.joinpath(*parts)
+
+
+def _check(label: str, sequence: str, alphabet: esm.Alphabet) -> None:
+    try:
+        if not alphabet.encode(sequence):
+            raise InvalidSequence("there is no sequence")
+    except InvalidSequence as error:
+        raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit code 0, 1 for a failure, 2 for wrong use."""
+    arguments = create_parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(arguments)
+    except (NumpyesmError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidOption) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stood", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

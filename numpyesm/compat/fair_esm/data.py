@@ -1,0 +1,262 @@
+"""Alphabet, batches and FASTA as fair-esm's `esm.data` has them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...alphabet import TOKENS
+from ...errors import InvalidSequence, NumpyesmError
+
+TokenArray = npt.NDArray[np.int64]
+
+_STANDARD = TOKENS[4:31]  # L … C X B U Z O . -
+
+# Tokens in front and behind, <cls> put in front, <eos> put behind, for alignments; by fair-esm's architecture names.
+_ESM_1 = (("<null_0>", "<pad>", "<eos>", "<unk>"), ("<cls>", "<mask>", "<sep>"), True, False, False)
+_ESM_1B = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, True, False)
+_MSA = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, False, True)
+_INVERSE_FOLDING = (("<null_0>", "<pad>", "<eos>", "<unk>"), ("<mask>", "<cath>", "<af2>"), True, False, False)
+_ARCHITECTURES = {
+    "ESM-1": _ESM_1,
+    "protein_bert_base": _ESM_1,
+    "ESM-1b": _ESM_1B,
+    "roberta_large": _ESM_1B,
+    "MSA Transformer": _MSA,
+    "msa_transformer": _MSA,
+}
+
+
+class UnknownToken(InvalidSequence, KeyError):
+    """A letter or word that is no token; also a KeyError, which is what fair-esm raises."""
+
+    def __str__(self) -> str:  # KeyError would put quotes around the message
+        return str(self.args[0])
+
+
+class Alphabet:
+    """Tokens and their numbers; ESM-2's is `Alphabet.from_architecture("ESM-1b")`, 33 tokens.
+
+    Attributes
+    ----------
+    all_toks : list of str
+    tok_to_idx : dict of str to int
+    padding_idx, mask_idx, cls_idx, eos_idx, unk_idx : int
+    prepend_bos, append_eos : bool
+        Whether a batch gets `<cls>` in front and `<eos>` behind each sequence.
+    """
+
+    def __init__(
+        self,
+        standard_toks: Sequence[str],
+        prepend_toks: Sequence[str] = _ESM_1[0],
+        append_toks: Sequence[str] = _ESM_1[1],
+        prepend_bos: bool = True,
+        append_eos: bool = False,
+        use_msa: bool = False,
+    ) -> None:
+        self.standard_toks = list(standard_toks)
+        self.prepend_toks = list(prepend_toks)
+        self.append_toks = list(append_toks)
+        self.prepend_bos = prepend_bos
+        self.append_eos = append_eos
+        self.use_msa = use_msa
+        named = [*self.prepend_toks, *self.standard_toks]
+        fill = [f"<null_{i + 1}>" for i in range(-len(named) % 8)]  # up to a multiple of eight
+        self.all_toks = [*named, *fill, *self.append_toks]
+        self.tok_to_idx = {token: index for index, token in enumerate(self.all_toks)}
+        self.unk_idx = self.tok_to_idx["<unk>"]
+        self.padding_idx = self.get_idx("<pad>")
+        self.cls_idx = self.get_idx("<cls>")
+        self.mask_idx = self.get_idx("<mask>")
+        self.eos_idx = self.get_idx("<eos>")
+        self.all_special_tokens = ["<eos>", "<unk>", "<pad>", "<cls>", "<mask>"]
+        self.unique_no_split_tokens = self.all_toks
+        self._pattern = re.compile("|".join(map(re.escape, self.all_toks)))
+
+    @classmethod
+    def from_architecture(cls, name: str) -> Alphabet:
+        """The alphabet of one of fair-esm's architectures; ESM-2 has that of `ESM-1b`."""
+        parts = _INVERSE_FOLDING if "invariant_gvp" in name.lower() else _ARCHITECTURES.get(name)
+        if parts is None:
+            raise ValueError(f"unknown architecture {name!r}: ESM-2 has the alphabet of 'ESM-1b'")
+        return cls(_STANDARD, *parts)
+
+    def __len__(self) -> int:
+        return len(self.all_toks)
+
+    def get_idx(self, tok: str) -> int:
+        """Number of a token, `unk_idx` if there is none."""
+        return self.tok_to_idx.get(tok, self.unk_idx)
+
+    def get_tok(self, ind: int) -> str:
+        """The token of a number."""
+        return self.all_toks[ind]
+
+    def to_dict(self) -> dict[str, int]:
+        """A copy of `tok_to_idx`."""
+        return self.tok_to_idx.copy()
+
+    def get_batch_converter(self, truncation_seq_length: int | None = None) -> BatchConverter:
+        """From (label, sequence) pairs to a padded batch; longer sequences are cut to `truncation_seq_length`."""
+        if self.use_msa:
+            raise NotSupported("alignments are for the MSA Transformer; numpyesm has ESM-2 only")
+        return BatchConverter(self, truncation_seq_length)
+
+    def tokenize(self, text: str, **_: Any) -> list[str]:
+        """Tokens of a text; blanks part what is no token, and are dropped beside tokens."""
+        tokens: list[str] = []
+        end = 0
+        for match in self._pattern.finditer(text):
+            tokens += text[end : match.start()].split()
+            tokens.append(match[0])
+            end = match.end()
+        return tokens + text[end:].split()
+
+    def encode(self, text: str) -> list[int]:
+        """Numbers of the tokens of a text.
+
+        Raises
+        ------
+        UnknownToken
+            A KeyError, as fair-esm's: lower case, `J`, `*` and the like are no tokens.
+        """
+        tokens = self.tokenize(text)
+        try:
+            return [self.tok_to_idx[token] for token in tokens]
+        except KeyError as error:
+            token = str(error.args[0])
+            position = tokens.index(token) + 1
+            raise UnknownToken(
+                f"{token!r} at position {position} is no token; expected {''.join(_STANDARD)} or one such as <mask>"
+                + (" (lower case; write sequences in upper case)" if token.islower() else ""),
+                position=position,
+                character=token,
+            ) from None
+
+
+class BatchConverter:
+    """(label, sequence) pairs to (labels, sequences, tokens), padded at the end."""
+
+    def __init__(self, alphabet: Alphabet, truncation_seq_length: int | None = None) -> None:
+        self.alphabet = alphabet
+        self.truncation_seq_length = truncation_seq_length
+
+    def __call__(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
+        alphabet = self.alphabet
+        pairs = list(raw_batch)
+        if not pairs:
+            raise InvalidSequence("the batch is empty; give at least one (label, sequence) pair")
+        labels, strs = [label for label, _ in pairs], [sequence for _, sequence in pairs]
+        encoded = []
+        for item, sequence in enumerate(strs):
+            try:
+                encoded.append(alphabet.encode(sequence)[: self.truncation_seq_length or None])
+            except UnknownToken as error:
+                where = {"item": item, "position": error.position, "character": error.character}
+                raise UnknownToken(error.reason, **where) from None  # type: ignore[arg-type]
+        front, behind = int(alphabet.prepend_bos), int(alphabet.append_eos)
+        width = max(map(len, encoded)) + front + behind
+        tokens = np.full((len(pairs), width), alphabet.padding_idx, np.int64)
+        for row, ids in zip(tokens, encoded, strict=True):
+            end = front + len(ids)
+            row[:front] = alphabet.cls_idx
+            row[front:end] = ids
+            row[end : end + behind] = alphabet.eos_idx
+        return labels, strs, tokens
+
+
+class FastaBatchedDataset:
+    """Labels and sequences, and batches of about equal length."""
+
+    def __init__(self, sequence_labels: Iterable[str], sequence_strs: Iterable[str]) -> None:
+        self.sequence_labels = list(sequence_labels)
+        self.sequence_strs = list(sequence_strs)
+
+    @classmethod
+    def from_file(cls, fasta_file: str | os.PathLike[str]) -> FastaBatchedDataset:
+        """Whole header lines as labels, sequences as they stand (no case change).
+
+        Raises
+        ------
+        InvalidSequence
+            Two records of one label, or text before the first header (fair-esm would add it to the first record).
+        """
+        labels: list[str] = []
+        parts: list[list[str]] = []
+        with open(fasta_file) as file:
+            for number, line in enumerate(file):
+                if line.startswith(">"):
+                    labels.append(line[1:].strip() or f"seqnum{number:09d}")
+                    parts.append([])
+                elif parts:
+                    parts[-1].append(line.strip())
+                elif line.strip():
+                    raise InvalidSequence(f"{fasta_file}, line {number + 1}: expected a header, >…")
+        if len(set(labels)) < len(labels):
+            twice = next(label for i, label in enumerate(labels) if label in labels[:i])
+            raise InvalidSequence(f"{fasta_file}: two records are called {twice!r}")
+        return cls(labels, map("".join, parts))
+
+    def __len__(self) -> int:
+        return len(self.sequence_labels)
+
+    def __getitem__(self, idx: int) -> tuple[str, str]:
+        return self.sequence_labels[idx], self.sequence_strs[idx]
+
+    def get_batch_indices(self, toks_per_batch: int, extra_toks_per_seq: int = 0) -> list[list[int]]:
+        """Indices by length, gathered so that a padded batch has at most `toks_per_batch` tokens (or one sequence)."""
+        batches: list[list[int]] = []
+        for size, index in sorted((len(sequence), index) for index, sequence in enumerate(self.sequence_strs)):
+            # Ascending: the new one is the longest of its batch.
+            if not batches or (size + extra_toks_per_seq) * (len(batches[-1]) + 1) > toks_per_batch:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
+class NotSupported(NumpyesmError, NotImplementedError):
+    """Something that fair-esm has and numpyesm has not; the message says what."""
+
+
+def read_fasta(
+    path: str | os.PathLike[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(header, sequence) of each record of a FASTA or A3M file."""
+    with open(path) as lines:
+        yield from read_alignment_lines(lines, keep_gaps, keep_insertions, to_upper)
+
+
+def read_alignment_lines(
+    lines: Iterable[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(header, sequence) of each record, without `-` or lower-case insertions if so wished."""
+    header: str | None = None
+    parts: list[str] = []
+
+    def record() -> tuple[str, str]:
+        sequence = "".join(parts)
+        if not keep_gaps:
+            sequence = sequence.replace("-", "")
+        if not keep_insertions:
+            sequence = re.sub("[a-z]", "", sequence)
+        return str(header), sequence.upper() if to_upper else sequence
+
+    for line in itertools.chain(lines):
+        if line.startswith(">"):
+            if header is not None:
+                yield record()
+            header, parts = line.strip().lstrip(">"), []
+        elif header is None:
+            raise InvalidSequence("text before the first header")
+        else:
+            parts.append(line.strip())
+    if header is None:
+        raise InvalidSequence("no sequences")
+    yield record()

@@ -1,0 +1,16 @@
+"""Scores of mutations: what the model thinks of a substitution, of several at once, and of all that there are."""
+
+from .correlation import spearman
+from .methods import score_mutations
+from .notation import Substitution, parse_mutant
+from .scan import SCAN_LETTERS, MutationScan, scan_mutations
+
+__all__ = [
+    "SCAN_LETTERS",
+    "MutationScan",
+    "Substitution",
+    "parse_mutant",
+    "scan_mutations",
+    "score_mutations",
+    "spearman",
+]

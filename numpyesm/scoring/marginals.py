@@ -1,0 +1,144 @@
+"""Logits of single positions, masked or not, many masked copies packed into one pass through the layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..alphabet import CLS, EOS, MASK, TOKEN_ID
+
+if TYPE_CHECKING:
+    from ..model import ESM2
+
+FloatArray = npt.NDArray[np.float64]
+TokenArray = npt.NDArray[np.uint8]
+Progress = Callable[[int], None]
+
+ALL_TOKENS = slice(None)
+
+# Token rows given to the model at a time: several passes, so that none runs half empty, and little memory.
+_ROWS_AT_A_TIME = 32768
+
+
+class _Query(NamedTuple):
+    """Tokens of one pass, and the rows whose logits are wanted."""
+
+    tokens: TokenArray
+    rows: npt.NDArray[np.intp]
+
+
+def window_around(index: int, length: int, window: int) -> tuple[int, int]:
+    """First and last (excluded) residue of the `window` residues around `index`, shifted inwards at the ends.
+
+    As ProteinGym's `get_optimal_window`.
+    """
+    start = min(max(0, index - window // 2), length - window)
+    return start, start + window
+
+
+def masked_logits(
+    model: ESM2, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+) -> FloatArray:
+    """Logits of all 33 tokens at each index, that residue alone being masked: (n, 33).
+
+    Each index costs one masked copy of its window; copies are packed, and the LM head sees one row of each.
+    """
+    return _logits_of(model, _masked_queries(sequence, indices, window), len(indices), progress)
+
+
+def plain_logits(
+    model: ESM2, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+) -> FloatArray:
+    """Logits of all 33 tokens at each index of the sequence as it is: (n, 33). One pass a distinct window."""
+    ids = residue_ids(sequence)
+    by_window: dict[tuple[int, int], list[int]] = {}
+    for place, index in enumerate(indices):
+        by_window.setdefault(window_around(index, len(ids), window), []).append(place)
+    order = [place for places in by_window.values() for place in places]
+    queries = (
+        _Query(_framed(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
+        for (start, stop), places in by_window.items()
+    )
+    logits = np.empty((len(indices), len(TOKEN_ID)))
+    logits[order] = _logits_of(model, queries, len(indices), progress)
+    return logits
+
+
+def pseudo_log_likelihoods(
+    model: ESM2, sequences: Sequence[str], window: int, progress: Progress | None = None
+) -> FloatArray:
+    """Sum over the residues of log p(residue | all others), over the 33 tokens as fair-esm: (n,) sequences of (L,)."""
+    residues = sum(map(len, sequences))
+    queries = (query for sequence in sequences for query in _masked_queries(sequence, range(len(sequence)), window))
+    right = np.concatenate([np.empty(0, np.uint8), *map(residue_ids, sequences)])
+    found = np.empty(residues)
+    done = 0
+    for logits in _chunks(model, queries, progress):
+        rows = slice(done, done + len(logits))
+        found[rows] = log_softmax(logits)[np.arange(len(logits)), right[rows]]
+        done += len(logits)
+    ends = np.cumsum([0, *map(len, sequences)])
+    return np.array([found[a:b].sum() for a, b in itertools.pairwise(ends)])
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    """Over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def residue_ids(sequence: str) -> TokenArray:
+    """Token ids of the residues alone: (L,)."""
+    return np.array([TOKEN_ID[letter] for letter in sequence], np.uint8)
+
+
+def _framed(ids: TokenArray) -> TokenArray:
+    """`<cls>` in front and `<eos>` behind, in an array of its own."""
+    return np.concatenate(([np.uint8(CLS)], ids, [np.uint8(EOS)]))
+
+
+def _masked_queries(sequence: str, indices: Iterable[int], window: int) -> Iterator[_Query]:
+    ids = residue_ids(sequence)
+    for index in indices:
+        start, stop = window_around(index, len(ids), window)
+        tokens = _framed(ids[start:stop])
+        row = index - start + 1
+        tokens[row] = MASK
+        yield _Query(tokens, np.array([row]))
+
+
+def _logits_of(model: ESM2, queries: Iterable[_Query], count: int, progress: Progress | None) -> FloatArray:
+    """All logits of all queries in order: (count, 33)."""
+    logits = np.empty((count, len(TOKEN_ID)))
+    done = 0
+    for chunk in _chunks(model, queries, progress):
+        logits[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return logits
+
+
+def _chunks(model: ESM2, queries: Iterable[_Query], progress: Progress | None) -> Iterator[FloatArray]:
+    """Logits (n, 33) of as many queries as the model gets at a time; `progress` gets the n of each."""
+    batch: list[_Query] = []
+    rows = 0
+
+    def run() -> FloatArray:
+        tokens, wanted = [query.tokens for query in batch], [query.rows for query in batch]
+        found = np.concatenate(model._logits(tokens, wanted, ALL_TOKENS)).astype(np.float64)
+        if progress is not None:
+            progress(len(found))
+        return found
+
+    for query in queries:
+        if batch and rows + len(query.tokens) > _ROWS_AT_A_TIME:
+            yield run()
+            batch, rows = [], 0
+        batch.append(query)
+        rows += len(query.tokens)
+    if batch:
+        yield run()

@@ -1,0 +1,192 @@
+"""scikit-learn: protein sequences in, embeddings out, as a transformer for pipelines (extra `sklearn`)."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidOption, InvalidSequence, MissingExtra
+from .options import check_layers
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+except ImportError as error:
+    raise MissingExtra("numpyesm.sklearn needs scikit-learn: pip install 'numpyesm[sklearn]'") from error
+
+if TYPE_CHECKING:
+    from .model import ESM2
+
+POOLING = ("mean", "bos")
+
+# Copies of an estimator (clone, every fold of a cross-validation) share one loaded model a process.
+_loaded: dict[tuple[Any, ...], ESM2] = {}
+_lock = threading.Lock()
+
+
+class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Embeddings of protein sequences.
+
+    Nothing is learnt: `fit` checks its input. The weights are loaded at the first `transform`, once a process for all
+    estimators of equal parameters, and never pickled: an unpickled estimator loads them again by name.
+
+    Parameters
+    ----------
+    weights : str or path, default "esm2-35m"
+        What `ESM2.from_pretrained` takes.
+    layer : int, default -1
+        0 is the embedding, -1 the last layer.
+    pooling : {"mean", "bos"}, default "mean"
+        Mean over the residues, or the `<cls>` row.
+    backend, precision, threads
+        See `ESM2`. In a cross-validation with `n_jobs`, `threads=1` keeps its processes from crowding each other.
+    batch_size : int, default 256
+        Sequences given to the model at a time; the result does not depend on it.
+
+    Examples
+    --------
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.linear_model import Ridge
+    >>> from numpyesm.sklearn import ESM2Embedder
+    >>> model = make_pipeline(ESM2Embedder("synthetic:esm2-8m"), Ridge()).fit(["MKT", "AYI"], [0.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike[str] = "esm2-35m",
+        *,
+        layer: int = -1,
+        pooling: str = "mean",
+        backend: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.backend = backend
+        self.precision = precision
+        self.threads = threads
+        self.batch_size = batch_size
+
+    def fit(self, X: Iterable[str], y: object = None) -> ESM2Embedder:
+        """Check parameters and sequences; nothing is kept of them.
+
+        Parameters
+        ----------
+        X : iterable of str
+            A list, an array, a Series, or a frame or array of one column.
+        y : ignored
+        """
+        self._check_parameters()
+        _check_letters(as_sequences(X))
+        return self
+
+    def transform(self, X: Iterable[str]) -> npt.NDArray[np.float32]:
+        """Embeddings, one row a sequence: (n, D).
+
+        Raises
+        ------
+        InvalidSequence
+            A ValueError that names the item, the position and what is allowed.
+        """
+        self._check_parameters()
+        sequences = as_sequences(X)
+        _check_letters(sequences)  # all of them, before hours are spent on the first
+        model = self._model()
+        layer = check_layers([self.layer], model.config.num_layers)[0]
+        rows = np.empty((len(sequences), model.config.embed_dim), np.float32)
+        for start in range(0, len(sequences), self.batch_size):
+            results = model.encode(sequences[start : start + self.batch_size], [layer], [self.pooling])
+            for i, result in enumerate(results, start=start):
+                pooled = result.embeddings if self.pooling == "mean" else result.bos_embeddings
+                assert pooled is not None
+                rows[i] = pooled[layer]
+        return rows
+
+    @property
+    def _n_features_out(self) -> int:
+        """What scikit-learn's `get_feature_names_out` counts."""
+        return self._model().config.embed_dim
+
+    def _check_parameters(self) -> None:
+        if self.pooling not in POOLING:
+            raise InvalidOption(f"pooling={self.pooling!r}: allowed are {', '.join(POOLING)}")
+        for name, least in (("layer", None), ("batch_size", 1)):
+            value = getattr(self, name)
+            try:
+                number = operator.index(value)
+            except TypeError:
+                number = None
+            if number is None or isinstance(value, bool) or (least is not None and number < least):
+                raise InvalidOption(f"{name}={value!r}: expected a whole number" + ("" if least is None else " from 1"))
+
+    def _model(self) -> ESM2:
+        from .model import ESM2, SyntheticWeightsWarning
+
+        key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
+        with _lock:
+            model = _loaded.get(key)
+            if model is None:
+                model = ESM2.from_pretrained(
+                    self.weights, backend=self.backend, precision=self.precision, threads=self.threads
+                )
+                _loaded.clear()  # one at a time: a search over models should not hold them all
+                _loaded[key] = model
+            elif model.checkpoint.synthetic:
+                warnings.warn(
+                    f"{model.checkpoint.source}: SYNTHETIC random weights.", SyntheticWeightsWarning, stacklevel=3
+                )
+        return model
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.no_validation = True
+        tags.requires_fit = False
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+    def _more_tags(self) -> dict[str, Any]:
+        """The same for scikit-learn before 1.6."""
+        return {"X_types": ["string"], "no_validation": True, "requires_fit": False, "preserves_dtype": []}
+
+
+def as_sequences(X: Any) -> list[str]:
+    """Sequences as a list, from whatever holds one text a row."""
+    if isinstance(X, str | bytes):
+        raise InvalidSequence("expected many sequences, got one text; put it into a list: [sequence]")
+    if hasattr(X, "toarray"):
+        raise InvalidSequence("sparse data are not supported: expected sequences as text")
+    if hasattr(X, "to_numpy"):  # pandas, polars: frames and series
+        X = X.to_numpy()
+    if getattr(X, "ndim", 1) == 2:
+        if X.shape[1] != 1:
+            raise InvalidSequence(f"expected one column of sequences, got {X.shape[1]}")
+        X = X[:, 0]
+    if getattr(X, "ndim", 1) != 1:
+        raise InvalidSequence(f"expected one sequence a row, got an array of {X.ndim} dimensions")
+    try:
+        items = list(X)
+    except TypeError:
+        raise InvalidSequence(f"expected a list of sequences, got {type(X).__name__}") from None
+    rows = [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in items]
+    # NumPy's own string type is a str, but is not pickled or compared as cheaply.
+    return [str(row) if isinstance(row, str) else row for row in rows]
+
+
+def _check_letters(sequences: list[str]) -> None:
+    from .alphabet import tokenize
+
+    tokenize(sequences)

@@ -1,0 +1,442 @@
+"""The look-alike against the real fair-esm: same calls, same numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numpyesm.compat.fair_esm as look_alike
+from numpyesm import InvalidSequence, MissingHead, SyntheticWeightsWarning
+from numpyesm.compat import extract
+from numpyesm.compat.fair_esm.data import NotSupported, UnknownToken
+from numpyesm.config import PRESETS
+
+torch = pytest.importorskip("torch")
+fair = pytest.importorskip("esm")
+
+from fair_esm_models import as_checkpoint, fair_esm_model, largest, numpyesm_models  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+BACKENDS = [
+    "numpy",
+    pytest.param("numba", marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")),
+]
+OURS = look_alike.Alphabet.from_architecture("ESM-1b")
+THEIRS = fair.Alphabet.from_architecture("ESM-1b")
+
+QUICK_START = [
+    ("protein1", "MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDIAYLRSLGYNIVATPRGYVLAGG"),
+    ("protein2", "KALTARQQEVFDLIRDHISQTGMPPTRAEIAQRLGFRSPNAAEEHLKALARKGVIEIVSGASRGIRLLQEE"),
+    ("protein2 with mask", "KALTARQQEVFDLIRD<mask>ISQTGMPPTRAEIAQRLGFRSPNAAEEHLKALARKGVIEIVSGASRGIRLLQEE"),
+    ("protein3", "K A <mask> I S Q"),
+]
+BATCHES = {
+    "quick start": [sequence for _, sequence in QUICK_START],
+    "one": ["MKTAYIAKQR"],
+    "lengths": [random_sequence(n, 7) for n in (40, 1, 130, 2, 65, 3, 64)],
+    "letters": ["BXZUO.-", "XX", "<mask><mask>", "A<unk>C<null_1>D", "<pad>" * 0 + "W"],
+    "inner eos": ["MK<eos>TAYIA", "ACDEFGHIKLMNP", "<cls>MK"],
+}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def models(request: pytest.FixtureRequest) -> Any:
+    """(fair-esm, look-alike) with the same random weights, attention peaked and contacts spread."""
+    theirs = fair_esm_model(2, 2.0, PRESETS["esm2-8m"])
+    return theirs, look_alike.ESM2(numpyesm_models(theirs, request.param)[0])
+
+
+def run_theirs(model: Any, tokens: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens), **options)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_dictionary_of_a_padded_batch(models: Any, name: str) -> None:
+    theirs, ours = models
+    _, _, tokens = OURS.get_batch_converter()([("", sequence) for sequence in BATCHES[name]])
+    layers = range(ours.num_layers + 1)
+    expected = run_theirs(theirs, tokens, repr_layers=layers, return_contacts=True)
+    found = ours(tokens, repr_layers=layers, return_contacts=True)
+    assert list(found) == list(expected)
+    real = tokens != OURS.padding_idx
+    assert found["logits"].shape == expected["logits"].shape
+    assert largest(found["logits"][real], expected["logits"].numpy()[real]) < 3e-3
+    assert sorted(found["representations"]) == sorted(expected["representations"])
+    for layer, values in found["representations"].items():
+        theirs_of_layer = expected["representations"][layer].numpy()
+        assert values.shape == theirs_of_layer.shape
+        assert largest(values[real], theirs_of_layer[real]) < 2e-4
+        assert not values[~real].any()
+    assert not found["logits"][~real].any()
+    # Padding included: zeros in attentions, the bias alone in contacts.
+    assert found["attentions"].shape == expected["attentions"].shape
+    assert largest(found["attentions"], expected["attentions"]) < 1e-5
+    assert found["contacts"].shape == expected["contacts"].shape
+    assert largest(found["contacts"], expected["contacts"]) < 1e-3
+    for array in (found["logits"], found["attentions"], found["contacts"]):
+        assert type(array) is np.ndarray
+        assert array.dtype == np.float32
+
+
+def test_what_was_not_asked_for_is_absent(models: Any) -> None:
+    theirs, ours = models
+    tokens = np.array([[0, 5, 6, 2]])
+    for options in (
+        {},
+        {"repr_layers": [6]},
+        {"repr_layers": [-1, 3, 99]},
+        {"need_head_weights": True},
+        {"return_contacts": True},
+    ):
+        found, expected = ours(tokens, **options), run_theirs(theirs, tokens, **options)
+        assert list(found) == list(expected)
+        assert list(found["representations"]) == list(expected["representations"])
+
+
+def test_predict_contacts(models: Any) -> None:
+    theirs, ours = models
+    for sequences in BATCHES.values():
+        _, _, tokens = OURS.get_batch_converter()([("", sequence) for sequence in sequences])
+        with torch.no_grad():
+            expected = theirs.predict_contacts(torch.as_tensor(tokens))
+        assert largest(ours.predict_contacts(tokens), expected) < 1e-3
+
+
+def test_tokens_without_ends(models: Any) -> None:
+    """No <eos>, no <cls>, or cut off: fair-esm takes them as they are."""
+    theirs, ours = models
+    for tokens in ([[5, 6, 7, 8]], [[0, 5, 6, 7, 8], [0, 5, 6, 1, 1]], [[0, 32, 6, 2, 1, 1], [0, 4, 5, 6, 7, 2]]):
+        expected = run_theirs(theirs, tokens, repr_layers=[6], return_contacts=True)
+        found = ours(tokens, repr_layers=[6], return_contacts=True)
+        real = np.array(tokens) != 1
+        assert largest(found["logits"][real], expected["logits"].numpy()[real]) < 3e-3
+        assert largest(found["attentions"], expected["attentions"]) < 1e-5
+        assert largest(found["contacts"], expected["contacts"]) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_longer_than_encode_allows(tmp_path: Path, backend: str) -> None:
+    import make_checkpoints as mk
+
+    theirs = mk.fair_esm_model()
+    path = mk.write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
+    ours, _ = look_alike.pretrained.load_model_and_alphabet(path, backend=backend)
+    _, _, tokens = OURS.get_batch_converter()([("", random_sequence(2600, 1)), ("", "MKT")])
+    expected = run_theirs(theirs, tokens, repr_layers=[2])["representations"][2]
+    found = ours(tokens, repr_layers=[2])["representations"][2]
+    assert largest(found[0], expected[0]) < 1e-3
+    assert largest(found[1, :5], expected[1, :5]) < 1e-3
+
+
+def test_empty_sequence_in_a_batch(models: Any) -> None:
+    theirs, ours = models
+    _, _, tokens = OURS.get_batch_converter()([("", ""), ("", "MKT")])
+    expected = run_theirs(theirs, tokens, repr_layers=[6], return_contacts=True)
+    found = ours(tokens, repr_layers=[6], return_contacts=True)
+    assert largest(found["representations"][6][0, :2], expected["representations"][6][0, :2]) < 2e-4
+    assert largest(found["contacts"][1], expected["contacts"][1]) < 1e-3
+    assert np.isfinite(found["contacts"]).all()  # fair-esm divides 0 by 0 in the first
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([0, 5, 2], "shape"),
+        ([[0.0, 5.0, 2.0]], "whole numbers"),
+        ([[]], "shape"),
+        ([[0, 33, 2]], "no token 33"),
+        ([[0, -1, 2]], "no token -1"),
+        ([[0, 5, 2], [1, 1, 1]], "item 1: nothing but padding"),
+        ([[0, 1, 5, 2]], "item 0: <pad> stands before"),
+        ([[0, 5, 2], [32, 32, 1]], "item 1: nothing but <mask>"),
+        ([[1, 0, 5, 2]], "item 0: <pad> stands before"),
+    ],
+)
+def test_tokens_that_are_refused(models: Any, tokens: Any, said: str) -> None:
+    with pytest.raises(InvalidSequence, match=said):
+        models[1](tokens)
+
+
+def test_attributes_and_torch_habits(models: Any) -> None:
+    theirs, ours = models
+    for name in (
+        "num_layers", "embed_dim", "attention_heads", "alphabet_size", "padding_idx", "mask_idx", "cls_idx", "eos_idx",
+        "prepend_bos", "append_eos", "token_dropout", "training",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours.eval().cpu().float().to("cpu").to(device="cpu").train(False).requires_grad_(False) is ours
+    for call in (ours.cuda, ours.half, ours.bfloat16, lambda: ours.to("cuda:0"), lambda: ours.to(torch.float16)):
+        with pytest.warns(UserWarning, match="changes nothing"):
+            assert call() is ours
+    with pytest.raises(NotSupported):
+        ours.train()
+    with pytest.raises(NotSupported):
+        look_alike.ESM2(33, 1280, 20)  # type: ignore[arg-type]
+    assert not isinstance(ours, look_alike.MSATransformer)
+    with pytest.raises(NotSupported):
+        look_alike.ProteinBertModel()
+
+
+def test_without_heads() -> None:
+    checkpoint = as_checkpoint(fair_esm_model(2, 1.0, PRESETS["esm2-8m"]))
+    from dataclasses import replace
+
+    from numpyesm import ESM2
+
+    trunk = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(("lm_head", "contact_head"))}
+    model = look_alike.ESM2(ESM2(replace(checkpoint, tensors=trunk), backend="numpy"))
+    assert list(model([[0, 5, 2]], repr_layers=[6])) == ["representations"]
+    with pytest.raises(MissingHead):
+        model([[0, 5, 2]], return_contacts=True)
+
+
+# -- alphabet and batches ----------------------------------------------------------------------------------------
+
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from([*THEIRS.all_toks, " ", "  ", "\t", "\n", "j", "J", "*", "a", "<", ">", "<mask", "mask>"]),
+        st.text(max_size=3),
+    ),
+    max_size=30,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=400)
+@given(TEXTS)
+def test_tokenize_like_fair_esm(text: str) -> None:
+    assert OURS.tokenize(text) == THEIRS.tokenize(text)
+    try:
+        expected = THEIRS.encode(text)
+    except KeyError:
+        with pytest.raises(KeyError):
+            OURS.encode(text)
+    else:
+        assert OURS.encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["ESM-1", "protein_bert_base", "ESM-1b", "roberta_large", "MSA Transformer", "invariant_gvp"]
+)
+def test_alphabets(name: str) -> None:
+    ours, theirs = (package.Alphabet.from_architecture(name) for package in (look_alike, fair))
+    assert len(ours) == len(theirs)
+    for attribute in (
+        "all_toks", "tok_to_idx", "standard_toks", "prepend_toks", "append_toks", "prepend_bos", "append_eos",
+        "use_msa", "unk_idx", "padding_idx", "mask_idx", "cls_idx", "eos_idx", "all_special_tokens",
+        "unique_no_split_tokens",
+    ):  # fmt: skip
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert ours.to_dict() == theirs.to_dict()
+    assert [ours.get_idx(token) for token in ("A", "<mask>", "nothing")] == [
+        theirs.get_idx(token) for token in ("A", "<mask>", "nothing")
+    ]
+    assert ours.get_tok(7) == theirs.get_tok(7)
+
+
+def test_unknown_architecture_and_alignments() -> None:
+    with pytest.raises(ValueError, match="ESM-1b"):
+        look_alike.Alphabet.from_architecture("ESM-7")
+    with pytest.raises(NotSupported):
+        look_alike.Alphabet.from_architecture("msa_transformer").get_batch_converter()
+
+
+@pytest.mark.parametrize("truncation", [None, 0, 1, 5, 1022])
+def test_batch_converter(truncation: int | None) -> None:
+    data = [*QUICK_START, ("empty", ""), ("same", "MKT"), ("same", "BXZUO.-<unk>")]
+    labels, strs, tokens = OURS.get_batch_converter(truncation)(data)
+    expected_labels, expected_strs, expected = THEIRS.get_batch_converter(truncation)(data)
+    assert (labels, strs) == (expected_labels, expected_strs)
+    np.testing.assert_array_equal(tokens, expected.numpy())
+    assert tokens.dtype == np.int64
+
+
+def test_letters_that_are_no_tokens() -> None:
+    with pytest.raises(UnknownToken, match=r"item 1: 't' at position 3 is no token.*lower case") as caught:
+        OURS.get_batch_converter()([("a", "MKT"), ("b", "MKtA")])
+    assert isinstance(caught.value, KeyError)
+    assert isinstance(caught.value, InvalidSequence)
+    assert (caught.value.item, caught.value.position, caught.value.character) == (1, 3, "t")
+    with pytest.raises(InvalidSequence, match="empty"):
+        OURS.get_batch_converter()([])
+
+
+def test_fasta_batched_dataset(tmp_path: Path) -> None:
+    path = tmp_path / "x.fasta"
+    path.write_text(
+        ">one first\nMKTAYI\nAKQR\n>\nMK\n\n>three\nacd\n"
+        + "".join(f">s{i}\n{'A' * (i % 17 + 1)}\n" for i in range(60))
+    )
+    ours, theirs = (package.FastaBatchedDataset.from_file(path) for package in (look_alike, fair))
+    assert len(ours) == len(theirs) == 63
+    assert [ours[i] for i in range(63)] == [theirs[i] for i in range(63)]
+    for tokens, extra in ((1, 0), (20, 1), (64, 0), (64, 2), (4096, 1)):
+        assert ours.get_batch_indices(tokens, extra) == theirs.get_batch_indices(tokens, extra)
+    assert list(look_alike.data.read_fasta(path, to_upper=True)) == list(fair.data.read_fasta(path, to_upper=True))
+    path.write_text(">a\nMK-Tabc\n>b\nM.K\n")
+    for options in ({}, {"keep_gaps": False}, {"keep_insertions": False}):
+        assert list(look_alike.data.read_fasta(path, **options)) == list(fair.data.read_fasta(path, **options))
+    for text, said in ((">a\nMK\n>a\nMT\n", "'a'"), ("MK\n>a\nMT\n", "line 1")):
+        path.write_text(text)
+        with pytest.raises(InvalidSequence, match=said):
+            look_alike.FastaBatchedDataset.from_file(path)
+
+
+# -- loading and scripts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["load_model_and_alphabet", "load_model_and_alphabet_local"])
+def test_checkpoints_on_disk(tmp_path: Path, function: str) -> None:
+    """A .pt file as fair-esm publishes them, with and without the regression beside it."""
+    import make_checkpoints as mk
+
+    theirs = mk.fair_esm_model()
+    path = mk.write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
+    load = getattr(look_alike.pretrained, function)
+    model, alphabet = load(str(path), backend="numpy")
+    _, _, tokens = alphabet.get_batch_converter()([("", "MKTAYI"), ("", "MK<mask>")])
+    found = model(tokens, repr_layers=[2], return_contacts=True)
+    expected = run_theirs(theirs, tokens, repr_layers=[2], return_contacts=True)
+    assert largest(found["contacts"], expected["contacts"]) < 1e-5
+    assert largest(found["representations"][2][0], expected["representations"][2][0]) < 1e-4
+    bare = mk.write_fair_esm(tmp_path / "esm2_bare.pt", theirs, regression=False)
+    with pytest.warns(UserWarning, match="no contact regression"):
+        model, _ = load(bare, backend="numpy")
+    with pytest.raises(MissingHead):
+        model.predict_contacts(tokens)
+
+
+def test_quick_start_with_the_import_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fair-esm's README, `torch` taken out."""
+    monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "w.safetensors"))
+    from numpyesm.weights import convert
+
+    convert("synthetic:esm2-35m", tmp_path / "w.safetensors")
+    import numpyesm.compat.fair_esm as esm
+
+    with pytest.warns(SyntheticWeightsWarning):
+        model, alphabet = esm.pretrained.esm2_t12_35M_UR50D()
+    batch_converter = alphabet.get_batch_converter()
+    model.eval()
+    _, _, batch_tokens = batch_converter(QUICK_START)
+    batch_lens = (batch_tokens != alphabet.padding_idx).sum(1)
+    results = model(batch_tokens, repr_layers=[12], return_contacts=True)
+    token_representations = results["representations"][12]
+    sequence_representations = []
+    for i, tokens_len in enumerate(batch_lens):
+        sequence_representations.append(token_representations[i, 1 : tokens_len - 1].mean(0))
+    assert [len(values) for values in sequence_representations] == [480] * 4
+    for (_, _), tokens_len, attention_contacts in zip(QUICK_START, batch_lens, results["contacts"], strict=True):
+        assert attention_contacts[:tokens_len, :tokens_len].ndim == 2
+
+
+def test_pretrained_names() -> None:
+    for name in ("esm2_t6_8M_UR50D", "esm2_t12_35M_UR50D", "esm2_t30_150M_UR50D", "esm2_t33_650M_UR50D"):
+        assert callable(getattr(look_alike.pretrained, name))
+    for name in ("esm1v_t33_650M_UR90S_1", "esm_msa1b_t12_100M_UR50S", "esm2_t36_3B_UR50D", "esmfold_v1"):
+        with pytest.raises(NotSupported, match="numpyesm has esm2_t6_8M"):
+            getattr(look_alike.pretrained, name)()
+        with pytest.raises(NotSupported):
+            look_alike.pretrained.load_model_and_alphabet(name)
+    with pytest.raises(AttributeError):
+        look_alike.pretrained.nonsense  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from numpyesm.weights import convert
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return str(convert("synthetic:esm2-8m:1", tmp_path_factory.mktemp("weights") / "m.safetensors").path)
+
+
+FASTA = f">one first\nMKTAYIAKQR\n>two\n{'ACDEFGHIKL' * 5}\n>sub/three\nMKX-\n"
+
+
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
+    """fair-esm's arguments; the numbers are those of the model itself."""
+    (tmp_path / "x.fasta").write_text(FASTA)
+    arguments = [weights, str(tmp_path / "x.fasta"), str(tmp_path / "out"), "--repr_layers", "0", "5", "-1",
+                 "--include", "mean", "per_tok", "bos", "contacts", "--truncation_seq_length", "40",
+                 "--toks_per_batch", "64", "--nogpu", "--backend", "numpy"]  # fmt: skip
+    assert extract.main(arguments) == 0
+    assert "with 3 sequences" in capsys.readouterr().out
+    model, alphabet = look_alike.pretrained.load_model_and_alphabet(weights, backend="numpy")
+    for label, sequence in look_alike.FastaBatchedDataset.from_file(tmp_path / "x.fasta"):
+        found = extract.load(tmp_path / "out" / f"{label}.npz")
+        assert list(found) == ["label", "representations", "mean_representations", "bos_representations", "contacts"]
+        assert found["label"] == label
+        _, _, tokens = alphabet.get_batch_converter(40)([(label, sequence)])
+        expected = model(tokens, repr_layers=[0, 5, 6], return_contacts=True)
+        for layer in (0, 5, 6):
+            rows = expected["representations"][layer][0]
+            np.testing.assert_array_equal(found["representations"][layer], rows[1:-1])
+            np.testing.assert_array_equal(found["mean_representations"][layer], rows[1:-1].mean(axis=0))
+            np.testing.assert_array_equal(found["bos_representations"][layer], rows[0])
+        np.testing.assert_array_equal(found["contacts"], expected["contacts"][0])
+        with np.load(tmp_path / "out" / f"{label}.npz") as plain:
+            assert plain["representations_6"].shape == (min(40, len(sequence)), 320)
+    # Again: nothing is computed for the files that are there.
+    (tmp_path / "out" / "two.npz").unlink()
+    before = (tmp_path / "out" / "one first.npz").stat().st_mtime_ns
+    assert extract.main(arguments) == 0
+    assert (tmp_path / "out" / "one first.npz").stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "two.npz").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+@pytest.mark.parametrize(
+    ("fasta", "options", "said"),
+    [
+        (">../../evil\nMKT\n", [], "outside of"),
+        (">/etc/evil\nMKT\n", [], "outside of"),
+        (f">{'x' * 300}\nMKT\n", [], "too long"),
+        (">a\nMKT\n>b\nMKtA\n", [], "record 'b': 't' at position 3"),
+        (">a\n\n", [], "no sequence"),
+        (">a\nMK\n>a\nMT\n", [], "two records"),
+        (">a\nMK\n>./a\nMT\n", [], "two records"),
+        (">a\nMKT\n", ["--repr_layers", "7"], "6 layers"),
+        (">a\nMKT\n", ["--truncation_seq_length", "0"], "at least 1"),
+    ],
+)
+def test_extract_refuses(weights: str, tmp_path: Path, capsys: Any, fasta: str, options: list[str], said: str) -> None:
+    (tmp_path / "x.fasta").write_text(fasta)
+    code = extract.main([weights, str(tmp_path / "x.fasta"), str(tmp_path / "out"), "--include", "mean", *options])
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_as_a_command_and_without_torch(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "x.fasta").write_text(FASTA)
+    done = subprocess.run(
+        [sys.executable, "-m", "numpyesm.compat.extract", weights, "x.fasta", "out", "--include", "mean"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "two.npz").exists()
+    code = "import sys; import numpyesm.compat.fair_esm, numpyesm.compat.extract; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

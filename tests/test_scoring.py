@@ -1,0 +1,408 @@
+"""Scores of mutations: against fair-esm's own loops, and against what a mutation may be."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_sequence, small_model
+
+from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence, NumpyesmError
+from numpyesm.alphabet import AMINO_ACIDS
+from numpyesm.scoring import SCAN_LETTERS, parse_mutant
+from numpyesm.scoring.marginals import window_around
+
+WILD_TYPE = random_sequence(41, 5)
+
+
+def single(position: int, letter: str, offset: int = 1) -> str:
+    return f"{WILD_TYPE[position - offset]}{position}{letter}"
+
+
+MUTATIONS = [single(1, "W"), single(41, "C"), single(7, "W"), f"{single(7, 'R')}:{single(20, 'D')}:{single(3, 'H')}"]
+
+
+# -- fair-esm's loops, written as its script does them -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair() -> Any:
+    """(fair-esm, numpyesm) with the same small random weights."""
+    pytest.importorskip("torch")
+    pytest.importorskip("esm")
+    from fair_esm_models import fair_esm_model, numpyesm_models
+
+    from numpyesm.config import PRESETS
+
+    fair = fair_esm_model(4, 1.0, PRESETS["esm2-8m"])
+    return fair, numpyesm_models(fair)[0]
+
+
+def fair_log_probs(fair: Any, sequence: str, masked: int | None = None) -> Any:
+    """log-softmax over the 33 tokens at every residue, `masked` (0-based) being masked: (L, 33)."""
+    import torch
+    from fair_esm_models import ALPHABET, tokens_of
+
+    tokens = tokens_of([sequence])
+    if masked is not None:
+        tokens[0, masked + 1] = ALPHABET.mask_idx
+    with torch.no_grad():
+        return torch.log_softmax(fair(tokens)["logits"], dim=-1)[0, 1:-1].numpy()
+
+
+def fair_marginals(fair: Any, sequence: str, mutant: str, masked: bool, offset: int = 1) -> float:
+    from fair_esm_models import ALPHABET
+
+    score = 0.0
+    for part in mutant.split(":"):
+        wild, index, letter = part[0], int(part[1:-1]) - offset, part[-1]
+        assert sequence[index] == wild
+        row = fair_log_probs(fair, sequence, index if masked else None)[index]
+        score += row[ALPHABET.get_idx(letter)] - row[ALPHABET.get_idx(wild)]
+    return score
+
+
+def fair_pseudo_log_likelihood(fair: Any, sequence: str) -> float:
+    from fair_esm_models import ALPHABET
+
+    return sum(
+        float(fair_log_probs(fair, sequence, i)[i, ALPHABET.get_idx(letter)]) for i, letter in enumerate(sequence)
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals"])
+def test_marginals_agree_with_fair_esm(pair: Any, method: str) -> None:
+    fair, ours = pair
+    scores = ours.score_mutations(WILD_TYPE, MUTATIONS, method)
+    assert scores.dtype == np.float64
+    expected = [fair_marginals(fair, WILD_TYPE, mutant, method == "masked-marginals") for mutant in MUTATIONS]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parity
+def test_masked_marginals_of_the_35m_agree_with_fair_esm() -> None:
+    """At its true size, the whole of a small scan."""
+    pytest.importorskip("esm")
+    from fair_esm_models import fair_esm_model, numpyesm_models
+
+    fair = fair_esm_model(1)
+    sequence = random_sequence(300, 1)
+    positions = [0, 150, 299]
+    mutants = [f"{sequence[i]}{i + 24}{letter}" for i in positions for letter in AMINO_ACIDS]
+    for backend in ("numpy", "auto"):
+        ours = numpyesm_models(fair, backend)[0]
+        scores = ours.score_mutations(sequence, mutants, offset=24).reshape(len(positions), 20)
+        for i, found in zip(positions, scores, strict=True):
+            row = fair_log_probs(fair, sequence, i)[i, 4:24]
+            np.testing.assert_allclose(found, row - row[AMINO_ACIDS.index(sequence[i])], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_pseudo_ppl_agrees_with_fair_esm(pair: Any) -> None:
+    fair, ours = pair
+    sequence = "MKUTAXYIAKQRW"
+    mutants = ["M1L", "K2K", "WT", "U3C:W13F"]
+    changed = ["LKUTAXYIAKQRW", sequence, sequence, "MKCTAXYIAKQRF"]
+    expected = [fair_pseudo_log_likelihood(fair, s) for s in changed]
+    np.testing.assert_allclose(ours.score_mutations(sequence, mutants, "pseudo-ppl"), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_letters_beyond_the_twenty_in_the_wild_type(pair: Any) -> None:
+    fair, ours = pair
+    sequence = "MXKUTBAZOW"
+    mutants = ["X2A", "U4C", "M1V:B6D"]
+    for method, masked in (("masked-marginals", True), ("wt-marginals", False)):
+        expected = [fair_marginals(fair, sequence, mutant, masked) for mutant in mutants]
+        np.testing.assert_allclose(ours.score_mutations(sequence, mutants, method), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals"])
+def test_windows_agree_with_fair_esm_on_the_cut_sequence(pair: Any, method: str) -> None:
+    """As ProteinGym: the residues around the position, and nothing else."""
+    fair, ours = pair
+    sequence = random_sequence(2100, 3)
+    cuts = {
+        0: (0, 30),
+        14: (0, 30),
+        15: (0, 30),
+        16: (1, 31),
+        1000: (985, 1015),
+        2084: (2069, 2099),
+        2099: (2070, 2100),
+    }
+    mutants = [f"{sequence[i]}{i + 1}{'A' if sequence[i] != 'A' else 'C'}" for i in cuts]
+    expected = [
+        fair_marginals(fair, sequence[a:b], f"{m[0]}{i - a}{m[-1]}", method == "masked-marginals", offset=0)
+        for (i, (a, b)), m in zip(cuts.items(), mutants, strict=True)
+    ]
+    np.testing.assert_allclose(ours.score_mutations(sequence, mutants, method, window=30), expected, rtol=0, atol=1e-4)
+
+
+# -- what the methods mean ---------------------------------------------------------------------------------------
+
+
+def test_log_prob_is_the_mutants_less_the_wild_types(model: ESM2) -> None:
+    scores = model.score_mutations(WILD_TYPE, [*MUTATIONS, "WT"], "log-prob")
+    first = "W" + WILD_TYPE[1:]
+    mutated, wild = model.log_prob([first, WILD_TYPE])
+    assert scores[0] == mutated - wild
+    assert scores[-1] == 0
+
+
+def test_masked_marginals_are_predict(model: ESM2) -> None:
+    position = 7
+    masked = WILD_TYPE[: position - 1] + "<mask>" + WILD_TYPE[position:]
+    logits = model.predict([masked], positions="masked")[0].logits[0].astype(np.float64)
+    expected = logits[AMINO_ACIDS.index("W")] - logits[AMINO_ACIDS.index(WILD_TYPE[position - 1])]
+    assert model.score_mutations(WILD_TYPE, [single(7, "W")])[0] == expected
+
+
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "log-prob"])
+def test_no_change_is_worth_nothing(model: ESM2, method: str) -> None:
+    same = single(5, WILD_TYPE[4])
+    scores = model.score_mutations(WILD_TYPE, ["WT", same, f"{same}:{single(9, 'W')}", single(9, "W")], method)
+    assert scores[0] == scores[1] == 0
+    assert scores[2] == scores[3] != 0
+
+
+def test_each_mutant_alone_gives_the_same(model: ESM2) -> None:
+    for method in ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"):
+        together = model.score_mutations(WILD_TYPE, MUTATIONS, method)
+        alone = [model.score_mutations(WILD_TYPE, [mutant], method)[0] for mutant in MUTATIONS]
+        np.testing.assert_array_equal(together, alone)
+
+
+def test_sum_of_single_scores(model: ESM2) -> None:
+    parts = MUTATIONS[-1].split(":")
+    for method in ("masked-marginals", "wt-marginals"):
+        scores = model.score_mutations(WILD_TYPE, [MUTATIONS[-1], *parts], method)
+        assert scores[0] == pytest.approx(scores[1:].sum(), abs=1e-12)
+
+
+def test_offset_shifts_positions(model: ESM2) -> None:
+    for offset in (-10, 0, 1, 24):
+        shifted = [f"{WILD_TYPE[i]}{i + offset}W" for i in (0, 6, 40)]
+        np.testing.assert_array_equal(
+            model.score_mutations(WILD_TYPE, shifted, offset=offset),
+            model.score_mutations(WILD_TYPE, [single(i + 1, "W") for i in (0, 6, 40)]),
+        )
+
+
+def test_only_needed_positions_run_and_each_has_one_row(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    original = ESM2._logits
+
+    def spy(self: ESM2, tokens: Any, rows: Any, *columns: Any) -> Any:
+        calls.extend((int((ids == 32).sum()), len(wanted)) for ids, wanted in zip(tokens, rows, strict=True))
+        return original(self, tokens, rows, *columns)
+
+    monkeypatch.setattr(ESM2, "_logits", spy)
+    model.score_mutations(WILD_TYPE, [*MUTATIONS, single(7, "A"), single(9, WILD_TYPE[8])])
+    assert calls == [(1, 1)] * 5  # positions 1, 3, 7, 20 and 41: the unchanged ninth costs nothing
+    calls.clear()
+    model.score_mutations(WILD_TYPE, MUTATIONS, "wt-marginals")
+    assert calls == [(0, 5)]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_the_last_layer_runs_where_it_is_wanted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same numbers as when it runs everywhere."""
+    model = small_model(backend=backend, threads=2)
+    sequence = random_sequence(400, 2)
+    masked = sequence[:150] + "<mask>" + sequence[151:]
+    rows: list[int] = []
+    original = type(model._kernels).project_and_feed_forward
+
+    def spy(self: Any, layer: int, context: Any, x: Any) -> None:
+        rows.append(len(x)) if layer == 2 else None
+        original(self, layer, context, x)
+
+    monkeypatch.setattr(type(model._kernels), "project_and_feed_forward", spy)
+    one = model.predict([masked, masked], positions="masked")
+    assert sum(rows) < 2 * 64
+    rows.clear()
+    everywhere = model.predict([masked, masked])
+    assert sum(rows) == 2 * 402
+    for found, whole in zip(one, everywhere, strict=True):
+        np.testing.assert_array_equal(found.logits, whole.logits[[150]])
+
+
+def test_memory_is_bounded(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few token rows at a time, though the scan has many."""
+    sizes: list[int] = []
+    original = ESM2._logits
+
+    def spy(self: ESM2, tokens: Any, rows: Any, *columns: Any) -> Any:
+        sizes.append(sum(map(len, tokens)))
+        return original(self, tokens, rows, *columns)
+
+    monkeypatch.setattr(ESM2, "_logits", spy)
+    seen: list[tuple[int, int]] = []
+    model.scan_mutations(random_sequence(300), progress=lambda done, total: seen.append((done, total)))
+    assert max(sizes) <= 32768
+    assert len(sizes) == math.ceil(300 / (32768 // 302))
+    assert seen[-1] == (300, 300)
+
+
+def test_scan_is_all_mutations(model: ESM2) -> None:
+    for method in ("masked-marginals", "wt-marginals"):
+        scan = model.scan_mutations(WILD_TYPE, method, offset=10)
+        assert scan.scores.shape == (41, 20)
+        assert scan.positions == list(range(10, 51))
+        assert scan.amino_acids == "ACDEFGHIKLMNPQRSTVWY" == SCAN_LETTERS
+        mutants = [f"{w}{p}{a}" for w, p in zip(WILD_TYPE, scan.positions, strict=True) for a in SCAN_LETTERS]
+        expected = model.score_mutations(WILD_TYPE, mutants, method, offset=10).reshape(41, 20)
+        np.testing.assert_array_equal(scan.scores, expected)
+        assert (scan.scores[np.arange(41), [SCAN_LETTERS.index(w) for w in WILD_TYPE]] == 0).all()
+
+
+def test_none_at_all(model: ESM2) -> None:
+    assert model.score_mutations(WILD_TYPE, []).shape == (0,)
+    assert model.score_mutations(WILD_TYPE, (m for m in MUTATIONS)).shape == (4,)
+
+
+@pytest.mark.parametrize(("length", "window"), list(itertools.product((1, 2, 7, 30), (1, 2, 3, 7))))
+def test_windows_hold_their_position(length: int, window: int) -> None:
+    window = min(window, length)
+    for index in range(length):
+        start, stop = window_around(index, length, window)
+        assert 0 <= start <= index < stop <= length
+        assert stop - start == window
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mutation", "said"),
+    [
+        ("", "empty"),
+        ("A", "expected one such as A42G"),
+        ("42", "expected one such as A42G"),
+        ("A42", "expected one such as A42G"),
+        ("a42g", "upper case"),
+        ("A42g", "upper case"),
+        ("A42*", "stop codon"),
+        ("A42Ter", "stop codon"),
+        ("A42del", "insertions and deletions"),
+        ("A42-", "insertions and deletions"),
+        ("A42_V43insG", "insertions and deletions"),
+        ("p.Ala42Gly", "one-letter"),
+        ("Ala42Gly", "one-letter"),
+        ("A42G,V50L", "joined by ':'"),
+        ("A42G V50L", "joined by ':'"),
+        ("A42G/V50L", "joined by ':'"),
+        ("A42X", "none of the 20 amino acids"),
+        ("A42J", "none of the 20 amino acids"),
+        ("A42G:A42V", "position 42 is changed twice"),
+        ("A42G:A42G", "position 42 is changed twice"),
+        ("A42G:", "no substitution"),
+        (":A42G", "no substitution"),
+        ("A４２G", "no substitution"),
+        ("A99999999999999999999G", "no substitution"),
+        ("A4.2G", "no substitution"),
+        (None, "got None"),
+        (float("nan"), "got nan"),
+        (42, "got 42"),
+    ],
+)
+def test_what_is_no_mutation(model: ESM2, mutation: Any, said: str) -> None:
+    with pytest.raises(InvalidMutation, match="item 1: ") as caught:
+        model.score_mutations(WILD_TYPE, ["WT", mutation])
+    assert said in str(caught.value)
+    assert caught.value.item == 1
+    with pytest.raises(InvalidMutation):
+        parse_mutant(mutation)
+
+
+def test_errors_name_mutation_and_position(model: ESM2) -> None:
+    wrong = "A" if WILD_TYPE[6] != "A" else "C"
+    with pytest.raises(InvalidMutation) as caught:
+        model.score_mutations(WILD_TYPE, [f"{single(3, 'W')}:{wrong}7G"])
+    assert f"the wild type has {WILD_TYPE[6]} at position 7, not {wrong}" in str(caught.value)
+    assert (caught.value.item, caught.value.position) == (0, 7)
+    assert caught.value.mutation == f"{single(3, 'W')}:{wrong}7G"
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    assert str(again) == str(caught.value)
+    assert again.position == 7
+    for position in (0, 42, -1):
+        with pytest.raises(InvalidMutation, match="outside of the wild type, whose positions are 1 to 41"):
+            model.score_mutations(WILD_TYPE, [f"A{position}G"])
+    assert isinstance(caught.value, NumpyesmError | ValueError)
+
+
+def test_a_wrong_offset_is_recognised(model: ESM2) -> None:
+    shifted = [f"{WILD_TYPE[i]}{i + 24}W" for i in range(12)]
+    with pytest.raises(InvalidMutation, match=r"all mutations fit with offset 24"):
+        model.score_mutations(WILD_TYPE, shifted)
+
+
+@pytest.mark.parametrize(
+    ("wild_type", "said"),
+    [
+        ("", "empty"),
+        ("MK-T", "'-' at position 3"),
+        ("MKt", "upper case"),
+        ("MK<mask>", "'<' at position 3"),
+        (7, "int"),
+    ],
+)
+def test_what_is_no_wild_type(model: ESM2, wild_type: Any, said: str) -> None:
+    with pytest.raises(InvalidSequence, match=said):
+        model.score_mutations(wild_type, ["WT"])
+    with pytest.raises(InvalidSequence, match=said):
+        model.scan_mutations(wild_type)
+
+
+def test_long_wild_types(model: ESM2) -> None:
+    sequence = random_sequence(2049)
+    mutants = [f"{sequence[-1]}2049{'A' if sequence[-1] != 'A' else 'C'}"]
+    for method in ("masked-marginals", "wt-marginals", "pseudo-ppl", "log-prob"):
+        with pytest.raises(InvalidSequence, match="2049 residues, at most 2048"):
+            model.score_mutations(sequence, mutants, method)
+    with pytest.raises(InvalidSequence, match="whole sequence in one pass"):
+        model.score_mutations(sequence, mutants, "log-prob", window=1022)
+    assert np.isfinite(model.score_mutations(sequence, mutants, window=64)).all()
+    assert model.score_mutations(WILD_TYPE, MUTATIONS, window=2048) == pytest.approx(
+        model.score_mutations(WILD_TYPE, MUTATIONS), abs=0
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "masked_marginals"},
+        {"method": None},
+        {"method": ["log-prob"]},
+        {"offset": 1.5},
+        {"offset": "1"},
+        {"offset": True},
+        {"window": 0},
+        {"window": 2049},
+        {"window": 10.0},
+        {"window": True},
+    ],
+)
+def test_what_is_no_option(model: ESM2, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption):
+        model.score_mutations(WILD_TYPE, ["WT"], **options)
+
+
+def test_scan_takes_marginals_only(model: ESM2) -> None:
+    with pytest.raises(InvalidOption, match="allowed are masked-marginals, wt-marginals"):
+        model.scan_mutations(WILD_TYPE, "pseudo-ppl")
+
+
+def test_one_text_is_no_list(model: ESM2) -> None:
+    with pytest.raises(InvalidMutation, match="put it into a list"):
+        model.score_mutations(WILD_TYPE, "A42G")
+    with pytest.raises(InvalidMutation, match="expected a list"):
+        model.score_mutations(WILD_TYPE, 7)  # type: ignore[arg-type]

@@ -1,0 +1,296 @@
+"""`numpyesm score` and `scan`: tables as people have them, kept as they are; one line for what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numpyesm import ESM2
+from numpyesm.cli import main
+from numpyesm.cli.variant_table import InvalidTable, read_table
+
+WILD_TYPE = "MKTAYIAKQRW"
+WEIGHTS = ["--weights", "synthetic:esm2-8m", "--backend", "numpy"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+
+
+@pytest.fixture(scope="module")
+def eight_m() -> ESM2:
+    return ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch, eight_m: ESM2) -> None:
+    """The model is loaded once for the module."""
+    monkeypatch.setattr(ESM2, "from_pretrained", classmethod(lambda cls, *_, **__: eight_m))
+
+
+@pytest.fixture
+def run(capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(exit code, stdout, stderr) of a command line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, bytes, str]:
+        capfdbinary.readouterr()
+        try:
+            code = main([*arguments, *WEIGHTS])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfdbinary.readouterr()
+        return code, out, err.decode()
+
+    return call
+
+
+def added(out: bytes, delimiter: str = ",") -> list[str]:
+    """The last column of a table."""
+    return [row[-1] for row in csv.reader(io.StringIO(out.decode("utf-8-sig"), newline=""), delimiter=delimiter) if row]
+
+
+GYM = (
+    "mutant,mutated_sequence,DMS_score,DMS_score_bin\n"
+    "M1A,AKTAYIAKQRW,0.5,1\nK2R:T3S,MRSAYIAKQRW,0.25,0\nW11W,MKTAYIAKQRW,1e1,1\n"
+)
+
+
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"])
+def test_proteingym_layout(run: Any, eight_m: ESM2, method: str) -> None:
+    Path("gym.csv").write_text(GYM)
+    Path("wt.fasta").write_text(f">wild\n{WILD_TYPE[:5]}\n{WILD_TYPE[5:]}\n")
+    code, out, err = run("score", "wt.fasta", "gym.csv", "--method", method)
+    assert code == 0
+    name, *values = added(out)
+    assert name == method
+    expected = eight_m.score_mutations(WILD_TYPE, ["M1A", "K2R:T3S", "W11W"], method)
+    assert [float(value) for value in values] == expected.tolist()
+    assert [line.rpartition(",")[0] for line in out.decode().splitlines()] == GYM.splitlines()
+    from scipy.stats import spearmanr
+
+    rho = spearmanr(expected, [0.5, 0.25, 10]).statistic
+    assert f"Spearman of {method} and DMS_score: {rho:.4f} (3 of 3 rows)" in err
+
+
+def test_fair_esm_layout_and_option_names(run: Any, eight_m: ESM2) -> None:
+    table = ",mutant,2500\n0,M24A,0.5\n1,R33W,-1\n2,K25P,0\n"
+    Path("blat.csv").write_text(table)
+    code, out, err = run(
+        "score", "--sequence", WILD_TYPE, "--dms-input", "blat.csv", "--mutation-col", "mutant", "--dms-output",
+        "out.csv", "--offset-idx", "24", "--scoring-strategy", "wt-marginals", "--measured-col", "2500",
+    )  # fmt: skip
+    assert (code, out) == (0, b"")
+    values = [float(value) for value in added(Path("out.csv").read_bytes())[1:]]
+    assert values == eight_m.score_mutations(WILD_TYPE, ["M1A", "R10W", "K2P"], "wt-marginals").tolist()
+    assert "Spearman of wt-marginals and 2500" in err
+
+
+def test_every_byte_of_the_table_is_kept(run: Any) -> None:
+    """BOM, CRLF, blank lines, quotes, line ends and delimiters inside quotes, no end of line at the end."""
+    head = '\ufeff"mutant",note,"a ""b"", c"\r\n'
+    body = ['M1A,"two\r\nlines, and ""quotes""",  x \r\n', "\r\n", "WT,ä 蛋白,\r\n", '"K2R:T3S",,1.50']
+    Path("odd.csv").write_bytes((head + "".join(body)).encode())
+    code, out, err = run("score", WILD_TYPE, "odd.csv", "--column", 'my, "score"')
+    assert (code, err.count("Spearman")) == (0, 0)
+    name, first, wild, last = added(out)
+    assert name == 'my, "score"'
+    assert float(wild) == 0
+    expected = [
+        head[:-2] + ',"my, ""score"""\r\n', body[0][:-2] + f",{first}\r\n", body[1], body[2][:-2] + f",{wild}\r\n",
+        body[3] + f",{last}",
+    ]  # fmt: skip
+    assert out.decode() == "".join(expected)
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ";"])
+def test_other_delimiters(run: Any, delimiter: str) -> None:
+    Path("v.tsv").write_text(f"id{delimiter}mutant\n1, 2{delimiter}M1A\n")
+    code, out, _ = run("score", WILD_TYPE, "v.tsv")
+    assert code == 0
+    assert out.decode().splitlines()[0] == f"id{delimiter}mutant{delimiter}masked-marginals"
+    assert float(added(out, delimiter)[1]) != 0
+
+
+def test_mutations_from_whole_sequences(run: Any, eight_m: ESM2) -> None:
+    Path("s.csv").write_text("mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQRW\nCKTAYIAKQRF\n")
+    code, out, _ = run("score", WILD_TYPE, "s.csv", "--offset", "5")
+    assert code == 0
+    expected = eight_m.score_mutations(WILD_TYPE, ["W11A", "WT", "M1C:W11F"])
+    assert [float(value) for value in added(out)[1:]] == expected.tolist()
+    Path("s.csv").write_text("mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQR\n")
+    code, out, err = run("score", WILD_TYPE, "s.csv")
+    assert code == 1
+    assert "s.csv, line 3: the mutated_sequence has 10 residues, the wild type 11" in err
+
+
+def test_measured_values_that_are_missing(run: Any) -> None:
+    rows = ["M1A,1", "M1C,", "M1D,NaN", "M1E,NA", "M1F,oops", "M1G,3", "M1H,2"]
+    Path("v.csv").write_text("mutant,DMS_score\n" + "\n".join(rows) + "\n")
+    code, out, err = run("score", WILD_TYPE, "v.csv")
+    assert code == 0
+    assert len(added(out)) == 8
+    assert "1 values of DMS_score are no numbers (first in line 6)" in err
+    assert "(3 of 7 rows)" in err
+    Path("v.csv").write_text("mutant,DMS_score\nM1A,1\nM1C,1\n")
+    assert "not defined" in run("score", WILD_TYPE, "v.csv")[2]
+
+
+def test_the_only_column_of_numbers_is_the_measured_one(run: Any) -> None:
+    Path("v.csv").write_text(",mutant,2500,pseudo-ppl,note\n0,M1A,1,5,a\n1,M1C,NA,6,b\n2,M1D,3,7,c\n")
+    assert "Spearman of log-prob and 2500" in run("score", WILD_TYPE, "v.csv", "--method", "log-prob")[2]
+    Path("v.csv").write_text("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n")
+    err = run("score", WILD_TYPE, "v.csv", "--method", "log-prob")[2]
+    assert "--measured-col says which of 'ddG', 'position' is measured" in err
+    assert "Spearman" not in err
+
+
+def test_gzip(run: Any) -> None:
+    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode()))
+    code, out, _ = run("score", WILD_TYPE, "gym.csv.gz", "--method", "log-prob")
+    assert (code, len(added(out))) == (0, 4)
+    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode())[:-9])
+    code, _, err = run("score", WILD_TYPE, "gym.csv.gz")
+    assert code == 1
+    assert "damaged or cut short" in err
+
+
+def test_skip_invalid(run: Any) -> None:
+    Path("v.csv").write_text("mutant,DMS_score\nM1A,1\nM1*,2\nM1del,3\nA1G,4\nM1C,5\n")
+    code, out, err = run("score", WILD_TYPE, "v.csv", "--skip-invalid")
+    assert code == 0
+    values = added(out)
+    assert values[2:5] == ["", "", ""]
+    assert float(values[1]) != float(values[5])
+    for said in (
+        "3 of 5 rows left without a score",
+        "line 3: M1*: ",
+        "line 4: M1del: ",
+        "line 5: A1G: ",
+        "(2 of 5 rows)",
+    ):
+        assert said in err
+
+
+def test_header_alone(run: Any) -> None:
+    Path("v.csv").write_text("mutant,DMS_score\n")
+    code, out, err = run("score", WILD_TYPE, "v.csv")
+    assert (code, out) == (0, b"mutant,DMS_score,masked-marginals\n")
+    assert "not defined" in err
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (b"", "v.csv is empty"),
+        (b"\xef\xbb\xbf \r\n\r\n", "v.csv is empty"),
+        (b"variant,score\nM1A,1\n", "has no column 'mutant'; its columns are 'variant', 'score'"),
+        (b"mutant,mutant\nM1A,M1C\n", "2 columns are called 'mutant'"),
+        (b"mutant,x\nM1A,1\nM1C\n", "line 3: 1 fields, but the header has 2 columns"),
+        (b"mutant,x\nM1A,1\nM1C,1,2\n", "line 3: 3 fields, but the header has 2 columns"),
+        (b'mutant,x\nM1A,"1\nM1C,2\n', "line 2: unexpected end of data"),
+        (b'mutant,x\nM1A,1\nM1C,"2"3\n', "line 3: ',' expected after '\"'"),
+        (b"mutant\nM1A\nA2G\n", "line 3: A2G: the wild type has K at position 2, not A"),
+        (b'x,mutant\n"a\nb",M1A\n1,K2R:M1Z\n', "line 4: K2R:M1Z: M1Z: Z is none of the 20 amino acids"),
+        (b"mutant\nM1A\nW12A\n", "line 3: W12A: position 12 is outside of the wild type, whose positions are 1 to 11"),
+        (b"mutant,x\nM1A,\n,1\n", "line 3: the mutation is empty"),
+        (b"mutant\nM1A\nM1C;K2R\n", "line 3: M1C;K2R: 'M1C;K2R' is no substitution: several"),
+        (b"mutant,x\nM1A,\xe4\n", "line 2: not UTF-8 text"),
+        (b"mutant,mutated_sequence\nM1A,CKTAYIAKQRW\n", "line 2: M1A does not turn the wild type into"),
+        (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already"),
+    ],
+)
+def test_tables_that_are_refused(run: Any, table: bytes, said: str) -> None:
+    Path("v.csv").write_bytes(table)
+    code, out, err = run("score", WILD_TYPE, "v.csv", "-o", "out.csv")
+    assert code in (1, 2)
+    assert said in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+    assert (out, Path("out.csv").exists()) == (b"", False)
+
+
+def test_wrong_use(run: Any) -> None:
+    Path("v.csv").write_text("mutant\nM1A\n")
+    Path("two.fasta").write_text(">a\nMKT\n>b\nMKT\n")
+    for arguments, code, said in (
+        ([WILD_TYPE, "none.csv"], 1, "there is no file 'none.csv'"),
+        ([WILD_TYPE, "."], 1, "is a folder"),
+        ([WILD_TYPE], 2, "expected a wild type and a table"),
+        ([], 2, "expected a wild type and a table"),
+        (["two.fasta", "v.csv"], 1, "2 sequences (a, b …), expected one wild type"),
+        (["none.fasta", "v.csv"], 1, "there is no file 'none.fasta'"),
+        (["MK-T", "v.csv"], 1, "'-' at position 3"),
+        ([WILD_TYPE, "v.csv", "-o", "v.csv"], 2, "is the input itself"),
+        ([WILD_TYPE, "v.csv", "--mutation-col", "x"], 1, "no column 'x'"),
+        ([WILD_TYPE, "v.csv", "--measured-col", "x"], 1, "no column 'x'"),
+        ([WILD_TYPE, "v.csv", "--column", "mutant"], 2, "already"),
+        ([WILD_TYPE, "v.csv", "--method", "x"], 2, "invalid choice"),
+        ([WILD_TYPE, "v.csv", "--window", "0"], 2, "from 1 to 2048"),
+        (["-", "-"], 2, "cannot both come from standard input"),
+    ):
+        found, out, err = run("score", *arguments)
+        assert (found, out) == (code, b""), arguments
+        assert said in err
+    assert Path("v.csv").read_text() == "mutant\nM1A\n"
+
+
+def test_scan_writes_matrix_and_heat_map(run: Any, eight_m: ESM2) -> None:
+    code, out, _ = run("scan", WILD_TYPE, "-o", "scan.csv", "--offset", "24")
+    assert (code, out) == (0, b"")
+    header, *rows = csv.reader(Path("scan.csv").read_text().splitlines())
+    assert header == ["position", "wild_type", *"ACDEFGHIKLMNPQRSTVWY"]
+    assert [row[0] for row in rows] == [str(i) for i in range(24, 35)]
+    assert "".join(row[1] for row in rows) == WILD_TYPE
+    np.testing.assert_array_equal(
+        np.array([row[2:] for row in rows], np.float64), eight_m.scan_mutations(WILD_TYPE).scores
+    )
+    assert Path("scan.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("scan", WILD_TYPE, "--method", "wt-marginals")
+    assert (code, len(out.splitlines())) == (0, 12)
+    assert b"K" in out.splitlines()[2]
+
+
+def test_scan_outputs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("scan", "MXK" * 50, "--heatmap", "long.png", "-o", "long.tsv")[0] == 0
+    assert Path("long.tsv").read_text().startswith("position\twild_type\tA\t")
+    assert Path("long.png").stat().st_size > 1000
+    assert run("scan", "MKT", "-o", "a.csv", "--no-heatmap")[0] == 0
+    assert not Path("a.png").exists()
+    assert run("scan", "MKT", "-o", "folder/")[0] == 0
+    assert {path.name for path in Path("folder").iterdir()} == {"scan.csv", "scan.png"}
+    for arguments in (["-o", "a.png"], ["-o", "a.csv", "--heatmap", "a.csv"], ["--heatmap", "x.png", "--no-heatmap"]):
+        assert run("scan", "MKT", *arguments)[0] == 2
+    assert run("scan", "MKT", "--method", "log-prob")[0] == 2
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("scan", "MKT", "-o", "b.csv")
+    assert code == 0
+    assert "no heat map" in err
+    assert Path("b.csv").exists()
+    code, _, err = run("scan", "MKT", "-o", "c.csv", "--heatmap", "c.png")
+    assert code == 1
+    assert "numpyesm[plot]" in err
+    assert not Path("c.csv").exists()
+
+
+def test_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdin:
+        buffer = io.BytesIO(GYM.encode())
+
+    monkeypatch.setattr("sys.stdin", Stdin)
+    code, out, _ = run("score", WILD_TYPE, "-")
+    assert (code, len(added(out))) == (0, 4)
+
+
+def test_old_line_ends() -> None:
+    table = read_table(b"mutant,x\rM1A,1\rM1C,2\r", "t", ["mutant"])
+    assert [row.line for row in table.rows] == [2, 3]
+    assert table.with_column("s", ["1", "2"]) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
+    with pytest.raises(InvalidTable):
+        table.require("y")

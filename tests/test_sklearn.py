@@ -1,0 +1,222 @@
+"""The scikit-learn transformer: the library's own checks, pipelines, pickling."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_sequence
+
+pytest.importorskip("sklearn")
+
+from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.utils import check_array
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import numpyesm
+import numpyesm.sklearn as module
+from numpyesm import ESM2, InvalidOption, InvalidSequence
+from numpyesm.scoring import SCAN_LETTERS
+from numpyesm.sklearn import ESM2Embedder
+
+pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+
+SEQUENCES = [random_sequence(n % 23 + 4, n) for n in range(24)]
+LABELS = np.arange(24) % 2
+TARGETS = np.array([sequence.count("K") for sequence in SEQUENCES], float)
+
+
+def embedder(**options: Any) -> ESM2Embedder:
+    return ESM2Embedder("synthetic:esm2-8m", **{"backend": "numpy", "threads": 1} | options)
+
+
+@pytest.fixture(scope="module")
+def eight_m() -> ESM2:
+    return ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
+
+
+@parametrize_with_checks([embedder()])
+def test_check_estimator(estimator: Any, check: Any) -> None:
+    """As it is: scikit-learn runs few checks on what takes text only."""
+    check(estimator)
+
+
+class FromNumbers(ESM2Embedder):
+    """The same estimator behind a translation of number matrices into sequences, so that all checks have an input."""
+
+    def fit(self, X: Any, y: object = None) -> FromNumbers:
+        super().fit(self._letters(X))
+        return self
+
+    def transform(self, X: Any) -> Any:
+        return super().transform(self._letters(X))
+
+    def _letters(self, X: Any) -> list[str]:
+        rows = check_array(X, input_name="X")
+        return ["".join(SCAN_LETTERS[int(abs(value) * 7) % 20] for value in row) for row in rows]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array = False, True
+        return tags
+
+
+@parametrize_with_checks([FromNumbers("synthetic:esm2-8m", backend="numpy", threads=1)])
+def test_check_estimator_wholly(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+# -- input -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_models_embeddings(eight_m: ESM2) -> None:
+    for layer, pooling in ((-1, "mean"), (3, "mean"), (0, "bos"), (-2, "bos")):
+        found = embedder(layer=layer, pooling=pooling, batch_size=5).fit_transform(SEQUENCES)
+        results = eight_m.encode(SEQUENCES, [layer], [pooling])
+        expected = [next(iter((r.embeddings or r.bos_embeddings).values())) for r in results]  # type: ignore[union-attr]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        assert found.dtype == np.float32
+
+
+def test_whatever_holds_one_text_a_row() -> None:
+    pandas = pytest.importorskip("pandas")
+    polars = pytest.importorskip("polars")
+    few = SEQUENCES[:3]
+    expected = embedder().transform(few)
+    for X in (
+        tuple(few),
+        (s for s in few),
+        np.array(few),
+        np.array(few, object),
+        np.array(few, object)[:, None],
+        [[s] for s in few],
+        pandas.Series(few, index=[9, 8, 7]),
+        pandas.DataFrame({"sequence": few}),
+        pandas.Series(few, dtype="category"),
+        polars.Series(few),
+        polars.DataFrame({"sequence": few}),
+    ):
+        np.testing.assert_array_equal(embedder().transform(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("X", "said"),
+    [
+        ("MKT", "put it into a list"),
+        ([], "empty"),
+        ([1.0, 2.0], "item 0: expected a string"),
+        (np.zeros((2, 3)), "one column"),
+        (np.zeros((2, 1, 1)), "dimensions"),
+        (["MKT", None], "item 1: expected a string"),
+        (["MKT", "MKtA"], "item 1: 't' at position 3"),
+        (["MKT", ""], "item 1: the sequence is empty"),
+        (["M" * 2049], "2049 residues"),
+        (7, "expected a list"),
+    ],
+)
+def test_what_is_refused(X: Any, said: str) -> None:
+    for method in (embedder().fit, embedder().transform):
+        with pytest.raises(InvalidSequence, match=said):
+            method(X)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pooling": "max"}, {"layer": 7}, {"layer": "last"}, {"layer": None}, {"batch_size": 0}, {"backend": "gpu"}],
+)
+def test_what_is_no_option(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption):
+        embedder(**options).fit(["MKT"]).transform(["MKT"])
+
+
+# -- in scikit-learn's company -------------------------------------------------------------------------------------
+
+
+def test_cross_validation() -> None:
+    pipeline = Pipeline([("embed", embedder()), ("model", LogisticRegression())])
+    scores = cross_val_score(pipeline, SEQUENCES, LABELS, cv=3)
+    assert scores.shape == (3,)
+    features = embedder().transform(SEQUENCES)
+    np.testing.assert_allclose(scores, cross_val_score(LogisticRegression(), features, LABELS, cv=3))
+
+
+def test_cross_validation_in_several_processes() -> None:
+    pipeline = make_pipeline(embedder(), Ridge())
+    one, two = (cross_val_score(pipeline, SEQUENCES, TARGETS, cv=2, n_jobs=n) for n in (1, 2))
+    np.testing.assert_allclose(one, two)
+
+
+def test_grid_search_over_layers() -> None:
+    search = GridSearchCV(
+        make_pipeline(embedder(), Ridge()),
+        {"esm2embedder__layer": [2, -1], "esm2embedder__pooling": ["mean", "bos"]},
+        cv=2,
+    )
+    assert len(search.fit(SEQUENCES, TARGETS).cv_results_["params"]) == 4
+
+
+def test_frames() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"sequence": SEQUENCES, "weight": np.arange(24.0)}, index=range(100, 124))
+    columns = ColumnTransformer([("esm", embedder(), "sequence"), ("rest", "passthrough", ["weight"])])
+    assert columns.fit_transform(frame).shape == (24, 321)
+    found = embedder().set_output(transform="pandas").fit_transform(frame["sequence"])
+    assert list(found.index) == list(frame.index)
+    assert list(found.columns[:2]) == ["esm2embedder0", "esm2embedder1"]
+    assert list(embedder().get_feature_names_out()) == list(found.columns)
+
+
+def test_clone_and_pickle_carry_no_weights() -> None:
+    estimator = embedder(layer=2, pooling="bos").fit(SEQUENCES)
+    expected = estimator.transform(SEQUENCES[:2])
+    data = pickle.dumps(estimator)
+    assert len(data) < 2000
+    for copy in (clone(estimator), pickle.loads(data)):  # noqa: S301
+        assert copy.get_params() == estimator.get_params()
+        np.testing.assert_array_equal(copy.transform(SEQUENCES[:2]), expected)
+
+
+def test_loaded_once_for_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    original = ESM2.from_pretrained.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        ESM2, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or original(cls, *a, **k))
+    )
+    module._loaded.clear()
+    estimator = embedder()
+    assert not loads  # nothing is loaded before it is needed
+    estimator.fit(SEQUENCES)
+    assert not loads
+    for copy in (estimator, clone(estimator), clone(estimator).set_params(layer=1)):
+        copy.transform(["MKT"])
+    assert len(loads) == 1
+    embedder(threads=2).transform(["MKT"])
+    assert len(loads) == 2
+
+
+def test_synthetic_weights_warn_every_time() -> None:
+    for _ in range(2):
+        with pytest.warns(numpyesm.SyntheticWeightsWarning):
+            embedder().transform(["MKT"])
+
+
+def test_without_scikit_learn() -> None:
+    code = """
+import sys
+sys.modules["sklearn"] = sys.modules["sklearn.base"] = None
+import numpyesm
+try:
+    import numpyesm.sklearn
+except numpyesm.MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'numpyesm[sklearn]'" in done.stdout, done.stderr

@@ -8,6 +8,7 @@ from .errors import (
     InvalidSequence,
     MissingExtra,
     MissingHead,
+    NotEnoughMemory,
     NumpyesmError,
     WeightsNotFound,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "MissingExtra",
     "MissingHead",
     "ModelConfig",
+    "NotEnoughMemory",
     "NumpyesmError",
     "PredictResult",
     "SyntheticWeightsWarning",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .batch import Batch, Block, Tile
+from .batch import BLOCK_ROWS, Batch, Block, Tile
 from .heads import AttentionSummary, ContactHead
 from .kernels.base import AttentionMaps, Kernels
 from .threads import WorkerPool
@@ -34,6 +34,8 @@ def encode_batch(
     take: Callable[[int, Array], None],
     contacts: ContactHead | None = None,
     summary: AttentionSummary | None = None,
+    block_rows: int = BLOCK_ROWS,
+    threads: int | None = None,
 ) -> None:
     """Run as many layers as the wanted outputs need, and hand each wanted representation to `take`.
 
@@ -45,12 +47,16 @@ def encode_batch(
         Called in ascending order of layer; the rows are overwritten after it returns.
     contacts, summary
         Attention maps go there, if given.
+    block_rows : int
+        Rows that a thread takes at a time; results do not depend on it.
+    threads : int, optional
+        At most so many of the pool's.
     """
     num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
     map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary else 0)
-    block_threads, step_threads = _divide_threads(kernels, batch.num_rows, pool.threads)
-    blocks = batch.blocks(block_threads)
+    block_threads, step_threads = _divide_threads(kernels, batch.num_rows, threads or pool.threads)
+    blocks = batch.blocks(block_threads, block_rows)
     tiles = [tile for block in blocks for tile in block.tiles]
     x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
     if 0 in representations:
@@ -68,7 +74,7 @@ def encode_batch(
         kernels.qkv(layer, x[rows], pieces, out[rows])
 
     with kernels.session(step_threads):
-        pool.run(lambda block: project_qkv(0, block, current), blocks)
+        pool.run(lambda block: project_qkv(0, block, current), blocks, threads)
     for layer in range(layers):
         maps = [_request_maps(layer, tile, contacts, summary) for tile in tiles]
         maps_only = layer >= full_layers and layer + 1 == map_layers
@@ -96,7 +102,7 @@ def encode_batch(
                 kernels.final_norm(rows, out=rows)
 
         with kernels.session(step_threads):
-            pool.run(run_block, blocks)
+            pool.run(run_block, blocks, threads)
         _collect_maps(layer, tiles, maps, contacts, summary)
         if layer + 1 in representations:
             take(layer + 1, x)

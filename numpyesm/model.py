@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .alphabet import MASK, as_batch, residue_tokens, tokenize
-from .batch import Batch
+from .batch import BLOCK_ROWS, Batch
 from .config import ModelConfig
 from .encoder import encode_batch, lm_logits
 from .errors import InvalidOption, MissingHead
 from .heads import AttentionSummary, ContactHead, log_prob
 from .kernels import make_kernels
+from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
 from .options import BY_LAYER, check_includes, check_layers, check_positions
 from .results import EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
@@ -48,6 +49,10 @@ class ESM2:
         Arithmetic of the matrix products; "bf16" and "int8" need the numba backend.
     threads : int, optional
         Worker threads; all available CPUs by default.
+    max_memory : int or str, optional
+        Bytes, or text such as `"300M"`, that the whole process must stay below. Block sizes, threads and (with
+        `backend="auto"`) the backend are chosen by it; a call that cannot stay below it raises `NotEnoughMemory`
+        before it starts. Results are the same.
     """
 
     def __init__(
@@ -57,11 +62,17 @@ class ESM2:
         backend: str = "auto",
         precision: str = "fp32",
         threads: int | None = None,
+        max_memory: int | str | None = None,
         _reload_from: str | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._pool = WorkerPool(default_threads() if threads is None else check_threads(threads))
-        self._kernels = make_kernels(checkpoint, backend, precision)
+        count = default_threads() if threads is None else check_threads(threads)
+        limit = None if max_memory is None else parse_memory(max_memory)
+        if limit is not None and backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
+            backend = "numpy"
+        self._kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
+        self._budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)
+        self._pool = WorkerPool(count if self._budget is None else self._budget.threads)
         self._reload_from = _reload_from
         if checkpoint.synthetic:
             warnings.warn(
@@ -79,6 +90,7 @@ class ESM2:
         backend: str = "auto",
         precision: str = "fp32",
         threads: int | None = None,
+        max_memory: int | str | None = None,
     ) -> ESM2:
         """Load a model.
 
@@ -88,7 +100,7 @@ class ESM2:
             A name (`esm2-8m`, `esm2-35m`, `esm2-150m`, `esm2-650m`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
             up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub.
-        backend, precision, threads
+        backend, precision, threads, max_memory
             See `ESM2`.
 
         Raises
@@ -109,6 +121,7 @@ class ESM2:
             backend=backend,
             precision=precision,
             threads=threads,
+            max_memory=max_memory,
             _reload_from=str(found.absolute()) if isinstance(found, Path) else found,
         )
 
@@ -158,7 +171,8 @@ class ESM2:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload_from is None:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
-        return _reload, (self._reload_from, self.backend, self.precision, self.threads)
+        limit = None if self._budget is None else self._budget.limit
+        return _reload, (self._reload_from, self.backend, self.precision, self.threads, limit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
@@ -211,8 +225,9 @@ class ESM2:
             raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
         tokens = tokenize(sequences)
         results: list[EncodeResult] = []
-        for chunk in _passes(tokens):
-            results += self._encode_pass(chunk, layers, wanted, first_index=len(results))
+        sizes = self._sizes(tokens, wanted, len(layers))
+        for chunk in _passes(tokens, sizes.rows_per_pass):
+            results += self._encode_pass(chunk, layers, wanted, len(results), sizes)
         return results
 
     def predict(self, sequences: Iterable[str], positions: str = "all") -> list[PredictResult]:
@@ -275,12 +290,18 @@ class ESM2:
 
     # -- how ----------------------------------------------------------------------------------------------------
 
+    def _sizes(self, tokens: Sequence[Array], wanted: Collection[str], layers: int) -> Sizes:
+        """How a call is cut up: as is fastest, or as `max_memory` allows."""
+        if self._budget is None:
+            return Sizes(_ROWS_PER_PASS, BLOCK_ROWS)
+        return self._budget.sizes([len(ids) for ids in tokens], wanted, layers, _ROWS_PER_PASS)
+
     def _require_lm_head(self, output: str) -> None:
         if not self._checkpoint.has_lm_head:
             raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
 
     def _encode_pass(
-        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int
+        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int, sizes: Sizes
     ) -> list[EncodeResult]:
         """All outputs of the sequences of one pass."""
         config, kernels = self.config, self._kernels
@@ -304,7 +325,17 @@ class ESM2:
                 for result, logits in zip(results, self._project(residues), strict=True):
                     result.logits = logits
 
-        encode_batch(kernels, self._pool, batch, representations=needed, take=take, contacts=contacts, summary=summary)
+        encode_batch(
+            kernels,
+            self._pool,
+            batch,
+            representations=needed,
+            take=take,
+            contacts=contacts,
+            summary=summary,
+            block_rows=sizes.block_rows,
+            threads=sizes.threads,
+        )
         with kernels.session(self.threads):
             for i, result in enumerate(results):
                 if contacts is not None:
@@ -316,14 +347,23 @@ class ESM2:
     def _logits(self, tokens: Sequence[Array], rows: Sequence[Array]) -> list[Array]:
         """Logits (len(rows[i]), 20) of the named rows of each sequence."""
         logits: list[Array] = []
-        for chunk in _passes(tokens):
+        sizes = self._sizes(tokens, {"logits"}, 0)
+        for chunk in _passes(tokens, sizes.rows_per_pass):
             batch = Batch.pack(chunk)
             wanted = rows[len(logits) : len(logits) + len(chunk)]
 
             def take(_: int, x: Array, batch: Batch = batch, wanted: Sequence[Array] = wanted) -> None:
                 logits.extend(self._project([x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]))
 
-            encode_batch(self._kernels, self._pool, batch, representations=[self.config.num_layers], take=take)
+            encode_batch(
+                self._kernels,
+                self._pool,
+                batch,
+                representations=[self.config.num_layers],
+                take=take,
+                block_rows=sizes.block_rows,
+                threads=sizes.threads,
+            )
         return logits
 
     def _project(self, rows: list[Array]) -> list[Array]:
@@ -332,11 +372,11 @@ class ESM2:
         return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
 
 
-def _passes(tokens: Sequence[Array]) -> Iterator[Sequence[Array]]:
-    """Cut a batch into passes of at most `_ROWS_PER_PASS` rows (or one sequence), in order."""
+def _passes(tokens: Sequence[Array], most_rows: int) -> Iterator[Sequence[Array]]:
+    """Cut a batch into passes of at most `most_rows` rows (or one sequence), in order."""
     start = rows = 0
     for i, ids in enumerate(tokens):
-        if i > start and rows + len(ids) > _ROWS_PER_PASS:
+        if i > start and rows + len(ids) > most_rows:
             yield tokens[start:i]
             start, rows = i, 0
         rows += len(ids)
@@ -355,5 +395,5 @@ def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, rows: 
             result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
 
 
-def _reload(source: str, backend: str, precision: str, threads: int) -> ESM2:
-    return ESM2.from_pretrained(source, backend=backend, precision=precision, threads=threads)
+def _reload(source: str, backend: str, precision: str, threads: int, max_memory: int | None = None) -> ESM2:
+    return ESM2.from_pretrained(source, backend=backend, precision=precision, threads=threads, max_memory=max_memory)

@@ -58,12 +58,12 @@ class WorkerPool:
         self._process = os.getpid()
         self._lock = threading.Lock()
 
-    def run(self, work: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Call `work` on every item, in any order, and return when all are done.
+    def run(self, work: Callable[[Item], None], items: Sequence[Item], threads: int | None = None) -> None:
+        """Call `work` on every item, in any order, by at most `threads` workers, and return when all are done.
 
         The first exception stops the rest and is raised here; so does KeyboardInterrupt in the caller.
         """
-        workers = min(self.threads, len(items))
+        workers = min(self.threads, threads or self.threads, len(items))
         if workers <= 1:
             for item in items:
                 work(item)

@@ -85,7 +85,8 @@ def _add(
     command.add_argument("--backend", choices=["auto", "numpy", "numba"], default="auto", help="(%(default)s)")
     command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="(%(default)s)")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
-    command.add_argument("--max-memory", metavar="SIZE", help="stay below, e.g. 300M: picks block sizes and threads")
+    if name != "serve":  # which has one of its own
+        command.add_argument("--max-memory", metavar="SIZE", help="stay below, e.g. 300M: picks block sizes, threads")
     command.add_argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
 

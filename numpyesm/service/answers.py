@@ -15,9 +15,7 @@ import orjson
 from ..alphabet import AMINO_ACIDS
 from ..results import EncodeResult, PredictResult, stack_results
 from .jobs import Result
-
-JSON_TYPE = "application/json"
-NPZ_TYPE = "application/x-npz"
+from .negotiation import JSON_TYPE, NPZ_TYPE
 
 # Numbers written at a time: orjson keeps the GIL while it writes, and the event loop must have its turn.
 _PIECE_NUMBERS = 1 << 15

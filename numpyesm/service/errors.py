@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import orjson
 
 # More would help nobody, and a hostile body could ask for a hundred thousand.
 _MAX_ERRORS = 64
@@ -76,7 +75,8 @@ class ApiError(Exception):
             "code": self.code,
             "error": error,
         }
-        return orjson.dumps(document)
+        # Not orjson: the Lambda handler answers with these errors too, and has none.
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def field_name(location: Sequence[str | int]) -> str:

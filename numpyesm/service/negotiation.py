@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .answers import JSON_TYPE, NPZ_TYPE
 from .errors import ApiError
+
+JSON_TYPE = "application/json"
+NPZ_TYPE = "application/x-npz"
 
 
 def answer_form(accept: str | None) -> str:

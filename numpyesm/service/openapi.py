@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .._version import __version__
-from .answers import NPZ_TYPE
 from .catalog import Catalog, ServedModel
+from .negotiation import NPZ_TYPE
 from .schemas import ANSWERS, MAX_ITEMS, REQUESTS, ErrorAnswer
 
 _REFERENCE = "#/components/schemas/{model}"

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 
-from .answers import FORMS, JSON_TYPE, gzip_pieces
+from .answers import FORMS, gzip_pieces
 from .gate import Receive, Scope, Send, record_of, send_bytes
 from .jobs import Result
+from .negotiation import JSON_TYPE
 
 # Below this many bytes of arrays, writing takes less time than going to another thread.
 _SMALL = 1 << 16

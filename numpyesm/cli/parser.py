@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("-o", "--output", help="file or folder (the cache by default)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--export", metavar="DIR", help="into a folder to be carried to machines without a network")
+    command.add_argument("--from", dest="source", metavar="DIR", help="from such a folder into the cache; no network")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
     command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import InvalidOption
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Item = TypeVar("Item")
 
@@ -85,8 +85,15 @@ class WorkerPool:
                     raise
 
         executor = self._get_executor()
-        futures = [executor.submit(worker) for _ in range(workers)]
+        futures: list[Future[None]] = []
         try:
+            try:
+                for _ in range(workers):
+                    futures.append(executor.submit(worker))
+            except RuntimeError:
+                # Threads cannot be started (WebAssembly), or no more of them (a limit): those there are do all of it.
+                if not futures:
+                    worker()
             for future in futures:
                 future.result()
         finally:

@@ -38,7 +38,7 @@ class ZipEntries:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap = map_file(path)
+        self._map: mmap.mmap | bytes = map_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()

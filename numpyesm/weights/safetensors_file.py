@@ -36,7 +36,10 @@ OTHER_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("u1"),
 }
 _DTYPES = STORAGE_DTYPES | OTHER_DTYPES
-_MAX_HEADER = 16 << 20  # the largest ESM-2 needs 150 kB
+_MAX_HEADER = 16 << 20
+# A header takes 25 times its size when it is taken apart: a large one must go with a large file. ESM-2 15B has 150 kB.
+_FREE_HEADER = 256 << 10
+_HEADER_SHARE = 8
 _MAX_DIMENSIONS = 8
 # Of file systems and sandboxes that have no maps.
 _CANNOT_MAP = {errno.ENODEV, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}
@@ -150,7 +153,7 @@ def _read_header(mapped: mmap.mmap | bytes) -> tuple[dict[str, Any], int]:
     (length,) = struct.unpack("<Q", mapped[:8])
     if length > size - 8:
         raise _Malformed(f"its header should have {length} bytes but the file has {size} (truncated?)")
-    if length > _MAX_HEADER:
+    if length > max(_FREE_HEADER, min(_MAX_HEADER, size // _HEADER_SHARE)):
         raise _Malformed(f"its header of {length} bytes is implausibly long")
     try:
         header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_duplicates)

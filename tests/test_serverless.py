@@ -358,6 +358,17 @@ def test_too_little_memory_is_an_answer(function, model, monkeypatch) -> None:
 # -- the process, the package --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("memory", "threads"), [("512", 1), ("1769", 1), ("3538", 2), ("10240", 4)])
+def test_threads_follow_the_memory_that_is_paid_for(monkeypatch, memory, threads) -> None:
+    from numpyesm.serverless import function as module
+
+    monkeypatch.setattr(module, "default_threads", lambda: 4)
+    monkeypatch.delenv("NUMPYESM_THREADS", raising=False)
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", memory)
+    assert module._threads() == threads
+    assert module._memory() == (int(memory) << 20) - module._KEPT_BACK
+
+
 def test_nothing_of_the_service_or_of_numba_is_loaded() -> None:
     code = f"""
 import json, os, sys

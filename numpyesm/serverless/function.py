@@ -19,6 +19,7 @@ from ..options import BY_LAYER
 from ..service.errors import ApiError, invalid
 from ..service.negotiation import JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
 from ..service.strict_json import parse_json
+from ..threads import default_threads
 from .deadline import Deadline, DeadlinePassed, Pace
 from .events import NotARequest, Request, as_answer, read_event
 from .validation import ACTIONS, MAX_ITEMS, Work, check_request, request_schema
@@ -34,6 +35,8 @@ _GZIP_FROM = 256
 _HOPELESS = 1.5
 # Of the function's memory that the model may not have: the runtime itself, the event, the answer as text.
 _KEPT_BACK = 56 << 20
+# MB of memory with which AWS gives one CPU.
+_MEMORY_PER_CPU = 1769
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Function:
                     source,
                     backend=os.environ.get("NUMPYESM_BACKEND", "auto"),
                     precision=os.environ.get("NUMPYESM_PRECISION", "fp32"),
+                    threads=_threads(),
                     max_memory=_memory(),
                 )
             # What is made when first used is made in the init phase; the first event then runs at full speed.
@@ -213,6 +217,17 @@ def _memory() -> int | None:
     """Bytes for the process in a Lambda function of this size; None elsewhere."""
     size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
     return (int(size) << 20) - _KEPT_BACK if size.isdigit() else None
+
+
+def _threads() -> int | None:
+    """As many as the function has whole CPUs: Lambda shows at least two and gives them their time by its memory.
+
+    More threads than CPUs would wait for each other at every product.
+    """
+    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
+    if not size.isdigit() or os.environ.get("NUMPYESM_THREADS"):
+        return None
+    return max(1, min(default_threads(), int(size) // _MEMORY_PER_CPU))
 
 
 def _actions(model: ESM2) -> tuple[str, ...]:

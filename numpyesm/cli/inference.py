@@ -13,7 +13,7 @@ from ..alphabet import AMINO_ACIDS
 from ..fasta import Record
 from ..results import EncodeResult, PredictResult, stack_results
 from .inputs import load_model, on_records, read_records
-from .outputs import chosen_format, json_bytes, npz_bytes, table, write
+from .outputs import chosen_format, json_pieces, table, write, write_npz
 
 _ID_LENGTH = 200
 _ENDINGS = {".npz": "npz", ".json": "json", ".txt": "table"}
@@ -58,7 +58,11 @@ def _write_results(
 ) -> int:
     """Write model results in the chosen format."""
     return _write(
-        arguments, records, lambda: [result.to_dict() for result in results], lambda: stack_results(results), as_table
+        arguments,
+        records,
+        lambda: [result.to_dict(arrays=True) for result in results],
+        lambda: stack_results(results),
+        as_table,
     )
 
 
@@ -72,12 +76,11 @@ def _write(
     """Write whichever form is chosen; the others are not made."""
     form = chosen_format(arguments, _ENDINGS, "table", "json")
     if form == "json":
-        data = json_bytes({"results": as_json()})
+        write(json_pieces({"results": as_json()}), arguments.output)
     elif form == "npz":
-        data = npz_bytes(_names(records) | as_arrays())
+        write_npz(_names(records) | as_arrays(), arguments.output)
     else:
-        data = as_table().encode()
-    write(data, arguments.output)
+        write(as_table().encode(), arguments.output)
     return 0
 
 

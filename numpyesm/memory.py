@@ -30,6 +30,7 @@ _PER_THREAD = 6 << 20
 _MARGIN = 10 << 20
 # Numba, LLVM and the compiled kernels.
 _NUMBA = 330 << 20
+_NUMBA_ADDRESS_SPACE = 900 << 20
 
 
 def parse_memory(value: int | str) -> int:
@@ -92,10 +93,36 @@ def unread_weights(checkpoint: Checkpoint) -> int:
     return unread
 
 
-def numba_fits(limit: int, checkpoint: Checkpoint) -> bool:
-    """Whether the numba backend, which keeps packed weights of its own, is worth trying within `limit`."""
+def numba_fits(limit: int | None, checkpoint: Checkpoint) -> bool:
+    """Whether the numba backend, which keeps packed weights of its own, has room.
+
+    Within `limit`, within what the control group allows, and within the address space that `ulimit -v` leaves: LLVM
+    ends the process without a word where it cannot get what it asks for.
+    """
     weights = 4 * checkpoint.num_parameters
-    return resident_memory() + _NUMBA + 2 * weights < limit
+    limits = [size for size in (limit, _control_group_limit()) if size is not None]
+    if limits and resident_memory() + _NUMBA + 2 * weights >= min(limits):
+        return False
+    address_space = _address_space_limit()
+    return address_space is None or _NUMBA_ADDRESS_SPACE + 3 * weights < address_space
+
+
+def _control_group_limit() -> int | None:
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _address_space_limit() -> int | None:
+    """The least of what `ulimit -v` and `ulimit -d` set."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    found = [resource.getrlimit(getattr(resource, name))[0] for name in ("RLIMIT_AS", "RLIMIT_DATA")]
+    return min((size for size in found if size != resource.RLIM_INFINITY), default=None)
 
 
 @dataclass(frozen=True)

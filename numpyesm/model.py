@@ -45,6 +45,7 @@ class ESM2:
     checkpoint : Checkpoint
         Weights in the canonical layout.
     backend : {"auto", "numpy", "numba"}
+        `auto` is numba where it is installed and has room (about 450 MB for 35M, and 1.3 GB of address space).
     precision : {"fp32", "bf16", "int8"}
         Arithmetic of the matrix products; "bf16" and "int8" need the numba backend.
     threads : int, optional
@@ -68,7 +69,7 @@ class ESM2:
         self._checkpoint = checkpoint
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
-        if limit is not None and backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
+        if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
             backend = "numpy"
         self._kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
         self._budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)

@@ -260,6 +260,24 @@ def test_a_pickled_model_keeps_its_limit() -> None:
     assert again._budget.limit == model._budget.limit == 3 << 30
 
 
+@linux
+def test_with_numba_installed_a_small_address_space_takes_numpy(weights) -> None:
+    pytest.importorskip("numba")
+    code = f"""
+import warnings; warnings.simplefilter("ignore")
+import numpyesm
+model = numpyesm.ESM2.from_pretrained({str(weights["fp32"])!r}, threads=2)
+model.encode(["MKT"])
+print(model.backend)
+"""
+    for setting in ("ulimit -v 524288", "ulimit -d 524288"):
+        done = subprocess.run(
+            ["sh", "-c", f'{setting} && exec "$@"', "sh", sys.executable, "-c", code],
+            capture_output=True, text=True, timeout=120, cwd=ROOT,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout.strip()) == (0, "numpy"), done.stderr
+
+
 def test_the_backend_follows_the_memory(monkeypatch) -> None:
     monkeypatch.setattr("numpyesm.kernels._numba_available", lambda: True)
     with pytest.warns(SyntheticWeightsWarning):

@@ -25,7 +25,7 @@ test-minimum: .venv-minimum/.installed
 
 .venv-minimum/.installed: pyproject.toml requirements-minimum.txt
 	$(MINIMUM_PYTHON) -m venv .venv-minimum
-	.venv-minimum/bin/python -m pip install --quiet setuptools wheel -r requirements-minimum.txt
+	.venv-minimum/bin/python -m pip install --quiet "setuptools>=77" -r requirements-minimum.txt
 	.venv-minimum/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -140,12 +140,12 @@ for line in sys.stdin:
 """
     names = [str(path.relative_to(staging)) for path in files(staging) if path.suffix == ".py"]
     subprocess.run(
-        # A process of its own, with a fixed seed: what else is in memory leaks into the order of constants.
-        [sys.executable, "-I", "-S", "-c", code, str(staging)],
+        # A process of its own, with a fixed seed: before Python 3.11 the order of a set of constants is that of hashes.
+        [sys.executable, "-S", "-s", "-c", code, str(staging)],
         input="\n".join(names),
         text=True,
         check=True,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
+        env={"PYTHONHASHSEED": "0", "PATH": os.environ.get("PATH", "")},
     )
     return True
 

@@ -25,6 +25,15 @@ from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 
+def receive_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 20):
+            got += piece
+    return got
+
+
 class RunningService:
     """A service on a free loopback port."""
 

@@ -50,6 +50,14 @@ def items(*sequences: str) -> list[dict[str, str]]:
     return [{"sequence": sequence} for sequence in sequences]
 
 
+def sequences(first: int, end: int) -> list[str]:
+    return [f"items__{i}__sequence" for i in range(first, end)]
+
+
+def params(name: str, *indices: int) -> list[str]:
+    return [f"params__{name}__{i}" for i in indices]
+
+
 def same(got: Any, expected: Any) -> None:
     """Equal in every key and string, and in numbers up to float32's last digit."""
     if isinstance(expected, dict):
@@ -173,7 +181,7 @@ def test_numbers_are_written_in_float32s_own_digits(service: RunningService, lib
     np.testing.assert_array_equal(got, expected[3])
 
 
-# -- predict, log_prob -------------------------------------------------------------------------------------------------
+# -- predict, log_prob -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("params", [None, {}, {"positions": "all"}, {"positions": "masked"}])
@@ -202,7 +210,7 @@ def test_longest_items(service: RunningService, library: ESM2) -> None:
     assert np.shape(result["logits"]) == (2048, 20)
 
 
-# -- forms ---------------------------------------------------------------------------------------------------------------
+# -- forms -----------------------------------------------------------------------------------------------------------
 
 
 def test_gzipped_body_and_answer(service: RunningService, library: ESM2) -> None:
@@ -258,7 +266,7 @@ def test_json_is_the_default(service: RunningService, accept: str) -> None:
     assert response.headers["content-type"] == "application/json"
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 def check_error(response: requests.Response, status: int, *fields: str) -> dict[str, Any]:
@@ -298,24 +306,30 @@ def check_error(response: requests.Response, status: int, *fields: str) -> dict[
         ({"items": [{"sequence": ["M"]}]}, ["items__0__sequence"]),
         ({"items": items("")}, ["items__0__sequence"]),
         ({"items": items("A" * 2049)}, ["items__0__sequence"]),
-        ({"items": items("MKT", "mkt", "MK T", "M<mask>", "M*", "M.", "M\n", "É")}, [f"items__{i}__sequence" for i in range(1, 8)]),
+        ({"items": items("MKT", "mkt", "MK T", "M<mask>", "M*", "M.", "M\n", "É")}, sequences(1, 8)),
         ({"items": [{"sequence": "MKT", "name": "x"}]}, ["items__0__name"]),
         ({"items": items("MKT"), "extra": 1}, ["extra"]),
         ({"items": items("MKT"), "params": {"positions": "all"}}, ["params__positions"]),
         ({"items": items("MKT"), "params": []}, ["params"]),
         ({"items": items("MKT"), "params": {"include": []}}, ["params__include"]),
         ({"items": items("MKT"), "params": {"include": "mean"}}, ["params__include"]),
-        ({"items": items("MKT"), "params": {"include": ["mean", "sum", 1]}}, ["params__include__1", "params__include__2"]),
+        ({"items": items("MKT"), "params": {"include": ["mean", "sum", 1]}}, params("include", 1, 2)),
         ({"items": items("MKT"), "params": {"repr_layers": []}}, ["params__repr_layers"]),
         ({"items": items("MKT"), "params": {"repr_layers": -1}}, ["params__repr_layers"]),
-        ({"items": items("MKT"), "params": {"repr_layers": [4, -5, 3, -4]}}, ["params__repr_layers__0", "params__repr_layers__1"]),
-        ({"items": items("MKT"), "params": {"repr_layers": [True, 1.0, "1", None, 10**60]}}, [f"params__repr_layers__{i}" for i in range(5)]),
-        ({"items": items("M1") + [{"sequence": 2}], "params": {"include": ["x"]}}, ["items__0__sequence", "items__1__sequence", "params__include__0"]),
+        ({"items": items("MKT"), "params": {"repr_layers": [4, -5, 3, -4]}}, params("repr_layers", 0, 1)),
+        (
+            {"items": items("MKT"), "params": {"repr_layers": [True, 1.0, "1", None, 10**60]}},
+            params("repr_layers", *range(5)),
+        ),
+        (
+            {"items": [*items("M1"), {"sequence": 2}], "params": {"include": ["x"]}},
+            [*sequences(0, 2), "params__include__0"],
+        ),
         ([], ["__all__"]),
         ("x", ["__all__"]),
         (7, ["__all__"]),
     ],
-)  # fmt: skip
+)
 def test_every_fault_is_named(service: RunningService, body: Any, fields: list[str]) -> None:
     check_error(service.post("esm2-35m/encode/", body), 422, *fields)
 
@@ -354,7 +368,7 @@ def test_hostile_text_comes_back_tame(service: RunningService) -> None:
     assert len(response.content) < 50_000
 
 
-# -- the rest -----------------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def test_models(service: RunningService) -> None:

@@ -5,7 +5,7 @@ TEST_VENV ?= .venv-test
 BIN = $(VENV)/bin
 TEST_BIN = $(TEST_VENV)/bin
 
-.PHONY: demo test lint bench bench-full clean
+.PHONY: demo test test-minimum lint lock audit fuzz bench bench-full clean
 
 demo: $(VENV)/.installed
 	$(BIN)/numpyesm demo
@@ -13,6 +13,34 @@ demo: $(VENV)/.installed
 test: $(TEST_VENV)/.installed lint
 	$(TEST_BIN)/python -m pytest
 	$(TEST_BIN)/numpyesm demo --output demo-output
+
+# The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.
+MINIMUM_PYTHON ?= python3.10
+MINIMUM_TESTS = tests/test_alphabet.py tests/test_fasta.py tests/test_model.py tests/test_process.py \
+  tests/test_canonical.py tests/test_safetensors_file.py tests/test_pickle_reader.py tests/test_locate.py \
+  tests/test_small_memory.py tests/test_offline.py tests/test_serverless.py tests/test_without_threads.py \
+  tests/test_fuzz_readers.py
+test-minimum: .venv-minimum/.installed
+	.venv-minimum/bin/python -m pytest $(MINIMUM_TESTS)
+
+.venv-minimum/.installed: pyproject.toml requirements-minimum.txt
+	$(MINIMUM_PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet "setuptools>=77" -r requirements-minimum.txt
+	.venv-minimum/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Every version and hash of the development environment; commit what it writes.
+lock: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python tools/lock.py requirements-dev.lock
+
+# Known vulnerabilities of what is locked; asks PyPI's service.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --require-hashes -r requirements-dev.lock
+
+fuzz: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python tools/fuzz_readers.py --minutes 10
 
 lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check .
@@ -41,4 +69,4 @@ $(TEST_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit fuzz-findings demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from .errors import (
     InvalidSequence,
     MissingExtra,
     MissingHead,
+    NotEnoughMemory,
     NumpyesmError,
     WeightsNotFound,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "MissingExtra",
     "MissingHead",
     "ModelConfig",
+    "NotEnoughMemory",
     "NumpyesmError",
     "PredictResult",
     "SyntheticWeightsWarning",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .batch import Batch, Tile
 from .config import VOCAB_SIZE
 from .heads import AttentionSummary, ContactHead, FullAttention
-from .kernels.base import AttentionMaps, Kernels, divide_threads
+from .kernels.base import AttentionMaps, Cut, Kernels, divide_threads
 from .threads import WorkerPool
 
 Array = npt.NDArray[Any]
@@ -31,6 +31,8 @@ def encode_batch(
     summary: AttentionSummary | None = None,
     full: FullAttention | None = None,
     final_rows: Array | None = None,
+    block_rows: int | None = None,
+    threads: int | None = None,
 ) -> None:
     """Run as many layers as the wanted outputs need, and hand each wanted representation to `take`.
 
@@ -45,12 +47,17 @@ def encode_batch(
     final_rows : ndarray of int, optional
         The rows of the last layer that matter: others may be left out of it, and `take` gets what was there before.
         Not together with maps.
+    block_rows : int, optional
+        Rows that a thread takes at a time; results do not depend on it.
+    threads : int, optional
+        At most so many of the pool's.
     """
     num_layers = kernels.config.num_layers
     full_layers = max(representations, default=0)
     map_layers = max(contacts.last_layer if contacts else 0, num_layers if summary or full else 0)
     layers = max(full_layers, map_layers)
-    forward = kernels.forward(pool, batch, layers, with_maps=map_layers > 0)
+    cut = Cut(threads or pool.threads, block_rows, whole_tiles=map_layers > 0)
+    forward = kernels.forward(pool, batch, layers, cut)
     if 0 in representations:
         take(0, forward.x)
     tiles = batch.tiles() if map_layers else []

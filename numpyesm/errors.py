@@ -93,6 +93,10 @@ class WeightsNotFound(NumpyesmError, FileNotFoundError):
         return str(self.args[0]) if self.args else ""
 
 
+class NotEnoughMemory(NumpyesmError, MemoryError):
+    """`max_memory` is too little for the model or for a call; the message says what it would take."""
+
+
 class MissingHead(NumpyesmError, RuntimeError):
     """The weights have no LM head or no contact head, and an output that needs it was asked for."""
 

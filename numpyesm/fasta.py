@@ -14,6 +14,8 @@ from typing import NamedTuple
 from .errors import InvalidSequence
 
 _GZIP_MAGIC = b"\x1f\x8b"
+# Of a line or a record. The longest protein known has 46,000 residues; a chromosome or a gzip bomb is no input here.
+_MAX_LETTERS = 1_000_000
 _MASK = re.compile("<mask>", re.IGNORECASE)
 # ASCII only: str.upper would make SS of the letter ß.
 _UPPER = str.maketrans(ascii_lowercase, ascii_uppercase)
@@ -52,7 +54,7 @@ def _read_stream(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     binary = gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == _GZIP_MAGIC else stream
     found = False
     try:
-        for record in parse_fasta(io.TextIOWrapper(binary, encoding="utf-8-sig")):
+        for record in parse_fasta(_lines(io.TextIOWrapper(binary, encoding="utf-8-sig"), name)):
             found = True
             yield record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -63,11 +65,21 @@ def _read_stream(stream: io.BufferedReader, name: str) -> Iterator[Record]:
         raise InvalidSequence(f"{name}: no sequences in it")
 
 
+def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """Lines of text, none of them without end: a small gzip file may hold a line of gigabytes."""
+    number = 0
+    while line := text.readline(_MAX_LETTERS + 1):
+        number += 1
+        if len(line) > _MAX_LETTERS:
+            raise InvalidSequence(f"{name}: line {number} is longer than {_MAX_LETTERS} characters")
+        yield line
+
+
 def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
     """Records from lines of text; without any `>` header each non-empty line is a sequence."""
     header: str | None = None
     parts: list[str] = []
-    bare = 0
+    bare = letters = 0
     for number, raw in enumerate(lines, start=1):
         line = raw.strip()
         if not line or line.startswith(";"):
@@ -77,11 +89,17 @@ def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
                 raise InvalidSequence(f"line {number}: a FASTA header after {bare} lines that belong to no record")
             if header is not None:
                 yield _record(header, parts)
-            header, parts = line[1:].strip(), []
+            header, parts, letters = line[1:].strip(), [], 0
         elif header is None:
             bare += 1
-            yield Record(str(bare), "", clean_sequence(line))
+            sequence = clean_sequence(line)
+            if not sequence:
+                raise InvalidSequence(f"line {number} has no letters")
+            yield Record(str(bare), "", sequence)
         else:
+            letters += len(line)
+            if letters > _MAX_LETTERS:
+                raise InvalidSequence(f"record {header[:80]!r} is longer than {_MAX_LETTERS} letters")
             parts.append(line)
     if header is not None:
         yield _record(header, parts)
@@ -90,7 +108,7 @@ def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
 def _record(header: str, parts: list[str]) -> Record:
     sequence = clean_sequence("".join(parts))
     if not sequence:
-        raise InvalidSequence(f"record {header!r} has no sequence")
+        raise InvalidSequence(f"record {header[:80]!r} has no sequence")
     return Record(header.split()[0] if header else "", header, sequence)
 
 

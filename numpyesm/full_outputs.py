@@ -63,10 +63,10 @@ def full_outputs(
     attentions : list of ndarray (num_layers, H, T, T), optional
         One a sequence, to be filled.
     """
-    from .model import _passes
+    from .model import _ROWS_PER_PASS, _passes
 
     done = 0
-    for chunk in _passes(tokens) if tokens else ():
+    for chunk in _passes(tokens, _ROWS_PER_PASS) if tokens else ():
         maps = None if attentions is None else list(attentions[done : done + len(chunk)])
         yield from _one_pass(model, chunk, layers, logits, contacts, maps)
         done += len(chunk)

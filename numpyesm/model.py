@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .encoder import encode_batch, lm_logits
 from .errors import InvalidOption, MissingHead
 from .heads import AttentionSummary, ContactHead, log_prob
 from .kernels import make_kernels
+from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
 from .options import BY_LAYER, check_includes, check_layers, check_positions
 from .results import EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
@@ -47,10 +48,15 @@ class ESM2:
     checkpoint : Checkpoint
         Weights in the canonical layout.
     backend : {"auto", "numpy", "numba"}
+        `auto` is numba where it is installed and has room (about 450 MB for 35M, and 1.3 GB of address space).
     precision : {"fp32", "bf16", "int8"}
         Arithmetic of the matrix products; "bf16" and "int8" need the numba backend.
     threads : int, optional
         Worker threads; all available CPUs by default.
+    max_memory : int or str, optional
+        Bytes, or text such as `"300M"`, that the whole process must stay below. Block sizes, threads and (with
+        `backend="auto"`) the backend are chosen by it; a call that cannot stay below it raises `NotEnoughMemory`
+        before it starts. Results are the same.
     """
 
     def __init__(
@@ -60,11 +66,17 @@ class ESM2:
         backend: str = "auto",
         precision: str = "fp32",
         threads: int | None = None,
+        max_memory: int | str | None = None,
         _reload_from: str | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._pool = WorkerPool(default_threads() if threads is None else check_threads(threads))
-        self._kernels = make_kernels(checkpoint, backend, precision)
+        count = default_threads() if threads is None else check_threads(threads)
+        limit = None if max_memory is None else parse_memory(max_memory)
+        if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
+            backend = "numpy"
+        self._kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
+        self._budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)
+        self._pool = WorkerPool(count if self._budget is None else self._budget.threads)
         self._reload_from = _reload_from
         if checkpoint.synthetic:
             warnings.warn(
@@ -82,6 +94,7 @@ class ESM2:
         backend: str = "auto",
         precision: str = "fp32",
         threads: int | None = None,
+        max_memory: int | str | None = None,
     ) -> ESM2:
         """Load a model.
 
@@ -91,7 +104,7 @@ class ESM2:
             A name (`esm2-8m`, `esm2-35m`, `esm2-150m`, `esm2-650m`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
             up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub.
-        backend, precision, threads
+        backend, precision, threads, max_memory
             See `ESM2`.
 
         Raises
@@ -112,6 +125,7 @@ class ESM2:
             backend=backend,
             precision=precision,
             threads=threads,
+            max_memory=max_memory,
             _reload_from=str(found.absolute()) if isinstance(found, Path) else found,
         )
 
@@ -161,7 +175,8 @@ class ESM2:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload_from is None:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
-        return _reload, (self._reload_from, self.backend, self.precision, self.threads)
+        limit = None if self._budget is None else self._budget.limit
+        return _reload, (self._reload_from, self.backend, self.precision, self.threads, limit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
@@ -214,8 +229,9 @@ class ESM2:
             self._require_contact_head()
         tokens = tokenize(sequences)
         results: list[EncodeResult] = []
-        for chunk in _passes(tokens):
-            results += self._encode_pass(chunk, layers, wanted, first_index=len(results))
+        sizes = self._sizes(tokens, wanted, len(layers))
+        for chunk in _passes(tokens, sizes.rows_per_pass):
+            results += self._encode_pass(chunk, layers, wanted, len(results), sizes)
         return results
 
     def predict(self, sequences: Iterable[str], positions: str = "all") -> list[PredictResult]:
@@ -358,6 +374,12 @@ class ESM2:
 
     # -- how ----------------------------------------------------------------------------------------------------
 
+    def _sizes(self, tokens: Sequence[Array], wanted: Collection[str], layers: int) -> Sizes:
+        """How a call is cut up: as is fastest, or as `max_memory` allows."""
+        if self._budget is None:
+            return Sizes(_ROWS_PER_PASS)
+        return self._budget.sizes([len(ids) for ids in tokens], wanted, layers, _ROWS_PER_PASS)
+
     def _require_lm_head(self, output: str) -> None:
         if not self._checkpoint.has_lm_head:
             raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
@@ -372,7 +394,7 @@ class ESM2:
         return ContactHead(self.config, weight, bias, batch, self._kernels.dtype)
 
     def _encode_pass(
-        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int
+        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int, sizes: Sizes
     ) -> list[EncodeResult]:
         """All outputs of the sequences of one pass."""
         config, kernels = self.config, self._kernels
@@ -394,7 +416,17 @@ class ESM2:
                 for result, logits in zip(results, self._project(residues), strict=True):
                     result.logits = logits
 
-        encode_batch(kernels, self._pool, batch, representations=needed, take=take, contacts=contacts, summary=summary)
+        encode_batch(
+            kernels,
+            self._pool,
+            batch,
+            representations=needed,
+            take=take,
+            contacts=contacts,
+            summary=summary,
+            block_rows=sizes.block_rows,
+            threads=sizes.threads,
+        )
         with kernels.session(self.threads):
             for i, result in enumerate(results):
                 if contacts is not None:
@@ -408,7 +440,8 @@ class ESM2:
     ) -> list[Array]:
         """Logits (len(rows[i]), 20) of the named rows of each sequence, or of other columns of the 33 tokens."""
         logits: list[Array] = []
-        for chunk in _passes(tokens):
+        sizes = self._sizes(tokens, {"logits"}, 0)
+        for chunk in _passes(tokens, sizes.rows_per_pass):
             batch = Batch.pack(chunk)
             wanted = rows[len(logits) : len(logits) + len(chunk)]
 
@@ -424,6 +457,8 @@ class ESM2:
                 representations=[self.config.num_layers],
                 take=take,
                 final_rows=final_rows,
+                block_rows=sizes.block_rows,
+                threads=sizes.threads,
             )
         return logits
 
@@ -433,11 +468,11 @@ class ESM2:
         return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
 
 
-def _passes(tokens: Sequence[Array]) -> Iterator[Sequence[Array]]:
-    """Cut a batch into passes of at most `_ROWS_PER_PASS` rows (or one sequence), in order."""
+def _passes(tokens: Sequence[Array], most_rows: int) -> Iterator[Sequence[Array]]:
+    """Cut a batch into passes of at most `most_rows` rows (or one sequence), in order."""
     start = rows = 0
     for i, ids in enumerate(tokens):
-        if i > start and rows + len(ids) > _ROWS_PER_PASS:
+        if i > start and rows + len(ids) > most_rows:
             yield tokens[start:i]
             start, rows = i, 0
         rows += len(ids)
@@ -456,5 +491,5 @@ def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, rows: 
             result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
 
 
-def _reload(source: str, backend: str, precision: str, threads: int) -> ESM2:
-    return ESM2.from_pretrained(source, backend=backend, precision=precision, threads=threads)
+def _reload(source: str, backend: str, precision: str, threads: int, max_memory: int | None = None) -> ESM2:
+    return ESM2.from_pretrained(source, backend=backend, precision=precision, threads=threads, max_memory=max_memory)

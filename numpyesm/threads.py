@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import InvalidOption
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Item = TypeVar("Item")
 
@@ -58,12 +58,12 @@ class WorkerPool:
         self._process = os.getpid()
         self._lock = threading.Lock()
 
-    def run(self, work: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Call `work` on every item, in any order, and return when all are done.
+    def run(self, work: Callable[[Item], None], items: Sequence[Item], threads: int | None = None) -> None:
+        """Call `work` on every item, in any order, by at most `threads` workers, and return when all are done.
 
         The first exception stops the rest and is raised here; so does KeyboardInterrupt in the caller.
         """
-        workers = min(self.threads, len(items))
+        workers = min(self.threads, threads or self.threads, len(items))
         if workers <= 1:
             for item in items:
                 work(item)
@@ -85,8 +85,15 @@ class WorkerPool:
                     raise
 
         executor = self._get_executor()
-        futures = [executor.submit(worker) for _ in range(workers)]
+        futures: list[Future[None]] = []
         try:
+            try:
+                for _ in range(workers):
+                    futures.append(executor.submit(worker))
+            except RuntimeError:
+                # Threads cannot be started (WebAssembly), or no more of them (a limit): those there are do all of it.
+                if not futures:
+                    worker()
             for future in futures:
                 future.result()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 
@@ -10,6 +11,10 @@ from numpyesm import ESM2, SyntheticWeightsWarning
 from numpyesm.alphabet import AMINO_ACIDS
 from numpyesm.config import ModelConfig
 from numpyesm.weights.synthetic import random_checkpoint
+
+# A shell that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
 SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)

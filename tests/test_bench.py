@@ -190,3 +190,30 @@ def test_rounds_take_turns_and_name_what_they_leave_out() -> None:
     assert all(len(cells[name]["8x16"]["seconds"]) == 3 for name in workers), cells
     # In turn: nobody runs the same workload twice in a row.
     assert all(one != two for one, two in itertools.pairwise(log))
+
+
+def test_cold_start_table_leaves_out_the_first_sample_and_names_what_is_missing() -> None:
+    from bench.cold import table, without_first
+
+    cell = without_first({"seconds": [9.0, 0.3, 0.5, 0.4], "peak_mb": [50.0, 100.0, 100.0, 100.0]})
+    assert (cell["median"], cell["best"], cell["peak_mb"]) == (0.4, 0.3, 100.0)
+    report = {
+        "starts": {"ours": cell, "theirs": without_first({"missing": "no torch"})},
+        "sizes": {"ours": {"numpy": 57_400_000, "numpyesm": 600_000}, "theirs": {"torch": None}},
+    }
+    text = table(report)
+    assert "| ours | 0.400 | 0.300 | 100 |" in text
+    assert "no torch" in text
+    assert "| ours | 58.0 | numpy 57.4, numpyesm 0.6 |" in text
+    assert "not installed here: torch" in text
+
+
+def test_install_sizes_follow_dependencies() -> None:
+    from bench.cold import install_size
+    from bench.engines import Environments
+
+    sizes = install_size(("numpy", "safetensors"), "own", Environments.find())
+    assert sizes["numpy"] is not None
+    assert sizes["numpy"] > 10_000_000
+    assert 100_000 < (sizes["numpyesm"] or 0) < 5_000_000
+    assert "torch" not in sizes

@@ -16,7 +16,7 @@ from ..errors import InvalidOption
 from ..fasta import Record
 from ..model import ESM2
 from .inputs import load_model, on_records, read_records
-from .outputs import chosen_format, json_bytes, npz_bytes, write
+from .outputs import chosen_format, json_pieces, write, write_npz
 from .pictures import figure_class, png_bytes
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".txt": "map"}
@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     results = on_records(records, lambda s: model.encode(s, include=["contacts"]))
     maps = [result.contacts for result in results if result.contacts is not None]
     if form == "json":
-        write(json_bytes({"results": [result.to_dict() for result in results]}), arguments.output)
+        write(json_pieces({"results": [result.to_dict(arrays=True) for result in results]}), arguments.output)
         return 0
     if form == "npz":
         arrays: dict[str, npt.NDArray[Any]] = {f"contacts_{i}": contacts for i, contacts in enumerate(maps)}
-        write(npz_bytes({"ids": np.array([record.id[:200] for record in records])} | arrays), arguments.output)
+        write_npz({"ids": np.array([record.id[:200] for record in records])} | arrays, arguments.output)
         return 0
     render: dict[str, Callable[[Record, npt.NDArray[np.float32]], bytes]] = {
         "tsv": lambda record, c: contact_list(record, c, arguments.threshold, arguments.min_separation).encode(),

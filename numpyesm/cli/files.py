@@ -14,7 +14,7 @@ import numpy as np
 
 from .._version import __version__
 from ..config import PRESETS
-from ..errors import MissingExtra, NumpyesmError, WeightsNotFound
+from ..errors import InvalidOption, MissingExtra, NumpyesmError, WeightsNotFound
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
 from ..weights import cache_dir, check_data, find_local, open_weights, resolve
@@ -24,7 +24,9 @@ from .outputs import table
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    """Download, verify, convert; print where the file is."""
+    """Download, verify, convert; or carry from machine to machine. Print where the file is."""
+    if arguments.export or arguments.source:
+        return _carry(arguments)
     from ..weights.hub import fetch as fetch_weights
 
     path = fetch_weights(
@@ -35,6 +37,22 @@ def fetch(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
     print(path)
+    return 0
+
+
+def _carry(arguments: argparse.Namespace) -> int:
+    """`--export DIR` and `--from DIR`."""
+    from ..weights.carry import export, take_in
+
+    if arguments.output or (arguments.export and arguments.source):
+        raise InvalidOption("--export, --from and -o exclude each other: take one of them")
+    name = arguments.name or arguments.weights or "esm2-35m"
+    options = {"revision": arguments.revision, "dtype": arguments.dtype}
+    if arguments.export:
+        progress = not arguments.quiet and sys.stderr.isatty()
+        print(export(name, arguments.export, progress=progress, **options))
+    else:
+        print(take_in(name, arguments.source, **options))
     return 0
 
 

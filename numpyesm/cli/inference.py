@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from ..alphabet import AMINO_ACIDS
 from ..fasta import Record
-from ..results import EncodeResult, PredictResult
+from ..results import EncodeResult, PredictResult, stack_results
 from .inputs import load_model, on_records, read_records
-from .outputs import chosen_format, json_bytes, npz_bytes, table, write
+from .outputs import chosen_format, json_pieces, table, write, write_npz
 
 _ID_LENGTH = 200
 _ENDINGS = {".npz": "npz", ".json": "json", ".txt": "table"}
@@ -58,7 +58,11 @@ def _write_results(
 ) -> int:
     """Write model results in the chosen format."""
     return _write(
-        arguments, records, lambda: [result.to_dict() for result in results], lambda: stack_results(results), as_table
+        arguments,
+        records,
+        lambda: [result.to_dict(arrays=True) for result in results],
+        lambda: stack_results(results),
+        as_table,
     )
 
 
@@ -72,29 +76,17 @@ def _write(
     """Write whichever form is chosen; the others are not made."""
     form = chosen_format(arguments, _ENDINGS, "table", "json")
     if form == "json":
-        data = json_bytes({"results": as_json()})
+        write(json_pieces({"results": as_json()}), arguments.output)
     elif form == "npz":
-        data = npz_bytes(_names(records) | as_arrays())
+        write_npz(_names(records) | as_arrays(), arguments.output)
     else:
-        data = as_table().encode()
-    write(data, arguments.output)
+        write(as_table().encode(), arguments.output)
     return 0
 
 
 def _names(records: Sequence[Record]) -> dict[str, npt.NDArray[Any]]:
     # A fixed width for all: one header of a megabyte must not cost a megabyte a record.
     return {"ids": np.array([record.id[:_ID_LENGTH] for record in records])}
-
-
-def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one a sequence (`contacts_0`)."""
-    arrays = [result.to_arrays() for result in results]
-    stacked = {
-        name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))
-    }
-    return stacked | {
-        f"{name}_{i}": value for i, one in enumerate(arrays) for name, value in one.items() if name not in stacked
-    }
 
 
 def _encode_table(records: Sequence[Record], results: Sequence[EncodeResult]) -> str:

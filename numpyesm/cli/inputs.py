@@ -28,6 +28,7 @@ def load_model(arguments: argparse.Namespace) -> ESM2:
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
+        max_memory=arguments.max_memory,
     )
 
 

@@ -34,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("-o", "--output", help="file or folder (the cache by default)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--export", metavar="DIR", help="into a folder to be carried to machines without a network")
+    command.add_argument("--from", dest="source", metavar="DIR", help="from such a folder into the cache; no network")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
     command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")
@@ -92,6 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output by default)")
     command.add_argument("--no-heatmap", action="store_true", help="the table alone")
+
+    command = _add(commands, "serve", "serve", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
+    _add_serve_options(command)
     return parser
 
 
@@ -103,6 +108,8 @@ def _add(
     command.add_argument("--backend", choices=["auto", "numpy", "numba"], default="auto", help="(%(default)s)")
     command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="(%(default)s)")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    if name != "serve":  # which has one of its own
+        command.add_argument("--max-memory", metavar="SIZE", help="stay below, e.g. 300M: picks block sizes, threads")
     command.add_argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
 
@@ -143,3 +150,36 @@ def _add_inference(
         "--format", choices=["json", "npz", "table"], help="by the output's ending, else table on a terminal and json"
     )
     return command
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    command.add_argument(
+        "--model", action="append", default=[], metavar="SLUG=WEIGHTS", help="a model to serve; may be repeated"
+    )
+    command.add_argument("--api-keys-file", metavar="FILE", help="one key a line (NUMPYESM_API_KEYS holds more)")
+    command.add_argument(
+        "--allow-no-auth", action="store_true", help="listen beyond this machine without keys: everybody may use it"
+    )
+    command.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name for a keyless service"
+    )
+    command.add_argument(
+        "--trusted-proxy", action="append", default=[], metavar="IP", help="whose X-Forwarded-For is believed"
+    )
+    command.add_argument("--queue-size", type=int, default=512, help="requests that may wait (%(default)s)")
+    command.add_argument("--deadline", type=float, default=300, help="seconds for a request (%(default)s)")
+    command.add_argument("--max-memory", metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)")
+    command.add_argument("--max-body", default="1M", metavar="SIZE", help="of a body as sent (%(default)s)")
+    command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of a body unpacked (%(default)s)")
+    command.add_argument("--max-connections", type=int, default=1000, help="open at a time (%(default)s)")
+    command.add_argument("--head-timeout", type=float, default=10, help="seconds for the headers (%(default)s)")
+    command.add_argument("--body-timeout", type=float, default=30, help="seconds for the body (%(default)s)")
+    command.add_argument(
+        "--write-timeout",
+        type=float,
+        default=60,
+        help="seconds to take a piece of an answer (%(default)s)",
+    )
+    command.add_argument("--grace", type=float, default=30, help="seconds to finish after SIGTERM (%(default)s)")

@@ -12,8 +12,12 @@ BACKENDS = ("auto", "numpy", "numba")
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def make_kernels(checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32") -> Kernels:
+def make_kernels(
+    checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32", *, in_place: bool = False
+) -> Kernels:
     """Kernels of the named backend with the weights laid out for it; `auto` is numba where it is installed.
+
+    `in_place` leaves all matrices in the mapped file, where the backend can: less memory for a little time.
 
     Raises
     ------
@@ -42,7 +46,7 @@ def make_kernels(checkpoint: Checkpoint, backend: str = "auto", precision: str =
         )
     from .reference_numpy import NumpyKernels
 
-    return NumpyKernels(checkpoint, precision)
+    return NumpyKernels(checkpoint, precision, in_place)
 
 
 def _numba_available() -> bool:

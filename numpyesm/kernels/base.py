@@ -59,6 +59,25 @@ class AttentionMaps:
     full: Array | None = None
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a batch is divided among threads; results do not depend on it.
+
+    Attributes
+    ----------
+    threads : int
+        At most so many work on it.
+    block_rows : int or None
+        Rows that a thread takes at a time; None leaves it to the backend.
+    whole_tiles : bool
+        Tiles are neither cut nor put together: each leaves maps of its own.
+    """
+
+    threads: int
+    block_rows: int | None = None
+    whole_tiles: bool = False
+
+
 class Forward(ABC):
     """A forward pass under way: the embedding is done, and layers follow as far as they are asked for.
 
@@ -112,8 +131,8 @@ class Kernels(ABC):
         return nullcontext()
 
     @abstractmethod
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
-        """Begin a pass of `layers` layers over `batch`; with maps, tiles are not put together."""
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
+        """Begin a pass of `layers` layers over `batch`."""
 
     @abstractmethod
     def lm_head(self, x: Array) -> Array:
@@ -126,10 +145,10 @@ class SteppedKernels(Kernels):
     All steps may be called from several threads at once, on blocks that do not overlap.
     """
 
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
         from .stepped import SteppedForward
 
-        return SteppedForward(self, pool, batch, layers)
+        return SteppedForward(self, pool, batch, layers, cut)
 
     @abstractmethod
     def embed(self, tokens: Array, scale: Array) -> Array:

@@ -6,7 +6,6 @@ looked up in the files that NumPy has loaded. Where none is found (an unknown BL
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import threading
@@ -15,6 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import ctypes
+
+    _HAS_CTYPES = True
+except ImportError:  # a Python built without it
+    _HAS_CTYPES = False
 
 # (get, set) pairs: NumPy's bundled OpenBLAS with its prefix and suffixes, plain OpenBLAS, MKL, BLIS.
 _SYMBOLS = [
@@ -46,6 +52,8 @@ def _candidate_libraries() -> Iterator[str]:
 def _controls() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
     """(get, set) functions of the loaded BLAS libraries."""
     found: dict[str, tuple[Callable[[], int], Callable[[int], None]]] = {}
+    if not _HAS_CTYPES:
+        return []
     for path in _candidate_libraries():
         key = os.path.realpath(path)
         if key in found:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..batch import Batch, Block, Tile
+from ..batch import BLOCK_ROWS, Batch, Block, Tile
 from ..threads import WorkerPool
-from .base import Array, AttentionMaps, Forward, SteppedKernels, divide_threads
+from .base import Array, AttentionMaps, Cut, Forward, SteppedKernels, divide_threads
 
 
 class SteppedForward(Forward):
@@ -27,19 +27,21 @@ class SteppedForward(Forward):
     batch : Batch
     layers : int
         Layers that will be asked for.
+    cut : Cut
     """
 
-    def __init__(self, kernels: SteppedKernels, pool: WorkerPool, batch: Batch, layers: int) -> None:
+    def __init__(self, kernels: SteppedKernels, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> None:
         self._kernels, self._pool, self._layers, self._done = kernels, pool, layers, 0
-        block_threads, self._step_threads = divide_threads(kernels, batch.num_rows, pool.threads)
-        self._blocks = batch.blocks(block_threads)
+        self._threads = cut.threads
+        block_threads, self._step_threads = divide_threads(kernels, batch.num_rows, cut.threads)
+        self._blocks = batch.blocks(block_threads, cut.block_rows or BLOCK_ROWS)
         self.x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
         if layers == 0:
             return
         self._rotary = kernels.rotary_tables(max(last - first for first, last in batch.spans))
         self._qkv, self._next_qkv = kernels.new_qkv(batch.num_rows), kernels.new_qkv(batch.num_rows)
         with kernels.session(self._step_threads):
-            pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks)
+            pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks, self._threads)
 
     def advance(
         self,
@@ -51,7 +53,7 @@ class SteppedForward(Forward):
         blocks = self._blocks if rows is None else _blocks_with(self._blocks, rows)
         with self._kernels.session(self._step_threads):
             while self._done < stop:
-                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks)
+                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks, self._threads)
                 self._qkv, self._next_qkv = self._next_qkv, self._qkv
                 self._done += 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import Checkpoint, canonical_shapes
+from .integrity import note_verified, verify_data, verify_file
 from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from .tensor import PRECISION_DTYPES, StoredTensor
 
@@ -52,14 +53,18 @@ def save_canonical(
     if checkpoint.synthetic:
         metadata["synthetic"] = "true"
     write_safetensors(path, tensors, metadata)
+    note_verified(Path(path), metadata["data_sha256"])
     return metadata
 
 
 def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
-    """Map a canonical file; no number is read before it is used."""
+    """Map a canonical file, its checksums verified as `integrity` has it; no number is read before it is used."""
     path = Path(path)
     tensors, metadata = read_safetensors(path)
-    return checkpoint_from(tensors, metadata, path)
+    checkpoint = checkpoint_from(tensors, metadata, path)
+    verify_file(path)
+    verify_data(path, metadata.get("data_sha256"))
+    return checkpoint
 
 
 def is_canonical(metadata: dict[str, str]) -> bool:

@@ -124,7 +124,8 @@ def ways_out(name: str = "esm2-35m") -> str:
     preset = preset_name(name)
     official = OFFICIAL_NAMES.get(preset or "", "")
     ways = [
-        f"run `numpyesm fetch {name}` on a connected machine and copy the file it names",
+        f"run `numpyesm fetch {name} --export DIR` on a connected machine, carry DIR here, `numpyesm fetch {name} "
+        "--from DIR`",
         "put weights into weights/ or point NUMPYESM_WEIGHTS to them",
     ]
     if official:

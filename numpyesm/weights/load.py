@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
+from .integrity import verify_data, verify_file
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
 
@@ -86,6 +87,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
     if path.is_dir():
         return _open_folder(path, regression)
     head = _head(path)
+    verify_file(path)
     if looks_like_safetensors(head):
         return _open_safetensors(path, regression)
     from .torch_file import is_legacy_torch, is_torch_zip, read_torch
@@ -141,6 +143,7 @@ def _open_safetensors(path: Path, regression: str | os.PathLike[str] | None) -> 
     tensors, metadata = read_safetensors(path)
     if is_canonical(metadata):
         checkpoint = _refuse_regression(checkpoint_from(tensors, metadata, path), path, regression)
+        verify_data(path, metadata.get("data_sha256"))
         return Opened(checkpoint, (path,), (path,))
     from .fair_esm import from_fair_esm, is_fair_esm
     from .hugging_face import is_hugging_face, read_hugging_face

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
 
+# What may be built: so many bytes whatever the pickle's size (650M needs 1.5 MB), and four times its size.
+_FREE_ROOM = 3 << 20
+_ROOM_PER_BYTE = 4
 _MAX_NUMBER_BYTES = 256  # of one integer: longer ones are no data, only slow
 
 
@@ -125,6 +128,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         # A memoised list can be copied by every few bytes of input: all copies together stay below the input's size.
         self.copies_left = len(data)
+        self.room = _FREE_ROOM + _ROOM_PER_BYTE * len(data)
 
     def run(self) -> Any:
         data, size = self.data, len(self.data)
@@ -135,6 +139,9 @@ class _Machine:
                 operation = _OPERATIONS.get(opcode)
                 if operation is None:
                     raise _Bad(f"byte {opcode:#04x} at {self.position - 1} is no opcode that is allowed here")
+                self.room -= _ROOM_OF.get(opcode, 40)
+                if self.room < 0:
+                    raise _Bad("it builds much more than its size")
                 operation(self)
         except _Stop:
             return self.pop()
@@ -436,6 +443,25 @@ _PLAIN: dict[Global, Builder] = {
             ("frozenset", lambda args: frozenset(_key(item) for item in _items(args))),
         )
     },
+}
+
+
+# What an opcode adds to memory, roughly, beside the bytes that it copies: an empty dict has 64, with its first item
+# 232; a memo entry or an item of a dict up to 100.
+_ROOM_OF: dict[int, int] = {
+    ord(code): size
+    for codes, size in (
+        ("NO()tK\x88\x89ghj01.", 12),
+        ("}d", 72),
+        ("]l", 64),
+        ("\x8f\x91", 232),
+        ("(", 80),
+        ("sue\x90", 230),
+        ("c\x93RobiPQ\x81\x92", 260),
+        ("qrp\x94", 120),
+        ("XTUVS\x8c\x8d\x8aL", 72),
+    )
+    for code in codes
 }
 
 

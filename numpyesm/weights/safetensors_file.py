@@ -6,6 +6,7 @@ file before it is believed, and the tensors are views of the mapped file, so not
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -35,8 +36,13 @@ OTHER_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("u1"),
 }
 _DTYPES = STORAGE_DTYPES | OTHER_DTYPES
-_MAX_HEADER = 16 << 20  # the largest ESM-2 needs 150 kB
+_MAX_HEADER = 16 << 20
+# A header takes 25 times its size when it is taken apart: a large one must go with a large file. ESM-2 15B has 150 kB.
+_FREE_HEADER = 256 << 10
+_HEADER_SHARE = 8
 _MAX_DIMENSIONS = 8
+# Of file systems and sandboxes that have no maps.
+_CANNOT_MAP = {errno.ENODEV, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}
 _ALIGNMENT = 64  # a cache line, and the widest SIMD load
 
 
@@ -84,13 +90,18 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise CheckpointError(f"{path} is not an intact safetensors file: {error}") from error
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Map a whole file read-only."""
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """Map a whole file read-only; read it where files cannot be mapped."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
                 raise CheckpointError(f"{path} is empty")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno not in _CANNOT_MAP:
+                    raise
+                return file.read()
     except FileNotFoundError as error:
         raise WeightsNotFound(f"{path} does not exist") from error
     except OSError as error:
@@ -135,14 +146,14 @@ class _Malformed(Exception):
     """What is wrong with a file, without its name."""
 
 
-def _read_header(mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _read_header(mapped: mmap.mmap | bytes) -> tuple[dict[str, Any], int]:
     size = len(mapped)
     if size < 8:
         raise _Malformed(f"it has {size} bytes")
     (length,) = struct.unpack("<Q", mapped[:8])
     if length > size - 8:
         raise _Malformed(f"its header should have {length} bytes but the file has {size} (truncated?)")
-    if length > _MAX_HEADER:
+    if length > max(_FREE_HEADER, min(_MAX_HEADER, size // _HEADER_SHARE)):
         raise _Malformed(f"its header of {length} bytes is implausibly long")
     try:
         header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -167,7 +178,7 @@ def _metadata(metadata: object) -> dict[str, str]:
     return metadata
 
 
-def _tensors(header: dict[str, Any], mapped: mmap.mmap, data_start: int) -> dict[str, StoredTensor]:
+def _tensors(header: dict[str, Any], mapped: mmap.mmap | bytes, data_start: int) -> dict[str, StoredTensor]:
     entries = sorted(
         (begin, end, name, dtype, shape)
         for name, (begin, end, dtype, shape) in ((name, _entry(name, entry)) for name, entry in header.items())
@@ -208,7 +219,7 @@ def _naturals(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _view(mapped: mmap.mmap, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _view(mapped: mmap.mmap | bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     count = math.prod(shape)
     if count == 0:
         return np.empty(tuple(min(extent, 1) for extent in shape), dtype)  # numpy refuses (0, 2**47, 2**47)

@@ -17,9 +17,10 @@ from .safetensors_file import map_file, shorten
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHLLLHH")
 _MAX_DEFLATE_RATIO = 1032  # of the format itself: more is a lie
-# Trained numbers deflate to 0.9 of their size. An archive may be emptier than that, but not without bound.
-_MAX_TOTAL_RATIO = 64
-_MAX_ENTRIES = 100_000
+# Trained numbers deflate to 0.9 of their size, the pickle beside them to a tenth of its own few kilobytes.
+_MAX_TOTAL_RATIO = 3
+_FREE_ROOM = 1 << 20
+_MAX_ENTRIES = 20_000  # ESM-2 650M has 600
 
 
 class ZipEntries:
@@ -38,7 +39,7 @@ class ZipEntries:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap = map_file(path)
+        self._map: mmap.mmap | bytes = map_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
@@ -52,7 +53,7 @@ class ZipEntries:
             raise CheckpointError(f"{path} is corrupted: a zip entry stands twice in it")
         self._read: dict[str, memoryview] = {}
         self._unread = len(self._map)
-        self._inflatable = _MAX_TOTAL_RATIO * len(self._map)
+        self._inflatable = _FREE_ROOM + _MAX_TOTAL_RATIO * len(self._map)
 
     @property
     def names(self) -> list[str]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...batch import Batch
+from ...batch import BLOCK_ROWS, Batch
 from ...threads import WorkerPool
-from ..base import Array, AttentionMaps, Forward
+from ..base import Array, AttentionMaps, Cut, Forward
 from .emitter import TILE_COLUMNS
 from .gemm import aligned
 from .kernels import NumbaKernels
@@ -31,14 +31,18 @@ class NumbaForward(Forward):
     which leave their sums one by one.
     """
 
-    def __init__(self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> None:
-        self._kernels, self._pool, self._with_maps, self._phase = kernels, pool, with_maps, 0
+    def __init__(self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> None:
+        self._kernels, self._pool, self._cut, self._phase = kernels, pool, cut, 0
         rows, config = batch.num_rows, kernels.config
+        self._most_rows = cut.block_rows or _BLOCK_ROWS
         self._length = max(last - first for first, last in batch.spans)
-        if with_maps:
-            blocks = [[(t.start, t.stop, t.first, t.last) for t in block.tiles] for block in batch.blocks(pool.threads)]
+        if cut.whole_tiles:
+            blocks = [
+                [(t.start, t.stop, t.first, t.last) for t in block.tiles]
+                for block in batch.blocks(cut.threads, cut.block_rows or BLOCK_ROWS)
+            ]
         else:
-            blocks = cut_blocks(batch.spans, pool.threads)
+            blocks = cut_blocks(batch.spans, cut.threads, self._most_rows)
         self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
@@ -80,7 +84,7 @@ class NumbaForward(Forward):
         """What the phases that follow work on."""
         self._pieces = list(itertools.chain.from_iterable(blocks))
         self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = min(self._pool.threads, len(blocks))
+        self._workers = min(self._cut.threads, len(blocks))
         counts = [0, *itertools.accumulate(map(len, blocks))]
         block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
         self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
@@ -96,7 +100,7 @@ class NumbaForward(Forward):
         rows: Array | None = None,
     ) -> None:
         if rows is not None:
-            self._use_blocks(cut_blocks(self._spans, self._pool.threads, np.sort(rows)))
+            self._use_blocks(cut_blocks(self._spans, self._cut.threads, self._most_rows, np.sort(rows)))
         if maps is None:
             self._table[Pass.MAPS] = 0
             self._run(stop + 1)
@@ -115,7 +119,7 @@ class NumbaForward(Forward):
         arguments = address(self._table), address(self._model)
 
         def work(_: int) -> None:
-            room = self._kernels.room(self._block_rows, self._length, self._with_maps)
+            room = self._kernels.room(self._block_rows, self._length, self._cut.whole_tiles)
             run_phases(*arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
@@ -162,13 +166,15 @@ def map_table(
     return rows, summaries, kept
 
 
-def cut_blocks(spans: Sequence[Span], threads: int, wanted: Array | None = None) -> list[list[Piece]]:
+def cut_blocks(
+    spans: Sequence[Span], threads: int, block_rows: int = _BLOCK_ROWS, wanted: Array | None = None
+) -> list[list[Piece]]:
     """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences.
 
     With `wanted`, sorted, they need hold those rows only.
     """
     rows = spans[-1][1]
-    count = threads * -(-rows // (threads * _BLOCK_ROWS))
+    count = threads * -(-rows // (threads * block_rows))
     # Attention takes a register tile of queries at a time; where each thread has one block, equal shares matter more.
     step = TILE_COLUMNS if count > threads else 8
     strips = [

@@ -13,7 +13,7 @@ from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
-from ..base import Array, Forward, Kernels
+from ..base import Array, Cut, Forward, Kernels
 from ..rotary import rotary_frequencies, rotary_pair_order
 from . import attention, bf16, cache, fp32, int8
 from .emitter import TILE_COLUMNS, TILE_ROWS
@@ -215,10 +215,10 @@ class NumbaKernels(Kernels):
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, with_maps: bool) -> Forward:
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
         from .forward import NumbaForward
 
-        return NumbaForward(self, pool, batch, layers, with_maps)
+        return NumbaForward(self, pool, batch, layers, cut)
 
     def lm_head(self, x: Array) -> Array:
         assert self._lm_head is not None

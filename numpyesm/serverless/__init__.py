@@ -1,0 +1,19 @@
+"""The service as an AWS Lambda function: set its handler to `numpyesm.serverless.handler`.
+
+Nothing of FastAPI or pydantic is loaded. Inside Lambda the model is loaded when this package is imported, in the
+function's init phase, which has a whole CPU for itself; elsewhere when the first event comes.
+"""
+
+import os
+
+from .function import Function
+
+# AWS has compared the whole package with its own checksum, and there is nowhere to note that we have, too.
+if os.environ.get("AWS_LAMBDA_FUNCTION_NAME"):
+    os.environ.setdefault("NUMPYESM_VERIFY", "never")
+_function = Function()
+if os.environ.get("AWS_LAMBDA_FUNCTION_NAME") and os.environ.get("NUMPYESM_LAZY", "") != "1":
+    _function.load()
+handler = _function.handle
+
+__all__ = ["handler"]

@@ -1,0 +1,139 @@
+"""The function under Amazon's own runtime client, against a runtime API on loopback."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_sequence
+from lambda_runtime import ROOT, RuntimeApi, start_client
+
+from numpyesm import ESM2, SyntheticWeightsWarning
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Lambda is Linux")
+
+
+@pytest.fixture(scope="session")
+def runtime_client(tmp_path_factory) -> str:
+    """The folder that holds `awslambdaric`: installed beside the tests, else fetched into a folder of its own."""
+    found = importlib.util.find_spec("awslambdaric")
+    if found is not None and found.origin:
+        return str(Path(found.origin).parents[1])
+    folder = tmp_path_factory.mktemp("awslambdaric")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "awslambdaric>=3"]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"awslambdaric can neither be imported nor installed: {done.stderr[-300:]}")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def function(runtime_client):
+    with RuntimeApi() as api:
+        process = start_client(api, f"{ROOT}:{runtime_client}", NUMPYESM_MODEL="esm2-8m=synthetic:esm2-8m")
+        try:
+            assert api.asked.wait(60), process.communicate(timeout=5)[0]
+            yield api
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    with pytest.warns(SyntheticWeightsWarning):
+        return ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy", threads=2)
+
+
+def event(action: str, document: object, **headers: str) -> dict[str, object]:
+    """What a function URL sends."""
+    body = document if isinstance(document, str) else json.dumps(document)
+    return {
+        "version": "2.0",
+        "rawPath": f"/api/v3/esm2-8m/{action}/",
+        "headers": {"content-type": "application/json", **headers},
+        "requestContext": {"stage": "$default", "http": {"method": "POST", "path": f"/api/v3/esm2-8m/{action}/"}},
+        "body": body,
+        "isBase64Encoded": False,
+    }
+
+
+def test_cold_and_warm(function, model) -> None:
+    sequences = [random_sequence(n) for n in (12, 100)]
+    expected = [r.embeddings[6] for r in model.encode(sequences)]
+    for _ in range(3):
+        answer = function.invoke(event("encode", {"items": [{"sequence": s} for s in sequences]}))
+        assert answer["statusCode"] == 200
+        results = json.loads(answer["body"])["results"]
+        assert [r["sequence_index"] for r in results] == [0, 1]
+        for result, mean in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(np.float32(result["embeddings"][0]["embedding"]), mean)
+
+
+def test_bad_input_is_named_and_the_function_lives_on(function) -> None:
+    answer = function.invoke(event("encode", {"items": [{"sequence": "MKT"}, {"sequence": "MK1"}]}))
+    assert answer["statusCode"] == 422
+    assert list(json.loads(answer["body"])["error"]) == ["items__1__sequence"]
+    assert function.invoke(event("encode", "{"))["statusCode"] == 422
+    for odd in (None, [], "text", {}, {"Records": []}, 7):
+        assert function.invoke(odd)["statusCode"] == 400
+    assert function.invoke(event("log_prob", {"items": [{"sequence": "MKT"}]}))["statusCode"] == 200
+
+
+def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, model) -> None:
+    document = {"params": {"include": ["per_token"]}, "items": [{"sequence": random_sequence(1700)}]}
+    answer = function.invoke(event("encode", document))
+    assert answer["statusCode"] == 413
+    error = json.loads(answer["body"])
+    assert error["code"] == "user.answer_too_large"
+    assert "gzip" in error["detail"]
+    answer = function.invoke(event("encode", document, **{"accept-encoding": "gzip"}))
+    assert answer["statusCode"] == 200, answer["body"][:500]
+    result = json.loads(gzip.decompress(base64.b64decode(answer["body"])))["results"][0]
+    found = np.float32(result["per_token_embeddings"][0]["embeddings"])
+    expected = model.encode([random_sequence(1700)], include=["per_token"])[0].per_token_embeddings[6]
+    np.testing.assert_array_equal(found, expected)
+    document["items"] *= 8  # beyond every form: refused before it is computed
+    started = time.monotonic()
+    answer = function.invoke(event("encode", document, accept="application/x-npz"))
+    assert answer["statusCode"] == 413
+    assert "numbers" in json.loads(answer["body"])["detail"]
+    assert time.monotonic() - started < 30
+
+
+def test_a_time_out_that_is_near_is_answered(function) -> None:
+    """Eight of the longest take seconds; with less than that left the answer says so, and comes in time."""
+    document = {"params": {"include": ["contacts", "attentions"]}, "items": [{"sequence": random_sequence(250)}] * 8}
+    started = time.monotonic()
+    answer = function.invoke(event("encode", document, **{"accept-encoding": "gzip"}), seconds=0.4)
+    assert answer["statusCode"] == 503
+    error = json.loads(answer["body"])
+    assert error["code"] == "server.deadline"
+    assert "fewer or shorter" in error["detail"]
+    assert time.monotonic() - started < 20
+    assert function.invoke(event("encode", {"items": [{"sequence": "MKT"}]}))["statusCode"] == 200
+
+
+def test_a_function_without_weights_says_so_when_it_starts(runtime_client, tmp_path) -> None:
+    with RuntimeApi() as api:
+        process = start_client(
+            api,
+            f"{ROOT}:{runtime_client}",
+            LAMBDA_TASK_ROOT=str(tmp_path),
+            NUMPYESM_CACHE=str(tmp_path),
+            NUMPYESM_WEIGHTS=str(tmp_path / "none"),
+        )
+        _, kind, content = api.answers.get(timeout=60)
+        process.kill()
+        process.communicate()
+    assert kind == "error"
+    assert "WeightsNotFound" in content.decode()
+    assert "none" in content.decode()

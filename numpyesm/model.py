@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,10 @@ from .options import BY_LAYER, check_includes, check_layers, check_positions
 from .results import EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
 from .weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from .errors import InvalidSequence
+    from .fasta import Record
 
 Array = npt.NDArray[Any]
 
@@ -209,11 +213,55 @@ class ESM2:
             self._require_lm_head("logits")
         if "contacts" in wanted and not self._checkpoint.has_contact_head:
             raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
-        tokens = tokenize(sequences)
-        results: list[EncodeResult] = []
-        for chunk in _passes(tokens):
-            results += self._encode_pass(chunk, layers, wanted, first_index=len(results))
-        return results
+        return self._encode_tokens(tokenize(sequences), layers, wanted)
+
+    def embed_iter(
+        self,
+        records: Iterable[str | tuple[str, str] | Record],
+        repr_layers: Iterable[int] = (-1,),
+        include: Iterable[str] = ("mean",),
+        *,
+        long: str = "error",
+        overlap: int = 512,
+        tokens_per_batch: int | None = None,
+        rejected: Callable[[Record, InvalidSequence], None] | None = None,
+    ) -> Iterator[tuple[Record, EncodeResult]]:
+        """As `encode`, for any number of records: results come one by one, in order, with bounded memory.
+
+        Parameters
+        ----------
+        records : iterable of Record, (id, sequence) or str
+            May be a generator, and endless; `numpyesm.fasta.read_fasta(path)` gives the records of a file.
+        repr_layers, include
+            As for `encode`.
+        long : {"error", "truncate", "windows"}
+            Of more than 2048 residues: refuse, take the first 2048, or average overlapping windows.
+        overlap : int
+            Least number of residues that neighbouring windows share.
+        tokens_per_batch : int, optional
+            Chosen from threads and free memory by default.
+        rejected : callable, optional
+            Called with a record that cannot be embedded and the reason; the record is left out. Without it the
+            reason is raised.
+
+        Yields
+        ------
+        record : Record
+        result : EncodeResult
+            `sequence_index` is the record's place in the input.
+        """
+        from .bulk.stream import embed_iter
+
+        return embed_iter(
+            self,
+            records,
+            repr_layers,
+            include,
+            long=long,
+            overlap=overlap,
+            tokens_per_batch=tokens_per_batch,
+            rejected=rejected,
+        )
 
     def predict(self, sequences: Iterable[str], positions: str = "all") -> list[PredictResult]:
         """Logits of sequences with masks.
@@ -279,6 +327,15 @@ class ESM2:
         if not self._checkpoint.has_lm_head:
             raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
 
+    def _encode_tokens(
+        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], rows_per_pass: int = _ROWS_PER_PASS
+    ) -> list[EncodeResult]:
+        """Outputs of checked sequences for checked options, pass by pass."""
+        results: list[EncodeResult] = []
+        for chunk in _passes(tokens, rows_per_pass):
+            results += self._encode_pass(chunk, layers, wanted, first_index=len(results))
+        return results
+
     def _encode_pass(
         self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int
     ) -> list[EncodeResult]:
@@ -332,11 +389,11 @@ class ESM2:
         return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
 
 
-def _passes(tokens: Sequence[Array]) -> Iterator[Sequence[Array]]:
-    """Cut a batch into passes of at most `_ROWS_PER_PASS` rows (or one sequence), in order."""
+def _passes(tokens: Sequence[Array], rows_per_pass: int = _ROWS_PER_PASS) -> Iterator[Sequence[Array]]:
+    """Cut a batch into passes of at most `rows_per_pass` rows (or one sequence), in order."""
     start = rows = 0
     for i, ids in enumerate(tokens):
-        if i > start and rows + len(ids) > _ROWS_PER_PASS:
+        if i > start and rows + len(ids) > rows_per_pass:
             yield tokens[start:i]
             start, rows = i, 0
         rows += len(ids)

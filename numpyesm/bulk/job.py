@@ -32,8 +32,9 @@ from .writers.base import Writer
 
 ENGINES = ("local", "ray")
 _REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")
-# At most this much work is lost to a `kill -9`; each commit waits for the disk.
-_COMMIT_SECONDS = 3.0
+# So much work is lost to a `kill -9` at most, or fifty times what a commit takes where the disk is slow.
+_COMMIT_SECONDS = 0.5
+_COMMIT_SHARE = 0.02
 _COMMIT_BYTES = 64 << 20
 
 
@@ -360,13 +361,14 @@ class _Job:
         before = done
         while done.sequences < totals.sequences:
             engine: Engine = make_engine()
-            last = time.monotonic()
+            due = time.monotonic() + _COMMIT_SECONDS
             try:
                 for number, data in engine.run(journal):
                     self.progress.advance(journal.add_result(number, data))
-                    if time.monotonic() - last > _COMMIT_SECONDS or journal.waiting_bytes > _COMMIT_BYTES:
+                    now = time.monotonic()
+                    if now > due or journal.waiting_bytes > _COMMIT_BYTES:
                         journal.commit()
-                        last = time.monotonic()
+                        due = time.monotonic() + max(_COMMIT_SECONDS, (time.monotonic() - now) / _COMMIT_SHARE)
                 journal.commit()
             except BaseException:
                 with suppress(OSError, sqlite3.Error):  # what is done is done

@@ -225,7 +225,6 @@ def _source(path: str, done: npt.NDArray[np.uint8], budget: int) -> Any:
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Ray would otherwise hand a worker that asks for no GPU an empty CUDA_VISIBLE_DEVICES, and say so at length.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

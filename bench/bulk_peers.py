@@ -1,4 +1,4 @@
-"""What bulk embedding is compared with, one a process: `python -m bench.bulk_peers NAME FASTA WEIGHTS THREADS [OUTPUT]`.
+"""What bulk embedding is compared with, a process each: `python -m bench.bulk_peers NAME FASTA WEIGHTS THREADS [OUT]`.
 
 Prints one JSON line: `inner_seconds`, from the opened weights to the last file written.
 """

@@ -165,6 +165,10 @@ def embed_fasta(
         raise InvalidOption("address and workers belong to engine='ray'")
     if tokens_per_batch is not None:
         check_budget(tokens_per_batch)
+    if engine == "ray":  # before anything is read
+        from .ray_engine import RayEngine, check_ray
+
+        check_ray(address, workers)
     writer = make_writer(form)
     if not isinstance(model, ESM2):
         model = ESM2.from_pretrained(model, threads=threads)
@@ -185,8 +189,6 @@ def embed_fasta(
     def make_engine() -> Engine:
         if engine == "local":
             return LocalEngine(model, settings, job.layout, tokens_per_batch)
-        from .ray_engine import RayEngine
-
         return RayEngine(
             model, settings, job.layout, tokens_per_batch, address=address, workers=workers, threads=threads
         )

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import BulkError, InvalidOption, MissingExtra
 from ..model import ESM2, SyntheticWeightsWarning
-from ..threads import check_threads, default_threads
+from ..threads import default_threads
 from .compute import default_budget, encode_pending
 from .journal import Journal, Pending
 from .layout import Layout
@@ -57,14 +57,7 @@ class RayEngine:
         workers: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if address is not None and address.startswith("ray://"):
-            raise InvalidOption(
-                f"address={address!r}: Ray Data does not run through a Ray client. Run this command on a "
-                "machine of the cluster with --address auto, or by `ray job submit`"
-            )
-        if workers is not None:
-            workers = check_threads(workers)
-        self._ray = _import_ray()
+        self._ray = check_ray(address, workers)
         self._settings, self._layout = settings, layout
         self._started = not self._ray.is_initialized()
         if self._started:
@@ -220,6 +213,18 @@ def _source(path: str, done: npt.NDArray[np.uint8], budget: int) -> Any:
             return [ReadTask(lambda: _read_batches(path, done, budget), metadata)]
 
     return Batches()  # type: ignore[no-untyped-call]
+
+
+def check_ray(address: str | None, workers: int | None) -> Any:
+    """The ray module, if it is there and what is asked for can be."""
+    if address is not None and address.startswith("ray://"):
+        raise InvalidOption(
+            f"address={address!r}: Ray Data does not run through a Ray client. Run this command on a "
+            "machine of the cluster with --address auto, or by `ray job submit`"
+        )
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise InvalidOption(f"workers={workers!r}: expected a whole number from 1")
+    return _import_ray()
 
 
 def _import_ray() -> Any:

@@ -17,7 +17,7 @@ from .base import METADATA_KEY, Writer, missing_bulk
 
 # A row group: small enough that writing adds little to the memory of the model, large enough to scan quickly.
 _GROUP_BYTES = 8 << 20
-_GROUP_ROWS = 8192
+_GROUP_ROWS = 2048
 
 
 class ParquetWriter(Writer):

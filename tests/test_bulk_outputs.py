@@ -164,7 +164,8 @@ def test_folder_with_a_file_a_record(model: ESM2, tmp_path: Path) -> None:
 def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     source = tmp_path / "odd.fasta"
     source.write_bytes(
-        b"\xef\xbb\xbf;comment\r\n>first one\r\nmkta\r\n\r\nyi*\r\n>\r\nMK-X\r\n>dup\r\nMKTAYI\r\n>dup again\r\nMKT AYI\n>empty\n"
+        b"\xef\xbb\xbf;comment\r\n>first one\r\nmkta\r\n\r\nyi*\r\n>\r\nMK-X\r\n>dup\r\nMKTAYI\r\n"
+        b">dup again\r\nMKT AYI\n>empty\n"
         b">star\n*\n>inner\nMK*T\n>digit\nMK7\n>j\nMKTJ\n>mask\nMK<mask>\n"
         b">Esp\xe8ce in Latin-1\nMKU\n>\xc3\xa9 in UTF-8\tand a tab\nMKO\n>dot\nMK.T\n>long\n"
         + LONG.encode()

@@ -42,7 +42,7 @@ def test_packing_fills_batches_and_reads_no_further_than_it_must() -> None:
     rng = np.random.default_rng(0)
     lengths = [int(n) for n in rng.lognormal(5.7, 0.7, 5000).clip(30, 2000)]
     batches = [sum(n + 2 for n in batch) for batch in pack(lengths, lambda n: n, 4096)]
-    assert np.mean(batches) > 0.9 * 4096
+    assert np.mean(batches) > 0.85 * 4096
     taken = 0
 
     def counted() -> object:

@@ -1,0 +1,113 @@
+"""The Ray engine on a cluster of this machine: the local engine's output, also if a worker is killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bulk_runs import command, embed, environment, events, small_weights, write_fasta
+
+pytest.importorskip("ray")
+pytest.importorskip("pyarrow")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(400)]
+
+
+def actors(ancestor: int) -> list[int]:
+    """Processes of the pool below a process."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_text()
+    found = []
+    for process, name in names.items():
+        up: int | None = process
+        while up is not None and up != ancestor:
+            up = parents.get(up)
+        if up == ancestor and "MapWorker" in name:
+            found.append(process)
+    return found
+
+
+def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+    source = write_fasta(tmp_path / "in.fasta", 120, longest=500, duplicates=20)
+    source.write_text(source.read_text() + ">bad\nMKJ\n")
+    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
+    # More CPUs than the machine may have: two actors whatever it is.
+    process = subprocess.Popen(
+        command(source, "-o", tmp_path / "ray.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"),
+        env=environment(NUMPYESM_THREADS="2"),
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    lines, killed = [], 0
+    for line in process.stderr:
+        lines.append(line)
+        event = json.loads(line) if line.startswith(b"{") else {"event": ""}
+        if event["event"] == "progress" and event["records"] > 0 and not killed:
+            pool = actors(process.pid)
+            assert len(pool) == 2
+            killed = pool[0]
+            os.kill(killed, signal.SIGKILL)
+    assert process.wait(timeout=60) == 1  # one record was rejected
+    found = [json.loads(line) for line in lines if line.startswith(b"{")]
+    assert killed
+    assert found[-1]["event"] == "done"
+    assert found[-1]["computed"] == found[-1]["sequences"] == 120
+
+    local = embed(source, "-o", tmp_path / "local.parquet", *common)
+    assert local.returncode == 1
+    assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("in.fasta", "ray.parquet", "ray.rejected.tsv", "local.parquet", "local.rejected.tsv")
+    }
+
+
+def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
+    """Both engines go on from the same journal; Ctrl-C leaves no process of the cluster behind."""
+    source = write_fasta(tmp_path / "in.fasta", 150, longest=500, seed=3)
+    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
+    out = tmp_path / "out.parquet"
+    process = subprocess.Popen(
+        command(source, "-o", out, *common, "--engine", "ray"), env=environment(NUMPYESM_THREADS="1"),
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(b"{") and json.loads(line).get("records", 0) > 20:
+            break
+    below = actors(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    done = embed(source, "-o", out, *common)
+    assert done.returncode == 0, done.stderr.decode()
+    assert 0 < events(done.stderr)[-1]["computed"] < 150
+    fresh = embed(source, "-o", tmp_path / "fresh.parquet", *common)
+    assert fresh.returncode == 0
+    assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+
+
+def test_no_such_cluster(tmp_path: Path) -> None:
+    source = write_fasta(tmp_path / "in.fasta", 2)
+    weights = small_weights(tmp_path)
+    done = embed(
+        *(source, "-o", tmp_path / "o.parquet", "--weights", weights, "--engine", "ray", "--address", "127.0.0.1:1"),
+        RAY_gcs_rpc_server_reconnect_timeout_s="1", RAY_GCS_CONNECT_TIMEOUT_S="1",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert b"no Ray cluster at 127.0.0.1:1" in done.stderr
+    assert b"Traceback" not in done.stderr

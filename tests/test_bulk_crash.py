@@ -153,7 +153,7 @@ def slow_arguments(place: Path, folder: Path, name: str = "out.parquet") -> list
     """Some seconds of work on a small machine."""
     fasta = folder / "slow.fasta"
     if not fasta.exists():
-        write_fasta(fasta, 200, seed=7, longest=500)
+        write_fasta(fasta, 120, seed=7, longest=500)
     return [
         *(fasta, "-o", folder / name, "--weights", "synthetic:esm2-8m", "--backend", "numpy"),
         *("--tokens-per-batch", 400, "--json-progress"),
@@ -166,7 +166,7 @@ def begun(place: Path, folder: Path) -> subprocess.Popen[bytes]:
     assert process.stderr is not None
     for line in process.stderr:
         event = json.loads(line)
-        if event["event"] == "progress" and event["records"] > 20:
+        if event["event"] == "progress" and event["records"] > 8:
             return process
     raise AssertionError("the run ended early")
 
@@ -208,7 +208,7 @@ def test_resuming_computes_only_the_rest(place: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     found = [json.loads(line) for line in done.stderr.splitlines()]
     assert found[-1]["event"] == "done"
-    assert 0 < found[-1]["computed"] < found[-1]["sequences"] == 200
+    assert 0 < found[-1]["computed"] < found[-1]["sequences"] == 120
     assert any(e["event"] == "note" and "going on" in e["message"] for e in found)
     fresh = embed(*slow_arguments(place, tmp_path, "fresh.parquet"))
     assert fresh.returncode == 0

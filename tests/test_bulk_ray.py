@@ -38,7 +38,7 @@ def actors(ancestor: int) -> list[int]:
 
 
 def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
-    source = write_fasta(tmp_path / "in.fasta", 120, longest=500, duplicates=20)
+    source = write_fasta(tmp_path / "in.fasta", 90, longest=500, duplicates=20)
     source.write_text(source.read_text() + ">bad\nMKJ\n")
     common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
     # More CPUs than the machine may have: two actors whatever it is.
@@ -61,7 +61,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     found = [json.loads(line) for line in lines if line.startswith(b"{")]
     assert killed
     assert found[-1]["event"] == "done"
-    assert found[-1]["computed"] == found[-1]["sequences"] == 120
+    assert found[-1]["computed"] == found[-1]["sequences"] == 90
 
     local = embed(source, "-o", tmp_path / "local.parquet", *common)
     assert local.returncode == 1
@@ -73,7 +73,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
 
 def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     """Both engines go on from the same journal; Ctrl-C leaves no process of the cluster behind."""
-    source = write_fasta(tmp_path / "in.fasta", 150, longest=500, seed=3)
+    source = write_fasta(tmp_path / "in.fasta", 90, longest=500, seed=3)
     common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
     out = tmp_path / "out.parquet"
     process = subprocess.Popen(
@@ -82,7 +82,7 @@ def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith(b"{") and json.loads(line).get("records", 0) > 20:
+        if line.startswith(b"{") and json.loads(line).get("records", 0) > 8:
             break
     below = actors(process.pid)
     process.send_signal(signal.SIGINT)
@@ -95,7 +95,7 @@ def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
     done = embed(source, "-o", out, *common)
     assert done.returncode == 0, done.stderr.decode()
-    assert 0 < events(done.stderr)[-1]["computed"] < 150
+    assert 0 < events(done.stderr)[-1]["computed"] < 90
     fresh = embed(source, "-o", tmp_path / "fresh.parquet", *common)
     assert fresh.returncode == 0
     assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
@@ -105,9 +105,8 @@ def test_no_such_cluster(tmp_path: Path) -> None:
     source = write_fasta(tmp_path / "in.fasta", 2)
     weights = small_weights(tmp_path)
     done = embed(
-        *(source, "-o", tmp_path / "o.parquet", "--weights", weights, "--engine", "ray", "--address", "127.0.0.1:1"),
-        RAY_gcs_rpc_server_reconnect_timeout_s="1", RAY_GCS_CONNECT_TIMEOUT_S="1",
-    )  # fmt: skip
+        *(source, "-o", tmp_path / "o.parquet", "--weights", weights, "--engine", "ray", "--address", "127.0.0.1:1")
+    )
     assert done.returncode == 1
     assert b"no Ray cluster at 127.0.0.1:1" in done.stderr
     assert b"Traceback" not in done.stderr

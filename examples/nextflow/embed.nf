@@ -11,6 +11,7 @@ process EMBED {
     tag "shard ${shard}/${params.shards}"
     cpus 4
     memory '4 GB'
+    // A retry begins its shard anew, because Nextflow gives it a new folder: take shards of an hour or so.
     // 1 also means that records were rejected, which is no reason to repeat the work: the output tells them apart.
     errorStrategy 'retry'
     maxRetries 2

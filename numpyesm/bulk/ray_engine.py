@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import warnings
 from collections.abc import Iterator
 from inspect import signature
@@ -222,6 +224,12 @@ def check_ray(address: str | None, workers: int | None) -> Any:
             f"address={address!r}: Ray Data does not run through a Ray client. Run this command on a "
             "machine of the cluster with --address auto, or by `ray job submit`"
         )
+    if address is not None and (match := re.fullmatch(r"(.+):(\d{1,5})", address)):
+        # Ray ends the whole process if nobody answers there.
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise BulkError(f"no Ray cluster at {address}: {error.strerror or error}") from error
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise InvalidOption(f"workers={workers!r}: expected a whole number from 1")
     return _import_ray()

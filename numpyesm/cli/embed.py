@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
+from contextlib import suppress
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
-from ..errors import InvalidOption, NumpyesmError
+from ..errors import InvalidOption, MissingExtra, NumpyesmError
 from ..model import ESM2
 
 
@@ -20,23 +22,56 @@ class _QuietProgress(Progress):
 
 def run(arguments: argparse.Namespace) -> int:
     """0 if every record is in the output, 1 if some were rejected or the run failed."""
-    if not arguments.json_progress:
-        progress: Progress = BarProgress() if sys.stderr.isatty() and not arguments.quiet else _QuietProgress()
-        try:
-            summary = _embed(arguments, progress)
-        finally:
-            progress.stop()
-        return _report(arguments, summary)
-    lines = JsonProgress()
-    # Every line is JSON then, warnings and errors too.
-    warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
+    if arguments.json_progress:
+        return _run_in_json(arguments)
+    progress: Progress = _QuietProgress()
+    if sys.stderr.isatty() and not arguments.quiet:
+        with suppress(MissingExtra):  # a bar is a convenience
+            progress = BarProgress()
     try:
-        summary = _embed(arguments, lines)
+        summary = _embed(arguments, progress)
+    finally:
+        progress.stop()
+    return _report(arguments, summary)
+
+
+def _run_in_json(arguments: argparse.Namespace) -> int:
+    """Every line on stderr is JSON: warnings, errors, and what anything else has to say."""
+    lines = JsonProgress()
+    warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
+    stderr, sys.stderr = sys.stderr, _Notes(lines)
+    try:
+        return _summarise(lines, _embed(arguments, lines))
     except (NumpyesmError, OSError, MemoryError) as error:
         if arguments.debug:
             raise
         lines.emit("error", message=str(error) or type(error).__name__)
         return 2 if isinstance(error, InvalidOption) else 1
+    except KeyboardInterrupt:
+        lines.emit("error", message="interrupted")
+        return 130
+    finally:
+        sys.stderr = stderr
+
+
+class _Notes(io.TextIOBase):
+    """Stands for stderr: each line written to it becomes a note."""
+
+    def __init__(self, lines: JsonProgress) -> None:
+        self._lines = lines
+        self._begun = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split("\n")
+        for line in filter(str.strip, whole):
+            self._lines.note(line)
+        return len(text)
+
+
+def _summarise(lines: JsonProgress, summary: Summary) -> int:
     lines.emit(
         "done",
         output=str(summary.output),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,11 @@ from pathlib import Path
 import pytest
 from bulk_runs import LAST, command, embed, environment, events, rows, same, small_weights, write_fasta
 
+from numpyesm.cli.parser import build_parser
+
 pytest.importorskip("pyarrow")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +131,35 @@ def test_options_reach_the_output(weights: Path, tmp_path: Path) -> None:
     embed(source, "-o", tmp_path / "again", "--weights", weights, "--layers", "0", "-1", "--dtype", "fp16",
           "--include", "contacts", "per_token", "--tokens-per-batch", "5000")  # fmt: skip
     assert same(tmp_path / "all", tmp_path / "again")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_slurm_example(weights: Path, tmp_path: Path) -> None:
+    """Each task of the array as Slurm would start it; together they are the whole."""
+    polars = pytest.importorskip("polars")
+    source = write_fasta(tmp_path / "in.fasta", 40, duplicates=10)
+    program = tmp_path / "bin" / "numpyesm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m numpyesm "$@" --backend numpy\n')
+    program.chmod(0o755)
+    for task in (1, 2, 3):
+        variables = environment(
+            SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_TASK_COUNT="3", SLURM_CPUS_PER_TASK="1", WEIGHTS=str(weights),
+            PATH=f"{program.parent}:{os.environ['PATH']}",
+        )  # fmt: skip
+        script = ["bash", str(EXAMPLES / "slurm" / "embed_array.sh"), str(source), str(tmp_path / "parts")]
+        done = subprocess.run(script, env=variables, capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr.decode()
+    embed(source, "-o", tmp_path / "whole.parquet", "--weights", weights, "--backend", "numpy")
+    parts = polars.read_parquet(tmp_path / "parts" / "part-*.parquet").sort("record")
+    assert parts.equals(polars.read_parquet(tmp_path / "whole.parquet"))
+
+
+def test_the_nextflow_example_uses_options_that_exist() -> None:
+    text = (EXAMPLES / "nextflow" / "embed.nf").read_text()
+    found = re.search(r"numpyesm (embed .*?--json-progress)", text, re.DOTALL)
+    assert found is not None
+    line = re.sub(r"\$\{[^}]*\}", "3", found[1].replace("\\\\\n", " "))
+    arguments = build_parser().parse_args(shlex.split(line))
+    assert arguments.shard == "3/3"
+    assert arguments.output == "part-3.parquet"

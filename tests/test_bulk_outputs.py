@@ -302,7 +302,15 @@ def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path, mo
     (folder / "precious").write_text("x")
     with pytest.raises(BulkError, match="not of numpyesm"):
         embed_fasta(source, folder, model)
+    with pytest.raises(BulkError, match="Remove it yourself"):
+        embed_fasta(source, folder, model, overwrite=True)
     assert (folder / "precious").exists()
+    embed_fasta(source, tmp_path / "mine", model)
+    embed_fasta(source, tmp_path / "mine", model, dtype="fp16", overwrite=True)
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(BulkError, match=r"other files \(notes.txt\)"):
+        embed_fasta(source, tmp_path / "mine", model, overwrite=True)
+    assert len(rows(tmp_path / "mine")) == 1
 
 
 @pytest.mark.parametrize(

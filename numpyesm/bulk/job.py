@@ -29,6 +29,7 @@ from .shard import Shard
 from .tables import tsv_line
 from .writers import DEFAULT_INCLUDE, make_writer, output_format
 from .writers.base import Writer
+from .writers.folder import is_ours
 
 ENGINES = ("local", "ray")
 _REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")
@@ -182,6 +183,10 @@ def embed_fasta(
         shard=shard,
     )
     target = Path(output)
+    if target.name in ("", ".."):  # "." and the like: a folder all the same, by its name
+        target = Path(os.path.abspath(target))
+        if not target.name:
+            raise InvalidOption(f"output {os.fspath(output)!r}: expected a file or a folder of its own")
     if target.is_symlink():  # the file behind the link is what is replaced
         target = target.resolve()
     job = _Job(paths, target, form, writer, model, settings, strict, progress or Progress())
@@ -239,6 +244,8 @@ class _Job:
             if restart:
                 self._forget()
             about_there = self._finished()
+            if about_there is not None and overwrite and self.output.is_dir():
+                self._check_replaceable(about_there)
             if about_there is not None and not overwrite:
                 summary = self._already_complete(about_there, started)
                 lock.remove_folder()
@@ -258,6 +265,13 @@ class _Job:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
         return self.writer.read_about(self.output) or {}
+
+    def _check_replaceable(self, about: dict[str, Any]) -> None:
+        """A folder goes with all that is in it: only if we made all of it."""
+        others = [entry.name for entry in self.output.iterdir() if not is_ours(entry)]
+        if others or not about:
+            what = f"holds other files ({others[0]})" if others else "is not of numpyesm embed"
+            raise BulkError(f"{self.output} {what}: it is not replaced, also with --overwrite. Remove it yourself")
 
     def _already_complete(self, about: dict[str, Any], started: float) -> Summary:
         """The finished run, if it is this one; BulkError if not."""

@@ -30,6 +30,8 @@ from .packing import pack
 from .settings import Settings
 
 _MOST_THREADS_A_WORKER = 4
+# Of one batch whose worker died. Without an end, a batch that is too much for the memory would be tried for ever.
+_RETRIES = 5
 
 
 class RayEngine:
@@ -125,7 +127,7 @@ class RayEngine:
                     compute=ray.data.ActorPoolStrategy(size=self.workers),
                     num_cpus=self.threads,
                     max_restarts=-1,
-                    max_task_retries=-1,
+                    max_task_retries=_RETRIES,
                 )
             for table in computed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for numbers, blobs in zip(table["numbers"], table["blobs"], strict=True):

@@ -121,8 +121,9 @@ def _report(arguments: argparse.Namespace, summary: Summary) -> int:
         rate = f", {summary.residues / summary.seconds:,.0f} residues/s" if summary.residues else ""
         print(f"{summary.output}: {summary.records} records in {summary.seconds:.1f} s{rate}", file=sys.stderr)
     if summary.rejected:
+        records = "record" if summary.rejected == 1 else "records"
         print(
-            f"numpyesm: {summary.output} is complete but for {summary.rejected} records that could not be embedded; "
+            f"numpyesm: {summary.output} is complete but for {summary.rejected} {records} that could not be embedded; "
             f"{summary.rejected_file} says why",
             file=sys.stderr,
         )

@@ -65,6 +65,11 @@ class FolderWriter(Writer):
             return None
 
 
+def is_ours(entry: Path) -> bool:
+    """Whether something in an output folder is what this writer makes."""
+    return entry.is_file() and (entry.suffix == ".npz" or entry.name in (ABOUT, INDEX))
+
+
 def file_name(id: str) -> str:
     """An id as a file name that every system takes, without ending."""
     name = re.sub(r"[^A-Za-z0-9._=+@,-]+", "_", id).strip("._")[:_LONGEST_NAME] or "record"

@@ -33,7 +33,7 @@ from .writers.folder import is_ours
 
 ENGINES = ("local", "ray")
 _REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")
-# So much work is lost to a `kill -9` at most, or fifty times what a commit takes where the disk is slow.
+# The batch in hand and so much more is lost to a `kill -9`, or fifty times what a commit takes where the disk is slow.
 _COMMIT_SECONDS = 0.5
 _COMMIT_SHARE = 0.02
 _COMMIT_BYTES = 64 << 20
@@ -411,7 +411,10 @@ class _Job:
             raise
         self._write_rejected(journal, num_rejected)
         if self.output.is_dir() and any(self.output.iterdir()):
-            os.replace(self.output, self.folder / "replaced")  # a folder that is not empty cannot be replaced at once
+            # A folder that is not empty cannot be replaced at once.
+            replaced = self.folder / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(self.output, replaced)
         os.replace(temporary, self.output)
         sync_folder(self.output.parent)
         return Summary(

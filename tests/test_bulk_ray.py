@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bulk_runs import command, embed, environment, events, small_weights, write_fasta
@@ -44,7 +45,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     # More CPUs than the machine may have: two actors whatever it is.
     process = subprocess.Popen(
         command(source, "-o", tmp_path / "ray.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"),
-        env=environment(NUMPYESM_THREADS="2"),
+        env=environment(NUMPYESM_THREADS="1"),
         stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
@@ -110,3 +111,34 @@ def test_no_such_cluster(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"no Ray cluster at 127.0.0.1:1" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "threads", "pool"),
+    [
+        ([2], None, None, (1, 2)),
+        ([2], 2, None, (2, 1)),
+        ([2], 1, None, (1, 2)),
+        ([0, 64, 64], None, None, (32, 4)),
+        ([0, 64, 64], 4, None, (4, 32)),
+        ([8, 3], None, None, (3, 3)),
+        ([8, 8], None, 8, (2, 8)),
+        ([8, 8], 3, 8, None),
+        ([8, 8], None, 16, None),
+        ([4, 4, 4], 1, None, (1, 4)),
+    ],
+)
+def test_a_pool_that_fits_the_nodes(
+    nodes: list[int], workers: int | None, threads: int | None, pool: tuple[int, int] | None
+) -> None:
+    """What does not fit is refused: Ray would wait for it for ever."""
+    from numpyesm import InvalidOption
+    from numpyesm.bulk.ray_engine import RayEngine
+
+    engine = RayEngine.__new__(RayEngine)
+    engine._ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
+    if pool is None:
+        with pytest.raises(InvalidOption, match="room for"):
+            engine._pool(workers, threads)
+    else:
+        assert engine._pool(workers, threads) == pool

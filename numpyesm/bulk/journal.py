@@ -243,9 +243,10 @@ class Journal:
 
     def rows(self) -> Iterator[Row]:
         """Records with their numbers, in input order."""
+        # CROSS: SQLite is to keep this order of the tables, so that nothing has to be sorted.
         query = """
             SELECT position, id, description, records.length, digest, offset, size, crc
-            FROM records JOIN sequences USING (number) JOIN results USING (number) ORDER BY position
+            FROM records CROSS JOIN sequences USING (number) CROSS JOIN results USING (number) ORDER BY position
         """
         with open(self.folder / "results.bin", "rb") as results:
             for position, id, description, length, digest, offset, size, crc in self._db.execute(query):

@@ -65,35 +65,43 @@ class RayEngine:
         self._settings, self._layout = settings, layout
         self._started = not self._ray.is_initialized()
         if self._started:
-            self._connect(address)
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
-        if not sum(cpus):
-            raise BulkError("the Ray cluster has no CPUs")
-        if threads is None:
-            most = min(_MOST_THREADS_A_WORKER, *cpus) if len(cpus) > 1 else min(_MOST_THREADS_A_WORKER, cpus[0])
-            threads = max(1, sum(cpus) // workers) if workers else max(1, most)
-        self.threads = threads
-        self.workers = workers or max(1, sum(count // threads for count in cpus))
-        if self.workers * threads > sum(cpus):
-            raise InvalidOption(
-                f"{self.workers} workers of {threads} threads need {self.workers * threads} CPUs, "
-                f"the cluster has {sum(cpus)}"
-            )
-        self._budget = tokens_per_batch or min(default_budget(model, settings), max(4096, 2048 * threads))
-        # Held until the end: an actor that is started again reads it again.
-        self._weights = self._ray.put(model.checkpoint)
+            self._connect(address, (workers or 1) * (threads or 1))
+        try:
+            self.workers, self.threads = self._pool(workers, threads)
+            # Held until the end: an actor that is started again reads it again.
+            self._weights = self._ray.put(model.checkpoint)
+        except BaseException:
+            self.close()
+            raise
+        self._budget = tokens_per_batch or min(default_budget(model, settings), max(4096, 2048 * self.threads))
         self._backend, self._precision = model.backend, model.precision
 
-    def _connect(self, address: str | None) -> None:
+    def _connect(self, address: str | None, least_cpus: int) -> None:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address is None:
-                # CPUs that this process may use, not all that the machine has.
-                self._ray.init(address="local", num_cpus=default_threads(), include_dashboard=False, **quiet)
+                # CPUs that this process may use, not all that the machine has; more only where more are asked for.
+                cpus = max(default_threads(), least_cpus)
+                self._ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
                 self._ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BulkError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+
+    def _pool(self, workers: int | None, threads: int | None) -> tuple[int, int]:
+        """How many actors, and CPUs of each, fit the nodes of the cluster."""
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        cpus = [count for count in nodes if count]  # a head node often offers none
+        if not cpus:
+            raise BulkError("the Ray cluster has no CPUs")
+        if threads is None:
+            threads = min(cpus) if workers is None else max(1, min(sum(cpus) // workers, min(cpus)))
+            threads = min(threads, _MOST_THREADS_A_WORKER) if workers is None else threads
+        room = sum(count // threads for count in cpus)
+        if room < (workers or 1):
+            # Ray would wait for more machines, for ever.
+            raise InvalidOption(f"{workers or 1} workers of {threads} threads: the cluster has room for {room}")
+        return workers or room, threads
 
     def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
         """Number and numbers of each pending sequence, in no particular order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +13,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from bulk_runs import command, embed, environment, events, small_weights, write_fasta
+from conftest import SMALL
+
+from numpyesm.weights.canonical import save_canonical
+from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import StoredTensor
 
 pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
@@ -46,20 +53,23 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(source, "-o", tmp_path / "ray.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"),
         env=environment(NUMPYESM_THREADS="1"),
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
+    assert process.stdout is not None
     lines, killed = [], 0
     for line in process.stderr:
         lines.append(line)
-        event = json.loads(line) if line.startswith(b"{") else {"event": ""}
+        event = json.loads(line)  # every line, whatever Ray has to say
         if event["event"] == "progress" and event["records"] > 0 and not killed:
             pool = actors(process.pid)
             assert len(pool) == 2
             killed = pool[0]
             os.kill(killed, signal.SIGKILL)
     assert process.wait(timeout=60) == 1  # one record was rejected
-    found = [json.loads(line) for line in lines if line.startswith(b"{")]
+    assert process.stdout.read() == b""  # Ray has much to say about a killed worker
+    found = [json.loads(line) for line in lines]
     assert killed
     assert found[-1]["event"] == "done"
     assert found[-1]["computed"] == found[-1]["sequences"] == 90
@@ -100,6 +110,26 @@ def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     fresh = embed(source, "-o", tmp_path / "fresh.parquet", *common)
     assert fresh.returncode == 0
     assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+
+
+def test_an_error_in_a_worker_is_the_run_s_error(tmp_path: Path) -> None:
+    """The message of the local engine, although it happens in another process."""
+    checkpoint = random_checkpoint(SMALL, seed=1)
+    tensors = dict(checkpoint.tensors)
+    tensors["final_norm.bias"] = StoredTensor(tensors["final_norm.bias"].raw + np.float32(1e6))
+    weights = tmp_path / "large.safetensors"
+    save_canonical(weights, dataclasses.replace(checkpoint, tensors=tensors))
+    source = write_fasta(tmp_path / "in.fasta", 10)
+    common = (source, "--weights", weights, "--backend", "numpy", "--dtype", "fp16", "--json-progress")
+    for more in ([], ["--engine", "ray"]):
+        done = embed(*common, "-o", tmp_path / "o.parquet", *more, NUMPYESM_THREADS="1")
+        assert done.returncode == 1
+        assert events(done.stderr)[-1] == {
+            "event": "error",
+            "message": "mean_3 has 1e+06, beyond float16: use dtype fp32",
+        }
+    # What was asked for does not fit; with fp32 it is another run.
+    assert embed(*common, "-o", tmp_path / "o.parquet", "--dtype", "fp32", "--restart").returncode == 0
 
 
 def test_no_such_cluster(tmp_path: Path) -> None:

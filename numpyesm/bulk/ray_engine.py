@@ -13,14 +13,16 @@ import re
 import socket
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BulkError, InvalidOption, MissingExtra
+from ..errors import BulkError, InvalidOption, MissingExtra, NumpyesmError
 from ..model import ESM2, SyntheticWeightsWarning
 from ..threads import default_threads
 from .compute import default_budget, encode_pending
@@ -82,9 +84,11 @@ class RayEngine:
             if address is None:
                 # CPUs that this process may use, not all that the machine has; more only where more are asked for.
                 cpus = max(default_threads(), least_cpus)
-                self._ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                with _without_greeting():
+                    self._ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
-                self._ray.init(address=address, **quiet)
+                with _without_greeting():
+                    self._ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BulkError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
@@ -138,11 +142,14 @@ class RayEngine:
                     max_task_retries=_RETRIES,
                 )
             for table in computed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                failed = table["error"].drop_null()
+                if len(failed):
+                    raise BulkError(failed[0].as_py())
                 for numbers, blobs in zip(table["numbers"], table["blobs"], strict=True):
                     for number, blob in zip(numbers, blobs, strict=True):
                         yield number.as_py(), blob.as_py()
         except ray.exceptions.RayError as error:
-            raise BulkError(f"Ray gave up: {str(error).strip().splitlines()[-1]}") from error
+            raise _reason(error) from error
         finally:
             for name, value in before.items():
                 setattr(context, name, value)
@@ -185,14 +192,26 @@ class _Worker:
     def __call__(self, table: Any) -> Any:
         import pyarrow as pa
 
-        numbers, blobs = [], []
+        numbers: list[list[int]] = []
+        blobs: list[list[bytes]] = []
+        errors: list[str | None] = []
         for row in table.to_pylist():
             batch = [Pending(number, text) for number, text in zip(row["numbers"], row["sequences"], strict=True)]
-            found = list(encode_pending(self._model, batch, self._settings, self._budget))
+            found: list[tuple[int, bytes]] = []
+            try:
+                for number, result in encode_pending(self._model, batch, self._settings, self._budget):
+                    found.append((number, self._layout.pack(result)))
+                errors.append(None)
+            except NumpyesmError as error:  # as a value: an exception would come out in many wrappings
+                errors.append(str(error))
             numbers.append([number for number, _ in found])
-            blobs.append([self._layout.pack(result) for _, result in found])
-        types = (pa.list_(pa.int64()), pa.large_list(pa.large_binary()))
-        return pa.table({"numbers": pa.array(numbers, types[0]), "blobs": pa.array(blobs, types[1])})
+            blobs.append([data for _, data in found])
+        columns = {
+            "numbers": pa.array(numbers, pa.list_(pa.int64())),
+            "blobs": pa.array(blobs, pa.large_list(pa.large_binary())),
+            "error": pa.array(errors, pa.string()),
+        }
+        return pa.table(columns)
 
 
 def _read_batches(path: str, done: npt.NDArray[np.uint8], budget: int) -> Iterator[Any]:
@@ -227,6 +246,38 @@ def _source(path: str, done: npt.NDArray[np.uint8], budget: int) -> Any:
     return Batches()  # type: ignore[no-untyped-call]
 
 
+def _reason(error: BaseException) -> BulkError:
+    """What went wrong in a worker, as far as Ray tells."""
+    inner = getattr(error, "cause", None) or error
+    text = " ".join(str(inner).split())
+    return BulkError(f"a Ray worker failed: {type(inner).__name__}: {text[-600:]}")
+
+
+@contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Hold back what Ray's C++ part writes to stderr while it starts, and pass on all but its remark on its log level.
+
+    That level is set because at any other it calls it an error that an actor can be started again.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            held.seek(0)
+            for line in held:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
+            os.close(stderr)
+
+
 def check_ray(address: str | None, workers: int | None) -> Any:
     """The ray module, if it is there and what is asked for can be."""
     if address is not None and address.startswith("ray://"):
@@ -256,5 +307,5 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise MissingExtra("the Ray engine needs ray: pip install 'numpyesm[ray]'") from error
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it has to say is raised, too
     return ray

@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
@@ -94,26 +94,27 @@ def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
         precision=arguments.precision,
         threads=arguments.threads,
     )
-    return embed_fasta(
-        arguments.input,
-        arguments.output,
-        model,
-        repr_layers=arguments.layers,
-        include=arguments.include,
-        dtype=arguments.dtype,
-        long=arguments.long,
-        overlap=arguments.overlap,
-        tokens_per_batch=arguments.tokens_per_batch,
-        shard=arguments.shard,
-        strict=arguments.strict,
-        engine=arguments.engine,
-        address=arguments.address,
-        workers=arguments.workers,
-        threads=arguments.threads,
-        overwrite=arguments.overwrite,
-        restart=arguments.restart,
-        progress=progress,
-    )
+    with redirect_stdout(sys.stderr):  # Ray tells on stdout what became of its workers
+        return embed_fasta(
+            arguments.input,
+            arguments.output,
+            model,
+            repr_layers=arguments.layers,
+            include=arguments.include,
+            dtype=arguments.dtype,
+            long=arguments.long,
+            overlap=arguments.overlap,
+            tokens_per_batch=arguments.tokens_per_batch,
+            shard=arguments.shard,
+            strict=arguments.strict,
+            engine=arguments.engine,
+            address=arguments.address,
+            workers=arguments.workers,
+            threads=arguments.threads,
+            overwrite=arguments.overwrite,
+            restart=arguments.restart,
+            progress=progress,
+        )
 
 
 def _report(arguments: argparse.Namespace, summary: Summary) -> int:

@@ -313,6 +313,27 @@ def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path, mo
     assert len(rows(tmp_path / "mine")) == 1
 
 
+def test_asking_for_what_is_done_does_not_undo_what_is_begun(
+    model: ESM2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is to replace the output is interrupted; the old command is given once more."""
+    source = fasta(tmp_path / "in.fasta", ("a", "MKT"), ("b", "MKTA"))
+    out = tmp_path / "o.parquet"
+    embed_fasta(source, out, model)
+    with monkeypatch.context() as patch:
+        patch.setattr("numpyesm.bulk.writers.parquet.ParquetWriter.write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embed_fasta(source, out, model, dtype="fp16", overwrite=True)
+    assert embed_fasta(source, out, model).already_complete
+    summary = embed_fasta(source, out, model, dtype="fp16", overwrite=True)
+    assert (summary.records, summary.computed) == (2, 0)
+    assert set(tmp_path.iterdir()) == {source, out}
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

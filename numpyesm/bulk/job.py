@@ -248,7 +248,8 @@ class _Job:
                 self._check_replaceable(about_there)
             if about_there is not None and not overwrite:
                 summary = self._already_complete(about_there, started)
-                lock.remove_folder()
+                if not self._holds_another_run():
+                    lock.remove_folder()
                 return summary
             with_journal = self._with_journal(make_engine, started)
             lock.remove_folder()
@@ -305,6 +306,17 @@ class _Job:
         return reader.fingerprint()
 
     # -- what an interrupted run left ---------------------------------------------------------------------------
+
+    def _holds_another_run(self) -> bool:
+        """Whether the folder is not what this run left, but one that was to replace the output."""
+        if not (self.folder / "journal.sqlite").exists():
+            return False
+        journal = Journal(self.folder)
+        try:
+            about = journal.get("about")
+        finally:
+            journal.close()
+        return about is not None and bool(difference(self.about, json.loads(about)))
 
     def _forget(self) -> None:
         for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name != "journal.sqlite"):

@@ -103,3 +103,7 @@ class MissingHead(NumpyesmError, RuntimeError):
 
 class MissingExtra(NumpyesmError, ImportError):
     """An optional dependency is absent; the message says which extra installs it."""
+
+
+class BulkError(NumpyesmError, RuntimeError):
+    """A bulk run that cannot go on: another run holds its output, or what lies there belongs to a different run."""

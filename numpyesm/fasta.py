@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import re
@@ -17,6 +18,12 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # Of a line or a record. The longest protein known has 46,000 residues; a chromosome or a gzip bomb is no input here.
 _MAX_LETTERS = 1_000_000
 _MASK = re.compile("<mask>", re.IGNORECASE)
+_OTHER_FILES = (
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    (b"BZh", "compressed with bzip2"),
+    (b"\xfd7zXZ", "compressed with xz"),
+    (b"PK\x03\x04", "a zip archive"),
+)
 # ASCII only: str.upper would make SS of the letter ß.
 _UPPER = str.maketrans(ascii_lowercase, ascii_uppercase)
 
@@ -29,11 +36,18 @@ class Record(NamedTuple):
     sequence: str
 
 
-def read_fasta(source: str | Path | io.BufferedReader) -> Iterator[Record]:
+def read_fasta(source: str | Path | io.BufferedReader, *, tolerant: bool = False) -> Iterator[Record]:
     """Records of a file, or of an open binary stream, one at a time.
 
     Lower case is raised (`<mask>` is kept), blanks in sequence lines and one trailing `*` a record are dropped.
     Letters are not checked here: the model's error names item and position.
+
+    Parameters
+    ----------
+    source : str, path or binary stream
+    tolerant : bool
+        For bulk work, where one odd record must not stop a million others: a record without a sequence is returned
+        as it is, a file without records is no error, and bytes that are not UTF-8 are read as Latin-1.
 
     Raises
     ------
@@ -45,16 +59,26 @@ def read_fasta(source: str | Path | io.BufferedReader) -> Iterator[Record]:
     """
     if isinstance(source, str | Path):
         with open(source, "rb") as file:
-            yield from _read_stream(file, str(source))
+            yield from _read_stream(file, str(source), tolerant)
     else:
-        yield from _read_stream(source, getattr(source, "name", "input"))
+        yield from _read_stream(source, getattr(source, "name", "input"), tolerant)
 
 
-def _read_stream(stream: io.BufferedReader, name: str) -> Iterator[Record]:
-    binary = gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == _GZIP_MAGIC else stream
-    found = False
+def _read_stream(stream: io.BufferedReader, name: str, tolerant: bool) -> Iterator[Record]:
+    head = stream.peek(64)
+    zipped = head.startswith(_GZIP_MAGIC)
+    if tolerant and not zipped:
+        # Read as Latin-1, any file is text.
+        kind = next((kind for magic, kind in _OTHER_FILES if head.startswith(magic)), None)
+        if kind or b"\0" in head:
+            raise InvalidSequence(f"{name}: not a text file" + (f" ({kind}; only gzip is read)" if kind else ""))
+    binary = gzip.GzipFile(fileobj=stream) if zipped else stream
+    errors = _AS_LATIN_1 if tolerant else "strict"
+    found = tolerant
     try:
-        for record in parse_fasta(_lines(io.TextIOWrapper(binary, encoding="utf-8-sig"), name)):
+        for record in parse_fasta(
+            _lines(io.TextIOWrapper(binary, encoding="utf-8-sig", errors=errors), name), empty_ok=tolerant
+        ):
             found = True
             yield record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -75,7 +99,7 @@ def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
         yield line
 
 
-def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
+def parse_fasta(lines: Iterable[str], *, empty_ok: bool = False) -> Iterator[Record]:
     """Records from lines of text; without any `>` header each non-empty line is a sequence."""
     header: str | None = None
     parts: list[str] = []
@@ -88,7 +112,7 @@ def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
             if bare:
                 raise InvalidSequence(f"line {number}: a FASTA header after {bare} lines that belong to no record")
             if header is not None:
-                yield _record(header, parts)
+                yield _record(header, parts, empty_ok)
             header, parts, letters = line[1:].strip(), [], 0
         elif header is None:
             bare += 1
@@ -102,12 +126,12 @@ def parse_fasta(lines: Iterable[str]) -> Iterator[Record]:
                 raise InvalidSequence(f"record {header[:80]!r} is longer than {_MAX_LETTERS} letters")
             parts.append(line)
     if header is not None:
-        yield _record(header, parts)
+        yield _record(header, parts, empty_ok)
 
 
-def _record(header: str, parts: list[str]) -> Record:
+def _record(header: str, parts: list[str], empty_ok: bool) -> Record:
     sequence = clean_sequence("".join(parts))
-    if not sequence:
+    if not sequence and not empty_ok:
         raise InvalidSequence(f"record {header[:80]!r} has no sequence")
     return Record(header.split()[0] if header else "", header, sequence)
 
@@ -116,3 +140,13 @@ def clean_sequence(text: str) -> str:
     """Upper case (`<mask>` kept), without blanks and without one trailing `*`."""
     residues = "".join(text.split()).removesuffix("*")
     return "<mask>".join(part.translate(_UPPER) for part in _MASK.split(residues))
+
+
+def _latin_1(error: UnicodeError) -> tuple[str, int]:
+    """Decoding error handler: what is not UTF-8 is Latin-1, as older databases wrote names of species."""
+    assert isinstance(error, UnicodeDecodeError)
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+_AS_LATIN_1 = "numpyesm-latin-1"
+codecs.register_error(_AS_LATIN_1, _latin_1)

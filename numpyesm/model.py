@@ -26,6 +26,8 @@ from .threads import WorkerPool, check_threads, default_threads
 from .weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from .errors import InvalidSequence
+    from .fasta import Record
     from .scoring.scan import MutationScan
 
 Array = npt.NDArray[Any]
@@ -227,12 +229,55 @@ class ESM2:
             self._require_lm_head("logits")
         if "contacts" in wanted:
             self._require_contact_head()
-        tokens = tokenize(sequences)
-        results: list[EncodeResult] = []
-        sizes = self._sizes(tokens, wanted, len(layers))
-        for chunk in _passes(tokens, sizes.rows_per_pass):
-            results += self._encode_pass(chunk, layers, wanted, len(results), sizes)
-        return results
+        return self._encode_tokens(tokenize(sequences), layers, wanted)
+
+    def embed_iter(
+        self,
+        records: Iterable[str | tuple[str, str] | Record],
+        repr_layers: Iterable[int] = (-1,),
+        include: Iterable[str] = ("mean",),
+        *,
+        long: str = "error",
+        overlap: int = 512,
+        tokens_per_batch: int | None = None,
+        rejected: Callable[[Record, InvalidSequence], None] | None = None,
+    ) -> Iterator[tuple[Record, EncodeResult]]:
+        """As `encode`, for any number of records: results come one by one, in order, with bounded memory.
+
+        Parameters
+        ----------
+        records : iterable of Record, (id, sequence) or str
+            May be a generator, and endless; `numpyesm.fasta.read_fasta(path)` gives the records of a file.
+        repr_layers, include
+            As for `encode`.
+        long : {"error", "truncate", "windows"}
+            Of more than 2048 residues: refuse, take the first 2048, or average overlapping windows.
+        overlap : int
+            Least number of residues that neighbouring windows share.
+        tokens_per_batch : int, optional
+            Chosen from threads and free memory by default.
+        rejected : callable, optional
+            Called with a record that cannot be embedded and the reason; the record is left out. Without it the
+            reason is raised.
+
+        Yields
+        ------
+        record : Record
+        result : EncodeResult
+            `sequence_index` is the record's place in the input.
+        """
+        from .bulk.stream import embed_iter
+
+        return embed_iter(
+            self,
+            records,
+            repr_layers,
+            include,
+            long=long,
+            overlap=overlap,
+            tokens_per_batch=tokens_per_batch,
+            rejected=rejected,
+        )
 
     def predict(self, sequences: Iterable[str], positions: str = "all") -> list[PredictResult]:
         """Logits of sequences with masks.
@@ -392,6 +437,22 @@ class ESM2:
         weight = self._checkpoint.array("contact_head.weight", self._kernels.dtype)
         bias = float(self._checkpoint.array("contact_head.bias", self._kernels.dtype)[0])
         return ContactHead(self.config, weight, bias, batch, self._kernels.dtype)
+
+    def _encode_tokens(
+        self,
+        tokens: Sequence[Array],
+        layers: list[int],
+        wanted: frozenset[str],
+        rows_per_pass: int | None = None,
+    ) -> list[EncodeResult]:
+        """Outputs of checked sequences for checked options, pass by pass."""
+        sizes = self._sizes(tokens, wanted, len(layers))
+        results: list[EncodeResult] = []
+        # A limit of memory outweighs what the caller finds quick.
+        most = sizes.rows_per_pass if rows_per_pass is None or self._budget is not None else rows_per_pass
+        for chunk in _passes(tokens, most):
+            results += self._encode_pass(chunk, layers, wanted, len(results), sizes)
+        return results
 
     def _encode_pass(
         self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int, sizes: Sizes

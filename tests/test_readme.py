@@ -30,7 +30,7 @@ def test_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.per_token_embeddings[6].shape == (20, 480)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "docs/scaling.md"])
 def test_commands_exist(page: str) -> None:
     lines = [
         line.split("  #")[0].strip()

@@ -97,7 +97,51 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "serve", "serve", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
     _add_serve_options(command)
+    _add_embed(commands)
     return parser
+
+
+def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "embed",
+        "embed",
+        "embed any number of sequences into Parquet, HDF5 or a folder; goes on if interrupted",
+    )
+    command.add_argument(
+        "input", nargs="+", metavar="INPUT", help="FASTA file (plain or gzip), or - for standard input"
+    )
+    command.add_argument("-o", "--output", required=True, help="OUT.parquet, OUT.h5 or OUT_DIR/")
+    command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
+    command.add_argument(
+        "--include",
+        nargs="+",
+        choices=[*INCLUDES, "per_residue"],
+        metavar="OUTPUT",
+        help=f"of {', '.join(INCLUDES)} (Parquet: mean bos, HDF5: mean per_token, folder: mean)",
+    )
+    command.add_argument(
+        "--dtype", choices=["fp32", "fp16"], default="fp32", help="of the stored numbers (%(default)s)"
+    )
+    command.add_argument(
+        "--long",
+        choices=["error", "truncate", "windows"],
+        default="error",
+        help="more than 2048 residues: reject the record, take the first 2048, or average overlapping windows (error)",
+    )
+    command.add_argument(
+        "--overlap", type=int, default=512, metavar="N", help="residues that windows share at least (%(default)s)"
+    )
+    command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(from cores and free memory)")
+    command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
+    command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
+    command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")
+    command.add_argument("--address", help="of a running Ray cluster, such as auto (one on this machine is started)")
+    command.add_argument("--workers", type=int, metavar="N", help="Ray actors (all CPUs of the cluster)")
+    command.add_argument("--json-progress", action="store_true", help="JSON lines on stderr")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+    command.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
 
 
 def _add(

@@ -1,0 +1,61 @@
+"""What stands in an output's metadata: which weights, which version, which parameters, which input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..model import ESM2
+from .settings import Settings
+
+# Where weights were found does not matter, as long as they are the same.
+_NAMES = ("source", "source_sha256")
+
+
+def weights_sha256(model: ESM2) -> str:
+    """SHA-256 of the tensors as they are used, by name: the same for any file that holds the same numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        for array in (tensor.raw, tensor.scale):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, Any]:
+    """All that the numbers depend on but the input; two runs with the same description give the same numbers."""
+    checkpoint = model.checkpoint
+    return {
+        "version": __version__,
+        "model": model.name,
+        "weights": {
+            "source": checkpoint.source,
+            "source_sha256": checkpoint.source_sha256 or None,
+            "sha256": weights_sha256(model),
+            "synthetic": checkpoint.synthetic,
+        },
+        "backend": model.backend,
+        "precision": model.precision,
+        "format": output_format,
+        "parameters": settings.to_dict(),
+    }
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first thing in which two descriptions differ, in words; empty if they are the same."""
+    for key, value in one.items():
+        if key in _NAMES:
+            continue
+        there = other.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            inner = difference(value, there)
+            if inner:
+                return f"{key} {inner}" if key != "parameters" else inner
+        elif there != value:
+            return f"{key} {json.dumps(there)} instead of {json.dumps(value)}"
+    return ""

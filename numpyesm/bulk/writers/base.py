@@ -1,0 +1,53 @@
+"""What a writer of a format provides, and names that every format can bear."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..journal import Row
+from ..layout import Layout
+
+METADATA_KEY = "numpyesm"
+
+
+class Writer(ABC):
+    """Writes all records to a new file or folder."""
+
+    @abstractmethod
+    def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
+        """Write everything to `path`, which nobody reads yet, and sync it."""
+
+    @abstractmethod
+    def read_about(self, path: Path) -> dict[str, Any] | None:
+        """The metadata of a finished output; None if it is not numpyesm's."""
+
+    def residues(self, row: Row, about: dict[str, Any]) -> int:
+        """How many residues of a record its numbers are of."""
+        from ...config import MAX_RESIDUES
+
+        return min(row.length, MAX_RESIDUES) if about["parameters"]["long"] == "truncate" else row.length
+
+
+def missing_bulk(what: str, library: str) -> str:
+    """Message of a missing library."""
+    return f"{what} needs {library}: pip install 'numpyesm[bulk]'"
+
+
+def free_name(taken: Callable[[str], bool], name: str, mark: str) -> str:
+    """The name, or `name#2`, `name#3` … (with `mark` for `#`) if it is taken.
+
+    Doubling and halving: of a million records with one id each would otherwise try all names before its own.
+    """
+    if not taken(name):
+        return name
+    number = 2
+    while taken(f"{name}{mark}{number}"):
+        number *= 2
+    low = number // 2
+    while number - low > 1:
+        middle = (low + number) // 2
+        low, number = (middle, number) if taken(f"{name}{mark}{middle}") else (low, middle)
+    return f"{name}{mark}{number}"

@@ -1,0 +1,84 @@
+"""A folder with one `.npz` a record, and an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..journal import Row
+from ..layout import Layout
+from ..tables import tsv_line
+from .base import METADATA_KEY, Writer, free_name
+
+ABOUT = "numpyesm.json"
+INDEX = "index.tsv"
+_LONGEST_NAME = 120
+# Names that Windows keeps for devices.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+class FolderWriter(Writer):
+    """`OUT/P12345.npz` holds `mean_12`, `per_token_12`, … for `numpy.load`, and `id`, `description`, `length`.
+
+    `index.tsv` says which record is in which file: ids are made safe for file names, and of records whose names would
+    be the same on any file system (also one that takes `a` for `A`) the second becomes `P12345~2.npz`.
+    """
+
+    def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir()
+        names = path.with_name(path.name + ".names.sqlite")
+        names.unlink(missing_ok=True)
+        with closing(sqlite3.connect(names, isolation_level=None)) as taken, open(path / INDEX, "w") as index:
+            taken.executescript(
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
+            )
+            index.write(tsv_line("record", "id", "file", "length", "residues", "sequence_hash"))
+            for row in rows:
+                name = _take_name(taken, file_name(row.id)) + ".npz"
+                residues = self.residues(row, about)
+                arrays = {field.name: array for field, array in layout.unpack(row.data, residues)}
+                texts = {"id": np.array(row.id), "description": np.array(row.description)}
+                with open(path / name, "wb") as file:
+                    np.savez(file, **texts, length=np.int64(row.length), **arrays)  # type: ignore[arg-type]
+                index.write(tsv_line(row.position, row.id, name, row.length, residues, row.digest.hex()))
+        names.unlink()
+        (path / ABOUT).write_text(json.dumps({METADATA_KEY: about}, indent=1) + "\n")
+        if hasattr(os, "sync"):
+            os.sync()  # once, not a wait for every file
+
+    def read_about(self, path: Path) -> dict[str, Any] | None:
+        try:
+            about: dict[str, Any] = json.loads((path / ABOUT).read_text())[METADATA_KEY]
+            return about
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def is_ours(entry: Path) -> bool:
+    """Whether something in an output folder is what this writer makes."""
+    return entry.is_file() and (entry.suffix == ".npz" or entry.name in (ABOUT, INDEX))
+
+
+def file_name(id: str) -> str:
+    """An id as a file name that every system takes, without ending."""
+    name = re.sub(r"[^A-Za-z0-9._=+@,-]+", "_", id).strip("._")[:_LONGEST_NAME] or "record"
+    return f"_{name}" if _DEVICES.match(name) or name.startswith("-") else name
+
+
+def _take_name(names: sqlite3.Connection, name: str) -> str:
+    """A name that no other record has, upper and lower case being the same."""
+    query = "SELECT 1 FROM names WHERE name = ?"
+    free = free_name(lambda one: names.execute(query, (one.lower(),)).fetchone() is not None, name, "~")
+    names.execute("INSERT INTO names VALUES (?)", (free.lower(),))
+    return free

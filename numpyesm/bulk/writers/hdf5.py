@@ -1,0 +1,92 @@
+"""HDF5 in the layout of UniProt's embedding downloads: one dataset an id."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import MissingExtra
+from ..journal import Row
+from ..layout import Field, Layout
+from .base import METADATA_KEY, Writer, free_name, missing_bulk
+
+# What is a dataset of its own, and in this order of precedence the one that bears the id alone.
+_MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions")
+
+
+class Hdf5Writer(Writer):
+    """`file["P12345"]` is what UniProt's file has there: (L, D) a residue, or (D,) if only `mean` was asked for.
+
+    Beside it, as attributes of the dataset: `mean_12`, `bos_12`, `original_id`, `description`, `length`, `residues`,
+    `sequence_hash`, `record`. Further arrays (more layers, contacts, logits, attentions) lie in groups of their own:
+    `file["contacts/P12345"]`. In names `/` is written `%2F`; a second record of the same id is `id#2`.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import h5py
+        except ImportError as error:
+            raise MissingExtra(missing_bulk("HDF5", "h5py")) from error
+        self._h5py: Any = h5py
+
+    def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
+        main, others, attributes = _places(layout)
+        try:
+            # 1.8 is old enough for every reader and has no limit on the size of an attribute.
+            file = self._h5py.File(path, "w", libver=("v108", "v110"))
+            try:
+                file.attrs[METADATA_KEY] = json.dumps(about)
+                for field in others:
+                    file.create_group(field.name)
+                for row in rows:
+                    name = free_name(lambda name: name in file, hdf5_name(row.id), "#")
+                    arrays = dict(layout.unpack(row.data, self.residues(row, about)))
+                    dataset = file.create_dataset(name, data=arrays[main])
+                    dataset.attrs["original_id"] = _text(row.id)
+                    dataset.attrs["description"] = _text(row.description)
+                    dataset.attrs["sequence_hash"] = row.digest.hex()
+                    dataset.attrs["length"] = np.int64(row.length)
+                    dataset.attrs["residues"] = np.int64(self.residues(row, about))
+                    dataset.attrs["record"] = np.int64(row.position)
+                    for field in attributes:
+                        dataset.attrs[field.name] = arrays[field]
+                    for field in others:
+                        file[field.name].create_dataset(name, data=arrays[field])
+                file.flush()
+            finally:
+                file.close()
+        except RuntimeError as error:  # how HDF5 says that the disk is full
+            raise OSError(f"HDF5 could not write: {error}") from error
+        with open(path, "r+b") as written:
+            os.fsync(written.fileno())
+
+    def read_about(self, path: Path) -> dict[str, Any] | None:
+        try:
+            with self._h5py.File(path, "r") as file:
+                about: dict[str, Any] = json.loads(file.attrs[METADATA_KEY])
+                return about
+        except (OSError, KeyError, ValueError, TypeError):
+            return None
+
+
+def _places(layout: Layout) -> tuple[Field, list[Field], list[Field]]:
+    """The output under the bare id, those in groups of their own, and those that are attributes."""
+    main = min(layout.fields, key=lambda field: (_MAIN.index(field.kind), -(field.layer or 0)))
+    vectors = [field for field in layout.fields if field.kind in ("mean", "bos") and field != main]
+    return main, [field for field in layout.fields if field != main and field not in vectors], vectors
+
+
+def hdf5_name(id: str) -> str:
+    """The id as a name in an HDF5 file, where `/` makes a group and `.` stands for the place itself."""
+    name = id.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+    return name.replace(".", "%2E") if set(name) == {"."} else name
+
+
+def _text(text: str) -> str:
+    """HDF5's strings end at a NUL."""
+    return text.replace("\0", "�")

@@ -1,0 +1,132 @@
+"""`numpyesm embed`: any number of sequences into one Parquet file, HDF5 file or folder."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import warnings
+from contextlib import redirect_stdout, suppress
+
+from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
+from ..errors import InvalidOption, MissingExtra, NumpyesmError
+from ..model import ESM2
+
+
+class _QuietProgress(Progress):
+    """No progress, but what the user should know."""
+
+    def note(self, message: str) -> None:
+        print(f"numpyesm: {message}", file=sys.stderr)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if every record is in the output, 1 if some were rejected or the run failed."""
+    if arguments.json_progress:
+        return _run_in_json(arguments)
+    progress: Progress = _QuietProgress()
+    if sys.stderr.isatty() and not arguments.quiet:
+        with suppress(MissingExtra):  # a bar is a convenience
+            progress = BarProgress()
+    try:
+        summary = _embed(arguments, progress)
+    finally:
+        progress.stop()
+    return _report(arguments, summary)
+
+
+def _run_in_json(arguments: argparse.Namespace) -> int:
+    """Every line on stderr is JSON: warnings, errors, and what anything else has to say."""
+    lines = JsonProgress()
+    warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
+    stderr, sys.stderr = sys.stderr, _Notes(lines)
+    try:
+        return _summarise(lines, _embed(arguments, lines))
+    except (NumpyesmError, OSError, MemoryError) as error:
+        if arguments.debug:
+            raise
+        lines.emit("error", message=str(error) or type(error).__name__)
+        return 2 if isinstance(error, InvalidOption) else 1
+    except KeyboardInterrupt:
+        lines.emit("error", message="interrupted")
+        return 130
+    finally:
+        sys.stderr = stderr
+
+
+class _Notes(io.TextIOBase):
+    """Stands for stderr: each line written to it becomes a note."""
+
+    def __init__(self, lines: JsonProgress) -> None:
+        self._lines = lines
+        self._begun = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split("\n")
+        for line in filter(str.strip, whole):
+            self._lines.note(line)
+        return len(text)
+
+
+def _summarise(lines: JsonProgress, summary: Summary) -> int:
+    lines.emit(
+        "done",
+        output=str(summary.output),
+        records=summary.records,
+        sequences=summary.sequences,
+        rejected=summary.rejected,
+        rejected_file=None if summary.rejected_file is None else str(summary.rejected_file),
+        computed=summary.computed,
+        residues=summary.residues,
+        seconds=round(summary.seconds, 3),
+        already_complete=summary.already_complete,
+    )
+    return 1 if summary.rejected else 0
+
+
+def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
+    model = ESM2.from_pretrained(
+        arguments.weights or "esm2-35m",
+        backend=arguments.backend,
+        precision=arguments.precision,
+        threads=arguments.threads,
+    )
+    with redirect_stdout(sys.stderr):  # Ray tells on stdout what became of its workers
+        return embed_fasta(
+            arguments.input,
+            arguments.output,
+            model,
+            repr_layers=arguments.layers,
+            include=arguments.include,
+            dtype=arguments.dtype,
+            long=arguments.long,
+            overlap=arguments.overlap,
+            tokens_per_batch=arguments.tokens_per_batch,
+            shard=arguments.shard,
+            strict=arguments.strict,
+            engine=arguments.engine,
+            address=arguments.address,
+            workers=arguments.workers,
+            threads=arguments.threads,
+            overwrite=arguments.overwrite,
+            restart=arguments.restart,
+            progress=progress,
+        )
+
+
+def _report(arguments: argparse.Namespace, summary: Summary) -> int:
+    if sys.stderr.isatty() and not arguments.quiet and not summary.already_complete:
+        rate = f", {summary.residues / summary.seconds:,.0f} residues/s" if summary.residues else ""
+        print(f"{summary.output}: {summary.records} records in {summary.seconds:.1f} s{rate}", file=sys.stderr)
+    if summary.rejected:
+        records = "record" if summary.rejected == 1 else "records"
+        print(
+            f"numpyesm: {summary.output} is complete but for {summary.rejected} {records} that could not be embedded; "
+            f"{summary.rejected_file} says why",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

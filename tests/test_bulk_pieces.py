@@ -1,0 +1,200 @@
+"""Parts of bulk embedding on their own: packing, windows, shards, layout, names, and the journal."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_sequence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numpyesm import ESM2, InvalidOption
+from numpyesm.bulk.layout import Layout
+from numpyesm.bulk.lock import FolderLock
+from numpyesm.bulk.packing import LOOK_AHEAD_BATCHES, check_budget, pack, token_budget
+from numpyesm.bulk.settings import Settings
+from numpyesm.bulk.shard import Shard
+from numpyesm.bulk.tables import tsv_line
+from numpyesm.bulk.windows import cuts
+from numpyesm.bulk.writers import output_format
+from numpyesm.bulk.writers.base import free_name
+from numpyesm.bulk.writers.folder import file_name
+from numpyesm.bulk.writers.hdf5 import hdf5_name
+from numpyesm.config import PRESETS
+from numpyesm.errors import BulkError
+
+
+@given(st.lists(st.integers(1, 3000), max_size=200), st.integers(1, 5000))
+def test_packing_loses_and_doubles_nothing(lengths: list[int], budget: int) -> None:
+    items = list(enumerate(lengths))
+    batches = list(pack(items, lambda item: item[1], budget))
+    assert sorted(item for batch in batches for item in batch) == items
+    assert all(batch for batch in batches)
+    assert all(len(batch) == 1 or sum(n + 2 for _, n in batch) <= budget for batch in batches)
+
+
+def test_packing_fills_batches_and_reads_no_further_than_it_must() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [int(n) for n in rng.lognormal(5.7, 0.7, 5000).clip(30, 2000)]
+    batches = [sum(n + 2 for n in batch) for batch in pack(lengths, lambda n: n, 4096)]
+    assert np.mean(batches) > 0.85 * 4096
+    taken = 0
+
+    def counted() -> object:
+        nonlocal taken
+        for length in lengths:
+            taken += length + 2
+            yield length
+
+    next(pack(counted(), lambda n: n, 4096))  # type: ignore[arg-type]
+    assert taken <= LOOK_AHEAD_BATCHES * 4096 + 2002
+
+
+def test_budget_follows_threads_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PRESETS["esm2-35m"]
+    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 64 << 30)
+    assert token_budget(config, 1) == token_budget(config, 2) == 4096
+    assert token_budget(config, 16) == 32768
+    assert token_budget(config, 1000) == 65536
+    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 1 << 30)
+    assert 2050 <= token_budget(config, 16) < 32768
+    assert token_budget(config, 16, contacts=True) < token_budget(config, 16)
+    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 0)
+    assert token_budget(config, 16) == 2050
+    for wrong in (0, -1, 1.5, "4096", True):
+        with pytest.raises(InvalidOption, match="tokens_per_batch"):
+            check_budget(wrong)
+
+
+@given(st.integers(1, 40000), st.integers(0, 1024))
+def test_windows_cover_everything_and_overlap(length: int, overlap: int) -> None:
+    windows = cuts(length, overlap)
+    assert windows[0][0] == 0
+    assert windows[-1][1] == length
+    assert all(stop - start == min(length, 2048) for start, stop in windows)
+    assert all(a[1] - b[0] >= overlap for a, b in itertools.pairwise(windows))
+    if length > 2048:
+        assert len(windows) == -(-(length - overlap) // (2048 - overlap))  # no more than it takes
+
+
+def test_shards_are_a_partition_and_keep_twins_together() -> None:
+    digests = [hashlib.sha256(str(i).encode()).digest() for i in range(1000)]
+    taken = [[Shard(i, 7).takes(digest) for i in range(1, 8)] for digest in digests]
+    assert all(sum(row) == 1 for row in taken)
+    assert all(80 < sum(column) < 220 for column in zip(*taken, strict=True))
+    assert Shard.parse("3/8") == Shard(3, 8)
+    assert Shard.parse(None).takes(digests[0])
+    for wrong in ("0/3", "4/3", "1/0", "1", "a/b", "1/2/3", "-1/2", "1 / 2", ""):
+        with pytest.raises(InvalidOption, match="shard"):
+            Shard.parse(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_layout_gives_back_what_it_took(model: ESM2, dtype: str) -> None:
+    everything = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
+    settings = Settings.check(model, repr_layers=[0, -1], include=everything, dtype=dtype)
+    layout = Layout.of(settings, model.config)
+    result = model.encode([random_sequence(33)], [0, -1], everything)[0]
+    data = layout.pack(result)
+    assert len(data) == layout.num_bytes(33)
+    back = {field.name: array for field, array in layout.unpack(data, 33)}
+    expected = result.to_arrays()
+    assert back.keys() == expected.keys()
+    for name, array in back.items():
+        assert array.shape == expected[name].shape
+        np.testing.assert_array_equal(array, expected[name].astype(array.dtype))
+    if dtype == "fp16":
+        assert result.embeddings is not None
+        result.embeddings[0][3] = 70000
+        with pytest.raises(BulkError, match="beyond float16"):
+            layout.pack(result)
+
+
+@pytest.mark.parametrize(
+    ("id", "key", "file"),
+    [
+        ("P12345", "P12345", "P12345"),
+        ("sp|P1|X_HUMAN", "sp|P1|X_HUMAN", "sp_P1_X_HUMAN"),
+        ("a/b", "a%2Fb", "a_b"),
+        ("../../etc/passwd", "..%2F..%2Fetc%2Fpasswd", "etc_passwd"),
+        (".", "%2E", "record"),
+        ("..", "%2E%2E", "record"),
+        ("100%", "100%25", "100"),
+        ("-rf", "-rf", "_-rf"),
+        ("CON", "CON", "_CON"),
+        ("nul.1", "nul.1", "_nul.1"),
+        ("é\0ß", "é%00ß", "record"),
+        ("x" * 300, "x" * 300, "x" * 120),
+    ],
+)
+def test_names(id: str, key: str, file: str) -> None:
+    assert hdf5_name(id) == key
+    assert file_name(id) == file
+
+
+def test_taken_names_are_numbered() -> None:
+    taken = set()
+    for _ in range(100):
+        taken.add(free_name(taken.__contains__, "x", "#"))
+    assert taken == {"x", *(f"x#{i}" for i in range(2, 101))}
+
+
+def test_table_lines_hold_whatever_stands_in_a_header() -> None:
+    assert tsv_line(1, "a\tb\r\nc", "d\u2028e") == "1\ta b  c\td e\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "form"),
+    [("a.parquet", "parquet"), ("a.PQ", "parquet"), ("b.h5", "hdf5"), ("c.hdf5", "hdf5"), ("d/", "folder"),
+     ("d", "folder"), ("v1.2/", "folder")],
+)  # fmt: skip
+def test_output_formats(output: str, form: str) -> None:
+    assert output_format(output) == form
+
+
+@pytest.mark.parametrize("output", ["a.csv", "a.npz", "a.parquet.gz"])
+def test_other_endings_are_refused(output: str) -> None:
+    with pytest.raises(InvalidOption, match=r"\.parquet, \.h5 or a folder"):
+        output_format(output)
+
+
+def test_one_holder_of_the_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "x.partial"
+    first = FolderLock(folder)
+    with pytest.raises(BulkError, match="another run"):
+        FolderLock(folder)
+    first.release()
+    second = FolderLock(folder)
+    (folder / "journal.sqlite").write_bytes(b"")
+    (folder / "output").mkdir()
+    second.remove_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
+    """Many runs that end and begin at once: never two inside."""
+    inside, worst = 0, 0
+
+    def run() -> None:
+        nonlocal inside, worst
+        for _ in range(30):
+            try:
+                lock = FolderLock(tmp_path / "x.partial")
+            except BulkError:
+                continue
+            inside += 1
+            worst = max(worst, inside)
+            inside -= 1
+            lock.remove_folder()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert worst == 1

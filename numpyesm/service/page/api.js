@@ -27,7 +27,7 @@ export async function fetchModels() {
   return Array.isArray(body) ? body : body.models;
 }
 
-/** Everything about one sequence. `onProgress` is told where it stands, in words. */
+/** Everything about one sequence. `onProgress` is told where it stands: words, and what changes fast. */
 export async function encode(model, sequence, { signal, onProgress }) {
   const request = {
     method: "POST",
@@ -37,7 +37,7 @@ export async function encode(model, sequence, { signal, onProgress }) {
   };
   for (let attempt = 1; ; attempt++) {
     try {
-      onProgress("Computing");
+      onProgress("Computing …");
       const response = await ask(`api/v3/${encodeURIComponent(model.slug)}/encode/`, request);
       const buffer = await receive(response, onProgress);
       return await readAnswer(buffer, response.headers.get("Content-Type") ?? "", sequence.length);
@@ -45,8 +45,9 @@ export async function encode(model, sequence, { signal, onProgress }) {
       if (signal.aborted) throw new ApiError("cancelled", "Cancelled.");
       if (!(error instanceof ApiError)) throw new ApiError("server", `The server’s answer could not be read: ${error.message}.`);
       if (error.kind !== "busy" || attempt === TRIES || error.retryAfter > LONGEST_WAIT) throw error;
-      await wait(error.retryAfter ?? 2, signal, (left) =>
-        onProgress(`The server is busy; trying again in ${left} s (attempt ${attempt + 1} of ${TRIES})`));
+      const seconds = Math.max(1, error.retryAfter ?? 2);
+      onProgress(`The server is busy; trying again in ${seconds} s (attempt ${attempt + 1} of ${TRIES})`);
+      await wait(seconds, signal);
     }
   }
 }
@@ -97,7 +98,7 @@ async function receive(response, onProgress) {
   for (let chunk; !(chunk = await reader.read()).done; ) {
     parts.push(chunk.value);
     size += chunk.value.length;
-    if (size > 1e6) onProgress(`Receiving ${megabytes(size)}${total ? ` of ${megabytes(total)}` : ""}`);
+    if (size > 1e6) onProgress("Receiving", `${megabytes(size)}${total ? ` of ${megabytes(total)}` : ""}`);
   }
   return new Blob(parts).arrayBuffer();
 }
@@ -106,14 +107,11 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
-async function wait(seconds, signal, onSecond) {
-  for (let left = Math.max(1, seconds); left > 0; left--) {
-    onSecond(left);
-    await new Promise((resolve, reject) => {
-      const timer = setTimeout(resolve, 1000);
-      signal.addEventListener("abort", () => (clearTimeout(timer), reject(new ApiError("cancelled", "Cancelled."))), { once: true });
-    });
-  }
+function wait(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(new ApiError("cancelled", "Cancelled."))), { once: true });
+  });
 }
 
 function authorization() {

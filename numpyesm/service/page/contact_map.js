@@ -4,6 +4,7 @@ import { drawLegend, FONT, LEGEND_HEIGHT, MONO, ticks } from "./figure.js";
 
 const LARGEST_CELL = 44;
 const LETTERS_FROM = 13;
+const MANY = 20_000;
 
 /** Where things go in a figure `width` CSS pixels wide, at `scale` device pixels each. */
 export function layout(length, width, scale, tallest = 720) {
@@ -45,6 +46,21 @@ export function rasterise({ contacts, length }, pixels, { split, threshold, sepa
     }
   }
   return out;
+}
+
+/** Make contacts below the diagonal at least `size` pixels large: one pixel of a map of 2048 is easily overlooked. */
+export function enlarge(raster, pixels, length, pairs, size) {
+  const cell = pixels / length;
+  if (cell >= size || pairs.count > MANY) return;
+  // Weakest first, so that the strongest lies on top.
+  for (let k = pairs.count - 1; k >= 0; k--) {
+    const [j, i, p] = pairs.at(k);
+    const top = Math.max(0, Math.round((i + 0.5) * cell - size / 2));
+    const left = Math.max(0, Math.round((j + 0.5) * cell - size / 2));
+    for (let y = top; y < Math.min(pixels, top + size); y++) {
+      for (let x = left; x < Math.min(y, left + size); x++) raster[y * pixels + x] = shade(p, 0, 1);
+    }
+  }
 }
 
 /** The raster in colours, as a canvas of its own. */

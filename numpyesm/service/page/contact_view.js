@@ -1,6 +1,6 @@
 // The contact map as something to use: pointer, keys, threshold, the list of strongest contacts.
 import { DARK, LIGHT } from "./colourmaps.js";
-import { colour, drawContactMap, drawLoupe, layout, rasterise } from "./contact_map.js";
+import { colour, drawContactMap, drawLoupe, enlarge, layout, rasterise } from "./contact_map.js";
 import { PredictedContacts, SEPARATION } from "./contacts.js";
 import { byId, make } from "./dom.js";
 import { arrow, hideTip, prepare, showTip, speak } from "./figure.js";
@@ -9,6 +9,7 @@ import { isDark, onTheme } from "./theme.js";
 const LOUPE_CELLS = 21;
 const LOUPE_CELL = 10;
 const LISTED = 20;
+const DOT = 4;
 
 let sequence = "";
 let result = null;
@@ -117,7 +118,10 @@ function resize() {
   const scale = devicePixelRatio || 1;
   const wanted = layout(sequence.length, width, scale);
   if (raster && place && wanted.pixels === place.pixels && wanted.width === place.width && place.scale === scale) return;
-  if (!raster || wanted.pixels !== place?.pixels) raster = rasterise(result, wanted.pixels, contactSettings());
+  if (!raster || wanted.pixels !== place?.pixels) {
+    raster = rasterise(result, wanted.pixels, contactSettings());
+    if (byId("split").checked) enlarge(raster, wanted.pixels, sequence.length, pairs, Math.round(DOT * scale));
+  }
   place = wanted;
   repaint();
 }

@@ -6,7 +6,7 @@ export const AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY";
 export const MAX_RECORDS = 100;
 const ALLOWED = new Set(`${AMINO_ACIDS}BXZUO-`);
 const EXPECTED = "allowed are ACDEFGHIKLMNPQRSTVWY, BXZUO and -";
-const MAX_TEXT = 4_000_000;
+export const MAX_TEXT = 4_000_000;
 // One sequence wrapped over lines has these widths in every database; bare lines of other widths are sequences each.
 const WRAPS = new Set([50, 60, 70, 80, 100, 120]);
 
@@ -16,9 +16,7 @@ const WRAPS = new Set([50, 60, 70, 80, 100, 120]);
  */
 export function parse(text, maxLength = 2048) {
   if (text.length > MAX_TEXT) {
-    const message = `This is ${(text.length / 1e6).toFixed(1)} million characters; the page takes 4 million. ` +
-      "For whole files use numpyesm embed on the command line.";
-    return { records: [], problems: [{ message, start: 0, end: 0 }], note: "" };
+    return { records: [], problems: [tooLong(text.length)], note: "" };
   }
   const { drafts, problems, note } = split(text);
   const records = drafts.map((draft, index) => finish(draft, index, maxLength, drafts.length, problems));
@@ -28,6 +26,13 @@ export function parse(text, maxLength = 2048) {
     problems.unshift({ message, start: 0, end: 0 });
   }
   return { records, problems, note };
+}
+
+/** The problem of a text that no page should take apart. */
+export function tooLong(length) {
+  const message = `This is ${(length / 1e6).toFixed(1)} million characters; the page takes 4 million. ` +
+    "For whole files use numpyesm embed on the command line.";
+  return { message, start: 0, end: 0 };
 }
 
 /** Records as headers and lines, each line with its offset. */

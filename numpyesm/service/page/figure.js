@@ -35,7 +35,7 @@ export function drawLegend(context, { x, y, width, colours, low, high, title, ma
   context.fillText(title, x, y + 10);
   for (let px = 0; px < width; px++) {
     context.fillStyle = css(colours[shade(px, 0, width - 1)]);
-    context.fillRect(x + px, y + 17, 1.5, 10);
+    context.fillRect(x + px, y + 17, Math.min(1.5, width - px), 10);
   }
   context.strokeStyle = palette.line;
   context.lineWidth = 1;

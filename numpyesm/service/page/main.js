@@ -4,7 +4,7 @@ import { contactSettings, onContacts, showContacts, shownContacts, startContactV
 import { byId, calm, make } from "./dom.js";
 import { attentionCsv, contactsCsv, filename, matrixCsv, mutationsCsv, save, toJson } from "./downloads.js";
 import { asFasta, EXAMPLES } from "./examples.js";
-import { MAX_RECORDS, parse } from "./fasta.js";
+import { MAX_RECORDS, MAX_TEXT, parse, tooLong } from "./fasta.js";
 import { askForKey, currentKey } from "./key.js";
 import { mutations } from "./mutations.js";
 import { contactPicture, stripPicture } from "./picture.js";
@@ -36,6 +36,7 @@ async function start() {
   byId("examples").append(...EXAMPLES.map(exampleItem));
   byId("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
   byId("sequence").addEventListener("input", onTyping);
+  byId("file").addEventListener("change", openFile);
   byId("sequence").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
   });
@@ -108,6 +109,19 @@ function exampleItem(example) {
   return make("li", {}, button);
 }
 
+/** The file's text into the box, where it can be seen and changed. */
+async function openFile() {
+  const [file] = byId("file").files;
+  byId("file").value = "";
+  if (!file) return;
+  if (file.size > MAX_TEXT) {
+    showProblems([tooLong(file.size)]);
+    return;
+  }
+  byId("sequence").value = await file.text();
+  onTyping();
+}
+
 function read() {
   return parse(byId("sequence").value, chosenModel()?.max_length);
 }
@@ -163,12 +177,11 @@ async function submit() {
   }
   const model = chosenModel();
   records = found.slice(0, MAX_RECORDS).map((record) => ({ ...record, model, state: "waiting", result: null, message: "" }));
-  current = null;
-  await run(records);
+  await run(records, true);
 }
 
 /** Compute records one after the other; the first result is shown as soon as it is there. */
-async function run(list) {
+async function run(list, scroll) {
   const controller = new AbortController();
   running = controller;
   busy(true);
@@ -178,7 +191,7 @@ async function run(list) {
       await compute(record, controller.signal, list);
       if (record.state === "done" && !shown) {
         shown = true;
-        show(record);
+        show(record, scroll);
       }
       if (record.state === "failed" && record.stops) break;
     }
@@ -198,15 +211,19 @@ async function compute(record, signal, list) {
   record.state = "running";
   listRecords();
   const started = performance.now();
-  const place = list.length > 1 ? ` ${list.indexOf(record) + 1} of ${list.length}` : "";
-  let doing = "Computing";
-  const report = () => {
+  const place = list.length > 1 ? `${list.indexOf(record) + 1} of ${list.length}: ` : "";
+  let detail = "";
+  const tell = () => {
     const seconds = Math.floor((performance.now() - started) / 1000);
-    say(`${doing}${doing === "Computing" ? place : ""}${seconds ? `, ${seconds} s` : " …"}`);
+    byId("elapsed").textContent = [detail, seconds ? `${seconds} s` : ""].filter(Boolean).join(", ");
   };
-  const clock = setInterval(report, 1000);
+  const onProgress = (words, changing = "") => {
+    say(place + words);
+    detail = changing;
+    tell();
+  };
+  const clock = setInterval(tell, 1000);
   try {
-    const onProgress = (text) => ((doing = text), report());
     record.result = await withKey(() => encode(record.model, record.sequence, { signal, onProgress }));
     record.seconds = (performance.now() - started) / 1000;
     record.state = "done";
@@ -218,6 +235,7 @@ async function compute(record, signal, list) {
     record.stops = error.kind !== "refused";
   } finally {
     clearInterval(clock);
+    byId("elapsed").textContent = "";
   }
 }
 
@@ -251,7 +269,8 @@ function busy(on) {
 }
 
 function say(text, wrong = false) {
-  byId("status").textContent = text;
+  // Set only when it changes, or it is read out again.
+  if (byId("status").textContent !== text) byId("status").textContent = text;
   byId("status").classList.toggle("wrong", wrong);
 }
 
@@ -262,14 +281,11 @@ function listRecords() {
 }
 
 async function choose(record) {
-  if (record.result) return show(record, { scroll: false });
-  if (running) return undefined;
-  await run([record]);
-  return undefined;
+  if (record.result) show(record, false);
+  else if (!running) await run([record], false);
 }
 
-function show(record, { scroll = true } = {}) {
-  const first = current === null;
+function show(record, scroll) {
   current = record;
   const { name, header, sequence, result, model } = record;
   listRecords();
@@ -288,7 +304,7 @@ function show(record, { scroll = true } = {}) {
   if (scores) mutationMap.show(mutationStrip(sequence, scores));
   attentionMap.show(attentionData());
   showCode();
-  if (first && scroll) byId(records.length > 1 ? "records" : "results").scrollIntoView({ behavior: calm() ? "auto" : "smooth" });
+  if (scroll) byId(records.length > 1 ? "records" : "results").scrollIntoView({ behavior: calm() ? "auto" : "smooth" });
 }
 
 function attentionData() {
@@ -311,10 +327,9 @@ function about(figure = "") {
 }
 
 function addSaves() {
-  const settings = () => contactSettings();
   onClick(byId("save-json"), "json", () => toJson(about(), current.sequence, current.result));
   byId("contact-saves").append(
-    saver("Picture (PNG)", "contacts.png", () => contactPicture(about("Contact map"), current.sequence, current.result, settings())),
+    saver("Picture (PNG)", "contacts.png", () => contactPicture(about("Contact map"), current.sequence, current.result, contactSettings(), shownContacts())),
     saver("These contacts (CSV)", "contacts.csv", () => contactsCsv(current.sequence, shownContacts())),
     saver("Whole map (CSV)", "contact-map.csv", () => matrixCsv(current.result)),
   );

@@ -1,7 +1,7 @@
 // Figures as PNG files, on white, with a title that says what they are: sequence, model, and whether the weights are
 // synthetic.
 import { LIGHT } from "./colourmaps.js";
-import { colour, drawContactMap, layout, rasterise } from "./contact_map.js";
+import { colour, drawContactMap, enlarge, layout, rasterise } from "./contact_map.js";
 import { FONT, LEGEND_HEIGHT, prepare } from "./figure.js";
 import { legendOf, paintStrip, STRIP_HEIGHT } from "./strip_map.js";
 
@@ -10,12 +10,14 @@ const WIDEST = 16_000;
 const PAD = 20;
 const TITLE = 46;
 
-export function contactPicture(about, sequence, result, settings) {
+export function contactPicture(about, sequence, result, settings, pairs) {
   // At least one pixel a cell: nothing of a large map is lost in the file.
   const scale = 2;
   const width = Math.max(560, Math.ceil(result.length / scale) + 60);
   const place = layout(sequence.length, width, scale, width);
-  const image = colour(rasterise(result, place.pixels, settings), place.pixels, LIGHT);
+  const raster = rasterise(result, place.pixels, settings);
+  if (settings.split) enlarge(raster, place.pixels, result.length, pairs, 4 * scale);
+  const image = colour(raster, place.pixels, LIGHT);
   const whole = document.createElement("canvas");
   const figure = document.createElement("canvas");
   drawContactMap(prepare(figure, place.width, place.height, scale), place, image, { sequence, palette: LIGHT });

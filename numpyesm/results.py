@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,24 +49,25 @@ class EncodeResult:
         """Amino acids of the 20 logit columns."""
         return list(AMINO_ACIDS)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The service's JSON shape: lists and numbers only."""
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """The service's JSON shape: lists and numbers only; with `arrays`, the arrays as they are."""
+        form = _as_is if arrays else _as_list
         out: dict[str, Any] = {"sequence_index": self.sequence_index}
         if self.embeddings is not None:
-            out["embeddings"] = [{"layer": n, "embedding": v.tolist()} for n, v in self.embeddings.items()]
+            out["embeddings"] = [{"layer": n, "embedding": form(v)} for n, v in self.embeddings.items()]
         if self.bos_embeddings is not None:
-            out["bos_embeddings"] = [{"layer": n, "embedding": v.tolist()} for n, v in self.bos_embeddings.items()]
+            out["bos_embeddings"] = [{"layer": n, "embedding": form(v)} for n, v in self.bos_embeddings.items()]
         if self.per_token_embeddings is not None:
             out["per_token_embeddings"] = [
-                {"layer": n, "embeddings": v.tolist()} for n, v in self.per_token_embeddings.items()
+                {"layer": n, "embeddings": form(v)} for n, v in self.per_token_embeddings.items()
             ]
         if self.contacts is not None:
-            out["contacts"] = self.contacts.tolist()
+            out["contacts"] = form(self.contacts)
         if self.logits is not None:
-            out["logits"] = self.logits.tolist()
+            out["logits"] = form(self.logits)
             out["vocab_tokens"] = self.vocab_tokens
         if self.attentions is not None:
-            out["attentions"] = self.attentions.tolist()
+            out["attentions"] = form(self.attentions)
         return out
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -109,10 +111,10 @@ class PredictResult:
         """Amino acids of the 20 logit columns."""
         return list(AMINO_ACIDS)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The service's JSON shape: lists and numbers only."""
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """The service's JSON shape: lists and numbers only; with `arrays`, the arrays as they are."""
         return {
-            "logits": self.logits.tolist(),
+            "logits": self.logits if arrays else _as_list(self.logits),
             "sequence_tokens": self.sequence_tokens,
             "vocab_tokens": self.vocab_tokens,
         }
@@ -120,3 +122,22 @@ class PredictResult:
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Flat named arrays for `np.savez`."""
         return {"logits": self.logits, "mask_positions": np.asarray(self.mask_positions, dtype=np.int64)}
+
+
+def _as_list(array: FloatArray) -> Any:
+    return array.tolist()
+
+
+def _as_is(array: FloatArray) -> Any:
+    return array
+
+
+def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one a sequence (`contacts_0`)."""
+    arrays = [result.to_arrays() for result in results]
+    stacked = {
+        name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))
+    }
+    return stacked | {
+        f"{name}_{i}": value for i, one in enumerate(arrays) for name, value in one.items() if name not in stacked
+    }

@@ -11,9 +11,9 @@ from pathlib import Path
 from ..errors import MissingExtra, WeightsNotFound
 from ..fasta import Record, parse_fasta
 from ..model import ESM2
-from ..results import EncodeResult
+from ..results import EncodeResult, stack_results
 from .contacts import contact_png, contact_text, titled
-from .inference import predict_table, stack_results
+from .inference import predict_table
 from .inputs import load_model
 from .outputs import npz_bytes, table, write
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..alphabet import AMINO_ACIDS
 from ..fasta import Record
-from ..results import EncodeResult, PredictResult
+from ..results import EncodeResult, PredictResult, stack_results
 from .inputs import load_model, on_records, read_records
 from .outputs import chosen_format, json_bytes, npz_bytes, table, write
 
@@ -84,17 +84,6 @@ def _write(
 def _names(records: Sequence[Record]) -> dict[str, npt.NDArray[Any]]:
     # A fixed width for all: one header of a megabyte must not cost a megabyte a record.
     return {"ids": np.array([record.id[:_ID_LENGTH] for record in records])}
-
-
-def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one a sequence (`contacts_0`)."""
-    arrays = [result.to_arrays() for result in results]
-    stacked = {
-        name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))
-    }
-    return stacked | {
-        f"{name}_{i}": value for i, one in enumerate(arrays) for name, value in one.items() if name not in stacked
-    }
 
 
 def _encode_table(records: Sequence[Record], results: Sequence[EncodeResult]) -> str:

@@ -71,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
     command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
+
+    command = _add(commands, "serve", "serve", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
+    _add_serve_options(command)
     return parser
 
 
@@ -104,3 +107,36 @@ def _add_inference(
         "--format", choices=["json", "npz", "table"], help="by the output's ending, else table on a terminal and json"
     )
     return command
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    command.add_argument(
+        "--model", action="append", default=[], metavar="SLUG=WEIGHTS", help="a model to serve; may be repeated"
+    )
+    command.add_argument("--api-keys-file", metavar="FILE", help="one key a line (NUMPYESM_API_KEYS holds more)")
+    command.add_argument(
+        "--allow-no-auth", action="store_true", help="listen beyond this machine without keys: everybody may use it"
+    )
+    command.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name for a keyless service"
+    )
+    command.add_argument(
+        "--trusted-proxy", action="append", default=[], metavar="IP", help="whose X-Forwarded-For is believed"
+    )
+    command.add_argument("--queue-size", type=int, default=512, help="requests that may wait (%(default)s)")
+    command.add_argument("--deadline", type=float, default=300, help="seconds for a request (%(default)s)")
+    command.add_argument("--max-memory", metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)")
+    command.add_argument("--max-body", default="1M", metavar="SIZE", help="of a body as sent (%(default)s)")
+    command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of a body unpacked (%(default)s)")
+    command.add_argument("--max-connections", type=int, default=1000, help="open at a time (%(default)s)")
+    command.add_argument("--head-timeout", type=float, default=10, help="seconds for the headers (%(default)s)")
+    command.add_argument("--body-timeout", type=float, default=30, help="seconds for the body (%(default)s)")
+    command.add_argument(
+        "--write-timeout",
+        type=float,
+        default=60,
+        help="seconds to take a piece of an answer (%(default)s)",
+    )
+    command.add_argument("--grace", type=float, default=30, help="seconds to finish after SIGTERM (%(default)s)")

@@ -1,0 +1,106 @@
+"""`numpyesm serve`: the HTTP service."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from typing import TypeVar
+
+from ..errors import InvalidOption, MissingExtra
+from ..model import ESM2
+
+Number = TypeVar("Number", int, float)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load the models, listen, serve until a signal says to leave."""
+    try:
+        import fastapi  # noqa: F401
+        import orjson  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(f"the service needs {error.name}: pip install 'numpyesm[serve]'") from error
+    from ..service.app import Service
+    from ..service.auth import ENVIRONMENT, KeyRing, read_keys
+    from ..service.catalog import Catalog
+    from ..service.hosts import is_loopback
+    from ..service.server import Server, addresses, bind
+    from ..service.settings import Settings, default_max_memory, parse_size
+
+    keys = KeyRing(read_keys(arguments.api_keys_file))
+    local = all(is_loopback(address) for address in addresses(arguments.host))
+    if not keys and not local and not arguments.allow_no_auth:
+        raise InvalidOption(
+            f"--host {arguments.host} is reachable from elsewhere, and there are no API keys: set {ENVIRONMENT} or "
+            "--api-keys-file, or say --allow-no-auth if everybody may use this service"
+        )
+    settings = Settings(
+        queue_size=_positive("--queue-size", arguments.queue_size),
+        deadline=_positive("--deadline", arguments.deadline),
+        max_memory=parse_size(arguments.max_memory) if arguments.max_memory else default_max_memory(),
+        max_body=parse_size(arguments.max_body),
+        max_decompressed=parse_size(arguments.max_decompressed),
+        head_timeout=_positive("--head-timeout", arguments.head_timeout),
+        body_timeout=_positive("--body-timeout", arguments.body_timeout),
+        write_timeout=_positive("--write-timeout", arguments.write_timeout),
+        max_connections=_positive("--max-connections", arguments.max_connections),
+        grace=_positive("--grace", arguments.grace),
+        local_only=not keys and local,
+        allowed_hosts=tuple(name.lower() for name in arguments.allow_host),
+    )
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="numpyesm: %(levelname)s: %(message)s")
+    sockets = bind(arguments.host, arguments.port)  # before the models: a taken port should not cost their loading
+    service = Service(Catalog(_load(arguments)), keys, settings)
+    port = sockets[0].getsockname()[1]
+    name = arguments.host if ":" not in arguments.host else f"[{arguments.host}]"
+    print(
+        f"numpyesm: serving {', '.join(service.catalog.slugs)} on http://{name}:{port}/ "
+        f"({f'{len(keys)} API keys' if keys else 'no API keys'}); docs at /docs",
+        file=sys.stderr,
+        flush=True,
+    )
+    Server(service, ",".join(arguments.trusted_proxy)).run(sockets=sockets)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
+    """The models: those that `--model` names, and esm2-35m, if it is named, found, or nothing else is."""
+    from ..service.catalog import check_slug
+    from ..weights.locate import find_local
+
+    wanted: dict[str, str] = {}
+    for text in arguments.model:
+        slug, _, source = text.partition("=")
+        if slug in wanted:
+            raise InvalidOption(f"--model {slug} is given twice")
+        wanted[check_slug(slug)] = source or slug
+
+    def load(source: str) -> ESM2:
+        return ESM2.from_pretrained(
+            source, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
+        )
+
+    models: dict[str, ESM2] = {}
+    if arguments.weights:
+        model = load(arguments.weights)
+        if model.name in wanted:
+            raise InvalidOption(f"--weights holds {model.name}, which --model names as well")
+        models[model.name] = model
+    elif "esm2-35m" not in wanted and (not wanted or find_local("esm2-35m")):
+        models["esm2-35m"] = load("esm2-35m")
+    for slug, source in wanted.items():
+        models[slug] = load(source)
+        name = models[slug].name
+        if slug.startswith("esm2-") and name != slug:
+            warnings.warn(f"--model {slug}: these weights are of {name}", stacklevel=1)
+    return models
+
+
+def _positive(option: str, value: Number) -> Number:
+    if not value > 0:
+        raise InvalidOption(f"{option} {value:g}: expected a number above 0")
+    return value

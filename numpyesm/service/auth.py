@@ -1,0 +1,85 @@
+"""`Authorization: Token KEY`: where keys come from and how they are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import InvalidOption
+from .errors import ApiError
+
+ENVIRONMENT = "NUMPYESM_API_KEYS"
+
+
+class KeyRing:
+    """The keys that are let in; none: everybody is."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        # Digests have one length, so that the comparison tells nothing about a key's own.
+        self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def identify(self, authorization: Sequence[bytes]) -> str | None:
+        """Which key the header names, as `key-1`; None without keys.
+
+        Raises
+        ------
+        ApiError
+            401 if the header is absent or its key unknown.
+        """
+        if not self._digests:
+            return None
+        if not authorization:
+            raise _refusal("an API key is needed: send the header Authorization: Token KEY")
+        scheme, _, key = authorization[0].strip().partition(b" ")
+        if len(authorization) > 1 or scheme.lower() != b"token" or not key.strip():
+            raise _refusal("the Authorization header must be: Token KEY")
+        digest = _digest(key.strip())
+        found = 0
+        for number, known in enumerate(self._digests, start=1):  # all of them, whichever it is
+            found += number * hmac.compare_digest(digest, known)
+        if not found:
+            raise _refusal("the API key is not known")
+        return f"key-{found}"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _refusal(message: str) -> ApiError:
+    return ApiError(401, message, headers={"WWW-Authenticate": 'Token realm="numpyesm"'})
+
+
+def read_keys(path: str | Path | None) -> list[str]:
+    """Keys from a file (one a line, `#` for comments) and from `NUMPYESM_API_KEYS` (split at commas and blanks).
+
+    Raises
+    ------
+    InvalidOption
+        If the file cannot be read, or either is there and has no key: a service must not open up by accident.
+    """
+    keys: list[str] = []
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidOption(f"the file of API keys {path} cannot be read: {error}") from None
+        found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise InvalidOption(f"the file of API keys {path} has no key in it")
+        if bad := next((number for number, key in enumerate(found, start=1) if re.search(r"\s", key)), None):
+            raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key a line")
+        keys += found
+    if setting := os.environ.get(ENVIRONMENT):
+        found = [key for key in re.split(r"[,\s]+", setting) if key]
+        if not found:
+            raise InvalidOption(f"{ENVIRONMENT} is set and has no key in it")
+        keys += found
+    return keys

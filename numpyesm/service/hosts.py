@@ -1,0 +1,42 @@
+"""Who may talk to a service without keys: this machine only, and no web page that pretends to be on it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from .errors import ApiError
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is of the loopback interface."""
+    try:
+        return ipaddress.ip_address(address.split("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def check_host(host: Sequence[bytes], allowed: Sequence[str]) -> None:
+    """ApiError 403 if a Host header names another machine.
+
+    A web page can make a browser send requests to 127.0.0.1 under a name of its own (DNS rebinding); its Host header
+    gives it away. Programs that send none at all are not browsers.
+    """
+    if not host:
+        return
+    name = _host_name(host[0].decode("latin-1"))
+    if len(host) == 1 and (name in ("localhost", *allowed) or is_loopback(name)):
+        return
+    raise ApiError(
+        403,
+        f"this service has no API keys and answers only to the names of this machine, not to {name[:80]!r}",
+        code="user.host",
+    )
+
+
+def _host_name(host: str) -> str:
+    """`localhost` of `LocalHost:8000`, `::1` of `[::1]:8000`."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].removesuffix(".")

@@ -1,0 +1,66 @@
+"""Counters for Prometheus, in a registry of their own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from .engine import Engine
+
+TEXT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """What the service counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        # Labels take few values: paths and slugs that do not exist are all "other".
+        self._requests = Counter(
+            "numpyesm_requests", "Requests answered", ["route", "slug", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "numpyesm_request_seconds",
+            "From the headers to the end of the answer",
+            ["route", "slug"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._sent = Counter("numpyesm_sent_bytes", "Bytes of answers", registry=self.registry)
+        self._passes = Counter("numpyesm_passes", "Forward passes", ["slug"], registry=self.registry)
+        self._residues = Counter("numpyesm_residues", "Rows computed", ["slug"], registry=self.registry)
+        self._sequences = Counter("numpyesm_sequences", "Sequences computed", ["slug"], registry=self.registry)
+        self._busy = Counter("numpyesm_engine_seconds", "Time in forward passes", ["slug"], registry=self.registry)
+        self._queued = Gauge("numpyesm_queue_length", "Requests waiting", registry=self.registry)
+        self._held = Gauge("numpyesm_result_bytes", "Memory reserved for results", registry=self.registry)
+        self._hung_up = Counter("numpyesm_hang_ups", "Clients that left before their answer", registry=self.registry)
+
+    def watch(self, engine: Engine) -> None:
+        """Show the engine's queue."""
+        self._queued.set_function(lambda: engine.waiting)
+        self._held.set_function(lambda: engine.budget.held)
+
+    def request(self, route: str, slug: str, status: int, seconds: float, sent: int) -> None:
+        """One request is over."""
+        self._requests.labels(route, slug, str(status)).inc()
+        self._seconds.labels(route, slug).observe(seconds)
+        self._sent.inc(sent)
+        if status == HUNG_UP:
+            self._hung_up.inc()
+
+    def forward_pass(self, slug: str, sequences: int, rows: int, seconds: float) -> None:
+        """One pass is over."""
+        self._passes.labels(slug).inc()
+        self._sequences.labels(slug).inc(sequences)
+        self._residues.labels(slug).inc(rows)
+        self._busy.labels(slug).inc(seconds)
+
+    def page(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)
+
+
+# Logged and counted for a client that left; nothing is sent. (nginx's number.)
+HUNG_UP = 499

@@ -1,0 +1,125 @@
+"""HTTP/1.1 as uvicorn speaks it, with time limits for headers, a limit of connections, and errors in our shape."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
+from .gate import Receive, Scope, Send
+from .settings import Settings
+
+# What a client may still send of a body that was refused, before the connection is cut.
+_MAX_DISCARDED = 16 * 2**20
+
+
+def make_protocol(settings: Settings) -> type[asyncio.Protocol]:
+    """The protocol class for a server with these settings."""
+
+    class Protocol(_LimitedProtocol):
+        limits = settings
+
+    return Protocol
+
+
+class _LimitedProtocol(H11Protocol):
+    """A connection that waits for a request's headers only so long."""
+
+    limits: Settings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._discarded = 0
+        served = self.app
+
+        async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
+            # A client that does not read cannot be closed politely: that would wait for it to read.
+            scope["extensions"] = {"numpyesm.abort": self.transport.abort}
+            await served(scope, receive, send)
+
+        self.app = with_abort
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(ApiError(503, "too many connections", code="server.connections", headers={"Retry-After": "5"}))
+            return
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._between_requests and self.conn.their_state is h11.SEND_BODY:
+            self._discarded += len(data)
+            if self._discarded > _MAX_DISCARDED:
+                self.transport.abort()
+                return
+        super().data_received(data)
+        self._watch_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.conn.their_state is h11.SEND_BODY:
+            self._watch_head()  # the rest of a refused body: it has the time of a head
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg))
+
+    def shutdown(self) -> None:
+        self._unwatch_head()
+        try:
+            super().shutdown()
+        except h11.LocalProtocolError:  # in the middle of a refused body
+            self.transport.close()
+
+    @property
+    def _between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _watch_head(self) -> None:
+        """Start the clock if a head is awaited, stop it if a request is in hand."""
+        if not self._between_requests:
+            self._discarded = 0
+            self._unwatch_head()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(self.limits.head_timeout, self._head_is_late)
+
+    def _unwatch_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if not self._between_requests or self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.IDLE:
+            self._refuse(ApiError(408, f"no request within {self.limits.head_timeout:g} seconds"))
+        else:
+            self.transport.abort()
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer without the application, and close."""
+        if self.conn.our_state is not h11.IDLE:  # an answer is on its way: nothing can be put between
+            self.transport.close()
+            return
+        body = error.body()
+        head = [
+            f"HTTP/1.1 {error.status} Refused",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            f"x-request-id: {uuid.uuid4().hex}",
+            "connection: close",
+            *(f"{name.lower()}: {value}" for name, value in error.headers.items()),
+        ]
+        self.transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
+        self.transport.close()

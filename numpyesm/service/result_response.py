@@ -1,0 +1,99 @@
+"""Sends results: small ones at once, large ones piece by piece from a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+
+from .answers import FORMS, JSON_TYPE, gzip_pieces
+from .gate import Receive, Scope, Send, record_of, send_bytes
+from .jobs import Result
+
+# Below this many bytes of arrays, writing takes less time than going to another thread.
+_SMALL = 1 << 16
+_GZIP_FROM = 256
+
+
+class ResultResponse:
+    """An ASGI response.
+
+    Parameters
+    ----------
+    results : list
+        Given up as soon as sent.
+    form : str
+        Media type.
+    gzipped : bool
+    size : int
+        Bytes of the arrays.
+    gone : Task
+        Done when the client hangs up.
+    release : callable
+        Called once, when the answer is sent or given up.
+    """
+
+    def __init__(
+        self,
+        results: Sequence[Result],
+        *,
+        form: str,
+        gzipped: bool,
+        size: int,
+        gone: asyncio.Task[None],
+        release: Callable[[], None],
+        threads: Executor,
+        write_timeout: float,
+    ) -> None:
+        self._pieces: Iterator[bytes] = FORMS[form](results)
+        self._form = form
+        self._gzipped = gzipped and form == JSON_TYPE  # numbers as they lie in memory do not shrink
+        self._size = size
+        self._gone = gone
+        self._release = release
+        self._threads = threads
+        self._write_timeout = write_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            headers = [(b"content-type", self._form.encode()), (b"vary", b"Accept, Accept-Encoding")]
+            if self._size <= _SMALL:
+                await self._send_whole(send, headers)
+            else:
+                await self._send_pieces(scope, send, headers)
+        finally:
+            self._pieces = iter(())
+            self._gone.cancel()
+            self._release()
+
+    async def _send_whole(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        content = b"".join(self._pieces)
+        if self._gzipped and len(content) >= _GZIP_FROM:
+            content = b"".join(gzip_pieces([content]))
+            headers.append((b"content-encoding", b"gzip"))
+        await send_bytes(send, 200, content, headers)
+
+    async def _send_pieces(self, scope: Scope, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        loop = asyncio.get_running_loop()
+        pieces = self._pieces
+        if self._gzipped:
+            pieces = gzip_pieces(pieces)
+            headers.append((b"content-encoding", b"gzip"))
+        # The first piece before the status: a failure can then still be told.
+        piece: bytes | None = await loop.run_in_executor(self._threads, next, pieces, None)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while piece is not None:
+            if self._gone.done():
+                record_of(scope).hung_up = True
+                return
+            try:
+                await asyncio.wait_for(
+                    send({"type": "http.response.body", "body": piece, "more_body": True}), self._write_timeout
+                )
+            except (asyncio.TimeoutError, TimeoutError):
+                record_of(scope).hung_up = True
+                record_of(scope).facts["reason"] = "the client does not read"
+                scope.get("extensions", {}).get("numpyesm.abort", lambda: None)()
+                return
+            piece = await loop.run_in_executor(self._threads, next, pieces, None)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

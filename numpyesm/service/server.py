@@ -1,0 +1,103 @@
+"""Listening, and leaving: sockets, signals, and the time that accepted requests have to finish."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+
+from ..errors import InvalidOption
+from .app import Service
+from .protocol import make_protocol
+
+log = logging.getLogger("numpyesm.service")
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address that `host` means; port 0 takes a free one.
+
+    Raises
+    ------
+    InvalidOption
+        If the host is unknown, or the address is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise InvalidOption(f"--port {port}: expected 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise InvalidOption(f"--host {host}: {error}") from None
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        if sockets and port == 0:
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind(address)
+            made.listen(2048)
+            made.setblocking(False)
+        except OSError as error:
+            made.close()
+            failure = error
+            continue
+        sockets.append(made)
+    if not sockets:
+        raise InvalidOption(f"cannot listen on {host} port {port}: {failure.strerror if failure else 'no address'}")
+    return sockets
+
+
+def addresses(host: str) -> list[str]:
+    """IP addresses that a host name means."""
+    try:
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise InvalidOption(f"--host {host}: {error}") from None
+    return sorted({str(entry[4][0]) for entry in found})
+
+
+class Server(uvicorn.Server):
+    """Leaves in two steps: first nothing new is taken and what was accepted finishes, then connections close."""
+
+    def __init__(self, service: Service, trusted_proxies: str = "") -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                service.gate,
+                http=make_protocol(settings),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=trusted_proxies or "127.0.0.1",
+                timeout_keep_alive=int(settings.idle_timeout),
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._service = service
+        self._leaving = False
+        self._leave_by = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: leave in good order; second: at once."""
+        if self._leaving:
+            self.should_exit = self.force_exit = True
+        self._leaving = True
+
+    async def on_tick(self, counter: int) -> bool:
+        engine, settings = self._service.engine, self._service.settings
+        if self._leaving and not engine.draining:
+            log.warning("leaving: nothing new is taken, %d requests finish", self._service.gate.active)
+            engine.draining = True
+            self._leave_by = time.monotonic() + settings.grace
+        if engine.draining and (self._service.gate.active == 0 or time.monotonic() > self._leave_by):
+            self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,147 @@
+"""`numpyesm serve` in a process of its own, for tests that speak HTTP to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+from conftest import SMALL
+
+from numpyesm import ESM2
+from numpyesm.weights.canonical import save_canonical
+from numpyesm.weights.synthetic import random_checkpoint
+
+
+def receive_all(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 20):
+            got += piece
+    return got
+
+
+class RunningService:
+    """A service on a free loopback port."""
+
+    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "numpyesm", "serve", "--port", "0", *options]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMPYESM_")}
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean | (environment or {}),
+        )
+        self.log: list[str] = []
+        self.talk: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self.log), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stderr, self.talk), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.port = 0
+        self.wait_until(lambda: self._find_port() or self.process.poll() is not None, 300)
+        assert self.port, f"the service did not start: {self.talk}"
+        self.wait_until(self._is_ready, 300)
+
+    @staticmethod
+    def _read(stream: Any, lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line.rstrip("\n"))
+
+    def _find_port(self) -> bool:
+        found = next((match for line in self.talk if (match := re.search(r"on http://\S+?:(\d+)/", line))), None)
+        self.port = int(found[1]) if found else 0
+        return bool(self.port)
+
+    def _is_ready(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def post(self, path: str, document: Any = None, **options: Any) -> requests.Response:
+        """POST JSON."""
+        return requests.post(f"{self.url}/api/v3/{path}", json=document, timeout=120, **options)
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        return [json.loads(line) for line in self.log]
+
+    def wait_until(self, condition: Any, seconds: float = 60) -> None:
+        """Wait for something that will happen; an assertion fails if it does not."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited {seconds} s in vain"
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        for reader in self._readers:
+            reader.join(5)
+        return code
+
+    def status(self, field: str) -> int:
+        """A number of /proc/PID/status, such as VmRSS (kB) or Threads."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def open_files(self) -> int:
+        """File descriptors."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+@contextlib.contextmanager
+def serving(*options: str, environment: dict[str, str] | None = None) -> Iterator[RunningService]:
+    """A service that is stopped at the end."""
+    service = RunningService(*options, environment=environment)
+    try:
+        yield service
+    finally:
+        service.process.kill()
+        service.process.wait()
+
+
+def small_weights(folder: Path) -> Path:
+    """A small model's canonical file."""
+    path = folder / "small.safetensors"
+    if not path.exists():
+        save_canonical(path, random_checkpoint(SMALL, seed=1))
+    return path
+
+
+def load_quietly(source: str | Path, **options: Any) -> ESM2:
+    """The same model in this process, to compare with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ESM2.from_pretrained(source, **options)

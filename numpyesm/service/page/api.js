@@ -73,7 +73,7 @@ async function refusal(response) {
     // Not JSON: the status has to do.
   }
   const said = complaints(body) || `The server answered ${response.status} ${response.statusText}`.trim() + ".";
-  if (response.status === 401 || response.status === 403) return new ApiError("auth", "The server asks for a valid key.");
+  if (response.status === 401) return new ApiError("auth", "The server asks for a valid key.");
   if (response.status === 503 || response.status === 429) {
     const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
     const again = Number.isFinite(seconds) ? ` It asks to try again in ${seconds} s.` : " Try again in a while.";

@@ -10,7 +10,7 @@ const MANY = 20_000;
 export function layout(length, width, scale, tallest = 720) {
   const left = 44;
   const top = 6;
-  const room = Math.min(width - left - 6, tallest, length * LARGEST_CELL);
+  const room = Math.min(width - left - 14, tallest, length * LARGEST_CELL);
   let pixels = Math.max(1, Math.floor(room * scale));
   // Cells of 1 to 4 screen pixels would come out unequal; make them whole. Smaller ones share a pixel.
   const perCell = pixels / length;

@@ -3,7 +3,7 @@ import { DARK, LIGHT } from "./colourmaps.js";
 import { colour, drawContactMap, drawLoupe, enlarge, layout, rasterise } from "./contact_map.js";
 import { PredictedContacts, SEPARATION } from "./contacts.js";
 import { byId, make } from "./dom.js";
-import { arrow, hideTip, prepare, showTip, speak } from "./figure.js";
+import { arrow, hideTip, hideUnlessTouched, prepare, showTip, speak } from "./figure.js";
 import { isDark, onTheme } from "./theme.js";
 
 const LOUPE_CELLS = 21;
@@ -25,7 +25,7 @@ export function startContactView() {
   for (const id of ["threshold", "separated", "split"]) byId(id).addEventListener("input", selectSoon);
   canvas.addEventListener("pointermove", (event) => event.pointerType !== "touch" && point(event));
   canvas.addEventListener("pointerdown", point);
-  canvas.addEventListener("pointerleave", hideTip);
+  canvas.addEventListener("pointerleave", hideUnlessTouched);
   canvas.addEventListener("keydown", onKey);
   canvas.addEventListener("focus", () => result && speak(describe()));
   new ResizeObserver(() => result && byId("results").hidden === false && resize()).observe(canvas.parentElement);

@@ -63,6 +63,13 @@ export function hideTip() {
   byId("tip").hidden = true;
 }
 
+/** A finger that lifts leaves what it pointed at; the tip stays until the page moves. */
+export function hideUnlessTouched(event) {
+  if (event.pointerType !== "touch") hideTip();
+}
+
+addEventListener("scroll", hideTip, { passive: true });
+
 let pending = 0;
 /** Read `text` out, once the keys rest. */
 export function speak(text) {

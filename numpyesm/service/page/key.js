@@ -11,7 +11,9 @@ export function currentKey() {
 /** Ask for a key; resolves to whether one was given. `refused` says that the last one was not accepted. */
 export function askForKey(refused) {
   const dialog = byId("key-dialog");
-  if (refused) byId("key-message").textContent = "The server did not accept this key. Check it and try again.";
+  byId("key-message").textContent = refused
+    ? "The server did not accept this key. Check it and try again."
+    : "Its owner can give you one. It is kept in this tab only, until you close it.";
   byId("key").value = "";
   byId("change-key").hidden = false;
   return new Promise((resolve) => {

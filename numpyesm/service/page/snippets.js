@@ -1,7 +1,7 @@
 // The commands and programs that give what is shown.
 
 /**
- * {title, code} each. `shown` is {url, sequence, include, threshold, separation, withKey} and the model's {slug, name,
+ * {title, code} each. `shown` is {url, sequence, include, threshold, separation, withKey} and the model’s {slug, name,
  * synthetic, precision, backend}.
  */
 export function snippets(shown) {
@@ -44,8 +44,8 @@ result = {name: np.array(value) for name, value in response.json()["results"][0]
 ${analysis(include, shown)}`;
 }
 
-function withLibrary({ slug, name, sequence, include, synthetic, precision, backend, ...shown }) {
-  const source = synthetic ? `synthetic:${name}` : slug;
+function withLibrary({ slug, name, source, sequence, include, synthetic, precision, backend, ...shown }) {
+  const from = synthetic ? source ?? `synthetic:${name}` : slug;
   const remark = synthetic
     ? "# Synthetic weights, as on the server: random numbers that mean nothing."
     : "# A name, or the path of your weights.";
@@ -55,7 +55,7 @@ from numpyesm import ESM2
 sequence = ${python(sequence)}
 
 ${remark}
-model = ESM2.from_pretrained(${python(source)}, backend=${python(backend)}, precision=${python(precision)})
+model = ESM2.from_pretrained(${python(from)}, backend=${python(backend)}, precision=${python(precision)})
 result = vars(model.encode([sequence], include=${python(include)})[0])
 ${analysis(include, shown)}`;
 }

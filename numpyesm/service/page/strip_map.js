@@ -2,7 +2,7 @@
 // 2048 columns cost no more than 60; where not all columns fit, a strip above shows the whole and takes one anywhere.
 import { css, DARK, LIGHT, shade } from "./colourmaps.js";
 import { make } from "./dom.js";
-import { arrow, drawLegend, FONT, hideTip, LEGEND_HEIGHT, MONO, prepare, showTip, speak, ticks } from "./figure.js";
+import { arrow, drawLegend, FONT, hideTip, hideUnlessTouched, LEGEND_HEIGHT, MONO, prepare, showTip, speak, ticks } from "./figure.js";
 import { isDark, onTheme } from "./theme.js";
 
 const ROW = 16;
@@ -71,7 +71,7 @@ export class StripMap {
     box.addEventListener("focus", () => this.#data && speak(this.#data.describe(...this.#cursor)));
     this.#canvas.addEventListener("pointermove", (event) => event.pointerType !== "touch" && this.#point(event));
     this.#canvas.addEventListener("click", (event) => this.#point(event));
-    this.#canvas.addEventListener("pointerleave", hideTip);
+    this.#canvas.addEventListener("pointerleave", hideUnlessTouched);
     const jump = (event) => {
       const x = event.clientX - this.#overview.getBoundingClientRect().left - this.#data.left;
       const fraction = x / (this.#overview.clientWidth - this.#data.left);

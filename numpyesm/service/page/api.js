@@ -86,7 +86,7 @@ async function refusal(response) {
 function complaints(body) {
   if (!body || typeof body !== "object") return "";
   const messages = Object.values(body.error ?? {}).flat().filter((m) => typeof m === "string");
-  return messages.join(" ") || (typeof body.detail === "string" ? body.detail : "");
+  return messages.map((message) => message.replace(/^item \d+: /, "")).join(" ") || (typeof body.detail === "string" ? body.detail : "");
 }
 
 /** The whole body, telling how much has come. */

@@ -84,37 +84,35 @@ function* lines(text) {
 function finish({ header, parts, start, end }, index, maxLength, count, problems) {
   const name = header.split(/\s+/)[0] || `Sequence ${index + 1}`;
   const who = header ? `Record ${index + 1} (${shorten(name)})` : count > 1 ? `Sequence ${index + 1}` : "The sequence";
-  const record = { name, header, sequence: "" };
-  const residues = [];
+  const residues = []; // and where each stands in the text
+  const places = [];
   for (const { line, start: offset } of parts) {
     let at = offset;
     for (const character of line) {
-      if (character.trim()) residues.push({ character, at });
+      if (character.trim()) residues.push(character), places.push(at);
       at += character.length;
     }
   }
-  if (residues.at(-1)?.character === "*") residues.pop();
-  const wrong = residues.findIndex(({ character }) => !ALLOWED.has(upper(character)));
+  if (residues.at(-1) === "*") residues.pop();
+  const wrong = residues.findIndex((character) => !ALLOWED.has(upper(character)));
   if (wrong >= 0) {
-    const { character, at } = residues[wrong];
-    const rest = residues.slice(wrong, wrong + 6).map((r) => r.character).join("");
+    const character = residues[wrong];
+    const meant = hint(character, residues.slice(wrong, wrong + 6).join(""));
     problems.push({
-      message: `${who}: “${visible(character)}” at position ${wrong + 1} is not allowed${hint(character, rest)}; ${EXPECTED}.`,
-      start: at,
-      end: at + character.length,
+      message: `${who}: “${visible(character)}” at position ${wrong + 1} is not allowed${meant}; ${EXPECTED}.`,
+      start: places[wrong],
+      end: places[wrong] + character.length,
     });
   } else if (!residues.length) {
     problems.push({ message: `${who} has no sequence.`, start, end });
   } else if (residues.length > maxLength) {
-    const at = residues[maxLength].at;
     problems.push({
       message: `${who} has ${residues.length} residues; at most ${maxLength} are allowed. Cut it, or compute domains apart.`,
-      start: at,
-      end: residues.at(-1).at + 1,
+      start: places[maxLength],
+      end: places[residues.length - 1] + 1,
     });
   }
-  record.sequence = residues.map(({ character }) => upper(character)).join("");
-  return record;
+  return { name, header, sequence: residues.map(upper).join("") };
 }
 
 // ASCII only: toUpperCase would make SS of the letter ß.

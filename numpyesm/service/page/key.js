@@ -13,7 +13,7 @@ export function askForKey(refused) {
   const dialog = byId("key-dialog");
   byId("key-message").textContent = refused
     ? "The server did not accept this key. Check it and try again."
-    : "Its owner can give you one. It is kept in this tab only, until you close it.";
+    : "This server wants a key; its owner can give you one. It is kept in this tab only, until you close it.";
   byId("key").value = "";
   byId("change-key").hidden = false;
   return new Promise((resolve) => {

@@ -201,6 +201,7 @@ async function run(list, scroll) {
       running = null;
       busy(false);
       say(...outcome(list));
+      showRefused(list);
       listRecords();
     }
   }
@@ -254,11 +255,17 @@ function outcome(list) {
   const done = list.filter(({ state }) => state === "done");
   if (list.length === 1) {
     const [record] = list;
-    if (record.state === "failed") return [record.message, true];
+    if (record.state === "failed") return [record.stops ? record.message : "Not computed.", true];
     return [record.state === "done" ? `Done in ${record.seconds.toFixed(1)} s.` : "Cancelled.", false];
   }
   const text = `${done.length} of ${list.length} done${failed.length ? `, ${failed.length} failed` : ""}.`;
-  return [failed.length ? `${text} ${failed[0].name}: ${failed[0].message}` : text, failed.length > 0];
+  return [failed[0]?.stops ? `${text} ${failed[0].message}` : text, failed.length > 0];
+}
+
+/** What the server did not take belongs under the input. */
+function showRefused(list) {
+  const refused = list.filter(({ state, stops }) => state === "failed" && !stops);
+  if (refused.length) showProblems(refused.map(({ name, message }) => ({ message: `${name}: ${message}`, start: 0, end: 0 })));
 }
 
 function busy(on) {

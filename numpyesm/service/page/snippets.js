@@ -45,7 +45,7 @@ ${analysis(include, shown)}`;
 }
 
 function withLibrary({ slug, name, source, sequence, include, synthetic, precision, backend, ...shown }) {
-  const from = synthetic ? source ?? `synthetic:${name}` : slug;
+  const from = synthetic ? source ?? `synthetic:${name}` : name === "custom" ? slug : name;
   const remark = synthetic
     ? "# Synthetic weights, as on the server: random numbers that mean nothing."
     : "# A name, or the path of your weights.";

@@ -201,7 +201,7 @@ export function paintStrip(context, data, { palette, width, column, scrolled = 0
     for (let r = 0; r < rows.length; r++) {
       context.fillStyle = cellColour(data, r, c, palette);
       context.fillRect(x, HEAD + r * ROW, column, ROW);
-      if (data.dot(r, c)) dot(context, x + column / 2, HEAD + (r + 0.5) * ROW, palette);
+      if (data.dot(r, c)) dot(context, x + column / 2, HEAD + (r + 0.5) * ROW, Math.min(2.2, column / 2.5), palette);
     }
     if (data.value(0, c) === null) strike(context, x, HEAD, column, rows.length * ROW, palette);
     if (column < 9) continue;
@@ -232,10 +232,10 @@ export function paintStrip(context, data, { palette, width, column, scrolled = 0
   });
 }
 
-function dot(context, x, y, palette) {
+function dot(context, x, y, radius, palette) {
   context.fillStyle = palette.text;
   context.beginPath();
-  context.arc(x, y, 2.2, 0, 2 * Math.PI);
+  context.arc(x, y, radius, 0, 2 * Math.PI);
   context.fill();
 }
 

@@ -563,10 +563,9 @@ def test_keyboard_alone(tab: Any, library: Any) -> None:
     tab_to("contact-map")
     for key in ("Home", "PageUp", "ArrowRight", "ArrowRight", "Shift+ArrowRight", "ArrowDown"):
         page.keyboard.press(key)
-    settle(page)
     p = contacts[1, 12]
     text = f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("e-0", "e-")
-    assert page.text_content("#spoken") == f"Q2 – I13: probability {text}")
+    says(page, "#spoken", f"Q2 – I13: probability {text}")
     i, j = np.triu_indices(len(UBIQUITIN), k=6)
     k = np.argsort(-contacts[i, j], kind="stable")[0]
     page.keyboard.press("n")

@@ -50,7 +50,7 @@ def action_schema(served: ServedModel, action: str) -> dict[str, Any]:
     last = served.model.config.num_layers
     if action == "encode":
         layers = schema["$defs"]["EncodeParams"]["properties"]["repr_layers"]["items"]
-        layers |= {"minimum": -(last + 1), "maximum": last}
+        layers |= _layers(last)
     assert schema["properties"]["items"]["maxItems"] == MAX_ITEMS
     return schema
 
@@ -62,10 +62,7 @@ def openapi_document(catalog: Catalog) -> dict[str, Any]:
     schemas = definitions["$defs"]
     layers = [served.model.config.num_layers for served in catalog]
     # What every served model has; one with more layers takes more.
-    schemas["EncodeParams"]["properties"]["repr_layers"]["items"] |= {
-        "minimum": -(min(layers) + 1),
-        "maximum": min(layers),
-    }
+    schemas["EncodeParams"]["properties"]["repr_layers"]["items"] |= _layers(min(layers))
     errors = {status: _error(text) for status, text in _ERRORS.items()}
     paths: dict[str, Any] = {}
     for action in REQUESTS:
@@ -157,6 +154,11 @@ def openapi_document(catalog: Catalog) -> dict[str, Any]:
             },
         },
     }
+
+
+def _layers(last: int) -> dict[str, Any]:
+    """One by one: by its type alone, an integer may be written 1.0 in JSON Schema, and here it may not."""
+    return {"enum": list(range(-(last + 1), last + 1))}
 
 
 def _slug(slugs: list[str]) -> dict[str, Any]:

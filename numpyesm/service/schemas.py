@@ -91,8 +91,21 @@ class MaskedItem(_Strict):
     sequence: MaskedSequence
 
 
+_NO_LAYER_NEEDED: dict[str, Any] = {"not": {"contains": {"enum": ["mean", "per_token", "per_residue", "bos"]}}}
+
+
 class EncodeParams(_Strict):
     """What `encode` returns."""
+
+    # No layers at all only where no output is of a layer; `_check_possible` in app.py says it in words.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"repr_layers": {"minItems": 1}}},
+                {"required": ["include"], "properties": {"include": _NO_LAYER_NEEDED}},
+            ]
+        }
+    )
 
     repr_layers: list[Layer] = Field(
         default=[-1],

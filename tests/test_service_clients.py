@@ -1,0 +1,208 @@
+"""Today's clients of the hosted API, pointed here: the `biolmai` SDK, curl, requests, R's httr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from conftest import random_sequence
+from running_service import RunningService, load_quietly, serving, small_weights
+from test_service_contract import items, same
+
+from numpyesm import ESM2
+
+ROOT = Path(__file__).parents[1]
+SDK_VERSION = "0.4.0"
+KEY = "a-key-of-ours"
+
+# The bodies that the hosted API's documentation shows.
+ENCODE = {"params": {"repr_layers": [-1], "include": ["mean"]}, "items": items("MSILVTRPSPAGEEL")}
+ENCODE_MORE = {
+    "params": {"include": ["mean", "contacts", "logits", "attentions"]},
+    "items": items("MAETAVINHKKRKNSPRIVQ"),
+}
+PREDICT = {"items": items("MKTFFV<mask>LVLLLSGALAAPVA", "ACDEFGHIKLMNPQRSTVWY<mask>")}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_weights(tmp_path_factory.mktemp("weights")))
+
+
+@pytest.fixture(scope="module")
+def service(weights: str) -> Iterator[RunningService]:
+    options = ["--model", f"esm2-35m={weights}", "--backend", "numpy", "--threads", "2"]
+    with serving(*options, environment={"NUMPYESM_API_KEYS": KEY}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def library(weights: str) -> ESM2:
+    return load_quietly(weights, backend="numpy", threads=2)
+
+
+# -- the SDK ---------------------------------------------------------------------------------------------------------
+
+SDK_SCRIPT = """
+import asyncio, json, sys
+from biolmai import BioLM
+from biolmai.client import BioLMApi, BioLMApiClient
+
+asked = json.load(sys.stdin)
+sync = BioLMApi("esm2-35m", api_key=asked["key"])
+out = {
+    "encode": sync.encode(items=asked["items"], params={"include": ["mean", "contacts"], "repr_layers": [-1, 1]}),
+    "predict": sync.predict(items=asked["masked"], params={"positions": "masked"}),
+    "log_prob": sync.call("log_prob", asked["items"][:8]),
+    "one_bad": sync.encode(items=asked["one_bad"]),
+    "one_bad_in_its_batch": BioLMApi("esm2-35m", api_key=asked["key"], retry_error_batches=False).encode(
+        items=asked["one_bad"]),
+    "wrong_key": BioLMApi("esm2-35m", api_key="no").encode(items=asked["items"][:2]),
+    "one_off": BioLM(entity="esm2-35m", action="encode", type="sequence", items="MSILV", api_key=asked["key"]),
+    "max_items": sync.extract_max_items(sync.schema("esm2-35m", "encode")),
+}
+
+async def main():
+    client = BioLMApiClient("esm2-35m", api_key=asked["key"])
+    encoded, predicted, scores = await asyncio.gather(
+        client.encode(items=asked["items"], params={"include": ["mean", "contacts"], "repr_layers": [-1, 1]}),
+        client.predict(items=asked["masked"]),
+        client._batch_call_autoschema_or_manual("log_prob", asked["items"]),
+    )
+    await client.shutdown()
+    return {"async_encode": encoded, "async_predict": predicted, "async_log_prob": scores}
+
+out |= asyncio.run(main())
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="session")
+def sdk() -> str:
+    """A Python that has the SDK, in an environment of its own: it would pull other versions into ours."""
+    folder = ROOT / f".venv-biolmai-{SDK_VERSION}-py{sys.version_info.major}{sys.version_info.minor}"
+    python = folder / "bin" / "python"
+    done = folder / ".installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"biolmai=={SDK_VERSION}"], check=True)
+        done.touch()
+    return str(python)
+
+
+def test_sdk(service: RunningService, library: ESM2, sdk: str, tmp_path: Path) -> None:
+    sequences = [random_sequence(5 + 3 * i, i) for i in range(40)]
+    masked = [sequence[:2] + "<mask>" + sequence[2:] for sequence in sequences[:20]]
+    asked = {
+        "key": KEY,
+        "items": items(*sequences),
+        "masked": items(*masked),
+        "one_bad": items(*sequences[:13], "MK1T", *sequences[14:]),
+    }
+    done = subprocess.run(
+        [sdk, "-c", SDK_SCRIPT],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "BIOLMAI_BASE_API_URL": f"{service.url}/api/v3",
+            "BIOLMAI_THREADS": "1",  # its default of 16 does not import on machines of less than four CPUs
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    got: dict[str, Any] = json.loads(done.stdout)
+    assert got["max_items"] == 8
+
+    encoded = [result.to_dict() for result in library.encode(sequences, [-1, 1], ["mean", "contacts"])]
+    for name in ("encode", "async_encode"):
+        assert len(got[name]) == 40
+        # The SDK sends batches of eight: an index is that in the batch.
+        assert [result["sequence_index"] for result in got[name]] == [i % 8 for i in range(40)]
+        same([result | {"sequence_index": i} for i, result in enumerate(got[name])], encoded)
+    same(got["predict"], [result.to_dict() for result in library.predict(masked, "masked")])
+    same(got["async_predict"], [result.to_dict() for result in library.predict(masked)])
+    scores = library.log_prob(sequences)
+    np.testing.assert_allclose([result["log_prob"] for result in got["log_prob"]], scores[:8])
+    np.testing.assert_allclose([result["log_prob"] for result in got["async_log_prob"]], scores)
+    assert got["one_off"]["sequence_index"] == 0
+
+    for i, result in enumerate(got["one_bad"]):
+        if i == 13:
+            assert result["status_code"] == 422
+            assert "'1' at position 3" in result["error"]["items__0__sequence"][0]
+        else:
+            assert "embeddings" in result
+    # Without its retries the whole batch of eight fails, and the answer names the one that is to blame.
+    for i, result in enumerate(got["one_bad_in_its_batch"]):
+        assert ("error" in result) == (8 <= i < 16)
+        if 8 <= i < 16:
+            assert list(result["error"]) == ["items__5__sequence"]
+    assert [result["status_code"] for result in got["wrong_key"]] == [401, 401]
+    assert any(len(entry["id"]) == 32 for entry in service.entries())
+
+
+# -- curl, requests, R -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("compressed", [[], ["--compressed"]])
+@pytest.mark.parametrize(("action", "body"), [("encode", ENCODE), ("encode", ENCODE_MORE), ("predict", PREDICT)])
+def test_curl(service: RunningService, library: ESM2, action: str, body: dict[str, Any], compressed: list[str]) -> None:
+    command = ["curl", "--silent", "--show-error", "--fail-with-body", "--location", *compressed]
+    command += [f"{service.url}/api/v3/esm2-35m/{action}/", "--header", f"Authorization: Token {KEY}"]
+    command += ["--header", "Content-Type: application/json", "--data", json.dumps(body, indent=4)]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_answer(json.loads(done.stdout), library, action, body)
+
+
+@pytest.mark.parametrize(("action", "body"), [("encode", ENCODE), ("encode", ENCODE_MORE), ("predict", PREDICT)])
+def test_requests(service: RunningService, library: ESM2, action: str, body: dict[str, Any]) -> None:
+    headers = {"Authorization": f"Token {KEY}", "Content-Type": "application/json"}
+    url = f"{service.url}/api/v3/esm2-35m/{action}/"
+    check_answer(requests.post(url, headers=headers, json=body, timeout=60).json(), library, action, body)
+    response = requests.request("POST", url, headers=headers, data=json.dumps(body), timeout=60)
+    assert response.history == []
+    check_answer(response.json(), library, action, body)
+
+
+def has_httr() -> bool:
+    if shutil.which("Rscript") is None:
+        return False
+    return subprocess.run(["Rscript", "-e", "library(httr)"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_httr(), reason="R with httr is not installed (apt-get install r-cran-httr)")
+def test_r(service: RunningService, library: ESM2) -> None:
+    first, second = (item["sequence"] for item in PREDICT["items"])
+    script = f"""
+library(httr)
+url <- "{service.url}/api/v3/esm2-35m/predict/"
+headers <- c("Authorization" = "Token {KEY}", "Content-Type" = "application/json")
+body <- list(items = list(list(sequence = "{first}"), list(sequence = "{second}")))
+res <- POST(url, add_headers(.headers = headers), body = body, encode = "json")
+stopifnot(status_code(res) == 200)
+cat(content(res, as = "text", encoding = "UTF-8"))
+"""
+    done = subprocess.run(["Rscript", "-e", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    check_answer(json.loads(done.stdout), library, "predict", PREDICT)
+
+
+def check_answer(answer: Any, library: ESM2, action: str, body: dict[str, Any]) -> None:
+    """Equal to the library's."""
+    sequences = [item["sequence"] for item in body["items"]]
+    results = library.predict(sequences) if action == "predict" else library.encode(sequences, **body["params"])
+    same(answer, {"results": [result.to_dict() for result in results]})

@@ -23,8 +23,9 @@ from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")
 
-# Rows of one pass. More would not be faster, and would keep whoever comes meanwhile waiting longer.
-PASS_ROWS = 2050
+# Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep whoever comes
+# meanwhile waiting longer.
+PASS_ROWS = 2112
 
 # A job of less than this share of the memory limit is let past one that waits for memory.
 _SMALL_SHARE = 0.01

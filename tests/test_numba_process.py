@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,34 @@ def test_warmup(tmp_path: Path) -> None:
     assert "compiling" not in err
     with pytest.raises(InvalidOption):
         warmup(["fp8"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_stops_a_pass_under_way(threads: int) -> None:
+    """A pass of many seconds in compiled code; the model is usable afterwards."""
+    code = f"""
+import sys, time, warnings
+warnings.simplefilter("ignore")
+from numpyesm import ESM2
+from numpyesm.config import ModelConfig
+from numpyesm.weights.synthetic import random_checkpoint
+model = ESM2(random_checkpoint(ModelConfig(60, 480, 20, 1920)), backend="numba", threads={threads})
+model.encode(["MK"])
+print("ready", flush=True)
+try:
+    model.encode(["MKTAYIAKQR" * 200] * 8)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print(time.time())
+assert abs(float(model.encode(["MK"])[0].embeddings[60].sum())) > 0
+"""
+    process = start(code=code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    sent = time.time()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert float(out) - sent < 5  # a second on a machine that does nothing else

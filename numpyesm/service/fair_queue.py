@@ -17,7 +17,7 @@ class QueueFull(Exception):
 
 
 class FairQueue:
-    """Jobs by client, first come first served within a client.
+    """Jobs by client; within a client first come first served, but one of many passes lets short ones through.
 
     The next sequence is always one of the client that has been given the fewest rows so far, so that a client with a
     thousand long sequences and one with a single short one get the engine in turn.
@@ -74,12 +74,12 @@ class FairQueue:
         """
         taken: list[tuple[Job, int]] = []
         rows = 0
-        waiting = set(self._by_client)
+        waiting = dict.fromkeys(self._by_client)  # in order: equals are served as they came
         while waiting:
             client = min(waiting, key=self._given.__getitem__)
             job = self._next(client, taken[0][0] if taken else None, max_rows - rows, may_start)
             if job is None:
-                waiting.discard(client)
+                waiting.pop(client, None)
                 continue
             taken.append((job, job.taken))
             rows += job.rows[job.taken]
@@ -88,8 +88,15 @@ class FairQueue:
             if job.all_taken:
                 self.remove(job)
                 if client not in self._by_client:
-                    waiting.discard(client)
+                    waiting.pop(client, None)
+        for client in {job.client for job, _ in taken if not job.all_taken}:
+            self._let_short_ones_pass(client, max_rows)
         return taken
+
+    def _let_short_ones_pass(self, client: str, max_rows: int) -> None:
+        """A job of several passes has had one: those that wait now and need one only come before its next."""
+        jobs = self._by_client[client]
+        self._by_client[client] = deque(sorted(jobs, key=lambda job: job.taken > 0 or sum(job.rows) > max_rows))
 
     def _next(self, client: str, like: Job | None, room: int, may_start: Callable[[Job], bool]) -> Job | None:
         """The client's first job that can join the pass."""

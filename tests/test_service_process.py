@@ -284,7 +284,7 @@ def test_grace_ends(weights: list[str]) -> None:
         def ask() -> None:
             try:
                 answers.append(service.post("esm2-35m/encode", HEAVY).status_code)
-            except requests.ConnectionError:
+            except requests.RequestException:  # in the middle of its answer
                 answers.append(0)
 
         threads = [threading.Thread(target=ask) for _ in range(6)]
@@ -295,4 +295,5 @@ def test_grace_ends(weights: list[str]) -> None:
         for thread in threads:
             thread.join(60)
         assert len(answers) == 6
-        assert 200 not in answers[-1:]
+        assert set(answers) <= {0, 200, 503}
+        assert answers.count(503) >= 3  # those that waited are told

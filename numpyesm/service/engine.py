@@ -23,8 +23,9 @@ from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")
 
-# Rows of one pass. More would not be faster, and would keep whoever comes meanwhile waiting longer.
-PASS_ROWS = 2050
+# Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep whoever comes
+# meanwhile waiting longer.
+PASS_ROWS = 2112
 
 # A job of less than this share of the memory limit is let past one that waits for memory.
 _SMALL_SHARE = 0.01
@@ -84,6 +85,15 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
+    def abandon(self) -> None:
+        """Fail what waits or runs: its clients are told now; the pass in hand still ends by itself."""
+        with self._wake:
+            self.draining = True
+            self._fail_waiting()
+            for job in self._running:
+                job.cancelled = True
+            _deliver_error(self._running, _shutting_down())
+
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
@@ -139,7 +149,7 @@ class Engine:
 
     def _check_room(self, client: str) -> None:
         if self.draining:
-            raise ApiError(503, "the service is shutting down", code="server.draining", headers={"Retry-After": "5"})
+            raise _shutting_down()
         try:
             self._queue.check_room(client)
         except QueueFull as full:
@@ -248,12 +258,14 @@ class Engine:
         job.error = as_api_error(error)
 
     def _fail_waiting(self) -> None:
-        error = ApiError(503, "the service is shutting down", code="server.draining", headers={"Retry-After": "5"})
         jobs = list(self._queue)
         for job in jobs:
             self._queue.remove(job)
-            job.error = error
-        _deliver(jobs)
+        _deliver_error(jobs, _shutting_down())
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the service is shutting down", code="server.draining", headers={"Retry-After": "5"})
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -269,10 +281,20 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _deliver(jobs: Sequence[Job]) -> None:
-    """Hand results to the event loops, each woken once."""
+    """Hand results to the event loops."""
+    _hand_over([(job, _checked_results(job)) for job in jobs])
+
+
+def _deliver_error(jobs: Sequence[Job], error: ApiError) -> None:
+    """Hand an error to the event loops in place of results."""
+    _hand_over([(job, error) for job in jobs])
+
+
+def _hand_over(outcomes: Sequence[tuple[Job, Outcome]]) -> None:
+    """Each loop is woken once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Outcome]]] = {}
-    for job in jobs:
-        by_loop.setdefault(job.loop, []).append((job, _checked_results(job)))
+    for job, outcome in outcomes:
+        by_loop.setdefault(job.loop, []).append((job, outcome))
     for loop, done in by_loop.items():
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(_resolve, done)

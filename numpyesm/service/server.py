@@ -98,6 +98,9 @@ class Server(uvicorn.Server):
             log.warning("leaving: nothing new is taken, %d requests finish", self._service.gate.active)
             engine.draining = True
             self._leave_by = time.monotonic() + settings.grace
-        if engine.draining and (self._service.gate.active == 0 or time.monotonic() > self._leave_by):
-            self.should_exit = True
+        if engine.draining and not self.should_exit:
+            late = time.monotonic() > self._leave_by
+            if late:
+                engine.abandon()
+            self.should_exit = late or self._service.gate.active == 0
         return await super().on_tick(counter)

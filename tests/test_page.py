@@ -330,6 +330,8 @@ def test_nothing_pasted(tab: Any) -> None:
         page.fill("#sequence", text)
         page.click("#compute")
         assert page.text_content("#problems") == "Paste a sequence, or pick an example."
+        page.wait_for_timeout(200)  # the reading of what was typed must not take it back
+        assert page.text_content("#problems") == "Paste a sequence, or pick an example."
 
 
 def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:

@@ -132,9 +132,13 @@ function onTyping() {
   clearTimeout(typing);
   typing = setTimeout(() => {
     const { records: found, problems, note } = read();
-    byId("summary").textContent = summary(found, note);
+    summarise(found, note);
     if (byId("problems").hasChildNodes()) showProblems(problems);
   }, 120);
+}
+
+function summarise(found, note) {
+  byId("summary").textContent = summary(found, note);
 }
 
 function summary(found, note) {
@@ -167,7 +171,9 @@ function showProblems(problems) {
 async function submit() {
   running?.abort();
   if (!models.length && !(await loadModels())) return;
-  const { records: found, problems } = read();
+  clearTimeout(typing); // what was just typed is read now, and must not take back what is said about it
+  const { records: found, problems, note } = read();
+  summarise(found, note);
   if (!found.length && !problems.length) problems.push({ message: "Paste a sequence, or pick an example.", start: 0, end: 0 });
   showProblems(problems);
   if (problems.length) {
@@ -302,7 +308,7 @@ function show(record, scroll) {
   byId("result-title").textContent = name;
   const rest = header.startsWith(name) ? header.slice(name.length).trim() : "";
   byId("result-about").textContent =
-    `${rest ? `${rest}. ` : ""}${sequence.length} residue${sequence.length === 1 ? "" : "s"}, ${model.slug}` +
+    `${rest ? `${rest.length > 200 ? `${rest.slice(0, 199)}…` : rest}. ` : ""}${sequence.length} residue${sequence.length === 1 ? "" : "s"}, ${model.slug}` +
     `${model.synthetic ? " with synthetic weights" : ""}, ${record.seconds.toFixed(1)} s.`;
   byId("contacts-section").hidden = !result.contacts;
   byId("mutations-section").hidden = !result.logits;

@@ -59,6 +59,8 @@ class ServedModel:
             "actions": list(self.actions),
             "contacts": self.checkpoint.has_contact_head,
             "synthetic": self.checkpoint.synthetic,
+            # Only of random weights: another's may be a path on this machine.
+            "source": self.checkpoint.source if self.checkpoint.synthetic else None,
             "precision": self.model.precision,
             "backend": self.model.backend,
             "version": __version__,

@@ -153,3 +153,9 @@ assert abs(float(model.encode(["MK"])[0].embeddings[60].sum())) > 0
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert float(out) - sent < 5  # a second on a machine that does nothing else
+
+
+def test_nothing_is_compiled_after_a_model_is_made() -> None:
+    """So that a warm cache, and the note that it compiles, hold for all that follows."""
+    code = ENCODE.replace("print(", "from numpyesm.kernels.numba_ import cache\nbefore = cache.signatures()\nprint(")
+    finish(start(code=code + "assert before == cache.signatures() and all(before), before\n"))

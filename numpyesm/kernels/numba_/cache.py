@@ -163,6 +163,11 @@ def entry(dispatcher: Any) -> int:
     return address
 
 
+def signatures() -> list[int]:
+    """How many versions there are of each kernel that has been prepared."""
+    return [len(dispatcher.signatures) for group in ("all", *_ready) for dispatcher, _ in _registry[group]]
+
+
 def prepare(precision: str) -> None:
     """Load or compile what `precision` needs; says so on stderr when it has to compile."""
     if precision in _ready:

@@ -15,7 +15,6 @@ from .emitter import TILE_COLUMNS
 from .gemm import aligned
 from .kernels import NumbaKernels
 from .layout import Maps, Pass, address, table
-from .runner import run_phases
 
 # Rows of one block, at most about: its context and its rows stay in the second cache.
 _BLOCK_ROWS = 256
@@ -120,7 +119,7 @@ class NumbaForward(Forward):
 
         def work(_: int) -> None:
             room = self._kernels.room(self._block_rows, self._length, self._cut.whole_tiles)
-            run_phases(*arguments, address(room), self._phase, stop)
+            self._kernels.run_phases(*arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
             self._stop[0] = 1

@@ -15,7 +15,7 @@ from ...weights.checkpoint import Checkpoint
 from ...weights.tensor import StoredTensor, round_to_bfloat16
 from ..base import Array, Cut, Forward, Kernels
 from ..rotary import rotary_frequencies, rotary_pair_order
-from . import attention, bf16, cache, fp32, int8
+from . import attention, bf16, cache, fp32, int8, runner
 from .emitter import TILE_COLUMNS, TILE_ROWS
 from .gemm import aligned, pack_panels, padded_columns, panels
 from .isa import check_precision, host_isa
@@ -63,6 +63,7 @@ class NumbaKernels(Kernels):
             [entry for layer in range(config.num_layers) for entry in self._pack_layer(checkpoint, f"layers.{layer}.")]
         ).reshape(config.num_layers, Layer.ENTRIES)
         self._lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
+        self.run_phases = runner.run_phases
         steps = _STEPS[precision]
         narrow = self.qkv_dtype == np.uint16
         self.entries = [

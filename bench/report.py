@@ -115,11 +115,11 @@ def _seconds(result: Result) -> str:
     lanes = sorted(ready(result), key=lambda n: (_precision_rank(result, n), result["engines"][n]["family"] != OURS))
     rows = []
     for lane in lanes:
-        rows.append([_bold(lane), *(_seconds_cell(lane_cells(result, lane).get(w)) for w in names)])
+        rows.append([bold(lane), *(_seconds_cell(lane_cells(result, lane).get(w)) for w in names)])
         mean = f"{lane}:mean"
         if mean in result["timings"]:
             rows.append([f"{lane}, mean only", *(_seconds_cell(lane_cells(result, mean).get(w)) for w in names)])
-    table = _table(["", *names], rows)
+    table = table_of(["", *names], rows)
     return (
         "**Seconds**, median (best): last layer's representations and logits. Padded engines get batches of at most "
         f"4096 tokens, sorted by length.\n\n{table}"
@@ -130,7 +130,7 @@ def _against_best_peer(result: Result) -> str:
     names = list(result["workloads"])
     rows = []
     for lane in (n for n in ready(result) if result["engines"][n]["family"] == OURS):
-        row = [_bold(lane)]
+        row = [bold(lane)]
         for workload in names:
             peer = best_peer(result, result["engines"][lane]["precision"], workload)
             ours = median_of(result, lane, workload)
@@ -138,7 +138,7 @@ def _against_best_peer(result: Result) -> str:
         rows.append(row)
     if not rows or not names:
         return ""
-    return f"**Times faster than the best peer of the same precision** (which one)\n\n{_table(['', *names], rows)}"
+    return f"**Times faster than the best peer of the same precision** (which one)\n\n{table_of(['', *names], rows)}"
 
 
 def _against_reference(result: Result) -> str:
@@ -147,12 +147,12 @@ def _against_reference(result: Result) -> str:
         return ""
     rows = []
     for lane in (n for n in ready(result) if n != REFERENCE):
-        row = [_bold(lane)]
+        row = [bold(lane)]
         for workload in names:
             theirs, own = median_of(result, REFERENCE, workload), median_of(result, lane, workload)
             row.append(f"{theirs / own:.2f}" if theirs and own else "–")
         rows.append(row)
-    return f"**Times faster than {REFERENCE}**\n\n{_table(['', *names], rows)}"
+    return f"**Times faster than {REFERENCE}**\n\n{table_of(['', *names], rows)}"
 
 
 def _share_of_peak(result: Result) -> str:
@@ -162,7 +162,7 @@ def _share_of_peak(result: Result) -> str:
         peak = _peak(result.get("peaks", {}).get(result["engines"][lane]["precision"], {}), result["threads"])
         if peak is None:
             continue
-        row = [_bold(lane)]
+        row = [bold(lane)]
         for workload in names:
             seconds = median_of(result, lane, workload)
             row.append(f"{result['workloads'][workload]['gflops'] / seconds / peak:.2f}" if seconds else "–")
@@ -171,7 +171,7 @@ def _share_of_peak(result: Result) -> str:
         return ""
     return (
         "**Share of the machine's peak** in the engine's precision (all arithmetic counted at that peak; attention and "
-        f"LM head stay in float32)\n\n{_table(['', *names], rows)}"
+        f"LM head stay in float32)\n\n{table_of(['', *names], rows)}"
     )
 
 
@@ -180,13 +180,13 @@ def _contacts(result: Result) -> str:
     lengths = list(dict.fromkeys(length for cells in contacts.values() for length in cells))
     rows = []
     for name, cells in contacts.items():
-        row = [_bold(name)]
+        row = [bold(name)]
         for length in lengths:
             cell, base = cells.get(length, {}), contacts.get(REFERENCE, {}).get(length, {})
             if "median" not in cell:
                 row.append(f"– {cell.get('missing', '')}".strip())
                 continue
-            text = f"{_short(cell['median'])} s, {cell['median_peak_mb']:,.0f} MB"
+            text = f"{short(cell['median'])} s, {cell['median_peak_mb']:,.0f} MB"
             if "median" in base and name != REFERENCE:
                 times = base["median"] / cell["median"]
                 text += f" ({times:.1f}× faster, {base['median_peak_mb'] / cell['median_peak_mb']:.1f}× less memory)"
@@ -199,20 +199,20 @@ def _contacts(result: Result) -> str:
     heads = [f"1×{length}" for length in lengths]
     return (
         "**Contact map of one sequence**, each in a fresh process: seconds of the warm call, peak memory of the "
-        f"process\n\n{_table(['', *heads], rows)}"
+        f"process\n\n{table_of(['', *heads], rows)}"
     )
 
 
 def _cold_start(result: Result) -> str:
     rows = [
-        [_bold(name), _short(cell["median"]), _short(cell["best"]), f"{cell['median_peak_mb']:,.0f}"]
+        [bold(name), short(cell["median"]), short(cell["best"]), f"{cell['median_peak_mb']:,.0f}"]
         if "median" in cell
-        else [_bold(name), f"– {cell.get('missing', '')}".strip(), "", ""]
+        else [bold(name), f"– {cell.get('missing', '')}".strip(), "", ""]
         for name, cell in sorted(result.get("cold_start", {}).items(), key=lambda item: item[1].get("median", 1e9))
     ]
     text = ""
     if rows:
-        table = _table(["", "median s", "best s", "peak MB"], rows)
+        table = table_of(["", "median s", "best s", "peak MB"], rows)
         text = f"**Cold start**: starting Python to the first embedding of 100 residues\n\n{table}"
     cost = result.get("import")
     if cost:
@@ -233,19 +233,19 @@ def _growth(result: Result) -> str:
         ("batch size, 128 residues", growth["batch"]),
     ):
         names = list(next(iter(lanes.values()), {}))
-        rows = [[_bold(lane), *(_seconds_cell(cells[n], best=False) for n in names)] for lane, cells in lanes.items()]
-        parts.append(f"**Growth with {title}**, median seconds\n\n{_table(['', *names], rows)}")
+        rows = [[bold(lane), *(_seconds_cell(cells[n], best=False) for n in names)] for lane, cells in lanes.items()]
+        parts.append(f"**Growth with {title}**, median seconds\n\n{table_of(['', *names], rows)}")
     counts = list(growth["threads"])
     lanes = growth["threads"][counts[-1]]
     names = list(next(iter(lanes.values()), {}))
     rows = []
     for lane in lanes:
-        row = [_bold(lane)]
+        row = [bold(lane)]
         for name in names:
             values = [growth["threads"][count].get(lane, {}).get(name, {}).get("median") for count in counts]
-            row.append(" / ".join("–" if value is None else _short(value) for value in values))
+            row.append(" / ".join("–" if value is None else short(value) for value in values))
         rows.append(row)
-    parts.append(f"**Growth with threads** ({' / '.join(counts)}), median seconds\n\n{_table(['', *names], rows)}")
+    parts.append(f"**Growth with threads** ({' / '.join(counts)}), median seconds\n\n{table_of(['', *names], rows)}")
     return "\n\n".join(parts)
 
 
@@ -256,7 +256,7 @@ def _agreement(result: Result) -> str:
         if "max_difference" in verdict:
             versions = ", ".join(f"{package} {number}" for package, number in engine.get("versions", {}).items())
             far, cosine = f"{verdict['max_difference']:.1e}", f"{verdict['min_cosine']:.6f}"
-            rows.append([_bold(name), far, cosine, "yes" if verdict["agrees"] else "**no**", versions])
+            rows.append([bold(name), far, cosine, "yes" if verdict["agrees"] else "**no**", versions])
     if not rows:
         return ""
     reference = next(
@@ -264,7 +264,7 @@ def _agreement(result: Result) -> str:
     )
     return (
         f"**Agreement** with {reference} on {len(rows)} engines: mean embeddings and logits of three short sequences, "
-        f"the worst of them\n\n{_table(['', 'largest difference', 'cosine', 'agrees', 'versions'], rows)}"
+        f"the worst of them\n\n{table_of(['', 'largest difference', 'cosine', 'agrees', 'versions'], rows)}"
     )
 
 
@@ -293,24 +293,24 @@ def _precision_rank(result: Result, name: str) -> int:
     return ("fp32", "bf16", "int8").index(result["engines"][name]["precision"])
 
 
-def _bold(name: str) -> str:
+def bold(name: str) -> str:
     return f"**{name}**" if name.startswith(OURS) else name
 
 
 def _seconds_cell(cell: dict[str, Any] | None, *, best: bool = True) -> str:
     if not cell or "median" not in cell:
         return "–"
-    return f"{_short(cell['median'])} ({_short(cell['best'])})" if best else _short(cell["median"])
+    return f"{short(cell['median'])} ({short(cell['best'])})" if best else short(cell["median"])
 
 
-def _short(seconds: float) -> str:
+def short(seconds: float) -> str:
     """Three significant digits."""
     if seconds >= 10:
         return f"{seconds:.1f}"
     return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.4f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     line: Callable[[Sequence[str]], str] = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 

@@ -20,7 +20,7 @@ pytest.importorskip("esm")
 # `bench` belongs to the repository, not to the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import agreement, report, workloads
+from bench import agreement, readme, report, workloads
 from bench.engines import Environments, select
 from bench.measure import Limits, Rounds
 from bench.run import Plan, run
@@ -217,3 +217,11 @@ def test_install_sizes_follow_dependencies() -> None:
     assert sizes["numpy"] > 10_000_000
     assert 100_000 < (sizes["numpyesm"] or 0) < 5_000_000
     assert "torch" not in sizes
+
+
+def test_readme_shows_the_latest_run() -> None:
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "README.md").read_text()
+    result = json.loads((root / "bench" / "results" / "latest.json").read_text())
+    assert readme.updated(text, result) == text, "run `python -m bench.readme`"
+    assert report.markdown(result) == (root / "bench" / "results" / "latest.md").read_text()

@@ -252,6 +252,13 @@ def test_blocks_have_the_rows_that_are_asked_for() -> None:
     assert max(block.stop - block.start for block in batch.blocks(1)) > 128
 
 
+@pytest.fixture
+def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no other test had filled this process before."""
+    monkeypatch.setattr("numpyesm.memory.resident_memory", lambda: 60 << 20)
+
+
+@pytest.mark.usefixtures("small_process")
 def test_a_pickled_model_keeps_its_limit() -> None:
     with pytest.warns(SyntheticWeightsWarning):
         model = ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy", max_memory="3G")
@@ -278,6 +285,7 @@ print(model.backend)
         assert (done.returncode, done.stdout.strip()) == (0, "numpy"), done.stderr
 
 
+@pytest.mark.usefixtures("small_process")
 def test_the_backend_follows_the_memory(monkeypatch) -> None:
     monkeypatch.setattr("numpyesm.kernels._numba_available", lambda: True)
     with pytest.warns(SyntheticWeightsWarning):

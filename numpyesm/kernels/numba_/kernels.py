@@ -26,7 +26,7 @@ _STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
 # What the linear steps take at a time stays in a second cache of a megabyte, beside a panel of weights.
 _GROUP_BYTES = 900_000
 _MOST_GROUP_ROWS = 256
-_FFN_COLUMNS = 480
+_FFN_COLUMNS = 960
 
 
 class NumbaKernels(Kernels):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -155,10 +156,8 @@ def find(name: Name) -> Definition:
     return found
 
 
-def signature(shown: str, function: Function | None, *, method: bool) -> str:
+def signature(shown: str, function: Function, *, method: bool) -> str:
     """A call as one would write it, with types; on lines of their own where one is too long."""
-    if function is None:
-        return shown
     a = function.args
     parts: list[str] = []
     positional = [*a.posonlyargs, *a.args]
@@ -177,10 +176,24 @@ def signature(shown: str, function: Function | None, *, method: bool) -> str:
     if a.kwarg:
         parts.append("**" + _parameter(a.kwarg, None))
     returned = f" -> {ast.unparse(function.returns)}" if function.returns and function.name != "__init__" else ""
+    return _call(shown, parts, returned)
+
+
+def _call(shown: str, parts: list[str], returned: str = "") -> str:
     line = f"{shown}({', '.join(parts)}){returned}"
     if len(line) <= 100:
         return line
     return f"{shown}(\n" + "".join(f"    {part},\n" for part in parts) + f"){returned}"
+
+
+def _construction(definition: ast.ClassDef) -> str:
+    """How an instance is made: by its `__init__`, else from its fields (a dataclass or a named tuple)."""
+    made = next((node for node in definition.body if isinstance(node, Function) and node.name == "__init__"), None)
+    if made is not None:
+        return signature(definition.name, made, method=True)
+    fields = [node for node in definition.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    parts = [_parameter(ast.arg(ast.unparse(field.target), field.annotation), field.value) for field in fields]
+    return _call(definition.name, [part for part in parts if not part.startswith("_")])
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
@@ -188,8 +201,28 @@ def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
     if argument.annotation is not None:
         text += f": {ast.unparse(argument.annotation)}"
     if default is not None:
-        text += f" = {ast.unparse(default)}" if argument.annotation is not None else f"={ast.unparse(default)}"
+        value = _value(default)
+        text += f" = {value}" if argument.annotation is not None else f"={value}"
     return text
+
+
+def _value(default: ast.expr) -> str:
+    """A default as it reads best: a named number as the number, what must be computed as `...`."""
+    if isinstance(default, ast.Name) and default.id in _constants():
+        return _constants()[default.id]
+    computed = any(isinstance(node, ast.Call | ast.Subscript) for node in ast.walk(default))
+    return "..." if computed or isinstance(default, ast.Name) else ast.unparse(default)
+
+
+@functools.cache
+def _constants() -> dict[str, str]:
+    """Numbers and strings that have a name at the top of some module."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "numpyesm").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                found |= {ast.unparse(target): ast.unparse(node.value) for target in node.targets}
+    return found
 
 
 def markdown(docstring: str) -> str:
@@ -198,7 +231,9 @@ def markdown(docstring: str) -> str:
     out = [pieces[0].strip()]
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
         out.append(f"**{title}**")
-        if title in ("Notes", "Examples", "See Also"):
+        if title == "Examples":
+            out.append(f"```pycon\n{body.strip()}\n```")
+        elif title in ("Notes", "See Also"):
             out.append(body.strip())
         else:
             out.append("\n".join(_entry(title, *entry) for entry in _entries(body)))
@@ -261,8 +296,7 @@ def entry(name: Name) -> str:
         return f"{head}\n```python\n{call}\n```\n{markdown(doc)}"
     bases = [ast.unparse(base) for base in definition.bases]
     is_error = bool(bases) and bases[0].endswith(("Error", "Exception", "Warning"))
-    made = next((n for n in definition.body if isinstance(n, Function) and n.name == "__init__"), None)
-    call = f"class {definition.name}({', '.join(bases)})" if is_error else signature(definition.name, made, method=True)
+    call = f"class {definition.name}({', '.join(bases)})" if is_error else _construction(definition)
     parts = [f"{head}\n```python\n{call}\n```\n{markdown(doc)}"]
     if not is_error:
         parts += _members(definition)

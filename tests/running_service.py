@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 from conftest import SMALL
 
@@ -105,6 +106,8 @@ class RunningService:
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
+        if sys.platform == "win32":
+            pytest.skip("POSIX signals")
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         for reader in self._readers:
@@ -113,11 +116,15 @@ class RunningService:
 
     def status(self, field: str) -> int:
         """A number of /proc/PID/status, such as VmRSS (kB) or Threads."""
+        if sys.platform != "linux":
+            pytest.skip("reads /proc")
         text = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
     def open_files(self) -> int:
         """File descriptors."""
+        if sys.platform != "linux":
+            pytest.skip("reads /proc")
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sqlite3
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 from bulk_runs import command, embed, environment, rows, same, small_weights, write_fasta
 
+resource = pytest.importorskip("resource")  # not on Windows
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -1,57 +1,181 @@
-"""The pages on scoring and on fair-esm: their Python runs, their commands exist."""
+"""The pages of documentation: their Python runs, their commands run or exist, their links lead somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
 import warnings
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from numpyesm import ESM2
+from numpyesm.cli import main
 from numpyesm.cli.parser import build_parser
 from numpyesm.compat.extract import create_parser
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["scoring.md", "from-fair-esm.md"]
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["tutorial.md", "scoring.md", "from-fair-esm.md", "service.md"]
+HOST = "http://127.0.0.1:8000"
+NEEDS = {"tutorial.md": ["fastapi", "requests"], "service.md": ["fastapi", "requests"], "from-fair-esm.md": ["sklearn"]}
 
 
 def blocks(page: str, kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
+def commands(page: str) -> list[list[str]]:
+    """Words of each command, continued lines joined."""
+    lines = "\n".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
+    return [shlex.split(re.split(r"\s+# ", line)[0]) for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a service that has the model of the pages, but small and synthetic."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("requests")
+    from running_service import serving, small_weights
+
+    weights = small_weights(tmp_path_factory.mktemp("weights"))
+    with serving("--model", f"esm2-35m={weights}") as running:
+        yield running.url
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The files that the tutorial names, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+    (tmp_path / "wild_type.fasta").write_text(f">ubiquitin\n{ubiquitin}\n")
+    crambin = "TTCCPSIVARSNFNVCRLPGTPEAICATYTGCIIIPGATCPGDYAN"
+    (tmp_path / "proteins.fasta").write_text(f">ubiquitin\n{ubiquitin}\n>crambin\n{crambin}\n")
+    (tmp_path / "variants.csv").write_text("mutant,DMS_score\nI44A,0.1\nK48R,0.9\nI44A:K48R,0.2\n")
+    return tmp_path
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As written, but for the weights, which are synthetic here."""
-    if page == "from-fair-esm.md":
-        pytest.importorskip("sklearn")
+def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, request: pytest.FixtureRequest) -> None:
+    """As written, but for the weights, which are synthetic here, and the port of the service."""
+    for module in NEEDS.get(page, []):
+        pytest.importorskip(module)
     original = ESM2.from_pretrained.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(
         ESM2, "from_pretrained", classmethod(lambda cls, _, **options: original(cls, "synthetic:esm2-35m", **options))
     )
-    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
+        if HOST in block:
+            block = block.replace(HOST, request.getfixturevalue("service"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile(block, page, "exec"), names)
     if page == "scoring.md":
         assert names["scan"].scores.shape == (33, 20)  # type: ignore[attr-defined]
         assert names["scores"].shape == (3,)  # type: ignore[attr-defined]
-    else:
+    elif page == "from-fair-esm.md":
         assert names["results"]["contacts"].shape == (4, 71, 71)  # type: ignore[index]
         assert len(names["sequence_representations"]) == 4  # type: ignore[arg-type]
+    elif page == "tutorial.md":
+        assert names["mean"].shape == (480,)  # type: ignore[attr-defined]
+        assert names["residues"].shape == (76, 480)  # type: ignore[attr-defined]
+        assert -1 <= names["similarity"] <= 1  # type: ignore[operator]
+        assert names["best"] in "ACDEFGHIKLMNPQRSTVWY"  # type: ignore[operator]
+        assert names["probabilities"].sum() == pytest.approx(1)  # type: ignore[attr-defined]
+        assert names["contacts"].shape == (76, 76)  # type: ignore[attr-defined]
+        assert len(names["pairs"]) == 10  # type: ignore[arg-type]
+        assert names["scores"].shape == (3,)  # type: ignore[attr-defined]
+        assert len(names["answer"][0]["embedding"]) == 80  # type: ignore[index]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page: str) -> None:
-    lines = [line.split("  #")[0].strip() for block in blocks(page, "console") for line in block.splitlines()]
-    assert lines
-    for line in lines:
-        words = shlex.split(line)
+    extras = re.search(r"\[project.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert extras is not None
+    found = commands(page)
+    assert found
+    for words in found:
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
         if words[0] == "numpyesm":
             build_parser().parse_args(words[1:])
-        else:
-            assert words[:3] == ["python", "-m", "numpyesm.compat.extract"]
+        elif words[:2] == ["pip", "install"]:
+            for extra in re.findall(r"[\w]+", words[2])[1:]:
+                assert re.search(rf"^{extra} = ", extras[1], re.MULTILINE), extra
+        elif words[:3] == ["python", "-m", "numpyesm.compat.extract"]:
             create_parser().parse_args(words[3:])
+        elif words[0] == "python":
+            text = (ROOT / words[1]).read_text()
+            for option in (word for word in words[2:] if word.startswith("-")):
+                assert f'"{option}"' in text, option
+        elif words[:2] == ["docker", "build"]:
+            assert f" AS {words[words.index('--target') + 1]}\n" in (ROOT / "Dockerfile").read_text()
+        else:
+            assert words[0] in ("curl", "docker"), words
+
+
+def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """All that need neither the network nor another program."""
+    from running_service import small_weights
+
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("matplotlib")
+    weights = ["--weights", str(small_weights(folder))]
+    runnable = {"encode", "embed", "predict", "contacts", "score", "scan"}
+    found = [words[1:] for words in commands("tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
+    found = [words for words in found if "--weights" not in words]
+    assert {words[0] for words in found} == runnable
+    for words in found:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main([*words, *weights]) == 0, words
+        if "-o" in words:
+            assert (folder / words[words.index("-o") + 1]).stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", ["tutorial.md", "service.md"])
+def test_curl_runs(page: str, service: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    calls = [words for words in commands(page) if words[0] == "curl"]
+    assert calls
+    for words in calls:
+        done = subprocess.run([w.replace(HOST, service) for w in words], capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stdout)["results"][0]["embeddings"], done.stdout
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*DOCS.glob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
+            name = (target[0] or target[1]).partition("#")[0]
+            if name and not name.startswith(("http:", "https:")):
+                assert (page.parent / name).exists(), (page.name, name)
+
+
+def test_pictures_are_legible_in_light_and_dark() -> None:
+    """Every colour stands in the style sheet, which has both, and nothing leaves the picture."""
+    pictures = sorted((DOCS / "images").glob("*.svg"))
+    shown = re.findall(r"!\[[^\]]{20,}\]\(images/([\w-]+\.svg)\)", (DOCS / "how-it-works.md").read_text())
+    assert {path.name for path in pictures} == set(shown)
+    for path in pictures:
+        root = ElementTree.parse(path).getroot()
+        space = "{http://www.w3.org/2000/svg}"
+        width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
+        style = root.find(f"{space}style")
+        assert style is not None
+        assert style.text is not None
+        light, dark = style.text.split("@media (prefers-color-scheme: dark)")
+        assert root.attrib["aria-label"]
+        for element in root.iter():
+            assert not {"fill", "stroke", "style"} & set(element.attrib), path.name
+            for name in element.attrib.get("class", "").split():
+                assert f".{name} " in light, (path.name, name)
+                assert name in ("s", "m", "d") or f".{name} " in dark or f".{name}," in dark, (path.name, name)
+            assert 0 <= float(element.attrib.get("x", 0)) + float(element.attrib.get("width", 0)) <= width, path.name
+            assert 0 <= float(element.attrib.get("y", 0)) <= height, path.name

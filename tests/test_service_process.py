@@ -249,6 +249,7 @@ def test_requests_that_would_take_too_much_memory_are_refused(weights: list[str]
 # -- leaving ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(weights: list[str]) -> None:
     with serving(*weights) as service:
         answers: list[requests.Response] = []

@@ -385,6 +385,7 @@ def test_models(service: RunningService) -> None:
         "actions": ["encode", "predict", "log_prob"],
         "contacts": True,
         "synthetic": True,
+        "source": "synthetic:esm2-8m:0",
         "precision": "fp32",
         "backend": "numpy",
         "version": "",

@@ -192,6 +192,15 @@ def test_rounds_take_turns_and_name_what_they_leave_out() -> None:
     assert all(one != two for one, two in itertools.pairwise(log))
 
 
+def test_every_turn_of_a_short_run_is_warmed_up() -> None:
+    log: list[tuple[str, str]] = []
+    workers = {name: FakeWorker(name, seconds, log) for name, seconds in (("short", 0.1), ("long", 0.6))}
+    limits = Limits(repeats=3, cell_seconds=35, warm_up_seconds=0.3, skip_seconds=45)
+    cells = Rounds(workers, {"8x16": ["M"]}, limits).run()  # type: ignore[arg-type]
+    assert [cells[name]["8x16"]["seconds"] for name in workers] == [[0.1] * 3, [0.6] * 3]
+    assert [sum(name == who for who, _ in log) for name in workers] == [6, 3]
+
+
 def test_cold_start_table_leaves_out_the_first_sample_and_names_what_is_missing() -> None:
     from bench.cold import table, without_first
 

@@ -50,6 +50,8 @@ _GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762
 _GELU_COARSE_LARGEST = 36.0
 # Adding 1.5 · 2^23 rounds a float32 to a whole number and leaves that number in its low bits.
 _ROUND = 12582912.0
+# Pointers have no type since LLVM 15.
+_PREFETCH = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= 15 else "llvm.prefetch.p0i8"
 _EXP2_LOWEST, _EXP2_HIGHEST = -125.0, 126.0
 
 
@@ -89,6 +91,12 @@ class Emitter:
 
     def store(self, value: Any, address: Any, align: int = 4) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
+
+    def fetch(self, address: Any) -> None:
+        """Bring a line of memory into the second cache; any address will do."""
+        pointer = self.b.inttoptr(address, ir.IntType(8).as_pointer())
+        read, second_cache, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
+        self.call(_PREFETCH, ir.VoidType(), pointer, read, second_cache, data)
 
     def offset(self, address: Any, count: Any, step: int) -> Any:
         return self.b.add(address, self.b.mul(count, self.number(step)))
@@ -238,37 +246,57 @@ def _multiply_int8(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 _MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16, "int8": _multiply_int8}
 
 
-def _function(name: str, emit: Callable[..., None]) -> Any:
-    """An intrinsic of eight integers that calls what `emit(emitter, *arguments)` writes.
+def _function(name: str, count: int, emit: Callable[..., None]) -> Any:
+    """An intrinsic of eight or ten integers that calls what `emit(emitter, *arguments)` writes.
 
     One copy in a module however often it is called: inlined, it would be optimised anew at each place.
     """
 
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+            function.attributes.add("noinline")
+            function.linkage = "internal"
+            inner = ir.IRBuilder(function.append_basic_block("entry"))
+            emit(Emitter(inner), *function.args)
+            inner.ret_void()
+        builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    made = types.void(*[types.int64] * count), codegen
+    # Numba looks at the parameters of the function itself.
+    if count == 8:
+
+        @intrinsic
+        def eight(typingctx, a0, a1, a2, a3, a4, a5, a6, a7):
+            return made
+
+        return eight
+
     @intrinsic
-    def function(typingctx, a0, a1, a2, a3, a4, a5, a6, a7):
-        def codegen(context, builder, signature, arguments):
-            function = builder.module.globals.get(name)
-            if function is None:
-                function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
-                function.attributes.add("noinline")
-                function.linkage = "internal"
-                inner = ir.IRBuilder(function.append_basic_block("entry"))
-                emit(Emitter(inner), *function.args)
-                inner.ret_void()
-            builder.call(function, arguments)
-            return context.get_dummy_value()
+    def ten(typingctx, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9):
+        return made
 
-        return types.void(*[types.int64] * 8), codegen
-
-    return function
+    return ten
 
 
 def _step(
-    e: Emitter, kind: str, height: int, vectors: int, a: Any, a_step: Any, b: Any, transposed: bool = False
+    e: Emitter,
+    kind: str,
+    height: int,
+    vectors: int,
+    a: Any,
+    a_step: Any,
+    b: Any,
+    transposed: bool = False,
+    ahead: tuple[Any, Any] | None = None,
 ) -> Callable[[Any, list[Any]], list[Any]]:
     """Step i along k of a tile of height · vectors accumulators, row by row; see `_product`."""
 
     def step(i: Any, totals: list[Any]) -> list[Any]:
+        if ahead is not None:
+            e.fetch(e.b.add(ahead[0], e.b.mul(i, ahead[1])))
         here = e.offset(b, i, vectors * VECTOR_BYTES)
         right = [e.load(e.offset(here, e.number(j), VECTOR_BYTES), e.integers) for j in range(vectors)]
         new = []
@@ -285,22 +313,25 @@ def _step(
     return step
 
 
-def _product(kind: str, vectors: int, heights: list[int], transposed: bool = False) -> Any:
-    """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add)`.
+def _product(kind: str, vectors: int, heights: list[int], transposed: bool = False, fetch: bool = False) -> Any:
+    """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add)`, followed by `ahead, ahead_step` with `fetch`.
 
     `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
     `b` (k, vectors · lanes) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one
     float32, two bf16, four int8. `rows` is one of `heights`. With `add` the product is added to C.
+    Each step along k also brings a line from `ahead` on, `ahead_step` bytes further each time, into the second cache.
     """
 
-    def emit(e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any) -> None:
+    def emit(
+        e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any, *ahead: Any
+    ) -> None:
         builder = e.b
         total = e.integers if kind == "int8" else e.vector
         zero = ir.Constant(total, None)
         add = builder.icmp_signed("!=", add, e.number(0))
 
         def tile(height: int) -> None:
-            step = _step(e, kind, height, vectors, a, a_step, b, transposed)
+            step = _step(e, kind, height, vectors, a, a_step, b, transposed, ahead or None)
             totals = e.loop(k, [zero] * (height * vectors), step)
             addresses = [
                 e.offset(e.offset(c, c_step, row), e.number(j), VECTOR_BYTES)
@@ -319,7 +350,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
         e.switch(rows, heights, tile)
 
     name = f"numpyesm_product_{kind}_{vectors}_{len(heights)}_{'transposed' if transposed else 'plain'}"
-    return _function(name, emit)
+    return _function(name, 10 if fetch else 8, emit)
 
 
 def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
@@ -361,16 +392,16 @@ def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
 
         e.switch(rows, heights, tile)
 
-    return _function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", emit)
+    return _function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", 8, emit)
 
 
 _ALL_HEIGHTS = list(range(1, TILE_ROWS + 1))
 # Attention takes what is left over in powers of two: fewer kernels to compile, and its rows are many.
 _SOME_HEIGHTS = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
 
-multiply_fp32 = _product("fp32", ISA.vectors, _ALL_HEIGHTS)
-multiply_bf16 = _product("bf16", ISA.vectors, _ALL_HEIGHTS)
-multiply_int8 = _product("int8", ISA.vectors, _ALL_HEIGHTS)
+multiply_fp32 = _product("fp32", ISA.vectors, _ALL_HEIGHTS, fetch=True)
+multiply_bf16 = _product("bf16", ISA.vectors, _ALL_HEIGHTS, fetch=True)
+multiply_int8 = _product("int8", ISA.vectors, _ALL_HEIGHTS, fetch=True)
 
 # Attention, for a full tile of query columns and for one register of them.
 wide_scores = _scores("fp32", ISA.vectors, _SOME_HEIGHTS, pairs=False)

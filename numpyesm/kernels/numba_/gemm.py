@@ -161,16 +161,27 @@ def _finish_heads(narrow, height, first_column, tile, bias, table, positions, he
 
 
 @helper
-def _tile_fp32(height, left, step, panel, inner, piece, tile):
+def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step):
     """K is summed in pieces: shorter chains of additions round less."""
     for k in range(0, inner, piece):
-        multiply_fp32(height, left + 4 * k, step, panel + k * TILE_BYTES, min(piece, inner - k), tile, TILE_BYTES, k)
+        multiply_fp32(
+            height,
+            left + 4 * k,
+            step,
+            panel + k * TILE_BYTES,
+            min(piece, inner - k),
+            tile,
+            TILE_BYTES,
+            k,
+            ahead + k * ahead_step,
+            ahead_step,
+        )
 
 
 @helper
-def _tile_int8(height, left, step, panel, steps, levels, max_rows, offsets, scales, tile):
+def _tile_int8(height, left, step, panel, steps, levels, max_rows, offsets, scales, tile, ahead, ahead_step):
     """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
-    multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0)
+    multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
     row_scales = carray(float32_at(levels), (height,))
     row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
     for row in range(height):
@@ -185,6 +196,7 @@ def _tile_int8(height, left, step, panel, steps, levels, max_rows, offsets, scal
 def linear(x, x_step, rows, inner, piece, weight, panel_step, bias, columns, step, out, out_step, tile):
     """`step` of x @ weight + bias: (R, K), packed (≥ K, N), (N,) -> out (R, N); panels are `panel_step` bytes apart."""
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, columns, TILE_COLUMNS):
         panel = weight + first // TILE_COLUMNS * panel_step
         width = min(TILE_COLUMNS, columns - first)
@@ -192,7 +204,8 @@ def linear(x, x_step, rows, inner, piece, weight, panel_step, bias, columns, ste
         for t in range(tiles):
             # Tiles of near-equal height: a low last tile would not fill the multipliers' pipelines.
             height = rows * (t + 1) // tiles - start
-            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile)
+            ahead = panel + panel_step + t * inner * ahead_step
+            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
             _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + 4 * first, out_step)
             start += height
 
@@ -202,11 +215,13 @@ def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads,
     """Query, key and value of (R, K), see `_finish_heads`."""
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
-        start = 0
+        panel, start = weight + 4 * inner * first, 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            _tile_fp32(height, x + start * x_step, x_step, weight + 4 * inner * first, inner, piece, tile)
+            ahead = panel + inner * TILE_BYTES + t * inner * ahead_step
+            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
             at, to = bias + 4 * first, out + start * head_dim * 4
             _finish_heads(False, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
             start += height
@@ -216,14 +231,16 @@ def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads,
 def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step, out, out_step, tile):
     """`linear` of bf16, summed in float32; K is padded to an even number."""
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    number = 2 if step == GELU_BF16 else 4
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
+    number, steps = 2 if step == GELU_BF16 else 4, (inner + 1) // 2
     for first in range(0, columns, TILE_COLUMNS):
         panel = weight + first // TILE_COLUMNS * panel_step
         width = min(TILE_COLUMNS, columns - first)
         start = 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            multiply_bf16(height, x + start * x_step, x_step, panel, (inner + 1) // 2, tile, TILE_BYTES, 0)
+            ahead, left = panel + panel_step + t * steps * ahead_step, x + start * x_step
+            multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
             _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + number * first, out_step)
             start += height
 
@@ -234,11 +251,13 @@ def linear_heads_bf16(x, x_step, rows, inner, matrix, table, positions, heads, h
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
     steps = (inner + 1) // 2
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
-        start = 0
+        panel, start = weight + 4 * steps * first, 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            multiply_bf16(height, x + start * x_step, x_step, weight + 4 * steps * first, steps, tile, TILE_BYTES, 0)
+            ahead, left = panel + (TILE_BYTES + t * ahead_step) * steps, x + start * x_step
+            multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
             at, to = bias + 4 * first, out + start * head_dim * 2
             _finish_heads(True, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
             start += height
@@ -266,15 +285,27 @@ def linear_int8(
     """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_tile_int8`; K is padded to fours."""
     steps = (inner + 3) // 4
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, columns, TILE_COLUMNS):
         panel = weight + first // TILE_COLUMNS * panel_step
         width, at = min(TILE_COLUMNS, columns - first), 4 * first
         start = 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
-            left = x + start * x_step
+            left, ahead = x + start * x_step, panel + panel_step + t * steps * ahead_step
             _tile_int8(
-                height, left, x_step, panel, steps, levels + 4 * start, max_rows, offsets + at, scales + at, tile
+                height,
+                left,
+                x_step,
+                panel,
+                steps,
+                levels + 4 * start,
+                max_rows,
+                offsets + at,
+                scales + at,
+                tile,
+                ahead,
+                ahead_step,
             )
             _finish(step, height, width, tile, bias + at, out + start * out_step + at, out_step)
             start += height
@@ -289,14 +320,27 @@ def linear_heads_int8(
     offsets, scales = load_integer(matrix, _OFFSETS), load_integer(matrix, _SCALES)
     steps, size = (inner + 3) // 4, 2 if narrow else 4
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
         panel, at = weight + 4 * steps * first, 4 * first
         start = 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
             left, to = x + start * x_step, out + start * head_dim * size
+            ahead = panel + (TILE_BYTES + t * ahead_step) * steps
             _tile_int8(
-                height, left, x_step, panel, steps, levels + 4 * start, max_rows, offsets + at, scales + at, tile
+                height,
+                left,
+                x_step,
+                panel,
+                steps,
+                levels + 4 * start,
+                max_rows,
+                offsets + at,
+                scales + at,
+                tile,
+                ahead,
+                ahead_step,
             )
             _finish_heads(
                 narrow, height, first, tile, bias + at, table, positions + 8 * start, heads, head_dim, all_rows, to

@@ -16,7 +16,9 @@ from .errors import InvalidSequence
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # Of a line or a record. The longest protein known has 46,000 residues; a chromosome or a gzip bomb is no input here.
-_MAX_LETTERS = 1_000_000
+MAX_LETTERS = 1_000_000
+# Of these, a trailing `*` taken off leaves more than are allowed.
+_TOO_MANY = MAX_LETTERS + 2
 _MASK = re.compile("<mask>", re.IGNORECASE)
 _OTHER_FILES = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
@@ -47,13 +49,14 @@ def read_fasta(source: str | Path | io.BufferedReader, *, tolerant: bool = False
     source : str, path or binary stream
     tolerant : bool
         For bulk work, where one odd record must not stop a million others: a record without a sequence is returned
-        as it is, a file without records is no error, and bytes that are not UTF-8 are read as Latin-1.
+        as it is, one of more than `MAX_LETTERS` cut to a little more than that, a file without records is no error,
+        and bytes that are not UTF-8 are read as Latin-1.
 
     Raises
     ------
     InvalidSequence
-        Text before the first header, a record without a sequence, no record at all, text that is not UTF-8, or a
-        gzip stream that is damaged.
+        Text before the first header, a record without a sequence or with more than a million letters, no record at
+        all, text that is not UTF-8, or a gzip stream that is damaged.
     OSError
         The file cannot be read.
     """
@@ -77,7 +80,7 @@ def _read_stream(stream: io.BufferedReader, name: str, tolerant: bool) -> Iterat
     found = tolerant
     try:
         for record in parse_fasta(
-            _lines(io.TextIOWrapper(binary, encoding="utf-8-sig", errors=errors), name), empty_ok=tolerant
+            _lines(io.TextIOWrapper(binary, encoding="utf-8-sig", errors=errors), name, tolerant), tolerant=tolerant
         ):
             found = True
             yield record
@@ -89,18 +92,24 @@ def _read_stream(stream: io.BufferedReader, name: str, tolerant: bool) -> Iterat
         raise InvalidSequence(f"{name}: no sequences in it")
 
 
-def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+def _lines(text: io.TextIOWrapper, name: str, tolerant: bool) -> Iterator[str]:
     """Lines of text, none of them without end: a small gzip file may hold a line of gigabytes."""
     number = 0
-    while line := text.readline(_MAX_LETTERS + 1):
+    while line := text.readline(MAX_LETTERS + 1):
         number += 1
-        if len(line) > _MAX_LETTERS:
-            raise InvalidSequence(f"{name}: line {number} is longer than {_MAX_LETTERS} characters")
+        if len(line) > MAX_LETTERS:
+            if not tolerant or line.startswith(">"):
+                raise InvalidSequence(f"{name}: line {number} is longer than {MAX_LETTERS} characters")
+            letters = "".join(line.split())
+            while not line.endswith("\n") and (line := text.readline(MAX_LETTERS)):
+                if len(letters) <= _TOO_MANY:
+                    letters += "".join(line.split())
+            line = letters[:_TOO_MANY]
         yield line
 
 
-def parse_fasta(lines: Iterable[str], *, empty_ok: bool = False) -> Iterator[Record]:
-    """Records from lines of text; without any `>` header each non-empty line is a sequence."""
+def parse_fasta(lines: Iterable[str], *, tolerant: bool = False) -> Iterator[Record]:
+    """Records from lines of text; without any `>` header each non-empty line is a sequence. See `read_fasta`."""
     header: str | None = None
     parts: list[str] = []
     bare = letters = 0
@@ -112,7 +121,7 @@ def parse_fasta(lines: Iterable[str], *, empty_ok: bool = False) -> Iterator[Rec
             if bare:
                 raise InvalidSequence(f"line {number}: a FASTA header after {bare} lines that belong to no record")
             if header is not None:
-                yield _record(header, parts, empty_ok)
+                yield _record(header, parts, tolerant)
             header, parts, letters = line[1:].strip(), [], 0
         elif header is None:
             bare += 1
@@ -120,18 +129,21 @@ def parse_fasta(lines: Iterable[str], *, empty_ok: bool = False) -> Iterator[Rec
             if not sequence:
                 raise InvalidSequence(f"line {number} has no letters")
             yield Record(str(bare), "", sequence)
-        else:
+        elif letters < _TOO_MANY:
             letters += len(line)
-            if letters > _MAX_LETTERS:
-                raise InvalidSequence(f"record {header[:80]!r} is longer than {_MAX_LETTERS} letters")
             parts.append(line)
+            if letters > MAX_LETTERS:
+                if not tolerant:
+                    raise InvalidSequence(f"record {header[:80]!r} is longer than {MAX_LETTERS} letters")
+                parts = ["".join("".join(parts).split())[:_TOO_MANY]]
+                letters = len(parts[0])
     if header is not None:
-        yield _record(header, parts, empty_ok)
+        yield _record(header, parts, tolerant)
 
 
-def _record(header: str, parts: list[str], empty_ok: bool) -> Record:
+def _record(header: str, parts: list[str], tolerant: bool) -> Record:
     sequence = clean_sequence("".join(parts))
-    if not sequence and not empty_ok:
+    if not sequence and not tolerant:
         raise InvalidSequence(f"record {header[:80]!r} has no sequence")
     return Record(header.split()[0] if header else "", header, sequence)
 

@@ -212,6 +212,21 @@ def test_all_rejected_is_an_empty_table_and_none_at_all_an_error(model: ESM2, tm
     assert not list(tmp_path.glob("e.*"))
 
 
+@pytest.mark.parametrize("line", [2_000_001, 60, 1_000_000], ids=["one-line", "wrapped", "at-the-limit"])
+@pytest.mark.parametrize("long", ["error", "truncate"])
+def test_endless_record_is_rejected_and_the_others_are_embedded(
+    model: ESM2, tmp_path: Path, line: int, long: str
+) -> None:
+    endless = "MK T*" * 400_001
+    wrapped = "\n".join(endless[at : at + line] for at in range(0, len(endless), line))
+    source = tmp_path / "in.fasta"
+    source.write_text(f">good\nMKT\n>endless\n{wrapped}\n>last\nMK\n")
+    summary = embed_fasta(source, tmp_path / "o.parquet", model, long=long)
+    assert (summary.records, summary.rejected) == (2, 1)
+    assert [row["id"] for row in rows(tmp_path / "o.parquet")] == ["good", "last"]
+    assert "more than 1000000 letters" in (tmp_path / "o.rejected.tsv").read_text()
+
+
 def test_long_sequences(model: ESM2, tmp_path: Path) -> None:
     source = fasta(tmp_path / "in.fasta", ("short", "MKT"), ("long", LONG), ("edge", LONG[:2048]), ("bad", LONG + "J"))
     cut = embed_fasta(source, tmp_path / "cut.parquet", model, include=["mean", "bos"], long="truncate")

@@ -52,6 +52,18 @@ def test_only_one_trailing_star_is_dropped() -> None:
     assert clean_sequence("MK*T*") == "MK*T"
 
 
+@pytest.mark.parametrize("data", [b">a\n%b\n", b"%b\n", b">a\n%b*\n", b">a\nM\nK%b*\n"])
+def test_records_of_more_than_a_million_letters(data: bytes) -> None:
+    most = data % (b"A" * (1_000_000 - data.count(b"M") - data.count(b"K")))
+    (record,) = read_fasta(io.BufferedReader(io.BytesIO(most)), tolerant=True)
+    assert len(record.sequence) == 1_000_000
+    longer = data % (b"A " * 1_000_001)
+    with pytest.raises(InvalidSequence, match="longer than 1000000"):
+        read(longer)
+    (record,) = read_fasta(io.BufferedReader(io.BytesIO(longer)), tolerant=True)
+    assert 1_000_000 < len(record.sequence) < 1_000_004
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

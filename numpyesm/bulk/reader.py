@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 from ..alphabet import ENCODE_LETTERS, tokenize
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
-from ..fasta import Record, read_fasta
+from ..fasta import MAX_LETTERS, Record, read_fasta
 from .settings import Settings
 
 _ALLOWED = re.compile(f"[{ENCODE_LETTERS}]+")
@@ -80,7 +80,12 @@ class Reader:
                 self._fingerprint.update(record.description.encode() + b"\n" + digest)
                 if self._settings.shard.takes(digest):
                     name_ = record.id or f"record_{self.records}"
-                    reason = why_not(record, self._settings)
+                    too_long = len(sequence) > MAX_LETTERS
+                    reason = (
+                        f"more than {MAX_LETTERS} letters, not read to the end"
+                        if too_long
+                        else why_not(record, self._settings)
+                    )
                     yield Item(self.records, name_, record.description, record.sequence, digest, reason)
         if not self.records:
             raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")

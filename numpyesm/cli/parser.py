@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="source", metavar="DIR", help="from such a folder into the cache; no network")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
-    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")
+    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name")
     command.add_argument("-o", "--output", required=True, help="file.safetensors, or a folder")
     command.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"

@@ -65,6 +65,20 @@ def test_every_line_is_json_for_schedulers(weights: Path, tmp_path: Path) -> Non
     assert len(rows(tmp_path / "out/a.parquet")) == 35
 
 
+def test_the_limit_of_memory_is_obeyed(weights: Path, tmp_path: Path) -> None:
+    source = write_fasta(tmp_path / "in.fasta", 3)
+    arguments = [source, "-o", tmp_path / "a.parquet", "--weights", weights, "--backend", "numpy", "--max-memory"]
+    for limit, said in (("20M", b"max_memory"), ("lots", b"max_memory")):
+        failed = embed(*arguments, limit)
+        assert failed.returncode != 0
+        assert said in failed.stderr, failed.stderr.decode()
+        assert not (tmp_path / "a.parquet").exists()
+    assert embed(*arguments, "2G").returncode == 0
+    refused = embed(*arguments, "2G", "--engine", "ray", "--overwrite")
+    assert refused.returncode == 2
+    assert b"--max-memory" in refused.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 def test_a_bar_on_a_terminal(weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich")
@@ -138,18 +152,20 @@ def test_the_slurm_example(weights: Path, tmp_path: Path) -> None:
     """Each task of the array as Slurm would start it; together they are the whole."""
     polars = pytest.importorskip("polars")
     source = write_fasta(tmp_path / "in.fasta", 40, duplicates=10)
+    source.write_text(source.read_text() + ">bad\nJ\n")  # rejected: its task succeeds all the same
     program = tmp_path / "bin" / "numpyesm"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m numpyesm "$@" --backend numpy\n')
     program.chmod(0o755)
     for task in (1, 2, 3):
         variables = environment(
-            SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_TASK_COUNT="3", SLURM_CPUS_PER_TASK="1", WEIGHTS=str(weights),
+            SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_TASK_COUNT="1", SLURM_CPUS_PER_TASK="1", WEIGHTS=str(weights),
             PATH=f"{program.parent}:{os.environ['PATH']}",
         )  # fmt: skip
-        script = ["bash", str(EXAMPLES / "slurm" / "embed_array.sh"), str(source), str(tmp_path / "parts")]
+        script = ["bash", str(EXAMPLES / "slurm" / "embed_array.sh"), str(source), str(tmp_path / "parts"), "3"]
         done = subprocess.run(script, env=variables, capture_output=True, timeout=100)
         assert done.returncode == 0, done.stderr.decode()
+    assert len(list((tmp_path / "parts").glob("*.rejected.tsv"))) == 1
     embed(source, "-o", tmp_path / "whole.parquet", "--weights", weights, "--backend", "numpy")
     parts = polars.read_parquet(tmp_path / "parts" / "part-*.parquet").sort("record")
     assert parts.equals(polars.read_parquet(tmp_path / "whole.parquet"))

@@ -227,6 +227,37 @@ def test_endless_record_is_rejected_and_the_others_are_embedded(
     assert "more than 1000000 letters" in (tmp_path / "o.rejected.tsv").read_text()
 
 
+def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -> None:
+    source = fasta(tmp_path / "in.fasta", ("good", "MKT"), ("long", LONG))
+    assert embed_fasta(source, tmp_path / "p.parquet", model).rejected_file == tmp_path / "p.rejected.tsv"
+    assert embed_fasta(source, tmp_path / "p.h5", model, long="truncate").rejected == 0
+    assert "5000 residues" in (tmp_path / "p.rejected.tsv").read_text()
+    (tmp_path / "bad.fasta").write_text(">bad\nJ\n")
+    other = embed_fasta(tmp_path / "bad.fasta", tmp_path / "p.h5", model, overwrite=True)
+    assert other.rejected_file == tmp_path / "p.h5.rejected.tsv"
+    before = (tmp_path / "p.rejected.tsv").read_text()
+    (tmp_path / "p.rejected.tsv").unlink()
+    again = embed_fasta(source, tmp_path / "p.parquet", model)
+    assert again.already_complete
+    assert again.rejected_file == tmp_path / "p.rejected.tsv"
+    assert (tmp_path / "p.rejected.tsv").read_text() == before
+
+
+def test_foreign_folders_and_mount_points_are_refused(
+    model: ESM2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fasta(tmp_path / "in.fasta", ("good", "MKT"))
+    (tmp_path / "o.parquet.partial").mkdir()
+    (tmp_path / "o.parquet.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(BulkError, match=r"o\.parquet\.partial is not of numpyesm embed"):
+        embed_fasta(source, tmp_path / "o.parquet", model)
+    assert (tmp_path / "o.parquet.partial" / "mine.txt").read_text() == "mine"
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(InvalidOption, match=r"mount point.*mounted/embeddings/"):
+        embed_fasta(source, tmp_path / "mounted", model)
+
+
 def test_long_sequences(model: ESM2, tmp_path: Path) -> None:
     source = fasta(tmp_path / "in.fasta", ("short", "MKT"), ("long", LONG), ("edge", LONG[:2048]), ("bad", LONG + "J"))
     cut = embed_fasta(source, tmp_path / "cut.parquet", model, include=["mean", "bos"], long="truncate")

@@ -394,13 +394,18 @@ def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
         np.testing.assert_array_equal(found["contacts"], expected["contacts"][0])
         with np.load(tmp_path / "out" / f"{label}.npz") as plain:
             assert plain["representations_6"].shape == (min(40, len(sequence)), 320)
-    # Again: nothing is computed for the files that are there.
+    # Again: nothing is computed for the files that are there, if asked for.
     (tmp_path / "out" / "two.npz").unlink()
     before = (tmp_path / "out" / "one first.npz").stat().st_mtime_ns
-    assert extract.main(arguments) == 0
+    assert extract.main([*arguments, "--skip_existing"]) == 0
     assert (tmp_path / "out" / "one first.npz").stat().st_mtime_ns == before
     assert (tmp_path / "out" / "two.npz").exists()
     assert not list((tmp_path / "out").rglob("*.tmp"))
+    # Other options: what is there is not taken for it.
+    at = arguments.index("--include")
+    assert extract.main([*arguments[: at + 1], "contacts", *arguments[arguments.index("--toks_per_batch") :]]) == 0
+    with np.load(tmp_path / "out" / "one first.npz") as plain:
+        assert set(plain.files) == {"label", "contacts"}
 
 
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")

@@ -97,6 +97,11 @@ def test_synthetic_weights_are_never_found_by_a_real_name(tmp_path, models, monk
     assert find_local("esm2-8m") is None
     real = put(models, tmp_path / "weights" / "esm2_t6_8M_UR50D.safetensors")
     assert find_local("esm2-8m") == real
+    # nor by one who would fetch it
+    monkeypatch.setenv("NUMPYESM_OFFLINE", "1")
+    real.unlink()
+    with pytest.raises(WeightsNotFound):
+        resolve("esm2-8m")
     # named expressly, they are taken, and say what they are
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(models / "synthetic.safetensors"))
     assert open_weights("esm2-8m").synthetic

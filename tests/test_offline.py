@@ -298,9 +298,10 @@ def test_a_checksum_beside_the_file_counts(weights, tmp_path, place) -> None:
     right = file_sha256([path])
     (tmp_path / place).write_text(f"{right} *w.safetensors\n")
     load_checkpoint(path)
-    (tmp_path / place).write_text(f"{'0' * 64}  w.safetensors\n")
-    with pytest.raises(CheckpointError, match="checksum"):
-        load_checkpoint(path)
+    for form in ("  w.safetensors", "  ./w.safetensors", " *./w.safetensors"):
+        (tmp_path / place).write_text(f"{'0' * 64}{form}\n")
+        with pytest.raises(CheckpointError, match="checksum"):
+            load_checkpoint(path)
     (tmp_path / place).write_text("what?  w.safetensors\n")
     with pytest.raises(CheckpointError, match="states no SHA-256"):
         load_checkpoint(path)

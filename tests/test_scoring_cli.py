@@ -83,6 +83,7 @@ def test_fair_esm_layout_and_option_names(run: Any, eight_m: ESM2) -> None:
     code, out, err = run(
         "score", "--sequence", WILD_TYPE, "--dms-input", "blat.csv", "--mutation-col", "mutant", "--dms-output",
         "out.csv", "--offset-idx", "24", "--scoring-strategy", "wt-marginals", "--measured-col", "2500",
+        "--nogpu",
     )  # fmt: skip
     assert (code, out) == (0, b"")
     values = [float(value) for value in added(Path("out.csv").read_bytes())[1:]]

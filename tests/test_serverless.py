@@ -91,6 +91,7 @@ def error_of(answer):
         v2("/base/api/v3/esm2-8m/encode"),
         v2("/prod/base/api/v3/esm2-8m/encode", stage="prod"),
         v2("/api/api/v3/esm2-8m/encode", stage="api"),
+        v2("/api/v3/esm2-8m/encode", stage="api"),
         v1(),
         v1("/api/v1/esm2-8m/encode"),
         v1("/base/api/v3/esm2-8m/encode/"),

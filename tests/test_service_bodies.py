@@ -243,7 +243,12 @@ def test_not_http(service: RunningService, sent: bytes) -> None:
         connection.sendall(sent)
         answer = receive_all(connection)
         assert answer.startswith(b"HTTP/1.1 400")
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["status_code"] == 400
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert json.loads(body)["status_code"] == 400
+    request_id = re.search(rb"x-request-id: (\w+)", head)
+    assert request_id is not None
+    told = request_id[1].decode()
+    service.wait_until(lambda: any(e["id"] == told and e["status"] == 400 for e in service.entries()))
     alive(service)
 
 

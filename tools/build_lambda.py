@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp16", help="(%(default)s)")
     parser.add_argument("--python", default="3.12", metavar="3.X", help="of the Lambda runtime (%(default)s)")
     parser.add_argument("--arch", choices=["x86_64", "aarch64"], default="x86_64", help="(%(default)s)")
-    parser.add_argument("--requirement", action="append", metavar="PACKAGE==VERSION", help="instead of the newest ones")
+    parser.add_argument(
+        "--requirement", action="append", metavar="PACKAGE==VERSION", help="instead of the newest; may be repeated"
+    )
     parser.add_argument("--limit", type=int, default=UNPACKED_LIMIT, help="bytes unpacked (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("numpyesm-lambda.zip"), help="(%(default)s)")
     options = parser.parse_args(arguments)
@@ -62,8 +65,14 @@ class BuildFailed(Exception):
     """Why there is no zip."""
 
 
+def with_defaults(requirements: list[str]) -> list[str]:
+    """These, and the newest of what they do not name."""
+    named = {re.split(r"[^\w-]", requirement.strip())[0].lower() for requirement in requirements}
+    return [*requirements, *(package for package in PACKAGES if package not in named)]
+
+
 def _build(staging: Path, options: argparse.Namespace) -> int:
-    install_dependencies(staging, options.requirement or PACKAGES, options.python, options.arch)
+    install_dependencies(staging, with_defaults(options.requirement or []), options.python, options.arch)
     left_out = strip(staging)
     shutil.copytree(ROOT / "numpyesm", staging / "numpyesm", ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
     if options.weights != "none":
@@ -71,7 +80,7 @@ def _build(staging: Path, options: argparse.Namespace) -> int:
     compiled = compile_sources(staging, options.python)
     sizes = {path: path.stat().st_size for path in files(staging)}
     total = sum(sizes.values())
-    report(staging, sizes, left_out, compiled)
+    report(staging, sizes, left_out, compiled, options.limit)
     if total > options.limit:
         raise BuildFailed(
             f"{total / 1e6:.1f} MB unpacked, and Lambda takes {options.limit / 1e6:.1f} MB: "
@@ -155,7 +164,7 @@ def files(folder: Path) -> Iterator[Path]:
     return iter(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
-def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool) -> None:
+def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool, limit: int) -> None:
     """What takes the room."""
     groups: dict[str, int] = {}
     for path, size in sizes.items():
@@ -165,7 +174,7 @@ def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool)
     print(f"{'MB':>8}  unpacked")
     for name, size in sorted(groups.items(), key=lambda entry: -entry[1]):
         print(f"{size / 1e6:8.1f}  {name}")
-    print(f"{total / 1e6:8.1f}  together, of {UNPACKED_LIMIT / 1e6:.1f} allowed; {left_out / 1e6:.1f} stripped")
+    print(f"{total / 1e6:8.1f}  together, of {limit / 1e6:.1f} allowed; {left_out / 1e6:.1f} stripped")
     print("the largest files:")
     for path, size in sorted(sizes.items(), key=lambda entry: (-entry[1], entry[0]))[:6]:
         print(f"{size / 1e6:8.1f}  {path.relative_to(staging)}")

@@ -35,6 +35,8 @@ process EMBED {
 workflow {
     if (!params.input) error 'name the input: --input proteome.fasta.gz'
     shards = Channel.of(1..params.shards)
-    EMBED(shards.combine(Channel.fromPath(params.input, checkIfExists: true)))
+    // All files of a pattern are one input.
+    files = Channel.fromPath(params.input, checkIfExists: true).collect().map { [it] }
+    EMBED(shards.combine(files))
     EMBED.out.rejected.collectFile(name: 'rejected.tsv', storeDir: params.outdir, keepHeader: true)
 }

@@ -23,11 +23,11 @@ from .lock import FolderLock
 from .packing import check_budget
 from .progress import Progress
 from .provenance import describe, difference
-from .reader import Reader
+from .reader import Item, Reader
 from .settings import DEFAULT_OVERLAP, Settings
 from .shard import Shard
 from .tables import tsv_line
-from .writers import DEFAULT_INCLUDE, make_writer, output_format
+from .writers import DEFAULT_INCLUDE, ENDINGS, make_writer, output_format
 from .writers.base import Writer
 from .writers.folder import is_ours
 
@@ -223,7 +223,7 @@ class _Job:
         self.layout = Layout.of(settings, model.config)
         self.about = describe(model, settings, form)
         self.folder = output.with_name(output.name + ".partial")
-        self.rejected_file = output.with_name((output.name if form == "folder" else output.stem) + ".rejected.tsv")
+        self.rejected_file = self._rejected_file(form)
         self._check_paths(form)
 
     def _check_paths(self, form: str) -> None:
@@ -234,6 +234,18 @@ class _Job:
         if self.output.exists() and self.output.is_dir() != (form == "folder"):
             kind = "a folder" if self.output.is_dir() else "a file"
             raise InvalidOption(f"output {self.output} is {kind}; {form} was asked for")
+        if os.path.ismount(self.output):
+            raise InvalidOption(
+                f"output {self.output} is a mount point, which cannot be replaced as a whole: "
+                f"name a folder in it, {self.output / 'embeddings'}/"
+            )
+
+    def _rejected_file(self, form: str) -> Path:
+        """`OUT.rejected.tsv`; with the output's whole name if another output of that stem lies beside it."""
+        stem = self.output.name if form == "folder" else self.output.stem
+        others = {stem, *(stem + ending for ending in ENDINGS)} - {self.output.name}
+        alone = not any(self.output.with_name(name).exists() for name in others)
+        return self.output.with_name((stem if alone else self.output.name) + ".rejected.tsv")
 
     def run(self, make_engine: Any, *, overwrite: bool, restart: bool) -> Summary:
         """All of it, or what is left of it."""
@@ -244,6 +256,7 @@ class _Job:
             if restart:
                 self._forget()
             about_there = self._finished()
+            self._take_over_list(about_there or {})
             if about_there is not None and overwrite and self.output.is_dir():
                 self._check_replaceable(about_there)
             if about_there is not None and not overwrite:
@@ -267,6 +280,13 @@ class _Job:
             return None
         return self.writer.read_about(self.output) or {}
 
+    def _take_over_list(self, about: dict[str, Any]) -> None:
+        """The list of rejected records is where the output that is there says."""
+        name = about.get("rejected_file")
+        self._replaces_list = isinstance(name, str) and Path(name).name == name
+        if self._replaces_list:
+            self.rejected_file = self.output.with_name(name)
+
     def _check_replaceable(self, about: dict[str, Any]) -> None:
         """A folder goes with all that is in it: only if we made all of it."""
         others = [entry.name for entry in self.output.iterdir() if not is_ours(entry)]
@@ -284,6 +304,9 @@ class _Job:
         if self._fingerprint() != about["input"]:
             raise BulkError(f"{self.output} exists and is of another input; --overwrite replaces it")
         counts = about["counts"]
+        if counts["rejected"] and not self.rejected_file.exists():
+            reader = Reader(self.inputs, self.settings)
+            self._write_list(rejected_of(item) for item in reader if item.reason is not None)
         self.progress.note(f"{self.output} is complete already: {counts['records']} records")
         return Summary(
             output=self.output,
@@ -364,7 +387,7 @@ class _Job:
         reader = Reader(self.inputs, self.settings)
         for item in reader:
             if item.reason is not None:
-                rejected = Rejected(item.position, item.id, item.description, len(item.sequence), item.reason)
+                rejected = rejected_of(item)
                 if self.strict:
                     raise self._strict_error(rejected)
                 journal.add_rejected(rejected)
@@ -414,6 +437,8 @@ class _Job:
         totals, num_rejected = journal.totals(), journal.num_rejected()
         counts = {"records": totals.records, "sequences": totals.sequences, "rejected": num_rejected}
         about = self.about | {"input": journal.get("input"), "counts": counts}
+        if num_rejected:
+            about["rejected_file"] = self.rejected_file.name
         temporary = self.folder / "output"
         try:
             self.writer.write(journal.rows(), self.layout, about, temporary)
@@ -442,13 +467,22 @@ class _Job:
 
     def _write_rejected(self, journal: Journal, count: int) -> None:
         if count:
-            with replacing(self.rejected_file) as file:
-                file.write(_REJECTED_HEADER.encode())
-                for rejected in journal.rejected():
-                    file.write(tsv_line(*rejected).encode())
-        elif self.rejected_file.is_file():
+            self._write_list(journal.rejected())
+        elif self._replaces_list and self.rejected_file.is_file():
             # Of an earlier run on this output; only ever remove what we wrote.
             with open(self.rejected_file, "rb") as old:
                 ours = old.readline() == _REJECTED_HEADER.encode()
             if ours:
                 self.rejected_file.unlink()
+
+    def _write_list(self, rejected: Iterable[Rejected]) -> None:
+        with replacing(self.rejected_file) as file:
+            file.write(_REJECTED_HEADER.encode())
+            for record in rejected:
+                file.write(tsv_line(*record).encode())
+
+
+def rejected_of(item: Item) -> Rejected:
+    """What is kept of a record that cannot be embedded."""
+    assert item.reason is not None
+    return Rejected(item.position, item.id, item.description, len(item.sequence), item.reason)

@@ -22,12 +22,16 @@ class FolderLock:
     Raises
     ------
     BulkError
-        If another run holds it.
+        If another run holds it, or the folder is not one of ours: what is in it would be removed at the end.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / "lock"
+        if folder.is_dir():
+            names = {entry.name for entry in folder.iterdir()}
+            if names and not names & {"lock", "journal.sqlite"}:
+                raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             try:

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout, suppress
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
-from ..model import ESM2
+from .inputs import load_model
 
 
 class _QuietProgress(Progress):
@@ -88,12 +88,9 @@ def _summarise(lines: JsonProgress, summary: Summary) -> int:
 
 
 def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
-    model = ESM2.from_pretrained(
-        arguments.weights or "esm2-35m",
-        backend=arguments.backend,
-        precision=arguments.precision,
-        threads=arguments.threads,
-    )
+    if arguments.max_memory is not None and arguments.engine == "ray":
+        raise InvalidOption("--max-memory is of the local engine: Ray's own resources limit its workers")
+    model = load_model(arguments)
     with redirect_stdout(sys.stderr):  # Ray tells on stdout what became of its workers
         return embed_fasta(
             arguments.input,

@@ -60,7 +60,8 @@ def convert(arguments: argparse.Namespace) -> int:
     """Any checkpoint in, one canonical file out; print where it is."""
     from ..weights.conversion import convert as convert_weights
 
-    made = convert_weights(arguments.source, arguments.output, dtype=arguments.dtype, regression=arguments.regression)
+    source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
+    made = convert_weights(source, arguments.output, dtype=arguments.dtype, regression=arguments.regression)
     checkpoint = made.checkpoint
     print(made.path)
     print(

@@ -66,7 +66,7 @@ def same_file(one: str, other: str) -> bool:
 
 def _no_input(text: str) -> str:
     """Why an argument that names no file is no sequence either."""
-    if text and Path(text[:4096]).is_dir():
+    if os.path.isdir(text):
         return f"{text!r} is a folder, expected a file"
     if set(text) & set("./\\:~") or not text:
         return f"there is no file {text[:200]!r}"

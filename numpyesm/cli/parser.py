@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="source", metavar="DIR", help="from such a folder into the cache; no network")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
-    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, or a canonical file")
+    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name")
     command.add_argument("-o", "--output", required=True, help="file.safetensors, or a folder")
     command.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
     command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
     command.add_argument("-o", "--output", "--dms-output", help="file (stdout by default); the table and one column")
+    command.add_argument("--model-location", dest="weights", help=argparse.SUPPRESS)  # fair-esm's name of --weights
+    command.add_argument("--nogpu", action="store_true", help=argparse.SUPPRESS)  # accepted: there is none
     command.add_argument("--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L (mutant)")
     command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
     command.add_argument("--column", metavar="NAME", help="name of the new column (the method)")

@@ -17,6 +17,8 @@ from .score import progress_line, read_wild_type
 
 # Positions in one strip of the heat map.
 _STRIP = 100
+# More would be higher than a picture can be.
+_MOST_STRIPS = 150
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,17 +79,18 @@ def scan_table(scan: MutationScan, delimiter: str = ",") -> str:
 def scan_png(scan: MutationScan, note: str = "") -> bytes:
     """Amino acids against positions in strips; red is worse than the wild type, whose own cells are dotted."""
     length = len(scan.wild_type)
-    strips = range(0, length, _STRIP)
+    strip = max(_STRIP, -(-length // _MOST_STRIPS))
+    strips = range(0, length, strip)
     figure = figure_class()(figsize=(14, 0.8 + 3.0 * len(strips)), dpi=110, layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     limit = max(float(np.abs(scan.scores).max()), 1e-6)
     letters = scan.amino_acids
     for ax, start in zip(axes, strips, strict=True):
-        part = scan.scores[start : start + _STRIP]
+        part = scan.scores[start : start + strip]
         image = ax.imshow(part.T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
-        own = [(i, letters.index(w)) for i, w in enumerate(scan.wild_type[start : start + _STRIP]) if w in letters]
+        own = [(i, letters.index(w)) for i, w in enumerate(scan.wild_type[start : start + strip]) if w in letters]
         ax.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
-        ax.set_xlim(-0.5, min(_STRIP, length) - 0.5)
+        ax.set_xlim(-0.5, min(strip, length) - 0.5)
         ax.set_yticks(range(len(letters)), letters, fontsize=7)
         ticks = [i for i in range(len(part)) if (scan.positions[start + i]) % 10 == 0] or [0]
         ax.set_xticks(ticks, [f"{scan.wild_type[start + i]}{scan.positions[start + i]}" for i in ticks], fontsize=8)

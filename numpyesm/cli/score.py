@@ -144,7 +144,9 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
         if mutant is None:
             continue
         try:
-            changed = apply_changes(wild_type, fit_mutant(wild_type, mutant, arguments.offset, others=readable))
+            # The first problem gets the hint; to look for it costs as much as all rows together.
+            others = [mutant] if problems else readable
+            changed = apply_changes(wild_type, fit_mutant(wild_type, mutant, arguments.offset, others=others))
         except InvalidMutation as error:
             refuse(row.line, error.reason)
             continue

@@ -54,6 +54,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--truncation_seq_length", type=int, default=1022, help="cut longer sequences to this (%(default)s)"
     )
     parser.add_argument("--nogpu", action="store_true", help="accepted: numpyesm runs on the CPU")
+    parser.add_argument("--skip_existing", action="store_true", help="leave records alone whose file is there")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="worker threads (all CPUs)")
@@ -61,7 +62,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """One `.npz` a record; records whose file is there already are skipped, as fair-esm does."""
+    """One `.npz` a record."""
     if arguments.truncation_seq_length < 1 or arguments.toks_per_batch < 1:
         raise InvalidOption("--truncation_seq_length and --toks_per_batch: expected at least 1")
     dataset = esm.FastaBatchedDataset.from_file(arguments.fasta_file)
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
     for number, batch in enumerate(batches, start=1):
-        todo = [index for index in batch if not paths[index].exists()]
+        todo = [index for index in batch if not (arguments.skip_existing and paths[index].exists())]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
             print(f"Skipping {len(batch) - len(todo)} sequences whose files are there")
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidOption) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stood", file=sys.stderr)
+        print("interrupted; with --skip_existing the same command goes on where it stood", file=sys.stderr)
         return 130
     return 0
 

@@ -113,7 +113,9 @@ def read_event(event: Any) -> Request:
         raise NotARequest("the body in the event is not text")
     path = unquote(path)
     stage = context.get("stage")
-    if isinstance(stage, str) and stage not in ("", "$default") and path.startswith(f"/{stage}/"):
+    named = isinstance(stage, str) and stage not in ("", "$default")
+    # A stage may be called "api": what is a route already has no stage in front that must go.
+    if named and path.startswith(f"/{stage}/") and _ROUTES.fullmatch(path) is None:
         path = path[len(stage) + 1 :]
     return Request(method.upper(), path, _headers(event), version, body or "", event.get("isBase64Encoded") is True)
 

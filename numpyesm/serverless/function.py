@@ -69,13 +69,16 @@ class Function:
             with warnings.catch_warnings():
                 # Lambda's log takes lines; the synthetic warning must be among them.
                 warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
-                model = ESM2.from_pretrained(
-                    source,
-                    backend=os.environ.get("NUMPYESM_BACKEND", "auto"),
-                    precision=os.environ.get("NUMPYESM_PRECISION", "fp32"),
-                    threads=_threads(),
-                    max_memory=_memory(),
-                )
+                try:
+                    model = ESM2.from_pretrained(
+                        source,
+                        backend=os.environ.get("NUMPYESM_BACKEND", "auto"),
+                        precision=os.environ.get("NUMPYESM_PRECISION", "fp32"),
+                        threads=_threads(),
+                        max_memory=_memory(),
+                    )
+                except NotEnoughMemory as error:  # no request of whatever size would fit
+                    raise ApiError(503, f"the function has too little memory: {error}", code="server.memory") from None
             # What is made when first used is made in the init phase; the first event then runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
             self._loaded = slug or model.name, model
@@ -97,7 +100,7 @@ class Function:
             answer = _refusal(error)
             facts["reason"] = error.detail[:300]
         except NotEnoughMemory as error:
-            answer = _refusal(ApiError(413, str(error), code="user.too_large"))
+            answer = _refusal(ApiError(413, str(error), code="user.memory"))
         except DeadlinePassed:
             answer = _refusal(_too_late("the function's time was nearly up"))
         except MemoryError:
@@ -146,6 +149,7 @@ class Function:
         lengths = [len(sequence) + 2 for sequence in work.sequences]
         facts |= {"items": len(lengths), "residues": sum(lengths) - 2 * len(lengths)}
         dear = bool(work.include & {"contacts", "attentions"})
+        deadline.check()
         expected = self._pace.expect(lengths, dear)
         if expected > _HOPELESS * deadline.left:
             raise _too_late(f"this request takes about {expected:.1f} s")
@@ -190,7 +194,9 @@ class Function:
             from ..service.auth import KeyRing, read_keys
 
             self._keys = KeyRing(read_keys(None))
-        self._keys.identify([value.encode() for value in request.headers.get("authorization", ())])
+        self._keys.identify(
+            [value.encode("utf-8", "surrogatepass") for value in request.headers.get("authorization", ())]
+        )
 
 
 def _compute(model: ESM2, work: Work, sequences: list[str]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,11 +17,11 @@ from starlette.exceptions import HTTPException
 
 from .access_log import AccessLog
 from .auth import KeyRing
-from .bodies import ClientGone, read_body
+from .bodies import read_body
 from .catalog import Catalog, ServedModel
 from .docs_page import docs_page
-from .engine import Engine, as_api_error
-from .errors import ApiError, invalid
+from .engine import Engine
+from .errors import ApiError, ClientGone, invalid
 from .gate import Gate, Receive, Scope, Send, record_of, send_error
 from .jobs import Work
 from .metrics import TEXT_TYPE, Metrics
@@ -79,6 +80,7 @@ class Service:
     async def act(self, request: Request, slug: str, action: str) -> ResultResponse | NoResponse:
         """One `encode`, `predict` or `log_prob`."""
         record = record_of(request.scope)
+        due = time.monotonic() + self.settings.deadline
         record.route = "other"
         record.client = self.keys.identify(_all_headers(request, "authorization")) or record.client
         served = self.catalog.find(slug, action)
@@ -97,18 +99,19 @@ class Service:
                 "items": len(work.sequences),
                 "residues": sum(work.lengths),
             }
-            return await self._compute(request, work)
+            return await self._compute(request, work, due)
         except ClientGone:
             record.hung_up = True
             return NoResponse()
 
-    async def _compute(self, request: Request, work: Work) -> ResultResponse:
+    async def _compute(self, request: Request, work: Work, due: float) -> ResultResponse:
         record = record_of(request.scope)
         job = self.engine.submit(work, record.client)
         gone = asyncio.create_task(_hang_up(request.receive))
         try:
             ends: set[asyncio.Future[Any]] = {job.done, gone}
-            await asyncio.wait(ends, timeout=self.settings.deadline, return_when=asyncio.FIRST_COMPLETED)
+            left = max(0.0, due - time.monotonic())
+            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if job.started is not None:
                 record.facts["queue_ms"] = round((job.started - job.arrived) * 1e3, 2)
             if job.done.done():
@@ -133,7 +136,6 @@ class Service:
                 gone=gone,
                 release=lambda: self.engine.release(job),
                 threads=self._answering,
-                write_timeout=self.settings.write_timeout,
             )
         except BaseException:
             gone.cancel()
@@ -199,8 +201,9 @@ def _routes(service: Service) -> FastAPI:
             app.router.add_route(form, run, methods=["GET"], include_in_schema=False)
 
     async def health(_: Request) -> Response:
-        alive = service.engine.alive
-        return _json({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        if not service.engine.alive:
+            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
+        return _json({"status": "ok"})
 
     async def ready(_: Request) -> Response:
         if not service.engine.alive or service.engine.draining:
@@ -258,7 +261,12 @@ def _routes(service: Service) -> FastAPI:
             app.router.add_route(form, act, methods=["POST"], include_in_schema=False)  # type: ignore[arg-type]
 
     async def on_api_error(_: Request, error: Exception) -> Any:
-        return _ErrorResponse(error if isinstance(error, ApiError) else as_api_error(error))
+        assert isinstance(error, ApiError)
+        return _ErrorResponse(error)
+
+    async def on_failure(_: Request, error: Exception) -> Any:
+        # The gate, which the exception reaches too, logs it.
+        return _ErrorResponse(ApiError(500, "internal error"))
 
     async def on_http_error(_: Request, error: Exception) -> Any:
         assert isinstance(error, HTTPException)
@@ -269,6 +277,7 @@ def _routes(service: Service) -> FastAPI:
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_failure)
     return app
 
 

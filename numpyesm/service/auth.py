@@ -68,7 +68,7 @@ def read_keys(path: str | Path | None) -> list[str]:
     keys: list[str] = []
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidOption(f"the file of API keys {path} cannot be read: {error}") from None
         found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]

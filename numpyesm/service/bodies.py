@@ -8,17 +8,13 @@ import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .errors import ApiError, invalid
+from .errors import ApiError, ClientGone, invalid
 from .settings import Settings
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Python's gzip module writes one member; a few more are legal, thousands of empty ones are an attack.
 _MAX_MEMBERS = 16
-
-
-class ClientGone(Exception):
-    """The client hung up; there is nobody to answer."""
 
 
 async def read_body(receive: Receive, content_length: str | None, gzipped: bool, settings: Settings) -> bytes:

@@ -150,6 +150,8 @@ class Engine:
     def _check_room(self, client: str) -> None:
         if self.draining:
             raise _shutting_down()
+        if self._thread is not None and not self._thread.is_alive():
+            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
         try:
             self._queue.check_room(client)
         except QueueFull as full:
@@ -169,7 +171,8 @@ class Engine:
 
     def retry_after(self) -> int:
         """Seconds until about half the queue is done."""
-        rows = sum(sum(job.rows[job.taken :]) for job in self._queue)
+        with self._wake:  # also held by some callers: its lock is one that a thread may take again
+            rows = sum(sum(job.rows[job.taken :]) for job in self._queue)
         return max(1, min(120, round(rows / self._rows_per_second / 2)))
 
     # -- the engine's thread --------------------------------------------------------------------------------------
@@ -226,8 +229,9 @@ class Engine:
             self.budget.held -= job.memory
             job.results = []
             self._wake.notify_all()
-        if self._starved is job:
+        if self._starved is job:  # others may go now
             self._starved = None
+            self._wake.notify_all()
 
     def _compute(self, parts: Sequence[tuple[Job, int]]) -> None:
         """Run the pass; should it fail, each job on its own, so that none suffers from another."""

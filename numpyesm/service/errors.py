@@ -27,6 +27,10 @@ _CODES = {
 }
 
 
+class ClientGone(Exception):
+    """The client hung up, or does not read; there is nobody to answer."""
+
+
 class ApiError(Exception):
     """An answer that is not a result.
 
@@ -61,7 +65,7 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON that the client gets."""
-        problems = self.problems[:_MAX_ERRORS] or [((), self.detail)]
+        problems = _spread(self.problems)[:_MAX_ERRORS] or [((), self.detail)]
         error: dict[str, list[str]] = {}
         for location, message in problems:
             error.setdefault(field_name(location), []).append(_clean(message))
@@ -77,6 +81,14 @@ class ApiError(Exception):
         }
         # Not orjson: the Lambda handler answers with these errors too, and has none.
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _spread(problems: Sequence[tuple[tuple[str | int, ...], str]]) -> list[tuple[tuple[str | int, ...], str]]:
+    """The first problem of every item and every parameter before their others: each is named, if not all can be."""
+    seen: set[tuple[str | int, ...]] = set()
+    first = [p for p in problems if p[0][:2] not in seen and not seen.add(p[0][:2])]  # type: ignore[func-returns-value]
+    taken = set(map(id, first))
+    return [*first, *(p for p in problems if id(p) not in taken)] if len(problems) > _MAX_ERRORS else list(problems)
 
 
 def field_name(location: Sequence[str | int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .access_log import AccessLog
-from .errors import ApiError
+from .errors import ApiError, ClientGone
 from .hosts import check_host
 from .metrics import HUNG_UP, Metrics
 from .settings import Settings
@@ -76,6 +77,23 @@ class Gate:
         self._log = access_log
         self.active = 0
 
+    def refused(self, request_id: str, client: str, error: ApiError, size: int) -> None:
+        """Count and log what never became a request: too many connections, no HTTP, a head that did not come."""
+        self._metrics.request("other", "", error.status, 0.0, size)
+        self._log.add(
+            {
+                "time": _now(),
+                "id": request_id,
+                "client": client,
+                "method": "",
+                "path": "",
+                "status": error.status,
+                "ms": 0.0,
+                "bytes": size,
+                "reason": error.detail,
+            }
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -92,7 +110,12 @@ class Gate:
                 message = {**message, "headers": _with_safety(message.get("headers", []), record.id)}
             else:
                 sent += len(message.get("body", b""))
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), self._settings.write_timeout)
+            except (asyncio.TimeoutError, TimeoutError):
+                record.facts["reason"] = "the client does not read"
+                _abort(scope)
+                raise ClientGone from None
 
         # HEAD is GET whose body the server leaves out.
         inner = {**scope, "numpyesm.record": record, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
@@ -102,11 +125,15 @@ class Gate:
                 check_host([value for name, value in headers if name == b"host"], self._settings.allowed_hosts)
             await self._app(inner, receive, answer)
         except ApiError as error:
-            await send_error(answer, error)
+            with suppress(ClientGone):
+                await send_error(answer, error)
+        except ClientGone:
+            record.hung_up = True
         except Exception as error:
             log.error("request %s failed", record.id, exc_info=error)
             if status == 0:
-                await send_error(answer, ApiError(500, "internal error"))
+                with suppress(ClientGone):
+                    await send_error(answer, ApiError(500, "internal error"))
             elif status < 500:  # in the middle of an answer: only a broken connection tells the client
                 _abort(scope)
         finally:
@@ -117,7 +144,7 @@ class Gate:
             self._metrics.request(record.route, record.slug, status, seconds, sent)
             self._log.add(
                 {
-                    "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+                    "time": _now(),
                     "id": record.id,
                     "client": record.client,
                     "method": scope["method"],
@@ -128,6 +155,10 @@ class Gate:
                     **record.facts,
                 }
             )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _abort(scope: Scope) -> None:

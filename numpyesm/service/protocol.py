@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
-from .gate import Receive, Scope, Send
+from .gate import Gate, Receive, Scope, Send
 from .settings import Settings
 
 # What a client may still send of a body that was refused, before the connection is cut.
 _MAX_DISCARDED = 16 * 2**20
 
 
-def make_protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """The protocol class for a server with these settings."""
+def make_protocol(settings: Settings, gate: Gate) -> type[asyncio.Protocol]:
+    """The protocol class for a server with these settings; `gate` is told of what it refuses itself."""
 
     class Protocol(_LimitedProtocol):
         limits = settings
+        refused = staticmethod(gate.refused)
 
     return Protocol
 
@@ -30,6 +32,7 @@ class _LimitedProtocol(H11Protocol):
     """A connection that waits for a request's headers only so long."""
 
     limits: Settings
+    refused: Callable[[str, str, ApiError, int], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -109,17 +112,28 @@ class _LimitedProtocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""
+        self._abort_later()
         if self.conn.our_state is not h11.IDLE:  # an answer is on its way: nothing can be put between
             self.transport.close()
             return
-        body = error.body()
+        body, request_id = error.body(), uuid.uuid4().hex
         head = [
             f"HTTP/1.1 {error.status} Refused",
             "content-type: application/json",
             f"content-length: {len(body)}",
-            f"x-request-id: {uuid.uuid4().hex}",
+            f"x-request-id: {request_id}",
             "connection: close",
             *(f"{name.lower()}: {value}" for name, value in error.headers.items()),
         ]
         self.transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
         self.transport.close()
+        self.refused(request_id, self.client[0] if self.client else "unknown", error, len(body))
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.is_closing():
+            self._abort_later()
+
+    def _abort_later(self) -> None:
+        """Closing waits until the client has read what it was sent; a client may never do."""
+        self.loop.call_later(self.limits.write_timeout, self.transport.abort)

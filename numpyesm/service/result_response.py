@@ -44,7 +44,6 @@ class ResultResponse:
         gone: asyncio.Task[None],
         release: Callable[[], None],
         threads: Executor,
-        write_timeout: float,
     ) -> None:
         self._pieces: Iterator[bytes] = FORMS[form](results)
         self._form = form
@@ -53,7 +52,6 @@ class ResultResponse:
         self._gone = gone
         self._release = release
         self._threads = threads
-        self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -87,14 +85,6 @@ class ResultResponse:
             if self._gone.done():
                 record_of(scope).hung_up = True
                 return
-            try:
-                await asyncio.wait_for(
-                    send({"type": "http.response.body", "body": piece, "more_body": True}), self._write_timeout
-                )
-            except (asyncio.TimeoutError, TimeoutError):
-                record_of(scope).hung_up = True
-                record_of(scope).facts["reason"] = "the client does not read"
-                scope.get("extensions", {}).get("numpyesm.abort", lambda: None)()
-                return
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
             piece = await loop.run_in_executor(self._threads, next, pieces, None)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

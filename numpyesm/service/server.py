@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 service.gate,
-                http=make_protocol(settings),
+                http=make_protocol(settings, service.gate),
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -88,7 +88,10 @@ def take_in(name: str, folder: str | os.PathLike[str], *, revision: str | None =
             continue
         path = note_path.with_name(note_path.name.removesuffix(_NOTE))
         _check(path)
-        _check_model(model, load_canonical(path).config.name, path)
+        carried = load_canonical(path)
+        if carried.synthetic:
+            raise CheckpointError(f"{path} holds synthetic weights, which are never taken for {name}")
+        _check_model(model, carried.config.name, path)
         target = model.cache_path(note["commit"], dtype)
         _copy(path, target)
         load_canonical(target)
@@ -159,6 +162,6 @@ def _add_sum(path: Path) -> None:
     """The file's line in SHA256SUMS; others stay."""
     sums = path.with_name(SUMS_FILE)
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
-    kept = [line for line in lines if not re.search(rf"[ *]{re.escape(path.name)}$", line)]
+    kept = [line for line in lines if not re.search(rf"[ *](\./)?{re.escape(path.name)}$", line)]
     with replacing(sums) as file:
         file.write("".join(f"{line}\n" for line in sorted([*kept, f"{file_sha256([path])}  {path.name}"])).encode())

@@ -12,6 +12,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError
 from .assemble import CONTACT_REGRESSION, Assembler, Naming, Tensors, deduce_config
 from .checkpoint import Checkpoint
+from .integrity import verify_file
 from .pickle_reader import Inert
 from .tensor import StoredTensor
 from .torch_file import read_torch
@@ -109,6 +110,7 @@ def from_fair_esm(content: Any, path: Path, regression: str | os.PathLike[str] |
     regression_tensors: dict[str, StoredTensor] = {}
     if regression is not None or beside.exists():
         chosen = Path(regression) if regression is not None else beside
+        verify_file(chosen)
         regression_tensors = read_regression(chosen)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(CONTACT_REGRESSION)}
     elif not any(name.startswith(CONTACT_REGRESSION) for name in tensors):

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
+from .atomic import replacing
 from .cache import RemoteModel, cache_dir, cached, is_commit
 from .canonical import load_canonical, save_canonical
 from .conversion import file_sha256, output_path, with_provenance
@@ -83,13 +84,13 @@ def fetch(
     if dtype not in PRECISION_DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
     model = RemoteModel.named(name, revision)
-    if output is None and (found := cached(name, revision=revision, dtype=dtype)):
-        with suppress(CheckpointError):  # a damaged file is fetched anew
-            load_canonical(found)
-            return found
+    found = cached(name, revision=revision, dtype=dtype)
+    if found is not None and _opens(found):  # a damaged file is fetched anew
+        return found if output is None else _copy(found, output_path(output, load_canonical(found), dtype))
     if is_offline():
         raise WeightsNotFound(
-            f"{name} is not there, and NUMPYESM_OFFLINE or HF_HUB_OFFLINE forbids to download it; {ways_out(name)}"
+            f"{name} is not in the cache as {dtype}, and NUMPYESM_OFFLINE or HF_HUB_OFFLINE forbids to download it; "
+            + ways_out(name)
         )
     with _network_errors(model):
         listing = _listing(model)
@@ -324,8 +325,14 @@ def _make_folder(folder: Path) -> None:
 
 
 def _opens(path: Path) -> bool:
+    """Whether it is whole, and no random numbers under a published name."""
     try:
-        load_canonical(path)
+        return not load_canonical(path).synthetic
     except CheckpointError:
         return False
-    return True
+
+
+def _copy(source: Path, target: Path) -> Path:
+    with open(source, "rb") as file, replacing(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+    return target

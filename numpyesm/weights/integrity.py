@@ -57,7 +57,7 @@ def stated_sha256(path: Path) -> str | None:
             continue
         for line in lines:
             digest, _, name = line.strip().partition(" ")
-            name = name.lstrip(" *")
+            name = name.lstrip(" *").removeprefix("./")
             if name == path.name or (not name and sums.name != SUMS_FILE):
                 if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
                     raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")

@@ -135,6 +135,8 @@ def _open_folder(folder: Path, regression: str | os.PathLike[str] | None) -> Ope
     from .hugging_face import read_hugging_face, weight_files
 
     files = tuple(weight_files(folder))
+    for file in (*files, folder / "config.json"):
+        verify_file(file)
     checkpoint = read_hugging_face(folder)
     return Opened(_refuse_regression(checkpoint, folder, regression), files, files)
 

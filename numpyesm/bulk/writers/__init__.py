@@ -8,7 +8,7 @@ from ...errors import InvalidOption
 from .base import Writer
 
 FORMATS = ("parquet", "hdf5", "folder")
-_ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
+ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
 # Per residue is what HDF5 files of embeddings hold; a table holds vectors.
 DEFAULT_INCLUDE = {"parquet": ("mean", "bos"), "hdf5": ("mean", "per_token"), "folder": ("mean",)}
 
@@ -18,8 +18,8 @@ def output_format(output: str) -> str:
     path = Path(output)
     if output.endswith(("/", "\\")) or path.is_dir():
         return "folder"
-    if path.suffix.lower() in _ENDINGS:
-        return _ENDINGS[path.suffix.lower()]
+    if path.suffix.lower() in ENDINGS:
+        return ENDINGS[path.suffix.lower()]
     if path.suffix == "":
         return "folder"
     raise InvalidOption(f"output {output!r}: expected .parquet, .h5 or a folder (ending in /)")

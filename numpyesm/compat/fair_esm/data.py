@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -200,7 +201,7 @@ class FastaBatchedDataset:
                 elif line.strip():
                     raise InvalidSequence(f"{fasta_file}, line {number + 1}: expected a header, >…")
         if len(set(labels)) < len(labels):
-            twice = next(label for i, label in enumerate(labels) if label in labels[:i])
+            twice = Counter(labels).most_common(1)[0][0]
             raise InvalidSequence(f"{fasta_file}: two records are called {twice!r}")
         return cls(labels, map("".join, parts))
 

@@ -74,6 +74,7 @@ async function refusal(response) {
   }
   const said = complaints(body) || `The server answered ${response.status} ${response.statusText}`.trim() + ".";
   if (response.status === 401) return new ApiError("auth", "The server asks for a valid key.");
+  if (body?.code === "server.deadline") return new ApiError("server", said); // trying again would take as long
   if (response.status === 503 || response.status === 429) {
     const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
     const again = Number.isFinite(seconds) ? ` It asks to try again in ${seconds} s.` : " Try again in a while.";

@@ -283,9 +283,9 @@ class _Job:
     def _take_over_list(self, about: dict[str, Any]) -> None:
         """The list of rejected records is where the output that is there says."""
         name = about.get("rejected_file")
-        self._replaces_list = isinstance(name, str) and Path(name).name == name
-        if self._replaces_list:
-            self.rejected_file = self.output.with_name(name)
+        self._replaces_list = False
+        if isinstance(name, str) and name and Path(name).name == name:
+            self._replaces_list, self.rejected_file = True, self.output.with_name(name)
 
     def _check_replaceable(self, about: dict[str, Any]) -> None:
         """A folder goes with all that is in it: only if we made all of it."""

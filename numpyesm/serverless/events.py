@@ -113,10 +113,10 @@ def read_event(event: Any) -> Request:
         raise NotARequest("the body in the event is not text")
     path = unquote(path)
     stage = context.get("stage")
-    named = isinstance(stage, str) and stage not in ("", "$default")
+    in_front = f"/{stage}/" if isinstance(stage, str) and stage not in ("", "$default") else None
     # A stage may be called "api": what is a route already has no stage in front that must go.
-    if named and path.startswith(f"/{stage}/") and _ROUTES.fullmatch(path) is None:
-        path = path[len(stage) + 1 :]
+    if in_front and path.startswith(in_front) and _ROUTES.fullmatch(path) is None:
+        path = path[len(in_front) - 1 :]
     return Request(method.upper(), path, _headers(event), version, body or "", event.get("isBase64Encoded") is True)
 
 

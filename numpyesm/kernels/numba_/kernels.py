@@ -118,7 +118,7 @@ class NumbaKernels(Kernels):
         if self.precision == "fp32":
             return [address(self._keep(pack_panels(values))), address(packed_bias), 0, 0]
         if self.precision == "bf16":
-            packed = pack_panels(round_to_bfloat16(values.astype(np.float32)), group=2)
+            packed = pack_panels(round_to_bfloat16(values), group=2)
             return [address(self._keep(packed)), address(packed_bias), 0, 0]
         assert scales is not None
         # Activations of the second half of the feed-forward part are quantised a part at a time.

@@ -235,6 +235,8 @@ def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -
     (tmp_path / "bad.fasta").write_text(">bad\nJ\n")
     other = embed_fasta(tmp_path / "bad.fasta", tmp_path / "p.h5", model, overwrite=True)
     assert other.rejected_file == tmp_path / "p.h5.rejected.tsv"
+    folder = embed_fasta(tmp_path / "bad.fasta", tmp_path / "p", model)
+    assert folder.rejected_file == tmp_path / "p.folder.rejected.tsv"
     before = (tmp_path / "p.rejected.tsv").read_text()
     (tmp_path / "p.rejected.tsv").unlink()
     again = embed_fasta(source, tmp_path / "p.parquet", model)

@@ -241,11 +241,12 @@ class _Job:
             )
 
     def _rejected_file(self, form: str) -> Path:
-        """`OUT.rejected.tsv`; with the output's whole name if another output of that stem lies beside it."""
+        """`OUT.rejected.tsv`; with the form in its name if another output of that stem lies beside it."""
         stem = self.output.name if form == "folder" else self.output.stem
         others = {stem, *(stem + ending for ending in ENDINGS)} - {self.output.name}
         alone = not any(self.output.with_name(name).exists() for name in others)
-        return self.output.with_name((stem if alone else self.output.name) + ".rejected.tsv")
+        ending = "" if alone else self.output.suffix if form != "folder" else ".folder"
+        return self.output.with_name(f"{stem}{ending}.rejected.tsv")
 
     def run(self, make_engine: Any, *, overwrite: bool, restart: bool) -> Summary:
         """All of it, or what is left of it."""

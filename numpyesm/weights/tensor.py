@@ -84,7 +84,7 @@ def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 _ROUNDED_AT_ONCE = 1 << 15
 
 
-def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def round_to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """bfloat16 bit patterns, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
     rounded = np.empty(values.shape, np.uint16)

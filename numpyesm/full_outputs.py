@@ -80,7 +80,7 @@ def _one_pass(
     contacts: bool,
     attentions: list[Array] | None,
 ) -> list[FullOutput]:
-    kernels, pool, last = model._kernels, model._pool, model.config.num_layers
+    kernels, pool, last = model._kernels_for(tokens), model._pool, model.config.num_layers
     batch = Batch.pack(tokens)
     outputs = [FullOutput() for _ in tokens]
 

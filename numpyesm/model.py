@@ -19,6 +19,7 @@ from .encoder import encode_batch, lm_logits
 from .errors import InvalidOption, MissingHead
 from .heads import AttentionSummary, ContactHead, log_prob
 from .kernels import make_kernels
+from .kernels.base import FEW_TOKENS, Kernels
 from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
 from .options import BY_LAYER, check_includes, check_layers, check_positions
 from .results import EncodeResult, PredictResult
@@ -458,7 +459,7 @@ class ESM2:
         self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int, sizes: Sizes
     ) -> list[EncodeResult]:
         """All outputs of the sequences of one pass."""
-        config, kernels = self.config, self._kernels
+        config, kernels = self.config, self._kernels_for(tokens)
         batch = Batch.pack(tokens)
         results = [EncodeResult(first_index + i) for i in range(len(tokens))]
         contacts = None
@@ -474,7 +475,7 @@ class ESM2:
                 _pool_rows(results, batch, layer, rows, wanted)
             if layer == config.num_layers and "logits" in wanted:
                 residues = [rows[first + 1 : last - 1] for first, last in batch.spans]
-                for result, logits in zip(results, self._project(residues), strict=True):
+                for result, logits in zip(results, self._project(kernels, residues), strict=True):
                     result.logits = logits
 
         encode_batch(
@@ -503,16 +504,18 @@ class ESM2:
         logits: list[Array] = []
         sizes = self._sizes(tokens, {"logits"}, 0)
         for chunk in _passes(tokens, sizes.rows_per_pass):
-            batch = Batch.pack(chunk)
+            batch, kernels = Batch.pack(chunk), self._kernels_for(chunk)
             wanted = rows[len(logits) : len(logits) + len(chunk)]
 
-            def take(_: int, x: Array, batch: Batch = batch, wanted: Sequence[Array] = wanted) -> None:
+            def take(
+                _: int, x: Array, batch: Batch = batch, wanted: Sequence[Array] = wanted, kernels: Kernels = kernels
+            ) -> None:
                 named = [x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]
-                logits.extend(self._project(named, columns))
+                logits.extend(self._project(kernels, named, columns))
 
             final_rows = np.concatenate([keep + first for (first, _), keep in zip(batch.spans, wanted, strict=True)])
             encode_batch(
-                self._kernels,
+                kernels,
                 self._pool,
                 batch,
                 representations=[self.config.num_layers],
@@ -523,17 +526,25 @@ class ESM2:
             )
         return logits
 
-    def _project(self, rows: list[Array], columns: slice = AMINO_ACID_COLUMNS) -> list[Array]:
+    def _kernels_for(self, tokens: Sequence[Array]) -> Kernels:
+        """What a pass over these sequences, of `_passes`, runs on."""
+        return self._kernels.careful if _are_few(tokens[0]) else self._kernels
+
+    def _project(self, kernels: Kernels, rows: list[Array], columns: slice = AMINO_ACID_COLUMNS) -> list[Array]:
         """LM head over the rows of several sequences at once."""
-        logits = lm_logits(self._kernels, self._pool, np.concatenate(rows))[:, columns]
+        logits = lm_logits(kernels, self._pool, np.concatenate(rows))[:, columns]
         return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
 
 
+def _are_few(ids: Array) -> bool:
+    return len(ids) <= FEW_TOKENS
+
+
 def _passes(tokens: Sequence[Array], most_rows: int) -> Iterator[Sequence[Array]]:
-    """Cut a batch into passes of at most `most_rows` rows (or one sequence), in order."""
+    """Cut a batch into passes of at most `most_rows` rows (or one sequence), in order; see `Kernels.careful` too."""
     start = rows = 0
     for i, ids in enumerate(tokens):
-        if i > start and rows + len(ids) > most_rows:
+        if i > start and (rows + len(ids) > most_rows or _are_few(ids) != _are_few(tokens[start])):
             yield tokens[start:i]
             start, rows = i, 0
         rows += len(ids)

@@ -24,6 +24,9 @@ from ..threads import WorkerPool
 
 Array = npt.NDArray[Any]
 
+# Sequences of at most so many tokens, `<cls>` and `<eos>` included, have passes of their own on `Kernels.careful`.
+FEW_TOKENS = 4
+
 
 @dataclass
 class AttentionMaps:
@@ -125,6 +128,14 @@ class Kernels(ABC):
 
     # Batches of at most this many rows run as one block: the backend spreads its own steps over the threads.
     single_block_rows: int = 0
+
+    @property
+    def careful(self) -> Kernels:
+        """The same weights, with sums in pieces as short as a BLAS has them for a handful of rows.
+
+        For sequences of at most `FEW_TOKENS` tokens: there torch's rounding is half of what it is on longer ones.
+        """
+        return self
 
     def session(self, threads: int) -> AbstractContextManager[Any]:
         """Held while a forward pass runs; `threads` is how many threads one step may use by itself."""

@@ -6,9 +6,11 @@ place: at these sizes memory traffic, not arithmetic, is what NumPy code pays fo
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,9 @@ _SMALL_PRODUCT = 1_000_000
 
 # BLAS adds up the inner dimension number by number, and rounding grows with the length of the sum. Adding up pieces
 # of these sizes makes the error that of torch, whose BLAS has several sums in flight, for 5 % of the time.
-_PIECES = {"qkv": 96, "out_proj": 60, "fc1": 160, "fc2": 240, "lm_head": 60}
+_PIECES = {"qkv": 96, "out_proj": 60, "fc1": 160, "fc2": 240, "lm_head": 60, "vocabulary": 0}
+# The same for a handful of rows, for which a BLAS has shorter sums still.
+_CAREFUL_PIECE = 24
 
 # exp() of a score within ± this neither overflows nor vanishes, even summed over 2050 keys: no need to subtract the
 # row's maximum first.
@@ -147,6 +151,7 @@ class NumpyKernels(SteppedKernels):
         self.config = checkpoint.config
         self.precision = precision
         self.dtype = np.dtype(np.float64 if precision == "fp64" else np.float32)
+        self._pieces = _PIECES
         self._complex = np.dtype(np.complex128 if precision == "fp64" else np.complex64)
         self._rotary = np.empty((0, self.config.embed_dim), self._complex)
         self._rotary_lock = threading.Lock()
@@ -173,6 +178,12 @@ class NumpyKernels(SteppedKernels):
         wide: Array = tensor.astype(self.dtype)
         return wide
 
+    @cached_property
+    def careful(self) -> NumpyKernels:
+        other = copy.copy(self)
+        other._pieces = dict.fromkeys(_PIECES, _CAREFUL_PIECE)
+        return other
+
     def session(self, threads: int) -> AbstractContextManager[Any]:
         return blas_threads(threads)
 
@@ -198,9 +209,11 @@ class NumpyKernels(SteppedKernels):
         layer_norm(x, w[prefix + "attention_norm.weight"], w[prefix + "attention_norm.bias"], out=y)
         weight, bias = w[prefix + "qkv.weight"], w[prefix + "qkv.bias"]
         if self._reorders_rows[layer]:
-            self._pair_up(linear(y, weight, bias, _PIECES["qkv"], out=_scratch.room("qkv", out.shape, self.dtype)), out)
+            self._pair_up(
+                linear(y, weight, bias, self._pieces["qkv"], out=_scratch.room("qkv", out.shape, self.dtype)), out
+            )
         else:
-            linear(y, weight, bias, _PIECES["qkv"], out=out)
+            linear(y, weight, bias, self._pieces["qkv"], out=out)
         pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
         start = 0
         for table in rotary:
@@ -243,21 +256,23 @@ class NumpyKernels(SteppedKernels):
         w, prefix = self._w, f"layers.{layer}."
         y = _scratch.room("norm", x.shape, self.dtype)
         h = _scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype)
-        x += linear(context, w[prefix + "out_proj.weight"], w[prefix + "out_proj.bias"], _PIECES["out_proj"], out=y)
+        x += linear(
+            context, w[prefix + "out_proj.weight"], w[prefix + "out_proj.bias"], self._pieces["out_proj"], out=y
+        )
         layer_norm(x, w[prefix + "ffn_norm.weight"], w[prefix + "ffn_norm.bias"], out=y)
-        linear(y, w[prefix + "fc1.weight"], w[prefix + "fc1.bias"], _PIECES["fc1"], out=h)
+        linear(y, w[prefix + "fc1.weight"], w[prefix + "fc1.bias"], self._pieces["fc1"], out=h)
         gelu(h)
-        x += linear(h, w[prefix + "fc2.weight"], w[prefix + "fc2.bias"], _PIECES["fc2"], out=y)
+        x += linear(h, w[prefix + "fc2.weight"], w[prefix + "fc2.bias"], self._pieces["fc2"], out=y)
 
     def final_norm(self, x: Array, out: Array) -> None:
         layer_norm(x, self._w["final_norm.weight"], self._w["final_norm.bias"], out=out)
 
     def lm_head(self, x: Array) -> Array:
         w = self._w
-        y = linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], _PIECES["lm_head"])
+        y = linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], self._pieces["lm_head"])
         gelu(y)
         y = layer_norm(y, w["lm_head.norm.weight"], w["lm_head.norm.bias"])
-        return linear(y, w["lm_head.vocabulary"], w["lm_head.bias"])
+        return linear(y, w["lm_head.vocabulary"], w["lm_head.bias"], self._pieces["vocabulary"])
 
 
 def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) -> None:

@@ -12,10 +12,14 @@ registers, and only the lanes whose sum left the safe range are computed again, 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from numba import types
 
+from .attention_tiles import CHUNK_KEYS as CHUNK_KEYS_ON_TILES
+from .attention_tiles import fill_queries, query_rows, strip_on_tiles, transpose_values, value_size
 from .cache import helper, kernel
 from .emitter import (
+    ISA,
     LANES,
     TILE_COLUMNS,
     TILE_ROWS,
@@ -38,6 +42,7 @@ from .emitter import (
 from .int8 import NARROW
 from .layout import Maps, Model, Room
 from .steps import REASSOCIATE
+from .tiles import HALF_ROWS, ROWS, configure_tiles, release_tiles
 from .vectors import (
     carray,
     column_maximum,
@@ -55,6 +60,7 @@ from .vectors import (
 )
 
 INT = types.int64
+_TILES = ISA.tiles
 
 # Keys whose scores are held at a time: 16 kB of them, half of a small first cache.
 CHUNK_KEYS = max(32, 16384 // (4 * TILE_COLUMNS) // TILE_ROWS * TILE_ROWS)
@@ -79,7 +85,22 @@ _FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RE
 
 def strip_size(length: int, with_maps: bool) -> int:
     """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
-    return (length + 1 if with_maps else CHUNK_KEYS) * TILE_COLUMNS
+    rows = -(-length // ROWS) * ROWS if _TILES else length + 1
+    return (rows if with_maps else CHUNK_KEYS) * TILE_COLUMNS
+
+
+def bf16_sizes(length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
+    """Numbers of the buffers of `Room` that bf16 needs or needs larger."""
+    if not _TILES:
+        pairs = CHUNK_KEYS * TILE_COLUMNS
+        return {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
+    channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
+    return {
+        Room.VALUES: (value_size(length, head_dim), np.uint16),
+        Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * TILE_COLUMNS, np.uint32),
+        Room.QUERIES: (max(head_dim, query_rows(head_dim)) * TILE_COLUMNS, np.float32),
+        Room.STRIP_CONTEXT: (channels * TILE_COLUMNS, np.float32),
+    }
 
 
 # -- products of one strip ------------------------------------------------------------------------------------------
@@ -397,6 +418,8 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         with_contacts = load_integer(maps, _MAP_OF_HEAD) != 0
         with_others = load_integer(maps, _SUMMARY) != 0 or load_integer(maps, _FULL) != 0
         maps_only = load_integer(maps, _ONLY) != 0
+    if narrow and _TILES:
+        configure_tiles(HALF_ROWS)
     for head in range(heads):
         index = -1
         if with_contacts:
@@ -407,33 +430,54 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         at = head * head_step
         head_keys, values = keys + part_step + at, keys + 2 * part_step + at
         if narrow:
-            _pair_values(values, length, head_dim, value_pairs)
+            if _TILES:
+                transpose_values(values, length, head_dim, scores, value_pairs)
+            else:
+                _pair_values(values, length, head_dim, value_pairs)
             values = value_pairs
         # All queries before the next head: its keys and values are in the second cache.
         for start in range(0, rows, TILE_COLUMNS):
             count = min(TILE_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else TILE_COLUMNS
             _gather_queries(queries + start * step + at, step, count, items, lanes, strip)
+            if narrow and _TILES:
+                fill_queries(items, lanes, strip)
             shift = carray(float32_at(state), (lanes,))
             for lane in range(lanes):
                 shift[lane] = _ZERO
             again = False
             while True:
-                _strip(
-                    narrow,
-                    keep,
-                    strip,
-                    head_keys,
-                    values,
-                    step,
-                    length,
-                    head_dim,
-                    lanes,
-                    scores,
-                    pairs,
-                    state,
-                    context,
-                )
+                if narrow and _TILES:
+                    strip_on_tiles(
+                        keep,
+                        strip,
+                        head_keys,
+                        values,
+                        step,
+                        length,
+                        head_dim,
+                        lanes,
+                        scores,
+                        pairs,
+                        state,
+                        context,
+                    )
+                else:
+                    _strip(
+                        narrow,
+                        keep,
+                        strip,
+                        head_keys,
+                        values,
+                        step,
+                        length,
+                        head_dim,
+                        lanes,
+                        scores,
+                        pairs,
+                        state,
+                        context,
+                    )
                 if again or _safe(state + 4 * lanes, count):
                     break
                 _keep(kept, state, context, head_dim, lanes)
@@ -447,6 +491,8 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
                 _restore_safe_lanes(kept, state, context, head_dim, lanes)
             target = out + start * out_step + 4 * head * head_dim
             _scatter_context(context, state + 4 * lanes, state + 8 * lanes, count, head_dim, lanes, target, out_step)
+    if narrow and _TILES:
+        release_tiles()
 
 
 @kernel("fp32" if NARROW else ("fp32", "int8"), *[INT] * 9)

@@ -29,7 +29,7 @@ from .fp32 import (
     ZEROS,
     groups_of,
 )
-from .gemm import ADD, GELU_BF16, linear_bf16, linear_heads_bf16
+from .gemm import ADD, GELU_BF16, linear_bf16, linear_heads_bf16, steps_of
 from .steps import layer_norm, narrow_rows
 from .vectors import load_integer
 
@@ -45,7 +45,7 @@ def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
         load_integer(room, LEFT),
     )
     step = 4 * width
-    left_step = 4 * ((width + 1) // 2)
+    left_step = 4 * steps_of(width, 2)
     groups = groups_of(model, rows)
     for group in range(groups):
         start = rows * group // groups
@@ -79,16 +79,15 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
     down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
     zeros = load_integer(model, ZEROS)
-    step, pairs = 4 * width, (width + 1) // 2
+    step, pairs, context_pairs = 4 * width, steps_of(width, 2), steps_of(inner, 2)
     groups = groups_of(model, rows)
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
         y = x + start * step
-        narrow_rows(context + start * 4 * inner, 4 * inner, count, inner, left, 2 * inner)
-        linear_bf16(
-            left, 2 * inner, count, inner, out_weight, inner // 2 * TILE_BYTES, out_bias, width, ADD, y, step, tile
-        )
+        narrow_rows(context + start * 4 * inner, 4 * inner, count, inner, left, 4 * context_pairs)
+        panel_step = context_pairs * TILE_BYTES
+        linear_bf16(left, 4 * context_pairs, count, inner, out_weight, panel_step, out_bias, width, ADD, y, step, tile)
         layer_norm(y, step, count, width, gain, shift, normed, step)
         narrow_rows(normed, step, count, width, left, 4 * pairs)
         for first in range(0, ffn, most):
@@ -110,5 +109,5 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
             )
             bias = down_bias if first == 0 else zeros
             panels = down + first // 2 * TILE_BYTES
-            panel_step = (ffn + 1) // 2 * TILE_BYTES
+            panel_step = steps_of(ffn, 2) * TILE_BYTES
             linear_bf16(hidden, 2 * most, count, columns, panels, panel_step, bias, width, ADD, y, step, tile)

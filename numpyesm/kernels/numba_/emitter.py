@@ -128,7 +128,7 @@ class Emitter:
     def exp2(self, x: Any, coarse: bool = False) -> Any:
         """2^x; NaN stays NaN. Without AVX-512, exponents are limited to those of normal numbers."""
         b = self.b
-        scales = self.isa.name == "avx512"  # an instruction that knows overflow and underflow
+        scales = self.isa.lanes == 16  # an instruction that knows overflow and underflow
         if scales:
             whole = self.call("llvm.nearbyint.v16f32", self.vector, x)
         else:
@@ -175,7 +175,7 @@ class Emitter:
         for coefficient in others:
             p = self.fma(p, square, self.constant(-coefficient * math.log2(math.e)))
         divisor = b.fadd(self.constant(1.0), self.exp2(b.fmul(p, x), coarse))
-        if coarse and self.isa.name == "avx512":
+        if coarse and self.isa.lanes == 16:
             name, zero = "llvm.x86.avx512.rcp14.ps.512", ir.Constant(self.vector, None)
             every = ir.Constant(ir.IntType(16), 0xFFFF)
             return b.fmul(x, self.call(name, self.vector, divisor, zero, every))
@@ -246,37 +246,37 @@ def _multiply_int8(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 _MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16, "int8": _multiply_int8}
 
 
-def _function(name: str, count: int, emit: Callable[..., None]) -> Any:
+def function(name: str, count: int, emit: Callable[..., None]) -> Any:
     """An intrinsic of eight or ten integers that calls what `emit(emitter, *arguments)` writes.
 
     One copy in a module however often it is called: inlined, it would be optimised anew at each place.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
-            function.attributes.add("noinline")
-            function.linkage = "internal"
-            inner = ir.IRBuilder(function.append_basic_block("entry"))
-            emit(Emitter(inner), *function.args)
+        made = builder.module.globals.get(name)
+        if made is None:
+            made = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+            made.attributes.add("noinline")
+            made.linkage = "internal"
+            inner = ir.IRBuilder(made.append_basic_block("entry"))
+            emit(Emitter(inner), *made.args)
             inner.ret_void()
-        builder.call(function, arguments)
+        builder.call(made, arguments)
         return context.get_dummy_value()
 
-    made = types.void(*[types.int64] * count), codegen
+    compiled = types.void(*[types.int64] * count), codegen
     # Numba looks at the parameters of the function itself.
     if count == 8:
 
         @intrinsic
         def eight(typingctx, a0, a1, a2, a3, a4, a5, a6, a7):
-            return made
+            return compiled
 
         return eight
 
     @intrinsic
     def ten(typingctx, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9):
-        return made
+        return compiled
 
     return ten
 
@@ -350,7 +350,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
         e.switch(rows, heights, tile)
 
     name = f"numpyesm_product_{kind}_{vectors}_{len(heights)}_{'transposed' if transposed else 'plain'}"
-    return _function(name, 10 if fetch else 8, emit)
+    return function(name, 10 if fetch else 8, emit)
 
 
 def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
@@ -392,7 +392,7 @@ def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
 
         e.switch(rows, heights, tile)
 
-    return _function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", 8, emit)
+    return function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", 8, emit)
 
 
 _ALL_HEIGHTS = list(range(1, TILE_ROWS + 1))

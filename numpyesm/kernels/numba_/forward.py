@@ -12,7 +12,7 @@ from ...batch import BLOCK_ROWS, Batch
 from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Cut, Forward
 from .emitter import TILE_COLUMNS
-from .gemm import aligned
+from .gemm import NARROW_ROWS, aligned
 from .kernels import NumbaKernels
 from .layout import Maps, Pass, address, table
 
@@ -46,7 +46,8 @@ class NumbaForward(Forward):
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
         self._model, rotary = kernels.model_table(self._length)
-        qkv_size = 3 * rows * config.num_heads * kernels.head_dim
+        # Tile registers may read keys behind the last one.
+        qkv_size = (3 * rows * config.num_heads + NARROW_ROWS) * kernels.head_dim
         entries = {
             Pass.ROWS: rows,
             Pass.BLOCKS: 0,

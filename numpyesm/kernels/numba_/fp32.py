@@ -13,12 +13,10 @@ from .vectors import load_integer
 
 INT = types.int64
 
-# Lengths of the sums' pieces. Where torch's own rounding is small, ours must be too: queries and keys end up in an
-# exponent, and the projection's error stays in the residual stream.
-_QKV_PIECE, _PROJECTION_PIECE, _PIECE = 120, 96, 160
-
 # Compiled code knows no enumerations.
 WIDTH, HEADS, HEAD_DIM, FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
+QKV_PIECE, PROJECTION_PIECE = int(Model.QKV_PIECE), int(Model.PROJECTION_PIECE)
+FFN_PIECE = int(Model.FFN_PIECE)
 GROUP_ROWS, FFN_COLUMNS, ROTARY, ZEROS = (
     int(Model.GROUP_ROWS),
     int(Model.FFN_COLUMNS),
@@ -60,7 +58,7 @@ def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
             step,
             count,
             width,
-            _QKV_PIECE,
+            load_integer(model, QKV_PIECE),
             layer + 8 * QKV,
             table,
             positions + 8 * start,
@@ -85,7 +83,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     out_weight, out_bias = load_integer(layer, OUT_PROJ + WEIGHT), load_integer(layer, OUT_PROJ + BIAS)
     up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
     down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
-    zeros = load_integer(model, ZEROS)
+    zeros, piece = load_integer(model, ZEROS), load_integer(model, FFN_PIECE)
     step = 4 * width
     groups = groups_of(model, rows)
     for group in range(groups):
@@ -97,7 +95,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
             4 * inner,
             count,
             inner,
-            _PROJECTION_PIECE,
+            load_integer(model, PROJECTION_PIECE),
             out_weight,
             inner * TILE_BYTES,
             out_bias,
@@ -117,7 +115,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
                 step,
                 count,
                 width,
-                _PIECE,
+                piece,
                 panels,
                 width * TILE_BYTES,
                 up_bias + 4 * first,
@@ -134,7 +132,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
                 4 * most,
                 count,
                 columns,
-                _PIECE,
+                piece,
                 panels,
                 ffn * TILE_BYTES,
                 bias,
@@ -152,10 +150,11 @@ def normalise(x, rows, width, gain, shift, out):
     layer_norm(x, 4 * width, rows, width, gain, shift, out, 4 * width)
 
 
-@kernel("all", *[INT] * 13)
-def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
+@kernel("all", *[INT] * 14)
+def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, model, hidden, out, tile):
     """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
+    piece, last_piece = load_integer(model, PROJECTION_PIECE), load_integer(model, FFN_PIECE)
     step, panel = 4 * width, width * TILE_BYTES
-    linear(x, step, rows, width, _PROJECTION_PIECE, dense, panel, dense_bias, width, GELU, hidden, step, tile)
+    linear(x, step, rows, width, piece, dense, panel, dense_bias, width, GELU, hidden, step, tile)
     layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
-    linear(hidden, step, rows, width, _PIECE, embedding, panel, bias, columns, STORE, out, 4 * columns, tile)
+    linear(hidden, step, rows, width, last_piece, embedding, panel, bias, columns, STORE, out, 4 * columns, tile)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..base import Array
 from .cache import helper
 from .emitter import (
+    ISA,
     LANES,
     TILE_BYTES,
     TILE_COLUMNS,
@@ -23,6 +24,7 @@ from .emitter import (
     multiply_int8,
 )
 from .layout import Matrix
+from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles_bf16, multiply_tiles_int8, release_tiles
 from .vectors import (
     PIECE,
     add_biased,
@@ -47,6 +49,10 @@ from .vectors import (
 STORE, GELU, ADD, GELU_BF16, GELU_COARSE = 0, 1, 2, 3, 4
 
 _VECTORS = TILE_COLUMNS // LANES
+# Where bf16 and int8 are multiplied on tile registers, their products take more rows, and steps of k by the tile.
+_TILES = ISA.tiles
+NARROW_ROWS = ROWS if _TILES else TILE_ROWS
+_MULTIPLE = STEPS if _TILES else 1
 _WEIGHT, _BIAS, _OFFSETS, _SCALES = (int(entry) for entry in Matrix)
 
 
@@ -71,13 +77,18 @@ def padded_columns(vector: Array) -> Array:
     return out
 
 
+def narrow_steps(inner: int, group: int) -> int:
+    """Steps of `group` numbers along K that a product in bf16 (2) or int8 (4) takes."""
+    return -(-inner // (group * _MULTIPLE)) * _MULTIPLE
+
+
 def pack_panels(weight: Array, group: int = 1) -> Array:
     """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
 
     `group` neighbours in K lie together, as one step of the product takes them; K and N are padded with zeros.
     """
     inner, columns = weight.shape
-    steps, count = -(-inner // group), panels(columns)
+    steps, count = inner if group == 1 else narrow_steps(inner, group), panels(columns)
     out = aligned(count * steps * TILE_COLUMNS * group, weight.dtype)
     by_panel = out.reshape(count, steps, TILE_COLUMNS, group)
     if (steps * group, count * TILE_COLUMNS) != weight.shape:
@@ -86,6 +97,12 @@ def pack_panels(weight: Array, group: int = 1) -> Array:
         weight = padded
     by_panel[...] = weight.reshape(steps, group, count, TILE_COLUMNS).transpose(2, 0, 3, 1)
     return out
+
+
+@helper
+def steps_of(inner, group):
+    """`narrow_steps` for compiled code."""
+    return (inner + group * _MULTIPLE - 1) // (group * _MULTIPLE) * _MULTIPLE
 
 
 # -- the end of a tile ----------------------------------------------------------------------------------------------
@@ -179,9 +196,36 @@ def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step)
 
 
 @helper
-def _tile_int8(height, left, step, panel, steps, levels, max_rows, offsets, scales, tile, ahead, ahead_step):
+def _begin(rows, tiles):
+    """Before a group of rows is multiplied in bf16 or int8: -> the rows of a tile register."""
+    half = (rows + 2 * tiles - 1) // (2 * tiles)
+    if _TILES:
+        configure_tiles(half)
+    return half
+
+
+@helper
+def _end():
+    """After a group of rows was multiplied in bf16 or int8."""
+    if _TILES:
+        release_tiles()
+
+
+@helper
+def _tile_bf16(height, half, left, step, panel, steps, tile, ahead, ahead_step):
+    if _TILES:
+        multiply_tiles_bf16(half, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+    else:
+        multiply_bf16(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+
+
+@helper
+def _tile_int8(height, half, left, step, panel, steps, levels, max_rows, offsets, scales, tile, ahead, ahead_step):
     """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
-    multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+    if _TILES:
+        multiply_tiles_int8(half, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+    else:
+        multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
     row_scales = carray(float32_at(levels), (height,))
     row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
     for row in range(height):
@@ -229,10 +273,11 @@ def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads,
 
 @helper
 def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step, out, out_step, tile):
-    """`linear` of bf16, summed in float32; K is padded to an even number."""
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    """`linear` of bf16, summed in float32; K is padded to whole steps."""
+    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
+    half = _begin(rows, tiles)
     ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    number, steps = 2 if step == GELU_BF16 else 4, (inner + 1) // 2
+    number, steps = 2 if step == GELU_BF16 else 4, steps_of(inner, 2)
     for first in range(0, columns, TILE_COLUMNS):
         panel = weight + first // TILE_COLUMNS * panel_step
         width = min(TILE_COLUMNS, columns - first)
@@ -240,27 +285,30 @@ def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step,
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
             ahead, left = panel + panel_step + t * steps * ahead_step, x + start * x_step
-            multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+            _tile_bf16(height, half, left, x_step, panel, steps, tile, ahead, ahead_step)
             _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + number * first, out_step)
             start += height
+    _end()
 
 
 @helper
 def linear_heads_bf16(x, x_step, rows, inner, matrix, table, positions, heads, head_dim, all_rows, out, tile):
     """`linear_heads` of bf16; leaves bf16."""
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
-    steps = (inner + 1) // 2
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    steps = steps_of(inner, 2)
+    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
+    half = _begin(rows, tiles)
     ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
         panel, start = weight + 4 * steps * first, 0
         for t in range(tiles):
             height = rows * (t + 1) // tiles - start
             ahead, left = panel + (TILE_BYTES + t * ahead_step) * steps, x + start * x_step
-            multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+            _tile_bf16(height, half, left, x_step, panel, steps, tile, ahead, ahead_step)
             at, to = bias + 4 * first, out + start * head_dim * 2
             _finish_heads(True, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
             start += height
+    _end()
 
 
 @helper
@@ -282,9 +330,10 @@ def linear_int8(
     out_step,
     tile,
 ):
-    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_tile_int8`; K is padded to fours."""
-    steps = (inner + 3) // 4
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_tile_int8`; K fills whole steps."""
+    steps = steps_of(inner, 4)
+    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
+    half = _begin(rows, tiles)
     ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, columns, TILE_COLUMNS):
         panel = weight + first // TILE_COLUMNS * panel_step
@@ -295,6 +344,7 @@ def linear_int8(
             left, ahead = x + start * x_step, panel + panel_step + t * steps * ahead_step
             _tile_int8(
                 height,
+                half,
                 left,
                 x_step,
                 panel,
@@ -309,6 +359,7 @@ def linear_int8(
             )
             _finish(step, height, width, tile, bias + at, out + start * out_step + at, out_step)
             start += height
+    _end()
 
 
 @helper
@@ -318,8 +369,9 @@ def linear_heads_int8(
     """`linear_heads` of bytes; leaves bf16 if `narrow`, else float32."""
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
     offsets, scales = load_integer(matrix, _OFFSETS), load_integer(matrix, _SCALES)
-    steps, size = (inner + 3) // 4, 2 if narrow else 4
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    steps, size = steps_of(inner, 4), 2 if narrow else 4
+    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
+    half = _begin(rows, tiles)
     ahead_step = (TILE_BYTES + tiles - 1) // tiles
     for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
         panel, at = weight + 4 * steps * first, 4 * first
@@ -330,6 +382,7 @@ def linear_heads_int8(
             ahead = panel + (TILE_BYTES + t * ahead_step) * steps
             _tile_int8(
                 height,
+                half,
                 left,
                 x_step,
                 panel,
@@ -346,3 +399,4 @@ def linear_heads_int8(
                 narrow, height, first, tile, bias + at, table, positions + 8 * start, heads, head_dim, all_rows, to
             )
             start += height
+    _end()

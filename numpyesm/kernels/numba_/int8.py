@@ -38,7 +38,7 @@ from .fp32 import (
     ZEROS,
     groups_of,
 )
-from .gemm import ADD, GELU_COARSE, linear_heads_int8, linear_int8
+from .gemm import ADD, GELU_COARSE, linear_heads_int8, linear_int8, steps_of
 from .steps import layer_norm, quantise_rows
 from .vectors import load_integer
 
@@ -50,7 +50,7 @@ _SIZE = 2 if NARROW else 4
 @helper
 def _bytes(width):
     """Room for a row of bytes: whole steps of a product."""
-    return (width + 3) // 4 * 4
+    return 4 * steps_of(width, 4)
 
 
 @kernel("int8", *[INT] * 8)
@@ -97,7 +97,7 @@ def _linear(x, x_step, rows, inner, levels, max_rows, layer, matrix, columns, st
         levels,
         max_rows,
         load_integer(layer, matrix + WEIGHT),
-        (inner + 3) // 4 * TILE_BYTES,
+        steps_of(inner, 4) * TILE_BYTES,
         load_integer(layer, matrix + OFFSETS),
         load_integer(layer, matrix + SCALES),
         load_integer(layer, matrix + BIAS),
@@ -127,15 +127,15 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
     down_offsets, down_scales = load_integer(layer, FC2 + OFFSETS), load_integer(layer, FC2 + SCALES)
     zeros = load_integer(model, ZEROS)
-    step, left_step = 4 * width, _bytes(width)
+    step, left_step, context_step = 4 * width, _bytes(width), _bytes(inner)
     padded = 4 * ((width + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS)
     groups = groups_of(model, rows)
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
         y = x + start * step
-        quantise_rows(context + start * 4 * inner, 4 * inner, count, inner, left, inner, levels, max_rows)
-        _linear(left, inner, count, inner, levels, max_rows, layer, OUT_PROJ, width, ADD, y, step, tile)
+        quantise_rows(context + start * 4 * inner, 4 * inner, count, inner, left, context_step, levels, max_rows)
+        _linear(left, context_step, count, inner, levels, max_rows, layer, OUT_PROJ, width, ADD, y, step, tile)
         layer_norm(y, step, count, width, gain, shift, normed, step)
         quantise_rows(normed, step, count, width, left, left_step, levels, max_rows)
         for first in range(0, ffn, most):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 
 import llvmlite.binding as llvm
 
 from ...errors import InvalidOption
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), see Linux's Documentation/arch/x86/xstate.rst.
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Isa:
     Attributes
     ----------
     name : str
-        `avx512`, `avx2`, `neon` or `plain`.
+        `amx`, `avx512`, `avx2`, `neon` or `plain`.
     lanes : int
         float32 numbers in a register.
     vectors : int
@@ -30,6 +35,8 @@ class Isa:
         Whether multiplication and addition are one instruction.
     bf16, int8 : bool
         Whether the CPU multiplies these itself.
+    tiles : bool
+        Whether it does so on the tile registers of AMX; float32 and what is not a product are as on AVX-512.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Isa:
     fused: bool = True
     bf16: bool = False
     int8: bool = False
+    tiles: bool = False
 
     @property
     def columns(self) -> int:
@@ -51,14 +59,26 @@ class Isa:
         return ["fp32", *(["bf16"] if self.bf16 else []), *(["int8"] if self.int8 else [])]
 
 
+@cache
+def tiles_granted() -> bool:
+    """Whether the system lets this process use tile registers: Linux wants to be asked, as they are 8 kB a thread."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(system_call(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0)
+
+
+@cache
 def host_levels() -> dict[str, Isa]:
     """The levels that this CPU can run, best first."""
     features = llvm.get_host_cpu_features()
     machine = platform.machine().lower()
     levels: list[Isa] = []
     if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
-        bf16 = features.get("avx512bf16", False)
-        levels.append(Isa("avx512", 16, 2, 12, bf16=bf16, int8=features.get("avx512vnni", False)))
+        bf16, int8 = features.get("avx512bf16", False), features.get("avx512vnni", False)
+        if bf16 and int8 and all(features.get(f"amx-{part}") for part in ("tile", "bf16", "int8")) and tiles_granted():
+            levels.append(Isa("amx", 16, 2, 12, bf16=True, int8=True, tiles=True))
+        levels.append(Isa("avx512", 16, 2, 12, bf16=bf16, int8=int8))
     if features.get("avx2") and features.get("fma"):
         levels.append(Isa("avx2", 8, 2, 6))
     if machine in ("aarch64", "arm64"):

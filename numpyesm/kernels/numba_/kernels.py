@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from ..base import Array, Cut, Forward, Kernels
 from ..rotary import rotary_frequencies, rotary_pair_order
 from . import attention, bf16, cache, fp32, int8, runner
 from .emitter import TILE_COLUMNS, TILE_ROWS
-from .gemm import aligned, pack_panels, padded_columns, panels
+from .gemm import NARROW_ROWS, aligned, pack_panels, padded_columns, panels
 from .isa import check_precision, host_isa
 from .layout import Layer, Model, Room, address, table
 
@@ -28,6 +30,11 @@ _STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
 _GROUP_BYTES = 1_250_000
 _MOST_GROUP_ROWS = 256
 _FFN_COLUMNS = 960
+
+# Lengths of the pieces of float32 sums. Where torch's own rounding is small, ours must be too: queries and keys end up
+# in an exponent, and the projection's error stays in the residual stream.
+_PIECES = {Model.QKV_PIECE: 120, Model.PROJECTION_PIECE: 96, Model.FFN_PIECE: 160}
+_CAREFUL_PIECE = 24
 
 
 class NumbaKernels(Kernels):
@@ -46,16 +53,18 @@ class NumbaKernels(Kernels):
         self.precision = precision
         check_precision(host_isa(), precision)
         cache.prepare(precision)
-        self.head_dim = -(-config.head_dim // 8) * 8
+        multiple = 8 if config.head_dim <= 32 or not host_isa().tiles else 32
+        self.head_dim = -(-config.head_dim // multiple) * multiple
         # Attention is in bf16 where products are narrower than that, if the CPU multiplies it.
         self.qkv_dtype = np.dtype(np.uint16 if precision != "fp32" and host_isa().bf16 else np.float32)
+        self._pieces = _PIECES
         self._kept: list[Array] = []  # every array that a table points at
         self._rooms = threading.local()
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
         row = 4 * (config.embed_dim + _FFN_COLUMNS)
-        self.group_rows = max(TILE_ROWS, min(_MOST_GROUP_ROWS, _GROUP_BYTES // row))
+        self.group_rows = max(NARROW_ROWS, min(_MOST_GROUP_ROWS, _GROUP_BYTES // row))
         self.ffn_columns = min(_FFN_COLUMNS, panels(config.ffn_dim) * TILE_COLUMNS)
         widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
         self._zeros = self._keep(np.zeros(widest, np.float32))
@@ -75,6 +84,12 @@ class NumbaKernels(Kernels):
                 steps.project_and_feed_forward,
             )
         ]
+
+    @cached_property
+    def careful(self) -> NumbaKernels:
+        other = copy.copy(self)
+        other._pieces = dict.fromkeys(_PIECES, _CAREFUL_PIECE)
+        return other
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -171,6 +186,7 @@ class NumbaKernels(Kernels):
             Model.FINAL_GAIN: self._final_norm[0],
             Model.FINAL_SHIFT: self._final_norm[1],
             Model.ZEROS: address(self._zeros),
+            **self._pieces,
         }
         return table([entries[entry] for entry in Model]), rotary
 
@@ -189,12 +205,13 @@ class NumbaKernels(Kernels):
         """`layout.Room` of the calling thread, with its buffers made large enough; they are kept for later."""
         buffers: dict[Room, Array] = self._rooms.__dict__.setdefault("buffers", {})
         width, rows = self.config.embed_dim, self.group_rows
+        spare = NARROW_ROWS  # tile registers may read so many rows behind the last one
         lanes, context = TILE_COLUMNS, self.config.num_heads * self.head_dim
         hidden = np.uint16 if self.precision == "bf16" else np.float32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
             Room.NORMED: (rows * width, np.float32),
-            Room.HIDDEN: (rows * self.ffn_columns, hidden),
-            Room.TILE: (TILE_ROWS * TILE_COLUMNS, np.float32),
+            Room.HIDDEN: ((rows + spare) * self.ffn_columns, hidden),
+            Room.TILE: (max(TILE_ROWS, NARROW_ROWS) * TILE_COLUMNS, np.float32),
             Room.CONTEXT: (block_rows * context, np.float32),
             Room.QUERIES: (self.head_dim * lanes, np.float32),
             Room.SCORES: (attention.strip_size(length, with_maps), np.float32),
@@ -204,12 +221,11 @@ class NumbaKernels(Kernels):
             Room.FACTORS: (lanes, np.float64),
         }
         if self.precision != "fp32":
-            sizes[Room.LEFT] = (rows * (max(width, context) + 8), np.uint16)
+            sizes[Room.LEFT] = ((rows + spare) * (max(width, context) + 64), np.uint16)
             sizes[Room.LEVELS] = (4 * rows, np.float32)
-            sizes[Room.HIDDEN_LEFT] = (rows * self.ffn_columns, np.uint8)
+            sizes[Room.HIDDEN_LEFT] = ((rows + spare) * self.ffn_columns, np.uint8)
         if self.qkv_dtype == np.uint16:
-            sizes[Room.VALUES] = ((length + 1) // 2 * self.head_dim, np.uint32)
-            sizes[Room.PAIRS] = (attention.CHUNK_KEYS * lanes, np.uint32)
+            sizes |= attention.bf16_sizes(length, self.head_dim)
         for name, (size, dtype) in sizes.items():
             if name not in buffers or buffers[name].size < size:
                 buffers[name] = aligned(size, dtype)
@@ -228,5 +244,7 @@ class NumbaKernels(Kernels):
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((len(x), columns), np.float32)
         hidden, tile = np.empty(x.shape, np.float32), aligned(TILE_ROWS * TILE_COLUMNS)
-        fp32.lm_head(address(x), len(x), width, *self._lm_head, columns, address(hidden), address(out), address(tile))
+        model, _rotary = self.model_table(0)
+        buffers = (address(array) for array in (model, hidden, out, tile))
+        fp32.lm_head(address(x), len(x), width, *self._lm_head, columns, *buffers)
         return out

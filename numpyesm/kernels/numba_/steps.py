@@ -9,7 +9,7 @@ import numpy as np
 from ..reference_numpy import LAYER_NORM_EPSILON
 from .cache import helper
 from .emitter import ISA, LANES
-from .vectors import carray, float32_at, store_bf16, store_number_bf16, uint8_at
+from .vectors import carray, float32_at, store_bf16, store_number_bf16, uint8_at, uint16_at
 
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
@@ -44,7 +44,7 @@ def layer_norm(x, step, rows, width, gain, shift, out, out_step):
 
 @helper
 def narrow_rows(x, step, rows, width, out, out_step):
-    """Rows rounded to bf16: address of float32 (R, D) -> address of uint16 (R, D)"""
+    """Rows rounded to bf16, and zeros up to the next row: address of float32 (R, D) -> address of uint16 (R, ≥ D)"""
     whole = width // LANES * LANES
     for i in range(rows):
         source, target = x + i * step, out + i * out_step
@@ -52,6 +52,8 @@ def narrow_rows(x, step, rows, width, out, out_step):
             store_bf16(source + 4 * j, target + 2 * j)
         for j in range(whole, width):
             store_number_bf16(source + 4 * j, target + 2 * j)
+        rest = carray(uint16_at(target + 2 * width), (out_step // 2 - width,))
+        rest[:] = np.uint16(0)
 
 
 # ARM multiplies signed by signed bytes, x86 unsigned by signed.

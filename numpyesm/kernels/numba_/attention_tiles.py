@@ -1,0 +1,120 @@
+"""One head of a strip of queries on tile registers: what `attention._strip` does, in bf16.
+
+Scores of 32 keys at a time leave the tiles for their exponentials, which go back into tiles as pairs of neighbouring
+keys. Keys are multiplied as they lie; what a tile reads behind a head's channels meets zeros on the queries' side.
+Values are laid out channel by channel, 32 keys at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .cache import helper
+from .emitter import LANES, TILE_COLUMNS
+from .tiles import HALF_ROWS, ROWS, STEPS, narrow_exponentials, strip_product, wide_exponentials
+from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
+
+# Keys whose exponentials are held at a time, as pairs of bf16: a part of the first cache.
+CHUNK_KEYS = 320
+
+_ZERO = np.float32(0)
+_BLOCK_ROW = 2 * ROWS  # bytes of one channel of 32 keys
+
+
+def query_rows(head_dim: int) -> int:
+    """Rows of pairs that the queries of a strip fill, zeros included."""
+    return -(-head_dim // (2 * STEPS)) * STEPS
+
+
+def value_size(length: int, head_dim: int) -> int:
+    """Numbers of bf16 that the values of one head take, with what a tile may read behind them."""
+    return (-(-length // ROWS) * head_dim + HALF_ROWS) * ROWS
+
+
+@helper
+def fill_queries(items, lanes, out):
+    """Zeros below the `items` pairs of a strip's queries, up to whole tiles."""
+    missing = (items + STEPS - 1) // STEPS * STEPS - items
+    rest = carray(float32_at(out + 4 * items * lanes), (missing * lanes,))
+    rest[:] = _ZERO
+
+
+@helper
+def transpose_values(values, length, head_dim, room, out):
+    """(L, C) bf16 -> (L / 32, C, 32), zeros behind the last key; `room` holds 16 · C numbers of four bytes."""
+    step, pairs = 2 * head_dim, head_dim // 2
+    for block in range((length + ROWS - 1) // ROWS):
+        source, target = values + block * ROWS * step, out + block * head_dim * _BLOCK_ROW
+        keys = min(ROWS, length - block * ROWS)
+        # Pairs of channels as single numbers of four bytes: key by key, then pair by pair.
+        by_pair = carray(uint32_at(room), (pairs, ROWS))
+        whole = keys // 8 * 8 if pairs >= 8 else 0
+        for key in range(0, whole, 8):
+            for start in range(0, pairs, 8):
+                pair = min(start, pairs - 8)
+                transpose_eight(source + key * step + 4 * pair, step, room + 4 * (pair * ROWS + key), 4 * ROWS)
+        for key in range(whole, keys):
+            row = carray(uint32_at(source + key * step), (pairs,))
+            for pair in range(pairs):
+                by_pair[pair, key] = row[pair]
+        if keys < ROWS:
+            by_pair[:, keys:] = np.uint32(0)
+        for pair in range(pairs):
+            low = carray(uint16_at(target + 2 * pair * _BLOCK_ROW), (ROWS,))
+            high = carray(uint16_at(target + (2 * pair + 1) * _BLOCK_ROW), (ROWS,))
+            both = carray(uint32_at(room + 4 * pair * ROWS), (ROWS,))
+            for key in range(ROWS):
+                low[key] = np.uint16(both[key])
+                high[key] = np.uint16(both[key] >> np.uint32(16))
+
+
+@helper
+def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, total, pairs):
+    """2^(keys (count, C) · queries - shift) as `pairs` (zeros up to whole tiles), and kept in `scores` if asked."""
+    wide = 1 if lanes == TILE_COLUMNS else 0
+    for first in range(0, count, ROWS):
+        rows = min(ROWS, count - first)
+        here = scores + (4 * first * lanes if keep else 0)
+        target = pairs + 2 * first * lanes
+        both = 2 if rows > HALF_ROWS else 0
+        strip_product(both + wide, keys + first * step, step, 2 * ROWS, queries, 4 * lanes, tiles_of_k, here)
+        if wide:
+            wide_exponentials(rows, here, shift, total, target, 1 if keep else 0, 0, 0)
+        else:
+            narrow_exponentials(rows, here, shift, total, target, 1 if keep else 0, 0, 0)
+        if rows < ROWS:
+            done = (rows + 1) // 2
+            rest = carray(float32_at(target + 4 * done * lanes), ((STEPS - done) * lanes,))
+            rest[:] = _ZERO
+
+
+@helper
+def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
+    """See `attention._strip`; `values` as `transpose_values` leaves them, tiles configured with all rows."""
+    shift, total = state, state + 4 * lanes
+    sums = carray(float32_at(total), (lanes,))
+    for lane in range(lanes):
+        sums[lane] = _ZERO
+    wide = 1 if lanes == TILE_COLUMNS else 0
+    blocks = (length + ROWS - 1) // ROWS
+    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
+    tiles_of_k = (head_dim // 2 + STEPS - 1) // STEPS
+    block_step = head_dim * _BLOCK_ROW
+    first = 0
+    for chunk in range(chunks):
+        last = blocks * (chunk + 1) // chunks
+        key = first * ROWS
+        count = min(last * ROWS, length) - key
+        here = scores + (4 * key * lanes if keep else 0)
+        _exponentials(keep, queries, keys + key * step, step, count, tiles_of_k, lanes, here, shift, total, pairs)
+        add = 0 if first == 0 else 4
+        for channel in range(0, head_dim, ROWS):
+            both = 2 if head_dim - channel > HALF_ROWS else 0
+            left = values + first * block_step + channel * _BLOCK_ROW
+            target = context + 4 * channel * lanes
+            strip_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
+        first = last
+
+
+# A strip of scores is either as wide as a product of two by two tiles, or as one tile.
+assert TILE_COLUMNS in (2 * LANES, LANES)

@@ -1,0 +1,257 @@
+"""Products on the tile registers of Intel AMX: 16 rows of 64 bytes each, configured by every thread for itself.
+
+One instruction multiplies a tile of A (rows × 64 bytes of k) by a tile of B (16 steps of k × 16 columns) and adds to
+a tile of C (rows × 16 columns). A lies as rows lie anyway, B as `gemm.pack_panels` lays it. Four tiles of C, two of A
+and two of B make one product of up to 32 × 32 elements. Each element of C is one chain over ascending k, whatever
+rows share its tile; what lies behind the last row may be read, and gives rows that nobody looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .emitter import I64, ISA, TILE_BYTES, VECTOR_BYTES, Emitter, function
+from .vectors import intrinsic
+
+BYTE = ir.IntType(8)
+_POINTER = BYTE.as_pointer()
+# Rows of one tile and of a product of two by two; steps of k (4 bytes of a row) that one instruction takes.
+HALF_ROWS, ROWS, STEPS = 16, 32, 16
+_ROW_BYTES = 64
+_PALETTE = 1
+_MULTIPLY = {"bf16": "llvm.x86.tdpbf16ps", "int8": "llvm.x86.tdpbusd"}
+# Numbers of the tile registers: C by row and column, then A by row, then B by column.
+_C, _A, _B = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+
+class TileEmitter(Emitter):
+    """IR on the eight tile registers."""
+
+    def _tile(self, name: str, *arguments: Any) -> None:
+        self.call(f"llvm.x86.{name}", ir.VoidType(), *arguments)
+
+    def zero(self, tile: int) -> None:
+        self._tile("tilezero", BYTE(tile))
+
+    def load_tile(self, tile: int, address: Any, step: Any) -> None:
+        """Rows that lie `step` bytes apart."""
+        self._tile("tileloadd64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
+
+    def store_tile(self, tile: int, address: Any, step: Any) -> None:
+        self._tile("tilestored64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
+
+    def multiply(self, kind: str, total: int, a: int, b: int) -> None:
+        self.call(_MULTIPLY[kind], ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
+
+
+@intrinsic
+def configure_tiles(typingctx, half):
+    """Rows of A and C have `half` rows a tile from now on, in this thread; every tile becomes zero."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        bytes_of_table = ir.ArrayType(BYTE, 64)
+        with builder.goto_entry_block():
+            table = builder.alloca(bytes_of_table)
+        builder.store(ir.Constant(bytes_of_table, None), table)
+        start = builder.ptrtoint(table, I64)
+        rows = builder.trunc(arguments[0], BYTE)
+        e.store(BYTE(_PALETTE), start, align=1)
+        for tile in range(8):
+            e.store(ir.IntType(16)(_ROW_BYTES), builder.add(start, e.number(16 + 2 * tile)), align=1)
+            height = BYTE(HALF_ROWS) if tile in _B else rows
+            e.store(height, builder.add(start, e.number(48 + tile)), align=1)
+        e.call("llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(table, _POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def release_tiles(typingctx):
+    """Tiles are not in use any more: the system need not save them."""
+
+    def codegen(context, builder, signature, arguments):
+        Emitter(builder).call("llvm.x86.tilerelease", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _steps_of_k(
+    e: TileEmitter,
+    kind: str,
+    rows: int,
+    columns: int,
+    steps: Any,
+    a: Callable[[Any, int], tuple[Any, Any]],
+    b: Callable[[Any, int], tuple[Any, Any]],
+    beside: Callable[[Any], None] | None = None,
+) -> None:
+    """C += A · B over `steps` tiles of k; `a(i, row)` and `b(i, column)` say where tile i lies and how far its rows."""
+
+    def body(i: Any, _: list[Any]) -> list[Any]:
+        if beside is not None:
+            beside(i)
+        for column in range(columns):
+            e.load_tile(_B[column], *b(i, column))
+        for row in range(rows):
+            e.load_tile(_A[row], *a(i, row))
+            for column in range(columns):
+                e.multiply(kind, _C[row][column], _A[row], _B[column])
+        return []
+
+    e.loop(steps, [], body)
+
+
+def _linear(kind: str) -> Any:
+    """Make `f(half, a, a_step, b, k, c, c_step, add, ahead, ahead_step)`: two tiles of `half` rows by a packed panel.
+
+    As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS, and `add` is not used.
+    """
+
+    def emit(
+        plain: Emitter,
+        half: Any,
+        a: Any,
+        a_step: Any,
+        b: Any,
+        k: Any,
+        c: Any,
+        c_step: Any,
+        add: Any,
+        ahead: Any,
+        ahead_step: Any,
+    ) -> None:
+        e = TileEmitter(plain.b)
+        builder = e.b
+        second = builder.mul(half, a_step)
+        for tiles in _C:
+            for tile in tiles:
+                e.zero(tile)
+
+        def left(i: Any, row: int) -> tuple[Any, Any]:
+            start = builder.add(a, second) if row else a
+            return e.offset(start, i, _ROW_BYTES), a_step
+
+        def right(i: Any, column: int) -> tuple[Any, Any]:
+            here = e.offset(b, i, STEPS * TILE_BYTES)
+            return builder.add(here, e.number(column * _ROW_BYTES)), e.number(TILE_BYTES)
+
+        fetched = builder.mul(ahead_step, e.number(STEPS))
+        lines = builder.add(builder.sdiv(builder.sub(fetched, e.number(1)), e.number(64)), e.number(1))
+
+        def fetch(i: Any) -> None:
+            here = builder.add(ahead, builder.mul(i, fetched))
+
+            def line(j: Any, _: list[Any]) -> list[Any]:
+                e.fetch(e.offset(here, j, 64))
+                return []
+
+            e.loop(lines, [], line)
+
+        _steps_of_k(e, kind, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
+        for row in range(2):
+            start = builder.add(c, builder.mul(half, c_step)) if row else c
+            for column in range(2):
+                e.store_tile(_C[row][column], builder.add(start, e.number(column * _ROW_BYTES)), c_step)
+
+    return function(f"numpyesm_tiles_{kind}", 10, emit)
+
+
+def _strip_product() -> Any:
+    """Make `f(shape, a, a_step, a_next, b, b_step, k, c)` of bf16, with 16 rows configured.
+
+    `shape` is 2 · (two tiles of rows?) + (two of columns?), plus 4 to add to C. Rows of B and C are `b_step` bytes
+    apart; tile i of A begins `i · a_next` bytes on; `k` counts tiles.
+    """
+
+    def emit(plain: Emitter, shape: Any, a: Any, a_step: Any, a_next: Any, b: Any, b_step: Any, k: Any, c: Any) -> None:
+        e = TileEmitter(plain.b)
+        builder = e.b
+        one_row_of_tiles = builder.mul(b_step, e.number(HALF_ROWS))
+
+        def left(i: Any, row: int) -> tuple[Any, Any]:
+            start = e.offset(a, a_step, HALF_ROWS) if row else a
+            return builder.add(start, builder.mul(i, a_next)), a_step
+
+        def right(i: Any, column: int) -> tuple[Any, Any]:
+            here = builder.add(b, builder.mul(i, one_row_of_tiles))
+            return builder.add(here, e.number(column * _ROW_BYTES)), b_step
+
+        def case(choice: int) -> None:
+            rows, columns = 1 + (choice >> 1 & 1), 1 + (choice & 1)
+            tiles = [
+                (_C[row][column], builder.add(c, e.offset(e.number(column * _ROW_BYTES), one_row_of_tiles, row)))
+                for row in range(rows)
+                for column in range(columns)
+            ]
+            for tile, address in tiles:
+                if choice & 4:
+                    e.load_tile(tile, address, b_step)
+                else:
+                    e.zero(tile)
+            _steps_of_k(e, "bf16", rows, columns, k, left, right)
+            for tile, address in tiles:
+                e.store_tile(tile, address, b_step)
+
+        e.switch(shape, list(range(8)), case)
+
+    return function("numpyesm_tiles_strip", 8, emit)
+
+
+def _exponentials(vectors: int) -> Any:
+    """Make `f(rows, scores, shift, total, pairs, keep)`: 2^(scores - shift) of `rows` rows of vectors.
+
+    Rounded to bf16 they go to `pairs`, neighbouring rows side by side, and with `keep` as they are to where they were;
+    total += their sum over rows. An odd last row has zeros beside it.
+    """
+
+    def emit(
+        e: Emitter, rows: Any, scores: Any, shift: Any, total: Any, pairs: Any, keep: Any, _0: Any, _1: Any
+    ) -> None:
+        b = e.b
+        shifts = [e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector) for j in range(vectors)]
+        ends = [e.offset(total, e.number(j), VECTOR_BYTES) for j in range(vectors)]
+        keep = b.icmp_signed("!=", keep, e.number(0))
+
+        def exponential(row: Any, j: int) -> Any:
+            address = e.offset(e.offset(scores, row, vectors * VECTOR_BYTES), e.number(j), VECTOR_BYTES)
+            value = e.exp2(b.fsub(e.load(address, e.vector), shifts[j]), coarse=True)
+            with b.if_then(keep):
+                e.store(value, address)
+            return value
+
+        def target(pair: Any, j: int) -> Any:
+            return e.offset(e.offset(pairs, pair, vectors * VECTOR_BYTES), e.number(j), VECTOR_BYTES)
+
+        def body(pair: Any, sums: list[Any]) -> list[Any]:
+            row = b.shl(pair, e.number(1))
+            new = []
+            for j in range(vectors):
+                low, high = exponential(row, j), exponential(b.add(row, e.number(1)), j)
+                e.store(e.narrow_pair(low, high), target(pair, j))
+                new.append(b.fadd(sums[j], b.fadd(low, high)))
+            return new
+
+        whole = b.lshr(rows, e.number(1))
+        with b.if_then(b.icmp_signed(">", whole, e.number(0))):
+            for end, value in zip(ends, e.loop(whole, [e.load(end, e.vector) for end in ends], body), strict=True):
+                e.store(value, end)
+        with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
+            last = b.sub(rows, e.number(1))
+            for j, end in enumerate(ends):
+                value = exponential(last, j)
+                e.store(e.narrow_pair(value, ir.Constant(e.vector, None)), target(whole, j))
+                e.store(b.fadd(e.load(end, e.vector), value), end)
+
+    return function(f"numpyesm_tiles_exponentials_{vectors}", 8, emit)
+
+
+multiply_tiles_bf16, multiply_tiles_int8 = _linear("bf16"), _linear("int8")
+strip_product = _strip_product()
+wide_exponentials, narrow_exponentials = _exponentials(ISA.vectors), _exponentials(1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .cache import helper
 from .emitter import LANES, TILE_COLUMNS
-from .tiles import HALF_ROWS, ROWS, STEPS, narrow_exponentials, strip_product, wide_exponentials
+from .tiles import HALF_ROWS, ROWS, STEPS, context_product, narrow_scores, wide_scores
 from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
 
 # Keys whose exponentials are held at a time, as pairs of bf16: a part of the first cache.
@@ -71,21 +71,15 @@ def transpose_values(values, length, head_dim, room, out):
 @helper
 def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, total, pairs):
     """2^(keys (count, C) · queries - shift) as `pairs` (zeros up to whole tiles), and kept in `scores` if asked."""
-    wide = 1 if lanes == TILE_COLUMNS else 0
-    for first in range(0, count, ROWS):
-        rows = min(ROWS, count - first)
-        here = scores + (4 * first * lanes if keep else 0)
-        target = pairs + 2 * first * lanes
-        both = 2 if rows > HALF_ROWS else 0
-        strip_product(both + wide, keys + first * step, step, 2 * ROWS, queries, 4 * lanes, tiles_of_k, here)
-        if wide:
-            wide_exponentials(rows, here, shift, total, target, 1 if keep else 0, 0, 0)
-        else:
-            narrow_exponentials(rows, here, shift, total, target, 1 if keep else 0, 0, 0)
-        if rows < ROWS:
-            done = (rows + 1) // 2
-            rest = carray(float32_at(target + 4 * done * lanes), ((STEPS - done) * lanes,))
-            rest[:] = _ZERO
+    kept = 1 if keep else 0
+    if lanes == TILE_COLUMNS:
+        wide_scores(count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, kept)
+    else:
+        narrow_scores(count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, kept)
+    done = (count + 1) // 2
+    missing = (count + ROWS - 1) // ROWS * STEPS - done
+    rest = carray(float32_at(pairs + 4 * done * lanes), (missing * lanes,))
+    rest[:] = _ZERO
 
 
 @helper
@@ -112,7 +106,7 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, s
             both = 2 if head_dim - channel > HALF_ROWS else 0
             left = values + first * block_step + channel * _BLOCK_ROW
             target = context + 4 * channel * lanes
-            strip_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
+            context_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
         first = last
 
 

@@ -19,7 +19,6 @@ from .fp32 import (
     HIDDEN,
     INT,
     LEFT,
-    NORMED,
     OUT_PROJ,
     QKV,
     ROTARY,
@@ -30,7 +29,7 @@ from .fp32 import (
     groups_of,
 )
 from .gemm import ADD, GELU_BF16, linear_bf16, linear_heads_bf16, steps_of
-from .steps import layer_norm, narrow_rows
+from .steps import layer_norm_bf16, narrow_rows
 from .vectors import load_integer
 
 
@@ -38,7 +37,7 @@ from .vectors import load_integer
 def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
     """`fp32.project_qkv` with packed bf16 weights; leaves bf16."""
     width, heads, head_dim = load_integer(model, WIDTH), load_integer(model, HEADS), load_integer(model, HEAD_DIM)
-    table, normed, tile = load_integer(model, ROTARY), load_integer(room, NORMED), load_integer(room, TILE)
+    table, tile = load_integer(model, ROTARY), load_integer(room, TILE)
     gain, shift, left = (
         load_integer(layer, ATTENTION_GAIN),
         load_integer(layer, ATTENTION_SHIFT),
@@ -50,8 +49,7 @@ def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
-        layer_norm(x + start * step, step, count, width, gain, shift, normed, step)
-        narrow_rows(normed, step, count, width, left, left_step)
+        layer_norm_bf16(x + start * step, step, count, width, gain, shift, left, left_step)
         linear_heads_bf16(
             left,
             left_step,
@@ -73,7 +71,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     """`fp32.project_and_feed_forward` with packed bf16 weights."""
     width, ffn, most = load_integer(model, WIDTH), load_integer(model, FFN), load_integer(model, FFN_COLUMNS)
     inner = load_integer(model, HEADS) * load_integer(model, HEAD_DIM)
-    normed, hidden, tile = load_integer(room, NORMED), load_integer(room, HIDDEN), load_integer(room, TILE)
+    hidden, tile = load_integer(room, HIDDEN), load_integer(room, TILE)
     gain, shift, left = load_integer(layer, FFN_GAIN), load_integer(layer, FFN_SHIFT), load_integer(room, LEFT)
     out_weight, out_bias = load_integer(layer, OUT_PROJ + WEIGHT), load_integer(layer, OUT_PROJ + BIAS)
     up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
@@ -88,8 +86,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
         narrow_rows(context + start * 4 * inner, 4 * inner, count, inner, left, 4 * context_pairs)
         panel_step = context_pairs * TILE_BYTES
         linear_bf16(left, 4 * context_pairs, count, inner, out_weight, panel_step, out_bias, width, ADD, y, step, tile)
-        layer_norm(y, step, count, width, gain, shift, normed, step)
-        narrow_rows(normed, step, count, width, left, 4 * pairs)
+        layer_norm_bf16(y, step, count, width, gain, shift, left, 4 * pairs)
         for first in range(0, ffn, most):
             columns = min(most, ffn - first)
             panels = up + first * 4 * pairs

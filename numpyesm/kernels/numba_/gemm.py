@@ -24,7 +24,7 @@ from .emitter import (
     multiply_int8,
 )
 from .layout import Matrix
-from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles_bf16, multiply_tiles_int8, release_tiles
+from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles_bf16, multiply_tiles_int8, release_tiles, store_tiles
 from .vectors import (
     PIECE,
     add_biased,
@@ -53,6 +53,7 @@ _VECTORS = TILE_COLUMNS // LANES
 _TILES = ISA.tiles
 NARROW_ROWS = ROWS if _TILES else TILE_ROWS
 _MULTIPLE = STEPS if _TILES else 1
+_LATE = 1 if _TILES else 0
 _WEIGHT, _BIAS, _OFFSETS, _SCALES = (int(entry) for entry in Matrix)
 
 
@@ -196,12 +197,13 @@ def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step)
 
 
 @helper
-def _begin(rows, tiles):
-    """Before a group of rows is multiplied in bf16 or int8: -> the rows of a tile register."""
+def _begin(rows):
+    """Before a group of rows is multiplied in bf16 or int8: -> tiles along the rows, rows of a tile register."""
+    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
     half = (rows + 2 * tiles - 1) // (2 * tiles)
     if _TILES:
         configure_tiles(half)
-    return half
+    return tiles, half
 
 
 @helper
@@ -212,20 +214,42 @@ def _end():
 
 
 @helper
-def _tile_bf16(height, half, left, step, panel, steps, tile, ahead, ahead_step):
-    if _TILES:
-        multiply_tiles_bf16(half, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
-    else:
-        multiply_bf16(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+def _place(i, tiles, rows):
+    """Tile i of a product: -> its first column, its first row, its height."""
+    panel = i // tiles
+    t = i - panel * tiles
+    start = rows * t // tiles
+    return panel * TILE_COLUMNS, start, rows * (t + 1) // tiles - start
 
 
 @helper
-def _tile_int8(height, half, left, step, panel, steps, levels, max_rows, offsets, scales, tile, ahead, ahead_step):
-    """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
+def _multiply(integer, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile):
+    """Tile i of bf16 or, if `integer`, of bytes, into tile registers where there are any, else into memory."""
+    first, start, height = _place(i, tiles, rows)
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
+    panel, left = weight + first // TILE_COLUMNS * panel_step, x + start * x_step
+    ahead = panel + panel_step + (i % tiles) * steps * ahead_step
     if _TILES:
-        multiply_tiles_int8(half, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+        if integer:
+            multiply_tiles_int8(half, left, x_step, panel, steps, ahead, ahead_step, 0)
+        else:
+            multiply_tiles_bf16(half, left, x_step, panel, steps, ahead, ahead_step, 0)
+    elif integer:
+        multiply_int8(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
     else:
-        multiply_int8(height, left, step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+        multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+
+
+@helper
+def _leave(half, tile):
+    """Tile registers to memory."""
+    if _TILES:
+        store_tiles(half, tile, TILE_BYTES)
+
+
+@helper
+def _dequantise(height, levels, max_rows, offsets, scales, tile):
+    """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
     row_scales = carray(float32_at(levels), (height,))
     row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
     for row in range(height):
@@ -271,23 +295,23 @@ def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads,
             start += height
 
 
+# What follows a product on tile registers waits until the next one is under way: that takes other parts of the core.
+
+
 @helper
 def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step, out, out_step, tile):
     """`linear` of bf16, summed in float32; K is padded to whole steps."""
-    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
-    half = _begin(rows, tiles)
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
+    tiles, half = _begin(rows)
     number, steps = 2 if step == GELU_BF16 else 4, steps_of(inner, 2)
-    for first in range(0, columns, TILE_COLUMNS):
-        panel = weight + first // TILE_COLUMNS * panel_step
-        width = min(TILE_COLUMNS, columns - first)
-        start = 0
-        for t in range(tiles):
-            height = rows * (t + 1) // tiles - start
-            ahead, left = panel + panel_step + t * steps * ahead_step, x + start * x_step
-            _tile_bf16(height, half, left, x_step, panel, steps, tile, ahead, ahead_step)
-            _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + number * first, out_step)
-            start += height
+    products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    for i in range(products + _LATE):
+        if i < products:
+            _multiply(False, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile)
+        if i >= _LATE:
+            first, start, height = _place(i - _LATE, tiles, rows)
+            width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
+            _finish(step, height, width, tile, bias + 4 * first, target, out_step)
+        _leave(half, tile)
     _end()
 
 
@@ -296,18 +320,16 @@ def linear_heads_bf16(x, x_step, rows, inner, matrix, table, positions, heads, h
     """`linear_heads` of bf16; leaves bf16."""
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
     steps = steps_of(inner, 2)
-    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
-    half = _begin(rows, tiles)
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
-        panel, start = weight + 4 * steps * first, 0
-        for t in range(tiles):
-            height = rows * (t + 1) // tiles - start
-            ahead, left = panel + (TILE_BYTES + t * ahead_step) * steps, x + start * x_step
-            _tile_bf16(height, half, left, x_step, panel, steps, tile, ahead, ahead_step)
+    tiles, half = _begin(rows)
+    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    for i in range(products + _LATE):
+        if i < products:
+            _multiply(False, i, tiles, half, rows, x, x_step, steps, weight, steps * TILE_BYTES, tile)
+        if i >= _LATE:
+            first, start, height = _place(i - _LATE, tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 2
             _finish_heads(True, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
-            start += height
+        _leave(half, tile)
     _end()
 
 
@@ -330,35 +352,19 @@ def linear_int8(
     out_step,
     tile,
 ):
-    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_tile_int8`; K fills whole steps."""
+    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_dequantise`; K fills whole steps."""
     steps = steps_of(inner, 4)
-    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
-    half = _begin(rows, tiles)
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for first in range(0, columns, TILE_COLUMNS):
-        panel = weight + first // TILE_COLUMNS * panel_step
-        width, at = min(TILE_COLUMNS, columns - first), 4 * first
-        start = 0
-        for t in range(tiles):
-            height = rows * (t + 1) // tiles - start
-            left, ahead = x + start * x_step, panel + panel_step + t * steps * ahead_step
-            _tile_int8(
-                height,
-                half,
-                left,
-                x_step,
-                panel,
-                steps,
-                levels + 4 * start,
-                max_rows,
-                offsets + at,
-                scales + at,
-                tile,
-                ahead,
-                ahead_step,
-            )
-            _finish(step, height, width, tile, bias + at, out + start * out_step + at, out_step)
-            start += height
+    tiles, half = _begin(rows)
+    products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    for i in range(products + _LATE):
+        if i < products:
+            _multiply(True, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile)
+        if i >= _LATE:
+            first, start, height = _place(i - _LATE, tiles, rows)
+            width, at, target = min(TILE_COLUMNS, columns - first), 4 * first, out + start * out_step + 4 * first
+            _dequantise(height, levels + 4 * start, max_rows, offsets + at, scales + at, tile)
+            _finish(step, height, width, tile, bias + at, target, out_step)
+        _leave(half, tile)
     _end()
 
 
@@ -370,33 +376,17 @@ def linear_heads_int8(
     weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
     offsets, scales = load_integer(matrix, _OFFSETS), load_integer(matrix, _SCALES)
     steps, size = steps_of(inner, 4), 2 if narrow else 4
-    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
-    half = _begin(rows, tiles)
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
-        panel, at = weight + 4 * steps * first, 4 * first
-        start = 0
-        for t in range(tiles):
-            height = rows * (t + 1) // tiles - start
-            left, to = x + start * x_step, out + start * head_dim * size
-            ahead = panel + (TILE_BYTES + t * ahead_step) * steps
-            _tile_int8(
-                height,
-                half,
-                left,
-                x_step,
-                panel,
-                steps,
-                levels + 4 * start,
-                max_rows,
-                offsets + at,
-                scales + at,
-                tile,
-                ahead,
-                ahead_step,
-            )
+    tiles, half = _begin(rows)
+    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    for i in range(products + _LATE):
+        if i < products:
+            _multiply(True, i, tiles, half, rows, x, x_step, steps, weight, steps * TILE_BYTES, tile)
+        if i >= _LATE:
+            first, start, height = _place(i - _LATE, tiles, rows)
+            at, to = 4 * first, out + start * head_dim * size
+            _dequantise(height, levels + 4 * start, max_rows, offsets + at, scales + at, tile)
             _finish_heads(
                 narrow, height, first, tile, bias + at, table, positions + 8 * start, heads, head_dim, all_rows, to
             )
-            start += height
+        _leave(half, tile)
     _end()

@@ -30,6 +30,8 @@ _STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
 _GROUP_BYTES = 1_250_000
 _MOST_GROUP_ROWS = 256
 _FFN_COLUMNS = 960
+# On tile registers, panels of bf16 for more of them leave the first cache.
+_FFN_COLUMNS_BF16_TILES = 480
 
 # Lengths of the pieces of float32 sums. Where torch's own rounding is small, ours must be too: queries and keys end up
 # in an exponent, and the projection's error stays in the residual stream.
@@ -63,9 +65,10 @@ class NumbaKernels(Kernels):
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
+        at_a_time = _FFN_COLUMNS_BF16_TILES if precision == "bf16" and host_isa().tiles else _FFN_COLUMNS
         row = 4 * (config.embed_dim + _FFN_COLUMNS)
         self.group_rows = max(NARROW_ROWS, min(_MOST_GROUP_ROWS, _GROUP_BYTES // row))
-        self.ffn_columns = min(_FFN_COLUMNS, panels(config.ffn_dim) * TILE_COLUMNS)
+        self.ffn_columns = min(at_a_time, panels(config.ffn_dim) * TILE_COLUMNS)
         widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
         self._zeros = self._keep(np.zeros(widest, np.float32))
         self._final_norm = [self._vector(checkpoint, f"final_norm.{name}") for name in ("weight", "bias")]

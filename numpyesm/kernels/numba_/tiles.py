@@ -37,9 +37,9 @@ class TileEmitter(Emitter):
     def zero(self, tile: int) -> None:
         self._tile("tilezero", BYTE(tile))
 
-    def load_tile(self, tile: int, address: Any, step: Any) -> None:
+    def load_tile(self, tile: int, address: Any, step: Any, hint: str = "") -> None:
         """Rows that lie `step` bytes apart."""
-        self._tile("tileloadd64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
+        self._tile(f"tileloadd{hint}64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
 
     def store_tile(self, tile: int, address: Any, step: Any) -> None:
         self._tile("tilestored64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
@@ -72,6 +72,22 @@ def configure_tiles(typingctx, half):
 
 
 @intrinsic
+def store_tiles(typingctx, half, c, c_step):
+    """C, two by two tiles of `half` rows, to memory; rows are `c_step` bytes apart."""
+
+    def codegen(context, builder, signature, arguments):
+        e = TileEmitter(builder)
+        half, c, c_step = arguments
+        for row in range(2):
+            start = builder.add(c, builder.mul(half, c_step)) if row else c
+            for column in range(2):
+                e.store_tile(_C[row][column], builder.add(start, e.number(column * _ROW_BYTES)), c_step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def release_tiles(typingctx):
     """Tiles are not in use any more: the system need not save them."""
 
@@ -100,7 +116,7 @@ def _steps_of_k(
         for column in range(columns):
             e.load_tile(_B[column], *b(i, column))
         for row in range(rows):
-            e.load_tile(_A[row], *a(i, row))
+            e.load_tile(_A[row], *a(i, row), hint="t1")
             for column in range(columns):
                 e.multiply(kind, _C[row][column], _A[row], _B[column])
         return []
@@ -109,23 +125,14 @@ def _steps_of_k(
 
 
 def _linear(kind: str) -> Any:
-    """Make `f(half, a, a_step, b, k, c, c_step, add, ahead, ahead_step)`: two tiles of `half` rows by a packed panel.
+    """Make `f(half, a, a_step, b, k, ahead, ahead_step, _)`: two tiles of `half` rows by a packed panel.
 
-    As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS, and `add` is not used.
+    As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS. C stays in its registers
+    until `store_tiles`.
     """
 
     def emit(
-        plain: Emitter,
-        half: Any,
-        a: Any,
-        a_step: Any,
-        b: Any,
-        k: Any,
-        c: Any,
-        c_step: Any,
-        add: Any,
-        ahead: Any,
-        ahead_step: Any,
+        plain: Emitter, half: Any, a: Any, a_step: Any, b: Any, k: Any, ahead: Any, ahead_step: Any, _: Any
     ) -> None:
         e = TileEmitter(plain.b)
         builder = e.b
@@ -155,15 +162,11 @@ def _linear(kind: str) -> Any:
             e.loop(lines, [], line)
 
         _steps_of_k(e, kind, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
-        for row in range(2):
-            start = builder.add(c, builder.mul(half, c_step)) if row else c
-            for column in range(2):
-                e.store_tile(_C[row][column], builder.add(start, e.number(column * _ROW_BYTES)), c_step)
 
-    return function(f"numpyesm_tiles_{kind}", 10, emit)
+    return function(f"numpyesm_tiles_{kind}", 8, emit)
 
 
-def _strip_product() -> Any:
+def _context_product() -> Any:
     """Make `f(shape, a, a_step, a_next, b, b_step, k, c)` of bf16, with 16 rows configured.
 
     `shape` is 2 · (two tiles of rows?) + (two of columns?), plus 4 to add to C. Rows of B and C are `b_step` bytes
@@ -201,57 +204,141 @@ def _strip_product() -> Any:
 
         e.switch(shape, list(range(8)), case)
 
-    return function("numpyesm_tiles_strip", 8, emit)
+    return function("numpyesm_tiles_context", 8, emit)
 
 
-def _exponentials(vectors: int) -> Any:
-    """Make `f(rows, scores, shift, total, pairs, keep)`: 2^(scores - shift) of `rows` rows of vectors.
+def _scores(vectors: int) -> Any:
+    """Make `f(count, keys, step, queries, k, scores, shift, total, pairs, keep)`, with 16 rows configured.
 
-    Rounded to bf16 they go to `pairs`, neighbouring rows side by side, and with `keep` as they are to where they were;
-    total += their sum over rows. An odd last row has zeros beside it.
+    2^(keys · queries - shift) for `count` keys, which lie `step` bytes apart, and one or two vectors of queries in `k`
+    tiles of pairs. Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one;
+    total += their sum over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
+
+    Exponentials are taken two blocks of 16 keys behind the products: a tile that was just stored cannot be read at
+    once, and a load waits for an earlier store to where it reads, 4 kB apart or not.
     """
 
     def emit(
-        e: Emitter, rows: Any, scores: Any, shift: Any, total: Any, pairs: Any, keep: Any, _0: Any, _1: Any
+        plain: Emitter,
+        count: Any,
+        keys: Any,
+        step: Any,
+        queries: Any,
+        k: Any,
+        scores: Any,
+        shift: Any,
+        total: Any,
+        pairs: Any,
+        keep: Any,
     ) -> None:
+        e = TileEmitter(plain.b)
         b = e.b
+        row_bytes = vectors * VECTOR_BYTES
+        block_bytes = HALF_ROWS * row_bytes
         shifts = [e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector) for j in range(vectors)]
         ends = [e.offset(total, e.number(j), VECTOR_BYTES) for j in range(vectors)]
         keep = b.icmp_signed("!=", keep, e.number(0))
+        # Where a block lies: all of them behind each other, or two that take turns.
+        mask = b.select(keep, e.number(-1), e.number(1))
+        blocks = b.sdiv(b.add(count, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS))
 
-        def exponential(row: Any, j: int) -> Any:
-            address = e.offset(e.offset(scores, row, vectors * VECTOR_BYTES), e.number(j), VECTOR_BYTES)
+        def load_queries(i: Any, tiles: tuple[int, int]) -> None:
+            start = e.offset(queries, i, STEPS * row_bytes)
+            for column in range(vectors):
+                e.load_tile(tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
+
+        def place(block: Any) -> Any:
+            return e.offset(scores, b.and_(block, mask), block_bytes)
+
+        def product(block: Any) -> None:
+            here = b.add(keys, b.mul(step, b.mul(block, e.number(HALF_ROWS))))
+            e.load_tile(_A[0], here, step)
+            for column in range(vectors):
+                e.zero(_C[0][column])
+                e.multiply("bf16", _C[0][column], _A[0], _B[column])
+
+            def further(i: Any, _: list[Any]) -> list[Any]:
+                i = b.add(i, e.number(1))
+                load_queries(i, _C[1])
+                e.load_tile(_A[1], e.offset(here, i, _ROW_BYTES), step)
+                for column in range(vectors):
+                    e.multiply("bf16", _C[0][column], _A[1], _C[1][column])
+                return []
+
+            with b.if_then(b.icmp_signed(">", k, e.number(1))):
+                e.loop(b.sub(k, e.number(1)), [], further)
+
+        def store(block: Any) -> None:
+            for column in range(vectors):
+                at = b.add(place(block), e.number(column * _ROW_BYTES))
+                e.store_tile(_C[0][column], at, e.number(row_bytes))
+
+        def exponential(address: Any, j: int) -> Any:
+            address = b.add(address, e.number(j * VECTOR_BYTES))
             value = e.exp2(b.fsub(e.load(address, e.vector), shifts[j]), coarse=True)
             with b.if_then(keep):
                 e.store(value, address)
             return value
 
-        def target(pair: Any, j: int) -> Any:
-            return e.offset(e.offset(pairs, pair, vectors * VECTOR_BYTES), e.number(j), VECTOR_BYTES)
+        def exponentials(block: Any, whole: Any, sums: list[Any]) -> list[Any]:
+            """Of `whole` pairs of keys, at least one."""
+            start, target = place(block), e.offset(pairs, block, block_bytes // 2)
 
-        def body(pair: Any, sums: list[Any]) -> list[Any]:
-            row = b.shl(pair, e.number(1))
-            new = []
-            for j in range(vectors):
-                low, high = exponential(row, j), exponential(b.add(row, e.number(1)), j)
-                e.store(e.narrow_pair(low, high), target(pair, j))
-                new.append(b.fadd(sums[j], b.fadd(low, high)))
-            return new
+            def body(pair: Any, sums: list[Any]) -> list[Any]:
+                address, out = e.offset(start, pair, 2 * row_bytes), e.offset(target, pair, row_bytes)
+                new = []
+                for j in range(vectors):
+                    low, high = exponential(address, j), exponential(b.add(address, e.number(row_bytes)), j)
+                    e.store(e.narrow_pair(low, high), b.add(out, e.number(j * VECTOR_BYTES)))
+                    new.append(b.fadd(sums[j], b.fadd(low, high)))
+                return new
 
-        whole = b.lshr(rows, e.number(1))
-        with b.if_then(b.icmp_signed(">", whole, e.number(0))):
-            for end, value in zip(ends, e.loop(whole, [e.load(end, e.vector) for end in ends], body), strict=True):
+            return e.loop(whole, sums, body)
+
+        def add(block: Any, rows: Any) -> None:
+            """Exponentials of `rows` keys of a block, which may be none."""
+            whole = b.lshr(rows, e.number(1))
+            with b.if_then(b.icmp_signed(">", whole, e.number(0))):
+                found = exponentials(block, whole, [e.load(end, e.vector) for end in ends])
+                for end, value in zip(ends, found, strict=True):
+                    e.store(value, end)
+            with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
+                address = e.offset(place(block), b.sub(rows, e.number(1)), row_bytes)
+                out = e.offset(e.offset(pairs, block, block_bytes // 2), whole, row_bytes)
+                for j, end in enumerate(ends):
+                    value = exponential(address, j)
+                    pair = e.narrow_pair(value, ir.Constant(e.vector, None))
+                    e.store(pair, b.add(out, e.number(j * VECTOR_BYTES)))
+                    e.store(b.fadd(e.load(end, e.vector), value), end)
+
+        load_queries(e.number(0), _B)
+        product(e.number(0))
+        store(e.number(0))
+        one = e.number(1)
+        several = b.icmp_signed(">", blocks, one)
+        with b.if_then(several):
+            product(one)
+            store(one)
+        ahead = b.sub(blocks, e.number(2))
+        with b.if_then(b.icmp_signed(">", ahead, e.number(0))):
+
+            def body(block: Any, sums: list[Any]) -> list[Any]:
+                following = b.add(block, e.number(2))
+                product(following)
+                sums = exponentials(block, e.number(HALF_ROWS // 2), sums)
+                store(following)
+                return sums
+
+            for end, value in zip(ends, e.loop(ahead, [e.load(end, e.vector) for end in ends], body), strict=True):
                 e.store(value, end)
-        with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
-            last = b.sub(rows, e.number(1))
-            for j, end in enumerate(ends):
-                value = exponential(last, j)
-                e.store(e.narrow_pair(value, ir.Constant(e.vector, None)), target(whole, j))
-                e.store(b.fadd(e.load(end, e.vector), value), end)
+        last = b.sub(blocks, one)
+        with b.if_then(several):
+            add(b.sub(last, one), e.number(HALF_ROWS))
+        add(last, b.sub(count, b.mul(last, e.number(HALF_ROWS))))
 
-    return function(f"numpyesm_tiles_exponentials_{vectors}", 8, emit)
+    return function(f"numpyesm_tiles_scores_{vectors}", 10, emit)
 
 
 multiply_tiles_bf16, multiply_tiles_int8 = _linear("bf16"), _linear("int8")
-strip_product = _strip_product()
-wide_exponentials, narrow_exponentials = _exponentials(ISA.vectors), _exponentials(1)
+context_product = _context_product()
+wide_scores, narrow_scores = _scores(ISA.vectors), _scores(1)

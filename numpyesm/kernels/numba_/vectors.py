@@ -211,6 +211,19 @@ def store_number(typingctx, value, address):
 
 
 @intrinsic
+def store_bf16_of(typingctx, value, address):
+    """Write one float32, rounded to bf16."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        vector = e.narrow(e.splat(arguments[0]))
+        e.store(builder.extract_element(vector, ir.Constant(I32, 0)), arguments[1], align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.int64), codegen
+
+
+@intrinsic
 def load_integer(typingctx, table, index):
     """Entry `index` of a table of 64-bit integers."""
 

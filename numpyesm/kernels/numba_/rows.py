@@ -1,0 +1,176 @@
+"""Vector loops along one row: sums, ranges, normalising, quantising.
+
+`count` is a number of whole vectors; what is left of a row, none in the published models, is `steps.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .emitter import I32, VECTOR_BYTES, Emitter
+from .vectors import intrinsic
+
+_BYTES = ir.IntType(8)
+
+
+def _at(e: Emitter, address: Any, i: Any, size: int = VECTOR_BYTES) -> Any:
+    return e.offset(address, i, size)
+
+
+def _fold(e: Emitter, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """Vectors that `body(i, values)` carries through i = 0 … count - 1; `start` for none."""
+    b = e.b
+    before = b.block
+    with b.if_then(b.icmp_signed(">", count, e.number(0))):
+        values = e.loop(count, start, body)
+        inside = b.block
+    merged = []
+    for first, value in zip(start, values, strict=True):
+        phi = b.phi(first.type)
+        phi.add_incoming(first, before)
+        phi.add_incoming(value, inside)
+        merged.append(phi)
+    return merged
+
+
+def _across(e: Emitter, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """One number from all lanes, by halves."""
+    lanes = e.isa.lanes
+    undefined = ir.Constant(vector.type, ir.Undefined)
+    width = lanes // 2
+    while width:
+        mask = ir.Constant(e.integers, [(lane + width) % lanes for lane in range(lanes)])
+        vector = combine(vector, e.b.shuffle_vector(vector, undefined, mask))
+        width //= 2
+    return e.b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def _halves(
+    e: Emitter, count: Any, start: Any, step: Callable[[Any, Any], Any], combine: Callable[[Any, Any], Any]
+) -> Any:
+    """Fold `step(i, value)` over all vectors with two values in flight, and `combine` them."""
+    b = e.b
+    half = b.lshr(count, e.number(1))
+
+    def two(i: Any, values: list[Any]) -> list[Any]:
+        return [step(i, values[0]), step(b.add(i, half), values[1])]
+
+    first, second = _fold(e, half, [start, start], two)
+    odd = b.and_(count, e.number(1))
+    (last,) = _fold(e, odd, [first], lambda i, values: [step(b.sub(count, e.number(1)), values[0])])
+    return combine(last, second)
+
+
+@intrinsic
+def row_sum(typingctx, x, count):
+    """Sum of the vectors at x."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        x, count = arguments
+
+        def step(i: Any, value: Any) -> Any:
+            return builder.fadd(value, e.load(_at(e, x, i), e.vector))
+
+        return _across(e, _halves(e, count, e.constant(0.0), step, builder.fadd), builder.fadd)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def row_squares(typingctx, x, count, mean):
+    """Sum of squared differences from the mean."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        x, count, mean = arguments
+        middle = e.splat(mean)
+
+        def step(i: Any, value: Any) -> Any:
+            difference = builder.fsub(e.load(_at(e, x, i), e.vector), middle)
+            return e.fma(difference, difference, value)
+
+        return _across(e, _halves(e, count, e.constant(0.0), step, builder.fadd), builder.fadd)
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
+def _normalise(narrow: bool) -> Any:
+    """Make `f(x, count, mean, scale, gain, shift, out)`: (x - mean) · scale · gain + shift, in bf16 if `narrow`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        e = Emitter(builder)
+        x, count, mean, scale, gain, shift, out = arguments
+        middle, factor = e.splat(mean), e.splat(scale)
+
+        def body(i: Any, _: list[Any]) -> list[Any]:
+            value = builder.fmul(builder.fsub(e.load(_at(e, x, i), e.vector), middle), factor)
+            value = e.fma(value, e.load(_at(e, gain, i), e.vector), e.load(_at(e, shift, i), e.vector))
+            if narrow:
+                e.store(e.narrow(value), _at(e, out, i, VECTOR_BYTES // 2), align=2)
+            else:
+                e.store(value, _at(e, out, i))
+            return []
+
+        _fold(e, count, [], body)
+        return context.get_dummy_value()
+
+    int64, float32 = types.int64, types.float32
+    made = types.void(int64, int64, float32, float32, int64, int64, int64), codegen
+
+    @intrinsic
+    def normalise(typingctx, x, count, mean, scale, gain, shift, out):
+        return made
+
+    return normalise
+
+
+row_normalise, row_normalise_bf16 = _normalise(False), _normalise(True)
+
+
+@intrinsic
+def row_range(typingctx, x, count, low, high):
+    """The least and the greatest number of the vectors at x, and of `low` and `high`."""
+    pair = types.UniTuple(types.float32, 2)
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        x, count, low, high = arguments
+
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            value = e.load(_at(e, x, i), e.vector)
+            return [e.smaller(values[0], value), e.larger(values[1], value)]
+
+        least, greatest = _fold(e, count, [e.splat(low), e.splat(high)], body)
+        return context.make_tuple(
+            builder, signature.return_type, [_across(e, least, e.smaller), _across(e, greatest, e.larger)]
+        )
+
+    return pair(types.int64, types.int64, types.float32, types.float32), codegen
+
+
+@intrinsic
+def row_quantise(typingctx, x, count, low, inverse, lowest, out):
+    """out = bytes of (x - low) · inverse, rounded half up, less `lowest`."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        x, count, low, inverse, lowest, out = arguments
+        start, factor, half = e.splat(low), e.splat(inverse), e.constant(0.5)
+        down = e.splat(builder.trunc(lowest, I32))
+
+        def body(i: Any, _: list[Any]) -> list[Any]:
+            value = e.fma(builder.fsub(e.load(_at(e, x, i), e.vector), start), factor, half)
+            level = builder.sub(builder.fptosi(value, e.integers), down)
+            e.store(builder.trunc(level, ir.VectorType(_BYTES, e.isa.lanes)), _at(e, out, i, e.isa.lanes), align=1)
+            return []
+
+        _fold(e, count, [], body)
+        return context.get_dummy_value()
+
+    int64, float32 = types.int64, types.float32
+    return types.void(int64, int64, float32, float32, int64, int64), codegen

@@ -313,7 +313,7 @@ def test_maps(start: int, rows: int, length: int, precision: str) -> None:
 def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
     ends = np.cumsum([0, *lengths]).tolist()
     spans = list(itertools.pairwise(ends))
-    blocks = cut_blocks(spans, threads)
+    blocks = cut_blocks(spans, threads, 256)
     pieces = [piece for block in blocks for piece in block]
     rows = [row for start, stop, _, _ in pieces for row in range(start, stop)]
     assert rows == list(range(ends[-1]))

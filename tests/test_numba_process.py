@@ -104,6 +104,7 @@ def test_filled_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.Monk
     filled, temporary = tmp_path / "filled", tmp_path / "tmp"
     (filled / cache._key()).mkdir(parents=True)
     (filled / cache._key() / "fp32.ready").touch()
+    (filled / cache._key()).chmod(0o555)
     temporary.mkdir(mode=0o700)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(filled))
     monkeypatch.setattr(cache, "_temporary_folder", lambda: temporary)
@@ -112,6 +113,7 @@ def test_filled_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.Monk
     found = cache.cache_folder.__wrapped__()
     assert found == temporary / cache._key()
     assert (found / "fp32.ready").exists()
+    assert found.stat().st_mode & 0o200, "Numba does not read what it cannot write to"
 
 
 def test_warmup(tmp_path: Path) -> None:
@@ -159,3 +161,31 @@ def test_nothing_is_compiled_after_a_model_is_made() -> None:
     """So that a warm cache, and the note that it compiles, hold for all that follows."""
     code = ENCODE.replace("print(", "from numpyesm.kernels.numba_ import cache\nbefore = cache.signatures()\nprint(")
     finish(start(code=code + "assert before == cache.signatures() and all(before), before\n"))
+
+
+@pytest.mark.parametrize("broken", ["import", "switched off"])
+def test_numba_that_is_installed_and_does_not_work(broken: str, tmp_path: Path) -> None:
+    """`auto` goes on with NumPy and says so; who asks for numba or int8 is told why not."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 1.0 or less')")
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"} if broken == "import" else {"NUMBA_DISABLE_JIT": "1"}
+    code = """
+import warnings
+from numpyesm import ESM2, NumpyesmError
+from numpyesm.config import ModelConfig
+from numpyesm.weights.synthetic import random_checkpoint
+checkpoint = random_checkpoint(ModelConfig(1, 80, 20, 320))
+print(ESM2(checkpoint).backend)
+for options in ({"backend": "numba"}, {"precision": "int8"}):
+    try:
+        ESM2(checkpoint, **options)
+    except NumpyesmError as error:
+        print(error)
+"""
+    out, err = finish(start(code=code, **path))
+    assert out.splitlines()[0] == "numpy"
+    assert out.count("the numba backend cannot be used") == 2
+    assert "using the slower NumPy backend" in err
+    if broken == "import":
+        assert "Numba needs NumPy 1.0 or less" in out
+        assert "Numba needs NumPy 1.0 or less" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 from ..errors import InvalidOption, MissingExtra
 from ..weights.checkpoint import Checkpoint
@@ -36,9 +37,14 @@ def make_kernels(
             raise MissingExtra("backend='numba' needs Numba: pip install 'numpyesm[fast]'")
         if precision == "fp64":
             raise InvalidOption("precision='fp64': the numba backend does not have it")
-        from .numba_.kernels import NumbaKernels
-
-        return NumbaKernels(checkpoint, precision)
+        try:
+            from .numba_.kernels import NumbaKernels
+        except (ImportError, AttributeError) as error:  # made for another NumPy; NUMBA_DISABLE_JIT
+            if backend == "numba" or precision != "fp32":
+                raise MissingExtra(f"the numba backend cannot be used, Numba fails here: {error}") from error
+            warnings.warn(f"using the slower NumPy backend, because Numba fails here: {error}", stacklevel=4)
+        else:
+            return NumbaKernels(checkpoint, precision)
     if precision in ("bf16", "int8"):
         hint = "" if _numba_available() else " (it is not installed: pip install 'numpyesm[fast]')"
         raise InvalidOption(

@@ -102,6 +102,9 @@ def _copy_whole(source: Path, target: Path) -> None:
     part = Path(tempfile.mkdtemp(dir=target.parent))
     try:
         shutil.copytree(source, part / "copy")
+        # A folder keeps the mode of its source, which may forbid to write, and so to rename, it.
+        for folder in (part / "copy", *(path for path in (part / "copy").rglob("*") if path.is_dir())):
+            folder.chmod(0o700)
         (part / "copy").rename(target)
     except OSError:  # another process was faster, or the disk is full: then it is compiled anew
         pass

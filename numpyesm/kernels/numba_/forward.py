@@ -16,9 +16,6 @@ from .gemm import NARROW_ROWS, aligned
 from .kernels import NumbaKernels
 from .layout import Maps, Pass, address, table
 
-# Rows of one block, at most about: its context and its rows stay in the second cache.
-_BLOCK_ROWS = 256
-
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
 
@@ -33,7 +30,7 @@ class NumbaForward(Forward):
     def __init__(self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> None:
         self._kernels, self._pool, self._cut, self._phase = kernels, pool, cut, 0
         rows, config = batch.num_rows, kernels.config
-        self._most_rows = cut.block_rows or _BLOCK_ROWS
+        self._most_rows = cut.block_rows or kernels.block_rows
         self._length = max(last - first for first, last in batch.spans)
         if cut.whole_tiles:
             blocks = [
@@ -166,9 +163,7 @@ def map_table(
     return rows, summaries, kept
 
 
-def cut_blocks(
-    spans: Sequence[Span], threads: int, block_rows: int = _BLOCK_ROWS, wanted: Array | None = None
-) -> list[list[Piece]]:
+def cut_blocks(spans: Sequence[Span], threads: int, block_rows: int, wanted: Array | None = None) -> list[list[Piece]]:
     """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences.
 
     With `wanted`, sorted, they need hold those rows only.

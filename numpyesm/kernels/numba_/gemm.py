@@ -28,6 +28,7 @@ from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles_bf16, multiply_t
 from .vectors import (
     PIECE,
     add_biased,
+    add_dequantised,
     carray,
     dequantise,
     float32_at,
@@ -35,6 +36,8 @@ from .vectors import (
     load_integer,
     load_number,
     store_biased,
+    store_dequantised,
+    store_dequantised_gelu,
     store_gelu,
     store_gelu_bf16,
     store_gelu_coarse,
@@ -257,6 +260,27 @@ def _dequantise(height, levels, max_rows, offsets, scales, tile):
             dequantise(tile + row * TILE_BYTES + at, offsets + at, scales + at, row_scales[row], row_offsets[row])
 
 
+@helper
+def _finish_int8(step, height, width, levels, max_rows, offsets, scales, tile, bias, out, out_step):
+    """`_dequantise` and `_finish` at once where the tile is as wide as can be."""
+    if width < TILE_COLUMNS:
+        _dequantise(height, levels, max_rows, offsets, scales, tile)
+        _finish(step, height, width, tile, bias, out, out_step)
+        return
+    row_scales = carray(float32_at(levels), (height,))
+    row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
+    for row in range(height):
+        scale, offset = row_scales[row], row_offsets[row]
+        for at in range(0, TILE_BYTES, VECTOR_BYTES):
+            source, target = tile + row * TILE_BYTES + at, out + row * out_step + at
+            if step == GELU_COARSE:
+                store_dequantised_gelu(source, offsets + at, scales + at, bias + at, target, scale, offset)
+            elif step == ADD:
+                add_dequantised(source, offsets + at, scales + at, bias + at, target, scale, offset)
+            else:
+                store_dequantised(source, offsets + at, scales + at, bias + at, target, scale, offset)
+
+
 # -- whole products -------------------------------------------------------------------------------------------------
 
 
@@ -362,8 +386,19 @@ def linear_int8(
         if i >= _LATE:
             first, start, height = _place(i - _LATE, tiles, rows)
             width, at, target = min(TILE_COLUMNS, columns - first), 4 * first, out + start * out_step + 4 * first
-            _dequantise(height, levels + 4 * start, max_rows, offsets + at, scales + at, tile)
-            _finish(step, height, width, tile, bias + at, target, out_step)
+            _finish_int8(
+                step,
+                height,
+                width,
+                levels + 4 * start,
+                max_rows,
+                offsets + at,
+                scales + at,
+                tile,
+                bias + at,
+                target,
+                out_step,
+            )
         _leave(half, tile)
     _end()
 

@@ -29,9 +29,13 @@ _STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
 _GROUP_BYTES = 1_250_000
 _MOST_GROUP_ROWS = 256
+_BLOCK_ROWS = 256
 _FFN_COLUMNS = 960
-# On tile registers, panels of bf16 for more of them leave the first cache.
-_FFN_COLUMNS_BF16_TILES = 480
+# Tile registers multiply faster than weights come from the third cache: more rows for each pass over them. Panels of
+# bf16 for more hidden channels would leave the first cache.
+_GROUP_BYTES_ON_TILES = 8_000_000
+_MOST_ROWS_ON_TILES = 1100
+_FFN_COLUMNS_ON_TILES = {"bf16": 480, "int8": 960}
 
 # Lengths of the pieces of float32 sums. Where torch's own rounding is small, ours must be too: queries and keys end up
 # in an exponent, and the projection's error stays in the residual stream.
@@ -65,9 +69,11 @@ class NumbaKernels(Kernels):
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
-        at_a_time = _FFN_COLUMNS_BF16_TILES if precision == "bf16" and host_isa().tiles else _FFN_COLUMNS
-        row = 4 * (config.embed_dim + _FFN_COLUMNS)
-        self.group_rows = max(NARROW_ROWS, min(_MOST_GROUP_ROWS, _GROUP_BYTES // row))
+        on_tiles = host_isa().tiles and precision != "fp32"
+        at_a_time = _FFN_COLUMNS_ON_TILES[precision] if on_tiles else _FFN_COLUMNS
+        most, room = (_MOST_ROWS_ON_TILES, _GROUP_BYTES_ON_TILES) if on_tiles else (_MOST_GROUP_ROWS, _GROUP_BYTES)
+        self.group_rows = max(NARROW_ROWS, min(most, room // (4 * (config.embed_dim + _FFN_COLUMNS))))
+        self.block_rows = _MOST_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         self.ffn_columns = min(at_a_time, panels(config.ffn_dim) * TILE_COLUMNS)
         widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
         self._zeros = self._keep(np.zeros(widest, np.float32))

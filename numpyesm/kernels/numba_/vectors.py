@@ -149,6 +149,34 @@ def dequantise(typingctx, tile, column_offset, column_scale, scale, offset):
     return types.void(types.int64, types.int64, types.int64, types.float32, types.float32), codegen
 
 
+def _dequantised(emit: Callable[..., None]) -> Any:
+    """An intrinsic `f(source, column_offset, column_scale, bias, out, scale, offset)`: one vector of int32.
+
+    `emit(e, value, out)` stores value = column_scale · scale · source + offset · column_offset + bias.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, column_offset, column_scale, bias, out, scale, offset = arguments
+        e = Emitter(builder)
+        shift = e.fma(e.splat(offset), e.load(column_offset, e.vector), e.load(bias, e.vector))
+        product = builder.fmul(builder.sitofp(e.load(source, e.integers), e.vector), e.splat(scale))
+        emit(e, e.fma(product, e.load(column_scale, e.vector), shift), out)
+        return context.get_dummy_value()
+
+    made = types.void(*[types.int64] * 5, types.float32, types.float32), codegen
+
+    @intrinsic
+    def finish(typingctx, source, column_offset, column_scale, bias, out, scale, offset):
+        return made
+
+    return finish
+
+
+store_dequantised = _dequantised(lambda e, value, out: e.store(value, out))
+store_dequantised_gelu = _dequantised(lambda e, value, out: e.store(e.gelu(value, coarse=True), out))
+add_dequantised = _dequantised(lambda e, value, out: e.store(e.b.fadd(e.load(out, e.vector), value), out))
+
+
 # -- columns of a strip of scores (keys × queries): one lane is one query -------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,16 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
     # This process may have settled on another folder already, and keeps what it has compiled there.
     folder = Path(cache_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    code = "import sys; from numpyesm.kernels.numba_.warmup import warmup; print(warmup(sys.argv[1:]))"
+    try:  # to say it before half a minute of compiling, not after
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to") from error
+    # Ctrl-C reaches both processes: this one says it, that one ends without a traceback.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "from numpyesm.kernels.numba_.warmup import warmup; print(warmup(sys.argv[1:]))"
+    )
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(

@@ -129,6 +129,25 @@ def test_endless_rest_of_a_refused_body(service: RunningService) -> None:
     alive(service)
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_refusal_reaches_a_client_that_closes_after_it(service: RunningService, version: str) -> None:
+    """urllib and proxies send everything and only then read: a connection closed meanwhile is an error to them."""
+    large = b"x" * 5_000_000
+    with service.connect() as connection:
+        head = f"POST /api/v3/esm2-35m/encode HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(large)}\r\n\r\n"
+        connection.sendall(head.encode() + large)
+        assert receive_all(connection).startswith(b"HTTP/1.1 413")
+    with service.connect() as connection:  # refused before the body begins
+        head = f"POST /nothing HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.recv(65536)
+        for _ in range(20):
+            connection.sendall(b"x" * 100)
+            time.sleep(0.01)
+        assert (answer + receive_all(connection)).startswith(b"HTTP/1.1 404")
+
+
 def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = b"".join(compressor.compress(b" " * 2**20) for _ in range(900)) + compressor.flush()

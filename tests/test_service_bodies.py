@@ -64,7 +64,7 @@ def alive(service: RunningService) -> None:
         (b"{'items': []}", "not JSON"),
         (b'{"items": [{"sequence": "M\xff"}]}', "UTF-8"),
         (json.dumps(GOOD).encode("utf-16"), "UTF-8"),
-        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON"),
+        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON: the body begins with a byte order mark"),
         (b'{"items": [{"sequence": "M\nK"}]}', "not JSON"),
     ],
     ids=lambda value: str(value)[:24],
@@ -157,6 +157,11 @@ def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
     check_error(send(service, bomb, GZIP), 413)
     assert service.status("VmHWM") - before < 30_000  # kB
     assert time.process_time() - start < 60
+    # Few bytes that unpack to a million values: those are not even read.
+    for values in (b"[]," * 600_000, b"[" * 900 + b"]" * 600_000, b"{}," * 600_000, b"1," * 900_000):
+        document = check_error(send(service, gzip.compress(b'{"items": [' + values + b"1]}"), GZIP), 422)
+        assert document["detail"] == "the JSON has more than 20000 values"
+    assert "',' at position 2" in send(service, json.dumps({"items": items(*["M,K" * 682] * 8)})).json()["detail"]
     # A member that bursts, many that are empty, and layers of gzip.
     check_error(send(service, gzip.compress(b"") * 5000, GZIP), 422)
     check_error(send(service, gzip.compress(gzip.compress(json.dumps(GOOD).encode())), GZIP), 422)

@@ -414,6 +414,9 @@ def test_pages(service: RunningService) -> None:
     assert "/api/v3/{slug}/encode/" in docs
     assert "https://" not in docs.replace("https://json-schema.org", "")
     assert "<script" not in docs
+    assert f"curl {service.url}/api/v3/esm2-35m/encode/ " in docs  # not a port where nobody listens
+    hostile = requests.get(f"{service.url}/docs", headers={"Host": "localhost:<script>"}, timeout=60).text
+    assert "curl http://localhost:&lt;script&gt;/api/v3/" in hostile
     head = requests.head(f"{service.url}/healthz", timeout=60)
     assert (head.status_code, head.content) == (200, b"")
     assert requests.get(f"{service.url}/openapi.json", timeout=60).json()["openapi"].startswith("3.1")

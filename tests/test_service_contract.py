@@ -15,6 +15,8 @@ from conftest import random_sequence
 from running_service import RunningService, load_quietly, serving, small_weights
 
 from numpyesm import ESM2
+from numpyesm.results import EncodeResult
+from numpyesm.service.answers import FORMS
 
 NAMES = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 FIELDS = {
@@ -256,6 +258,19 @@ def test_npz(service: RunningService, library: ESM2) -> None:
     response = service.post("esm2-35m/log_prob", {"items": items("MKT", "M")}, headers=headers)
     with np.load(io.BytesIO(response.content)) as arrays:
         np.testing.assert_allclose(arrays["log_prob"], library.log_prob(["MKT", "M"]))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_large_answers_leave_in_small_pieces(form: str) -> None:
+    """A client that reads slowly holds a piece or two, however large the array; and the pieces are the whole."""
+    contacts = np.random.default_rng(1).random((1500, 1500), dtype=np.float32)
+    pieces = list(FORMS[form]([EncodeResult(0, contacts=contacts)]))
+    assert max(map(len, pieces)) < 2**20
+    if form == "application/json":
+        got = np.array(json.loads(b"".join(pieces))["results"][0]["contacts"], dtype=np.float32)
+    else:
+        got = np.load(io.BytesIO(b"".join(pieces)))["contacts_0"]
+    np.testing.assert_array_equal(got, contacts)
 
 
 @pytest.mark.parametrize(

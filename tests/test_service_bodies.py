@@ -146,6 +146,11 @@ def test_a_refusal_reaches_a_client_that_closes_after_it(service: RunningService
             connection.sendall(b"x" * 100)
             time.sleep(0.01)
         assert (answer + receive_all(connection)).startswith(b"HTTP/1.1 404")
+    with service.connect() as connection:  # who asks whether to send the body does not send it now: nothing to wait for
+        head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
+        connection.sendall(f"{head}Content-Length: 2000\r\n\r\n".encode())
+        connection.settimeout(1)
+        assert receive_all(connection).startswith(b"HTTP/1.1 404")
 
 
 def test_gzip_bomb_costs_nothing(service: RunningService) -> None:

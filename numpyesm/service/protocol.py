@@ -136,12 +136,14 @@ class _LimitedProtocol(H11Protocol):
         Closed at once, a client that is sending gets a reset, and never sees the answer.
         """
         closes = scope["http_version"] == "1.0" or (b"connection", b"close") in scope["headers"]
+        comes = True
 
         async def run(message: Message) -> None:
-            nonlocal closes
+            nonlocal closes, comes
             if message["type"] == "http.response.start":
                 closes = closes or (b"connection", b"close") in message["headers"]
-            elif closes and not message.get("more_body", False) and self.conn.their_state is h11.SEND_BODY:
+                comes = not self.conn.they_are_waiting_for_100_continue
+            elif closes and comes and not message.get("more_body", False) and self.conn.their_state is h11.SEND_BODY:
                 await send({**message, "more_body": True})
                 await self._discard_body(receive)
                 message = {"type": "http.response.body", "body": b""}

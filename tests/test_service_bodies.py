@@ -134,7 +134,7 @@ def test_a_refusal_reaches_a_client_that_closes_after_it(service: RunningService
     """urllib and proxies send everything and only then read: a connection closed meanwhile is an error to them."""
     large = b"x" * 5_000_000
     with service.connect() as connection:
-        head = f"POST /api/v3/esm2-35m/encode HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\n"
+        head = f"POST /api/v3/esm2-35m/encode HTTP/{version}\r\nHost: localhost\r\nConnection: TE, Close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(large)}\r\n\r\n"
         connection.sendall(head.encode() + large)
         assert receive_all(connection).startswith(b"HTTP/1.1 413")

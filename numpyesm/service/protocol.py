@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -135,13 +135,13 @@ class _LimitedProtocol(H11Protocol):
 
         Closed at once, a client that is sending gets a reset, and never sees the answer.
         """
-        closes = scope["http_version"] == "1.0" or (b"connection", b"close") in scope["headers"]
+        closes = scope["http_version"] == "1.0" or _says_close(scope["headers"])
         comes = True
 
         async def run(message: Message) -> None:
             nonlocal closes, comes
             if message["type"] == "http.response.start":
-                closes = closes or (b"connection", b"close") in message["headers"]
+                closes = closes or _says_close(message["headers"])
                 comes = not self.conn.they_are_waiting_for_100_continue
             elif closes and comes and not message.get("more_body", False) and self.conn.their_state is h11.SEND_BODY:
                 await send({**message, "more_body": True})
@@ -170,3 +170,7 @@ class _LimitedProtocol(H11Protocol):
     def _abort_later(self) -> None:
         """Closing waits until the client has read what it was sent; a client may never do."""
         self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+
+
+def _says_close(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"connection" and b"close" in value.lower() for name, value in headers)

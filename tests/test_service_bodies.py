@@ -64,7 +64,7 @@ def alive(service: RunningService) -> None:
         (b"{'items': []}", "not JSON"),
         (b'{"items": [{"sequence": "M\xff"}]}', "UTF-8"),
         (json.dumps(GOOD).encode("utf-16"), "UTF-8"),
-        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON"),
+        (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON: the body begins with a byte order mark"),
         (b'{"items": [{"sequence": "M\nK"}]}', "not JSON"),
     ],
     ids=lambda value: str(value)[:24],
@@ -129,6 +129,30 @@ def test_endless_rest_of_a_refused_body(service: RunningService) -> None:
     alive(service)
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_refusal_reaches_a_client_that_closes_after_it(service: RunningService, version: str) -> None:
+    """urllib and proxies send everything and only then read: a connection closed meanwhile is an error to them."""
+    large = b"x" * 5_000_000
+    with service.connect() as connection:
+        head = f"POST /api/v3/esm2-35m/encode HTTP/{version}\r\nHost: localhost\r\nConnection: TE, Close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(large)}\r\n\r\n"
+        connection.sendall(head.encode() + large)
+        assert receive_all(connection).startswith(b"HTTP/1.1 413")
+    with service.connect() as connection:  # refused before the body begins
+        head = f"POST /nothing HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.recv(65536)
+        for _ in range(20):
+            connection.sendall(b"x" * 100)
+            time.sleep(0.01)
+        assert (answer + receive_all(connection)).startswith(b"HTTP/1.1 404")
+    with service.connect() as connection:  # who asks whether to send the body does not send it now: nothing to wait for
+        head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
+        connection.sendall(f"{head}Content-Length: 2000\r\n\r\n".encode())
+        connection.settimeout(1)
+        assert receive_all(connection).startswith(b"HTTP/1.1 404")
+
+
 def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = b"".join(compressor.compress(b" " * 2**20) for _ in range(900)) + compressor.flush()
@@ -138,6 +162,11 @@ def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
     check_error(send(service, bomb, GZIP), 413)
     assert service.status("VmHWM") - before < 30_000  # kB
     assert time.process_time() - start < 60
+    # Few bytes that unpack to a million values: those are not even read.
+    for values in (b"[]," * 600_000, b"[" * 900 + b"]" * 600_000, b"{}," * 600_000, b"1," * 900_000):
+        document = check_error(send(service, gzip.compress(b'{"items": [' + values + b"1]}"), GZIP), 422)
+        assert document["detail"] == "the JSON has more than 20000 values"
+    assert "',' at position 2" in send(service, json.dumps({"items": items(*["M,K" * 682] * 8)})).json()["detail"]
     # A member that bursts, many that are empty, and layers of gzip.
     check_error(send(service, gzip.compress(b"") * 5000, GZIP), 422)
     check_error(send(service, gzip.compress(gzip.compress(json.dumps(GOOD).encode())), GZIP), 422)

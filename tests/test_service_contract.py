@@ -15,6 +15,8 @@ from conftest import random_sequence
 from running_service import RunningService, load_quietly, serving, small_weights
 
 from numpyesm import ESM2
+from numpyesm.results import EncodeResult
+from numpyesm.service.answers import FORMS
 
 NAMES = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 FIELDS = {
@@ -258,6 +260,19 @@ def test_npz(service: RunningService, library: ESM2) -> None:
         np.testing.assert_allclose(arrays["log_prob"], library.log_prob(["MKT", "M"]))
 
 
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_large_answers_leave_in_small_pieces(form: str) -> None:
+    """A client that reads slowly holds a piece or two, however large the array; and the pieces are the whole."""
+    contacts = np.random.default_rng(1).random((1500, 1500), dtype=np.float32)
+    pieces = list(FORMS[form]([EncodeResult(0, contacts=contacts)]))
+    assert max(map(len, pieces)) < 2**20
+    if form == "application/json":
+        got = np.array(json.loads(b"".join(pieces))["results"][0]["contacts"], dtype=np.float32)
+    else:
+        got = np.load(io.BytesIO(b"".join(pieces)))["contacts_0"]
+    np.testing.assert_array_equal(got, contacts)
+
+
 @pytest.mark.parametrize(
     "accept", ["*/*", "application/json", "application/json, application/x-npz;q=0.5", "text/html"]
 )
@@ -414,6 +429,9 @@ def test_pages(service: RunningService) -> None:
     assert "/api/v3/{slug}/encode/" in docs
     assert "https://" not in docs.replace("https://json-schema.org", "")
     assert "<script" not in docs
+    assert f"curl {service.url}/api/v3/esm2-35m/encode/ " in docs  # not a port where nobody listens
+    hostile = requests.get(f"{service.url}/docs", headers={"Host": "localhost:<script>"}, timeout=60).text
+    assert "curl http://localhost:&lt;script&gt;/api/v3/" in hostile
     head = requests.head(f"{service.url}/healthz", timeout=60)
     assert (head.status_code, head.content) == (200, b"")
     assert requests.get(f"{service.url}/openapi.json", timeout=60).json()["openapi"].startswith("3.1")

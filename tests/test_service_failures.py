@@ -20,6 +20,7 @@ from numpyesm.service.app import Service
 from numpyesm.service.auth import read_keys
 from numpyesm.service.catalog import Catalog
 from numpyesm.service.errors import ApiError
+from numpyesm.service.jobs import Work
 from numpyesm.service.settings import Settings
 from numpyesm.weights.synthetic import random_checkpoint
 
@@ -105,6 +106,20 @@ def test_every_item_is_named_however_many_problems_another_has() -> None:
     document = json.loads(ApiError(422, "x", problems=problems).body())
     assert len(document["errors"]) == 64
     assert {f"items__{i}__sequence" for i in range(1, 8)} | {"items__0__x0"} <= set(document["error"])
+
+
+def test_a_request_that_joins_others_keeps_what_it_needs_alone(service: Service) -> None:
+    """What is held by other answers and what this one needs must fit together; sending takes memory too."""
+    served, budget = service.catalog.find("esm2-35m", "encode"), service.engine.budget
+    work = Work(served, "encode", ("M" * 100,), (2,), frozenset({"per_token"}))
+    memory = service.engine.estimate(work)
+    budget.held = 1000
+    budget.limit = budget.need(work) + 1000
+    assert budget.fits(work, memory)
+    budget.limit -= 1
+    assert not budget.fits(work, memory)
+    budget.held = 0
+    assert budget.fits(work, memory)
 
 
 def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,14 @@ def test_requests_that_would_take_too_much_memory_are_refused(weights: list[str]
         body["items"] = items("A" * 512)
         assert service.post("esm2-35m/encode", body).status_code == 200
         assert service.status("VmHWM") < 200 * 1024
+
+
+def test_a_limit_that_leaves_no_room_is_told_at_the_start(weights: list[str]) -> None:
+    message = refused(*weights, "--max-memory", "30M")
+    assert "--max-memory 30M" in message
+    enough = int(re.findall(r"(\d+)M with one", message)[0]) + 20
+    with serving(*weights, "--max-memory", f"{enough}M") as service:
+        assert service.post("esm2-35m/encode", GOOD).status_code == 200
 
 
 # -- leaving ---------------------------------------------------------------------------------------------------------

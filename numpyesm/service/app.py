@@ -225,9 +225,11 @@ def _routes(service: Service) -> FastAPI:
     async def openapi_page(_: Request) -> Response:
         return Response(openapi, media_type="application/json")
 
-    async def docs_html(_: Request) -> Response:
+    async def docs_html(request: Request) -> Response:
         headers = {"Content-Security-Policy": docs.content_security_policy, "Cache-Control": "no-cache"}
-        return Response(docs.html, media_type="text/html; charset=utf-8", headers=headers)
+        host = request.headers.get("host")
+        html = docs.at(f"{request.scope['scheme']}://{host}") if host else docs.html
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
     async def static(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")

@@ -8,6 +8,9 @@ import json
 from html import escape
 from typing import Any, NamedTuple
 
+# Stands in the commands for the address under which a reader has come.
+ORIGIN = "http://127.0.0.1:8000"
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
@@ -23,6 +26,10 @@ class DocsPage(NamedTuple):
 
     html: str
     content_security_policy: str
+
+    def at(self, origin: str) -> str:
+        """The page whose commands call the service at `origin`."""
+        return self.html.replace(ORIGIN, escape(origin))
 
 
 def docs_page(openapi: dict[str, Any]) -> DocsPage:
@@ -59,7 +66,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         content = body["content"]["application/json"]
         example = json.dumps(content["example"])
         slug = operation["parameters"][0]["schema"]["enum"][0]
-        address = f"http://127.0.0.1:8000{path.replace('{slug}', slug)}"
+        address = f"{ORIGIN}{path.replace('{slug}', slug)}"
         command = f"curl {address} -H 'Content-Type: application/json' \\\n  -d '{example}'"
         name = content["schema"]["$ref"].rpartition("/")[2]
         parts.append(f'<p>Body: <a href="#{escape(name)}">{escape(name)}</a></p><pre>{escape(command)}</pre>')

@@ -12,14 +12,14 @@ from contextlib import suppress
 
 import numpy as np
 
-from ..errors import NumpyesmError
+from ..errors import InvalidOption, NumpyesmError
 from ..results import EncodeResult, PredictResult
 from .catalog import Catalog
 from .errors import ApiError
 from .fair_queue import FairQueue, QueueFull
 from .jobs import Job, Outcome, Result, Work, run_pass
 from .memory import MemoryBudget, result_bytes
-from .settings import Settings
+from .settings import MEBIBYTE, Settings
 
 log = logging.getLogger("numpyesm.service")
 
@@ -54,6 +54,7 @@ class Engine:
         self._wake = threading.Condition()
         self._queue = FairQueue(settings.queue_size, settings.client_limit)
         self._stopped = False
+        self._prepared = False
         self._running: list[Job] = []
         self._starved: Job | None = None
         self._rows_per_second = 1000.0
@@ -63,8 +64,14 @@ class Engine:
 
     # -- life ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Compile and touch what the first request would otherwise wait for, and begin."""
+    def prepare(self) -> None:
+        """Compile and touch what the first request would otherwise wait for.
+
+        Raises
+        ------
+        InvalidOption
+            If the memory limit leaves room for no request at all: every one would be refused.
+        """
         for served in self._catalog:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -74,6 +81,20 @@ class Engine:
                 for length in (20, 120):
                     served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
         self.budget.idle = MemoryBudget(self._settings.max_memory, PASS_ROWS).idle
+        self._prepared = True
+        for served in self._catalog:
+            shortest = Work(served, "encode", ("M",), (served.model.config.num_layers,), frozenset({"mean"}))
+            if (need := self.budget.need(shortest)) > self.budget.limit:
+                raise InvalidOption(
+                    f"--max-memory {self.budget.limit / MEBIBYTE:.0f}M leaves no room for requests to {served.slug}: "
+                    f"the process takes {self.budget.idle / MEBIBYTE:.0f}M without any, and about "
+                    f"{need / MEBIBYTE:.0f}M with one"
+                )
+
+    def start(self) -> None:
+        """Prepare, if that is not done, and begin."""
+        if not self._prepared:
+            self.prepare()
         self._thread = threading.Thread(target=self._run, name="numpyesm-engine", daemon=True)
         self._thread.start()
 

@@ -64,7 +64,8 @@ class MemoryBudget:
     def fits(self, work: Work, memory: int) -> bool:
         """Whether the request may start now."""
         # Alone it may always start: whether it fits at all was settled when it came.
-        return self.held == 0 or self.held + memory + pass_bytes(work, self._pass_rows) + self.idle <= self.limit
+        need = self.idle + _SENDING + pass_bytes(work, self._pass_rows) + memory
+        return self.held == 0 or self.held + need <= self.limit
 
 
 def resident_bytes() -> int:

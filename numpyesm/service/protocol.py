@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
-from .gate import Gate, Receive, Scope, Send
+from .gate import Gate, Message, Receive, Scope, Send
 from .settings import Settings
 
 # What a client may still send of a body that was refused, before the connection is cut.
@@ -43,7 +44,7 @@ class _LimitedProtocol(H11Protocol):
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
             # A client that does not read cannot be closed politely: that would wait for it to read.
             scope["extensions"] = {"numpyesm.abort": self.transport.abort}
-            await served(scope, receive, send)
+            await served(scope, receive, self._reading_to_the_end(scope, receive, send))
 
         self.app = with_abort
 
@@ -129,6 +130,38 @@ class _LimitedProtocol(H11Protocol):
         self.transport.close()
         self.refused(request_id, self.client[0] if self.client else "unknown", error, len(body))
 
+    def _reading_to_the_end(self, scope: Scope, receive: Receive, send: Send) -> Send:
+        """Before a connection closes, take what is still coming of a refused body.
+
+        Closed at once, a client that is sending gets a reset, and never sees the answer.
+        """
+        closes = scope["http_version"] == "1.0" or _says_close(scope["headers"])
+        comes = True
+
+        async def run(message: Message) -> None:
+            nonlocal closes, comes
+            if message["type"] == "http.response.start":
+                closes = closes or _says_close(message["headers"])
+                comes = not self.conn.they_are_waiting_for_100_continue
+            elif closes and comes and not message.get("more_body", False) and self.conn.their_state is h11.SEND_BODY:
+                await send({**message, "more_body": True})
+                await self._discard_body(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        return run
+
+    async def _discard_body(self, receive: Receive) -> None:
+        """The rest of a body, as long as its size and its time are within limits."""
+        end = self.loop.time() + self.limits.head_timeout
+        left = _MAX_DISCARDED
+        more = True
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            while more and left > 0:
+                message = await asyncio.wait_for(receive(), max(0.0, end - self.loop.time()))
+                left -= len(message.get("body", b""))
+                more = message.get("more_body", False)
+
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         if self.transport.is_closing():
@@ -137,3 +170,7 @@ class _LimitedProtocol(H11Protocol):
     def _abort_later(self) -> None:
         """Closing waits until the client has read what it was sent; a client may never do."""
         self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+
+
+def _says_close(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"connection" and b"close" in value.lower() for name, value in headers)

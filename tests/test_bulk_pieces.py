@@ -176,16 +176,28 @@ def test_one_holder_of_the_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_the_folder_would_be(tmp_path: Path) -> None:
+    (tmp_path / "x.partial").write_text("mine")
+    (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
+    for name in ("x.partial", "y.partial"):
+        with pytest.raises(FileExistsError):
+            FolderLock(tmp_path / name)
+
+
 def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
-    """Many runs that end and begin at once: never two inside."""
+    """Many runs that end and begin at once: never two inside, and nothing goes wrong but that one is refused."""
     inside, worst = 0, 0
+    errors: list[OSError] = []
 
     def run() -> None:
         nonlocal inside, worst
-        for _ in range(30):
+        for _ in range(200):
             try:
                 lock = FolderLock(tmp_path / "x.partial")
             except BulkError:
+                continue
+            except OSError as error:
+                errors.append(error)
                 continue
             inside += 1
             worst = max(worst, inside)
@@ -198,3 +210,4 @@ def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert worst == 1
+    assert errors == []

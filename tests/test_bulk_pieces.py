@@ -184,6 +184,12 @@ def test_a_file_where_the_folder_would_be(tmp_path: Path) -> None:
             FolderLock(tmp_path / name)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system in which no folder can be made")
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(OSError):
+        FolderLock(Path("/proc/x.partial"))
+
+
 def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
     """Many runs that end and begin at once: never two inside, and nothing goes wrong but that one is refused."""
     inside, worst = 0, 0

@@ -30,14 +30,18 @@ class FolderLock:
         self.folder = folder
         path = folder / "lock"
         while True:
+            _refuse_foreign(folder)
+            # A run that just ended may have removed the folder behind any of these steps.
             try:
-                _refuse_foreign(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file: IO[str] = open(path, "a+")  # noqa: SIM115
-            except (FileNotFoundError, FileExistsError):
+            except FileExistsError:
                 if _is_something_else(folder):
                     raise
-                continue  # a run that just ended removed the folder
+                continue
+            try:
+                self._file: IO[str] = open(path, "a+")  # noqa: SIM115
+            except FileNotFoundError:
+                continue
             try:
                 _lock(self._file)
             except BlockingIOError:
@@ -79,10 +83,11 @@ class FolderLock:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir():
+    names: set[str] = set()
+    with suppress(FileNotFoundError, NotADirectoryError):
         names = {entry.name for entry in folder.iterdir()}
-        if names and not names & {"lock", "journal.sqlite"}:
-            raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
+    if names and not names & {"lock", "journal.sqlite"}:
+        raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
 
 
 def _is_something_else(folder: Path) -> bool:

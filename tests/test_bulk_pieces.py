@@ -157,7 +157,7 @@ def test_output_formats(output: str, form: str) -> None:
     assert output_format(output) == form
 
 
-@pytest.mark.parametrize("output", ["a.csv", "a.npz", "a.parquet.gz"])
+@pytest.mark.parametrize("output", ["", "a.csv", "a.npz", "a.parquet.gz"])
 def test_other_endings_are_refused(output: str) -> None:
     with pytest.raises(InvalidOption, match=r"\.parquet, \.h5 or a folder"):
         output_format(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -23,6 +24,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
+ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ["parquet", "h5", "folder"]
 COUNT, DUPLICATES, REJECTED = 60, 20, 2
 
@@ -269,6 +271,63 @@ def test_files_that_must_not_grow(place: Path, tmp_path: Path) -> None:
     assert not out.exists()
     assert embed(*arguments(place, out)).returncode == 1
     check(place, out, "parquet")
+
+
+WRITE_HDF5 = """
+import os, resource, signal, sys
+from pathlib import Path
+import numpy as np
+from conftest import SMALL
+from numpyesm.bulk.journal import Row
+from numpyesm.bulk.layout import Field, Layout
+from numpyesm.bulk.writers.hdf5 import Hdf5Writer
+
+layout = Layout((Field("per_token_3", "per_token", 3), Field("contacts", "contacts")), np.dtype("<f4"), SMALL)
+rows = (Row(i, f"P{i}", "", 60, bytes(32), bytes(layout.num_bytes(60))) for i in range(1, 301))
+path, about = Path(sys.argv[1]), {"parameters": {"long": "error"}}
+"""
+UNDER_A_LIMIT = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    Hdf5Writer().write(rows, layout, about, path)
+except OSError as error:
+    sys.exit(error.errno)
+"""
+INTERRUPTED = """
+from numpyesm.bulk.writers.unfailing import UnfailingFile
+write = UnfailingFile.write
+def interrupted(self, data):
+    os.kill(os.getpid(), signal.SIGINT)
+    return write(self, data)
+UnfailingFile.write = interrupted
+try:
+    Hdf5Writer().write(rows, layout, about, path)
+except KeyboardInterrupt:
+    sys.exit(130 if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 1)
+"""
+
+
+def write_hdf5(code: str, *arguments: object) -> tuple[int, bytes]:
+    """Exit code and output of the writer in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_HDF5 + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])),
+        timeout=100,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("size", [500, 300_000, 3_000_000, 9_000_000])
+def test_hdf5_bears_a_full_disk_anywhere(tmp_path: Path, size: int) -> None:
+    """The library itself crashes, or leaves tracebacks, when it cannot write while it closes a data set."""
+    assert write_hdf5(UNDER_A_LIMIT, tmp_path / "out.h5", size) == (errno.EFBIG, b"")
+
+
+def test_hdf5_bears_an_interrupt_while_it_writes(tmp_path: Path) -> None:
+    assert write_hdf5(INTERRUPTED, tmp_path / "out.h5") == (130, b"")
 
 
 def test_damage_is_found(place: Path, tmp_path: Path) -> None:

@@ -254,6 +254,12 @@ def test_foreign_folders_and_mount_points_are_refused(
     with pytest.raises(BulkError, match=r"o\.parquet\.partial is not of numpyesm embed"):
         embed_fasta(source, tmp_path / "o.parquet", model)
     assert (tmp_path / "o.parquet.partial" / "mine.txt").read_text() == "mine"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("mine")
+    (tmp_path / "mine.h5").write_text("mine")
+    for name, said in (("mine", "choose another"), ("mine.h5", "--overwrite replaces it")):
+        with pytest.raises(BulkError, match=f"exists and is not of numpyesm embed; {said}"):
+            embed_fasta(source, tmp_path / name, model)
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
     with pytest.raises(InvalidOption, match=r"mount point.*mounted/embeddings/"):

@@ -157,7 +157,7 @@ def test_output_formats(output: str, form: str) -> None:
     assert output_format(output) == form
 
 
-@pytest.mark.parametrize("output", ["a.csv", "a.npz", "a.parquet.gz"])
+@pytest.mark.parametrize("output", ["", "a.csv", "a.npz", "a.parquet.gz"])
 def test_other_endings_are_refused(output: str) -> None:
     with pytest.raises(InvalidOption, match=r"\.parquet, \.h5 or a folder"):
         output_format(output)
@@ -176,16 +176,34 @@ def test_one_holder_of_the_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_the_folder_would_be(tmp_path: Path) -> None:
+    (tmp_path / "x.partial").write_text("mine")
+    (tmp_path / "y.partial").symlink_to(tmp_path / "nowhere")
+    for name in ("x.partial", "y.partial"):
+        with pytest.raises(FileExistsError):
+            FolderLock(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system in which no folder can be made")
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(OSError):
+        FolderLock(Path("/proc/x.partial"))
+
+
 def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
-    """Many runs that end and begin at once: never two inside."""
+    """Many runs that end and begin at once: never two inside, and nothing goes wrong but that one is refused."""
     inside, worst = 0, 0
+    errors: list[OSError] = []
 
     def run() -> None:
         nonlocal inside, worst
-        for _ in range(30):
+        for _ in range(200):
             try:
                 lock = FolderLock(tmp_path / "x.partial")
             except BulkError:
+                continue
+            except OSError as error:
+                errors.append(error)
                 continue
             inside += 1
             worst = max(worst, inside)
@@ -198,3 +216,4 @@ def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert worst == 1
+    assert errors == []

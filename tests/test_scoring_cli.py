@@ -233,6 +233,7 @@ def test_wrong_use(run: Any) -> None:
         ([WILD_TYPE, "v.csv", "--method", "x"], 2, "invalid choice"),
         ([WILD_TYPE, "v.csv", "--window", "0"], 2, "from 1 to 2048"),
         (["-", "-"], 2, "cannot both come from standard input"),
+        (["--model-location", "a", "b", "--sequence", WILD_TYPE, "--dms-input", "v.csv"], 2, "one at a time"),
     ):
         found, out, err = run("score", *arguments)
         assert (found, out) == (code, b""), arguments

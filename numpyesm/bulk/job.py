@@ -298,7 +298,9 @@ class _Job:
     def _already_complete(self, about: dict[str, Any], started: float) -> Summary:
         """The finished run, if it is this one; BulkError if not."""
         if not about:
-            raise BulkError(f"{self.output} exists and is not of numpyesm embed; --overwrite replaces it")
+            # --overwrite would not replace a folder of others.
+            way_out = "choose another output" if self.output.is_dir() else "--overwrite replaces it"
+            raise BulkError(f"{self.output} exists and is not of numpyesm embed; {way_out}")
         other = difference(self.about, about)
         if other:
             raise BulkError(f"{self.output} exists and is of another run ({other}); --overwrite replaces it")

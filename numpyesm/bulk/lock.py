@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -28,15 +29,18 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / "lock"
-        if folder.is_dir():
-            names = {entry.name for entry in folder.iterdir()}
-            if names and not names & {"lock", "journal.sqlite"}:
-                raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(folder)
+            # A run that just ended may have removed the folder behind any of these steps.
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if _is_something_else(folder):
+                    raise
+                continue
             try:
                 self._file: IO[str] = open(path, "a+")  # noqa: SIM115
-            except FileNotFoundError:  # a run that just ended removed the folder
+            except FileNotFoundError:
                 continue
             try:
                 _lock(self._file)
@@ -76,6 +80,22 @@ class FolderLock:
         with suppress(OSError):  # another run is already making its lock in it
             self.folder.rmdir()
         self.release()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    names: set[str] = set()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = {entry.name for entry in folder.iterdir()}
+    if names and not names & {"lock", "journal.sqlite"}:
+        raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
+
+
+def _is_something_else(folder: Path) -> bool:
+    """Whether the name belongs to a file or to a link that leads nowhere; asked once, as others may change it."""
+    try:
+        return not stat.S_ISDIR(folder.stat().st_mode)
+    except FileNotFoundError:
+        return folder.is_symlink()
 
 
 def _lock(file: IO[str]) -> None:

@@ -83,6 +83,12 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
     places = [text for text in (arguments.wild_type, arguments.variants) if text is not None]
     wild_type = arguments.sequence if arguments.sequence is not None else (places.pop(0) if places else None)
     table = arguments.dms_input if arguments.dms_input is not None else (places.pop(0) if places else None)
+    if places and arguments.sequence is not None and arguments.dms_input is not None:
+        # As in fair-esm's own example, which names five models.
+        raise InvalidOption(
+            f"{places[0]!r} is not expected beside --sequence and --dms-input; of several models, "
+            "score with one at a time and name its column with --column"
+        )
     if wild_type is None or table is None or places:
         raise InvalidOption("expected a wild type and a table of variants: numpyesm score WILD_TYPE VARIANTS.csv")
     if wild_type == table == "-":

@@ -16,11 +16,13 @@ DEFAULT_INCLUDE = {"parquet": ("mean", "bos"), "hdf5": ("mean", "per_token"), "f
 def output_format(output: str) -> str:
     """Format of an output, by its ending: `.parquet`, `.h5`, or `/` and no ending for a folder."""
     path = Path(output)
-    if output.endswith(("/", "\\")) or path.is_dir():
+    if output and (output.endswith(("/", "\\")) or path.is_dir()):
         return "folder"
     if path.suffix.lower() in ENDINGS:
         return ENDINGS[path.suffix.lower()]
-    if path.suffix == "":
+    if (
+        output and path.suffix == ""
+    ):  # an empty name is a variable of a script that was not set, not the folder it is in
         return "folder"
     raise InvalidOption(f"output {output!r}: expected .parquet, .h5 or a folder (ending in /)")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...errors import MissingExtra
 from ..journal import Row
 from ..layout import Field, Layout
 from .base import METADATA_KEY, Writer, free_name, missing_bulk
+from .unfailing import HeldSignals, UnfailingFile
 
 # What is a dataset of its own, and in this order of precedence the one that bears the id alone.
 _MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions")
@@ -36,9 +37,9 @@ class Hdf5Writer(Writer):
 
     def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
         main, others, attributes = _places(layout)
-        try:
+        with HeldSignals() as signals, closing(UnfailingFile(path)) as disk:
             # 1.8 is old enough for every reader and has no limit on the size of an attribute.
-            file = self._h5py.File(path, "w", libver=("v108", "v110"))
+            file = self._h5py.File(disk, "w", libver=("v108", "v110"))
             try:
                 file.attrs[METADATA_KEY] = json.dumps(about)
                 for field in others:
@@ -57,13 +58,12 @@ class Hdf5Writer(Writer):
                         dataset.attrs[field.name] = arrays[field]
                     for field in others:
                         file[field.name].create_dataset(name, data=arrays[field])
-                file.flush()
+                    disk.check()
+                    signals.check()
             finally:
                 file.close()
-        except RuntimeError as error:  # how HDF5 says that the disk is full
-            raise OSError(f"HDF5 could not write: {error}") from error
-        with open(path, "r+b") as written:
-            os.fsync(written.fileno())
+            disk.check()
+            disk.sync()
 
     def read_about(self, path: Path) -> dict[str, Any] | None:
         try:

@@ -335,6 +335,34 @@ def test_the_pace_recovers_from_a_slow_start() -> None:
     assert pace.expect([2000], True) > pace.expect([2000], False)
 
 
+def test_one_slow_request_does_not_close_the_function(function) -> None:
+    """A container that is slow at first, then only asked for long sequences: nothing would correct its estimate."""
+    function._pace.note([100], False, 1000.0)
+    body = {"items": [{"sequence": "M" * 500}]}
+    statuses = [function.handle(v2(body=body), Context(30))["statusCode"] for _ in range(10)]
+    assert statuses[0] == 503
+    assert statuses[-1] == 200
+    assert function._pace.expect([502], False) < 30
+
+
+def test_a_short_request_tells_little_about_a_long_one() -> None:
+    pace = deadline.Pace()
+    pace.note([5], False, 1.0)
+    assert pace.expect([2050] * 8, False) < 20
+    pace.note([2050], False, 9.0)
+    assert 70 < pace.expect([2050] * 8, False) < 75
+
+
+def test_a_mask_is_one_residue(function, monkeypatch, capsys) -> None:
+    """Six characters, but no six residues: neither for the estimate nor in the log."""
+    seen = []
+    monkeypatch.setattr(deadline.Pace, "expect", lambda _, lengths, dear: seen.append(lengths) or 0.0)
+    body = {"items": [{"sequence": "<mask>" * 200}, {"sequence": "MK<mask>"}]}
+    assert function.handle(v2("/api/v3/esm2-8m/predict/", body))["statusCode"] == 200
+    assert seen == [[202, 5]]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["residues"] == 203
+
+
 def test_too_large_an_answer(function, monkeypatch) -> None:
     big = {"params": {"include": ["contacts"]}, "items": [{"sequence": "M" * 2048}]}
     monkeypatch.setattr(ESM2, "encode", lambda *_: pytest.fail("computed for nothing"))

@@ -146,12 +146,13 @@ class Function:
         numbers = numbers_of(work, model.config)
         if not may_fit(numbers, form):
             raise _too_large(numbers, form)
-        lengths = [len(sequence) + 2 for sequence in work.sequences]
-        facts |= {"items": len(lengths), "residues": sum(lengths) - 2 * len(lengths)}
+        lengths = [length + 2 for length in work.lengths]
+        facts |= {"items": len(lengths), "residues": sum(work.lengths)}
         dear = bool(work.include & {"contacts", "attentions"})
         deadline.check()
         expected = self._pace.expect(lengths, dear)
         if expected > _HOPELESS * deadline.left:
+            self._pace.doubt()
             raise _too_late(f"this request takes about {expected:.1f} s")
         started = time.perf_counter()
         # Without an alarm nothing can interrupt: then one item at a time, with a look at the clock between.

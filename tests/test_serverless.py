@@ -465,3 +465,34 @@ def test_a_zip_that_lambda_would_refuse_is_not_made(tmp_path) -> None:
     assert "Lambda takes 60.0 MB" in done.stderr
     assert "numpy.libs" in done.stdout
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-o", "."], "is a folder"),
+        (["-o", "/proc/numpyesm.zip"], "/proc/numpyesm.zip cannot be written"),
+        (["--python", "3.9"], "needs 3.10 or newer"),
+        (["--python", "312"], "needs 3.10 or newer"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_cannot_become_a_zip_is_said_before_the_work(tmp_path, options, reason) -> None:
+    command = [sys.executable, ROOT / "tools/build_lambda.py", "--weights", "none", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_function_of_too_little_memory_says_how_much_it_has(monkeypatch, tmp_path) -> None:
+    from numpyesm.weights import convert
+
+    path = convert("synthetic:esm2-8m", tmp_path / "w.safetensors", dtype="fp16").path
+    monkeypatch.setenv("NUMPYESM_MODEL", str(path))
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "60")
+    answer = Function().handle(v2())
+    assert answer["statusCode"] == 503
+    detail = error_of(answer)["detail"]
+    assert "60 MB, of which 56 MB are kept" in detail
+    assert "stored as int8 take less" in detail

@@ -78,7 +78,13 @@ class Function:
                         max_memory=_memory(),
                     )
                 except NotEnoughMemory as error:  # no request of whatever size would fit
-                    raise ApiError(503, f"the function has too little memory: {error}", code="server.memory") from None
+                    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
+                    raise ApiError(
+                        503,
+                        f"the function has too little memory ({size} MB, of which {_KEPT_BACK >> 20} MB are kept for "
+                        f"the runtime and the answer): {error}",
+                        code="server.memory",
+                    ) from None
             # What is made when first used is made in the init phase; the first event then runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
             self._loaded = slug or model.name, model

@@ -398,6 +398,39 @@ def test_threads_follow_the_memory_that_is_paid_for(monkeypatch, memory, threads
     assert module._memory() == (int(memory) << 20) - module._KEPT_BACK
 
 
+@pytest.mark.parametrize(
+    ("setting", "chosen"),
+    [
+        ("esm2-8m", (None, "esm2-8m")),
+        ("mine=weights/a.safetensors", ("mine", "weights/a.safetensors")),
+        ("mine=/mnt/lr=1e-4/a.safetensors", ("mine", "/mnt/lr=1e-4/a.safetensors")),
+    ],
+)
+def test_the_model_is_chosen_by_a_variable(monkeypatch, setting, chosen) -> None:
+    from numpyesm.serverless import function as module
+
+    monkeypatch.setenv("NUMPYESM_MODEL", setting)
+    assert module._chosen_model() == chosen
+
+
+@pytest.mark.parametrize("setting", ["mine=", "=", "=a.safetensors", "My Model=a", "a/b=a"])
+def test_a_slug_that_no_address_can_have_is_refused(monkeypatch, setting) -> None:
+    from numpyesm.errors import InvalidOption
+    from numpyesm.serverless import function as module
+
+    monkeypatch.setenv("NUMPYESM_MODEL", setting)
+    with pytest.raises(InvalidOption, match="slug"):
+        module._chosen_model()
+
+
+def test_empty_variables_are_as_if_not_set(monkeypatch) -> None:
+    """As templates leave them."""
+    for name in ("NUMPYESM_BACKEND", "NUMPYESM_PRECISION", "NUMPYESM_THREADS", "NUMPYESM_API_KEYS"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("NUMPYESM_MODEL", "esm2-8m=synthetic:esm2-8m")
+    assert Function().handle(v2())["statusCode"] == 200
+
+
 def test_nothing_of_the_service_or_of_numba_is_loaded() -> None:
     code = f"""
 import json, os, sys

@@ -18,6 +18,7 @@ from ..model import ESM2
 from ..options import BY_LAYER
 from ..service.errors import ApiError, invalid
 from ..service.negotiation import JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
+from ..service.slugs import check_slug
 from ..service.strict_json import parse_json
 from ..threads import default_threads
 from .deadline import Deadline, DeadlinePassed, Pace
@@ -72,8 +73,8 @@ class Function:
                 try:
                     model = ESM2.from_pretrained(
                         source,
-                        backend=os.environ.get("NUMPYESM_BACKEND", "auto"),
-                        precision=os.environ.get("NUMPYESM_PRECISION", "fp32"),
+                        backend=os.environ.get("NUMPYESM_BACKEND") or "auto",
+                        precision=os.environ.get("NUMPYESM_PRECISION") or "fp32",
                         threads=_threads(),
                         max_memory=_memory(),
                     )
@@ -216,10 +217,13 @@ def _compute(model: ESM2, work: Work, sequences: list[str]) -> list[Any]:
 
 def _chosen_model() -> tuple[str | None, str]:
     """(slug or None, weights) from `NUMPYESM_MODEL`, or the one file that was packed with the function."""
-    setting = os.environ.get("NUMPYESM_MODEL", "")
-    slug, equals, source = setting.rpartition("=")
-    if source:
-        return (slug if equals and slug else None), source
+    if setting := os.environ.get("NUMPYESM_MODEL", ""):
+        slug, equals, source = setting.partition("=")
+        if not equals:
+            return None, setting
+        if not source:
+            raise InvalidOption(f"NUMPYESM_MODEL={setting!r}: expected weights, or slug=weights")
+        return check_slug(slug), source
     packed = sorted(Path(os.environ.get("LAMBDA_TASK_ROOT", ".")).glob("weights/*.safetensors"))
     if len(packed) > 1:
         raise InvalidOption(f"weights/ holds {', '.join(p.name for p in packed)}: choose one with NUMPYESM_MODEL")

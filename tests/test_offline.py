@@ -17,6 +17,7 @@ from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.cache import PINNED_COMMITS, RemoteModel
 from numpyesm.weights.carry import export, take_in
+from numpyesm.weights.hub import is_offline
 from numpyesm.weights.integrity import SUMS_FILE, stated_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,17 @@ def test_offline_nothing_asks_the_network(tmp_path, variable, arguments) -> None
     assert "forbids to download" in done.stderr
     assert "--from DIR" in done.stderr  # the way out
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "forbidden"),
+    [("1", True), ("TRUE", True), (" yes ", True), ("y", True), ("2", True), ("", False), ("0", False), ("No", False)],
+)
+def test_what_is_not_a_no_forbids(monkeypatch, value, forbidden) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NUMPYESM_OFFLINE", value)
+    assert is_offline() is forbidden
 
 
 def test_work_on_local_weights_opens_no_socket(tmp_path, weights) -> None:

@@ -60,7 +60,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[plot]'
 	touch $@
 
-# torch first and alone: a range would pull gigabytes of CUDA packages.
+# torch first and alone, so that nothing else chooses its version. On Linux, PyPI's build brings gigabytes of CUDA:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test takes the small one.
 $(TEST_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_BIN)/python -m pip install --quiet --upgrade pip

@@ -168,7 +168,8 @@ class MemoryBudget:
             # Threads are worth having if a middling protein fits with them, or at least any does.
             if budget._needed(512 if count > 1 else 16, _BLOCK_SIZES[-1]) <= limit:
                 return budget
-        smaller = "" if checkpoint.precision == "int8" else "; weights stored as int8 or fp16 take less (convert)"
+        narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
+        smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
         raise NotEnoughMemory(
             f"max_memory is {megabytes(limit)}, but a process with {checkpoint.config.name} stored as "
             f"{checkpoint.precision} takes {megabytes(budget._needed(16, _BLOCK_SIZES[-1]))} for the shortest sequence"

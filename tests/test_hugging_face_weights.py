@@ -84,6 +84,10 @@ def test_shards(tmp_path, model, binary):
     index.write_text(json.dumps({"weight_map": weight_map | {"more": file}}))
     with pytest.raises(CheckpointError, match="'more' is in none"):
         load_checkpoint(folder)
+    for impossible in ("a\0b", "\ud800"):
+        index.write_text(json.dumps({"weight_map": {"x": impossible}}))
+        with pytest.raises(CheckpointError, match="cannot be"):
+            load_checkpoint(folder)
     index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
     with pytest.raises(CheckpointError, match="outside its folder"):
         load_checkpoint(folder)

@@ -17,6 +17,7 @@ from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.cache import PINNED_COMMITS, RemoteModel
 from numpyesm.weights.carry import export, take_in
+from numpyesm.weights.hub import is_offline
 from numpyesm.weights.integrity import SUMS_FILE, stated_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,17 @@ def test_offline_nothing_asks_the_network(tmp_path, variable, arguments) -> None
     assert "forbids to download" in done.stderr
     assert "--from DIR" in done.stderr  # the way out
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "forbidden"),
+    [("1", True), ("TRUE", True), (" yes ", True), ("y", True), ("2", True), ("", False), ("0", False), ("No", False)],
+)
+def test_what_is_not_a_no_forbids(monkeypatch, value, forbidden) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NUMPYESM_OFFLINE", value)
+    assert is_offline() is forbidden
 
 
 def test_work_on_local_weights_opens_no_socket(tmp_path, weights) -> None:
@@ -237,6 +249,15 @@ def test_options_that_exclude_each_other(tmp_path) -> None:
     assert "exclude each other" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--export", "--from"])
+def test_an_empty_folder_name_is_no_download(tmp_path, option) -> None:
+    """`--from "$STICK"` where STICK is not set."""
+    done = run(tmp_path, "fetch", "esm2-8m", option, "")
+    assert done.returncode == 2
+    assert "need the name of a folder" in done.stderr
+    assert "SOCKET" not in done.stderr
+
+
 # -- checksums at load ---------------------------------------------------------------------------------------------
 
 
@@ -306,4 +327,48 @@ def test_a_checksum_beside_the_file_counts(weights, tmp_path, place) -> None:
     with pytest.raises(CheckpointError, match="states no SHA-256"):
         load_checkpoint(path)
     (tmp_path / place).write_text(f"{right}  another.safetensors\n")
+    load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "form"),
+    [
+        ("SHA256SUMS", "SHA256 (w.safetensors) = {}"),  # sha256sum --tag, and BSD
+        ("w.safetensors.sha256", "SHA256 (w.safetensors) = {}"),
+        ("w.safetensors.sha256", "SHA256(w.safetensors)= {}"),  # openssl
+        ("SHA256SUMS", "{}  weights/w.safetensors"),  # made from the folder above
+        ("w.safetensors.sha256", "{}  weights/w.safetensors"),
+        ("w.safetensors.sha256", "{}  before-it-was-renamed.safetensors"),
+        ("w.safetensors.sha256", "{}"),
+        ("SHA256SUMS", "\ufeff{}  w.safetensors\r\n"),
+    ],
+)
+def test_checksums_of_other_programs_count(weights, tmp_path, place, form) -> None:
+    from numpyesm.weights.conversion import file_sha256
+
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    path = folder / "w.safetensors"
+    shutil.copy(weights, path)
+    (folder / place).write_text(form.format(file_sha256([path])), encoding="utf-8")
+    load_checkpoint(path)
+    (folder / place).write_text(form.format("0" * 64), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="its checksum is not the stated"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "nothing", f"{'0' * 64}  a\n{'0' * 64}  b\n"])
+def test_a_checksum_file_that_says_nothing_is_no_checksum(weights, tmp_path, content) -> None:
+    """Of this file by its name: that it cannot be read must not pass for a check."""
+    path = tmp_path / "w.safetensors"
+    shutil.copy(weights, path)
+    (tmp_path / "w.safetensors.sha256").write_text(content)
+    with pytest.raises(CheckpointError, match=r"w\.safetensors\.sha256 states no SHA-256 for w\.safetensors"):
+        load_checkpoint(path)
+
+
+def test_sums_of_other_folders_are_not_this_ones(weights, tmp_path) -> None:
+    path = tmp_path / "w.safetensors"
+    shutil.copy(weights, path)
+    (tmp_path / SUMS_FILE).write_text(f"{'0' * 64}  older/w.safetensors\n{'0' * 64}  xw.safetensors\n\n")
     load_checkpoint(path)

@@ -263,6 +263,18 @@ def test_tests_run_everywhere() -> None:
     assert any(f"install torch=={pinned[1]} " in line for line in script)
 
 
+def test_no_job_on_linux_downloads_cuda() -> None:
+    """`make lint` and `.ci/run` install torch, of which PyPI's build for Linux brings gigabytes."""
+    jobs = workflow(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]
+    for name, job in jobs.items():
+        for step in job["steps"]:
+            run = step.get("run", "")
+            if re.match(r"make (lint|test)\b(?!-)|\.ci/run", run):
+                assert job["env"]["PIP_EXTRA_INDEX_URL"] == "https://download.pytorch.org/whl/cpu", name
+            if "torch==" in run:
+                assert "/whl/cpu" in run, name
+
+
 def test_release_is_published_without_a_token() -> None:
     content = workflow(ROOT / ".github" / "workflows" / "release.yml")
     assert list(content[True]) == ["push"]

@@ -335,6 +335,34 @@ def test_the_pace_recovers_from_a_slow_start() -> None:
     assert pace.expect([2000], True) > pace.expect([2000], False)
 
 
+def test_one_slow_request_does_not_close_the_function(function) -> None:
+    """A container that is slow at first, then only asked for long sequences: nothing would correct its estimate."""
+    function._pace.note([100], False, 1000.0)
+    body = {"items": [{"sequence": "M" * 500}]}
+    statuses = [function.handle(v2(body=body), Context(30))["statusCode"] for _ in range(10)]
+    assert statuses[0] == 503
+    assert statuses[-1] == 200
+    assert function._pace.expect([502], False) < 30
+
+
+def test_a_short_request_tells_little_about_a_long_one() -> None:
+    pace = deadline.Pace()
+    pace.note([5], False, 1.0)
+    assert pace.expect([2050] * 8, False) < 20
+    pace.note([2050], False, 9.0)
+    assert 70 < pace.expect([2050] * 8, False) < 75
+
+
+def test_a_mask_is_one_residue(function, monkeypatch, capsys) -> None:
+    """Six characters, but no six residues: neither for the estimate nor in the log."""
+    seen = []
+    monkeypatch.setattr(deadline.Pace, "expect", lambda _, lengths, dear: seen.append(lengths) or 0.0)
+    body = {"items": [{"sequence": "<mask>" * 200}, {"sequence": "MK<mask>"}]}
+    assert function.handle(v2("/api/v3/esm2-8m/predict/", body))["statusCode"] == 200
+    assert seen == [[202, 5]]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["residues"] == 203
+
+
 def test_too_large_an_answer(function, monkeypatch) -> None:
     big = {"params": {"include": ["contacts"]}, "items": [{"sequence": "M" * 2048}]}
     monkeypatch.setattr(ESM2, "encode", lambda *_: pytest.fail("computed for nothing"))
@@ -368,6 +396,39 @@ def test_threads_follow_the_memory_that_is_paid_for(monkeypatch, memory, threads
     monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", memory)
     assert module._threads() == threads
     assert module._memory() == (int(memory) << 20) - module._KEPT_BACK
+
+
+@pytest.mark.parametrize(
+    ("setting", "chosen"),
+    [
+        ("esm2-8m", (None, "esm2-8m")),
+        ("mine=weights/a.safetensors", ("mine", "weights/a.safetensors")),
+        ("mine=/mnt/lr=1e-4/a.safetensors", ("mine", "/mnt/lr=1e-4/a.safetensors")),
+    ],
+)
+def test_the_model_is_chosen_by_a_variable(monkeypatch, setting, chosen) -> None:
+    from numpyesm.serverless import function as module
+
+    monkeypatch.setenv("NUMPYESM_MODEL", setting)
+    assert module._chosen_model() == chosen
+
+
+@pytest.mark.parametrize("setting", ["mine=", "=", "=a.safetensors", "My Model=a", "a/b=a"])
+def test_a_slug_that_no_address_can_have_is_refused(monkeypatch, setting) -> None:
+    from numpyesm.errors import InvalidOption
+    from numpyesm.serverless import function as module
+
+    monkeypatch.setenv("NUMPYESM_MODEL", setting)
+    with pytest.raises(InvalidOption, match="slug"):
+        module._chosen_model()
+
+
+def test_empty_variables_are_as_if_not_set(monkeypatch) -> None:
+    """As templates leave them."""
+    for name in ("NUMPYESM_BACKEND", "NUMPYESM_PRECISION", "NUMPYESM_THREADS", "NUMPYESM_API_KEYS"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("NUMPYESM_MODEL", "esm2-8m=synthetic:esm2-8m")
+    assert Function().handle(v2())["statusCode"] == 200
 
 
 def test_nothing_of_the_service_or_of_numba_is_loaded() -> None:
@@ -437,3 +498,34 @@ def test_a_zip_that_lambda_would_refuse_is_not_made(tmp_path) -> None:
     assert "Lambda takes 60.0 MB" in done.stderr
     assert "numpy.libs" in done.stdout
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-o", "."], "is a folder"),
+        (["-o", "/proc/numpyesm.zip"], "/proc/numpyesm.zip cannot be written"),
+        (["--python", "3.9"], "needs 3.10 or newer"),
+        (["--python", "312"], "needs 3.10 or newer"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_cannot_become_a_zip_is_said_before_the_work(tmp_path, options, reason) -> None:
+    command = [sys.executable, ROOT / "tools/build_lambda.py", "--weights", "none", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_function_of_too_little_memory_says_how_much_it_has(monkeypatch, tmp_path) -> None:
+    from numpyesm.weights import convert
+
+    path = convert("synthetic:esm2-8m", tmp_path / "w.safetensors", dtype="fp16").path
+    monkeypatch.setenv("NUMPYESM_MODEL", str(path))
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "60")
+    answer = Function().handle(v2())
+    assert answer["statusCode"] == 503
+    detail = error_of(answer)["detail"]
+    assert "60 MB, of which 56 MB are kept" in detail
+    assert "stored as int8 take less" in detail

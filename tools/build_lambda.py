@@ -55,14 +55,35 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="numpyesm-lambda-") as folder:
         staging = Path(folder)
         try:
+            check_python(options.python)
+            check_output(options.output)  # before minutes of work
             return _build(staging, options)
-        except BuildFailed as error:
+        except (BuildFailed, OSError) as error:
             print(f"build_lambda: error: {error}", file=sys.stderr)
             return 1
 
 
 class BuildFailed(Exception):
     """Why there is no zip."""
+
+
+def check_python(version: str) -> None:
+    """BuildFailed if numpyesm would not run there."""
+    match = re.fullmatch(r"3\.(\d+)", version)
+    if match is None or int(match[1]) < 10:
+        raise BuildFailed(f"--python {version}: numpyesm needs 3.10 or newer, written as 3.12")
+
+
+def check_output(output: Path) -> None:
+    """BuildFailed if no file can be made there."""
+    if output.is_dir():
+        raise BuildFailed(f"{output} is a folder: name the zip, as in -o {output / 'numpyesm-lambda.zip'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise BuildFailed(f"{output} cannot be written ({error.strerror or error})") from error
 
 
 def with_defaults(requirements: list[str]) -> list[str]:
@@ -184,7 +205,6 @@ def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool,
 
 def write_zip(staging: Path, output: Path) -> None:
     """The same bytes for the same files: fixed order, dates and permissions."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:

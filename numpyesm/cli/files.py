@@ -25,7 +25,7 @@ from .outputs import table
 
 def fetch(arguments: argparse.Namespace) -> int:
     """Download, verify, convert; or carry from machine to machine. Print where the file is."""
-    if arguments.export or arguments.source:
+    if arguments.export is not None or arguments.source is not None:
         return _carry(arguments)
     from ..weights.hub import fetch as fetch_weights
 
@@ -44,11 +44,13 @@ def _carry(arguments: argparse.Namespace) -> int:
     """`--export DIR` and `--from DIR`."""
     from ..weights.carry import export, take_in
 
-    if arguments.output or (arguments.export and arguments.source):
+    if arguments.output or (arguments.export is not None and arguments.source is not None):
         raise InvalidOption("--export, --from and -o exclude each other: take one of them")
+    if not (arguments.export or arguments.source):  # an unset variable in a script must not become a download
+        raise InvalidOption("--export and --from need the name of a folder, not an empty one")
     name = arguments.name or arguments.weights or "esm2-35m"
     options = {"revision": arguments.revision, "dtype": arguments.dtype}
-    if arguments.export:
+    if arguments.export is not None:
         progress = not arguments.quiet and sys.stderr.isatty()
         print(export(name, arguments.export, progress=progress, **options))
     else:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
     """The models: those that `--model` names, and esm2-35m, if it is named, found, or nothing else is."""
-    from ..service.catalog import check_slug
+    from ..service.slugs import check_slug
     from ..weights.locate import find_local
 
     wanted: dict[str, str] = {}

@@ -16,6 +16,10 @@ RESERVE = 0.25
 _BALANCE = 2500.0
 # What a request takes beside its tokens, in tokens.
 _PER_REQUEST = 60.0
+# Attention maps take so many times as long.
+_DEAR = 1.5
+# A short request tells little about a long one: nothing is expected to take more than so many times what was seen.
+_REACH = 10.0
 
 
 class DeadlinePassed(Exception):
@@ -70,17 +74,26 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds_per_unit: float | None = None
+        self._largest = 0.0
 
     @staticmethod
-    def _units(lengths: Sequence[int], dear: bool) -> float:
-        return (_PER_REQUEST + sum(n * (1 + n / _BALANCE) for n in lengths)) * (1.5 if dear else 1.0)
+    def _units(lengths: Sequence[int]) -> float:
+        return _PER_REQUEST + sum(n * (1 + n / _BALANCE) for n in lengths)
 
     def expect(self, lengths: Sequence[int], dear: bool) -> float:
         """Seconds that sequences of these lengths will take; 0 while nothing is known. `dear`: with attention maps."""
-        return (self._seconds_per_unit or 0.0) * self._units(lengths, dear)
+        units = min(self._units(lengths), _REACH * self._largest)
+        return (self._seconds_per_unit or 0.0) * units * (_DEAR if dear else 1.0)
 
     def note(self, lengths: Sequence[int], dear: bool, seconds: float) -> None:
         """What a request took: quicker ones count at once, a slow one may have been a neighbour's fault."""
-        pace = seconds / self._units(lengths, dear)
+        units = self._units(lengths)
+        pace = seconds / units / (_DEAR if dear else 1.0)
         known = self._seconds_per_unit
         self._seconds_per_unit = pace if known is None else min(pace, known * 1.2)
+        self._largest = max(self._largest, units)
+
+    def doubt(self) -> None:
+        """A request was refused by this estimate, which nothing can prove wrong then: the next ones get a try."""
+        if self._seconds_per_unit is not None:
+            self._seconds_per_unit /= 2

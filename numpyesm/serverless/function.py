@@ -18,6 +18,7 @@ from ..model import ESM2
 from ..options import BY_LAYER
 from ..service.errors import ApiError, invalid
 from ..service.negotiation import JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
+from ..service.slugs import check_slug
 from ..service.strict_json import parse_json
 from ..threads import default_threads
 from .deadline import Deadline, DeadlinePassed, Pace
@@ -72,13 +73,19 @@ class Function:
                 try:
                     model = ESM2.from_pretrained(
                         source,
-                        backend=os.environ.get("NUMPYESM_BACKEND", "auto"),
-                        precision=os.environ.get("NUMPYESM_PRECISION", "fp32"),
+                        backend=os.environ.get("NUMPYESM_BACKEND") or "auto",
+                        precision=os.environ.get("NUMPYESM_PRECISION") or "fp32",
                         threads=_threads(),
                         max_memory=_memory(),
                     )
                 except NotEnoughMemory as error:  # no request of whatever size would fit
-                    raise ApiError(503, f"the function has too little memory: {error}", code="server.memory") from None
+                    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
+                    raise ApiError(
+                        503,
+                        f"the function has too little memory ({size} MB, of which {_KEPT_BACK >> 20} MB are kept for "
+                        f"the runtime and the answer): {error}",
+                        code="server.memory",
+                    ) from None
             # What is made when first used is made in the init phase; the first event then runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
             self._loaded = slug or model.name, model
@@ -146,12 +153,13 @@ class Function:
         numbers = numbers_of(work, model.config)
         if not may_fit(numbers, form):
             raise _too_large(numbers, form)
-        lengths = [len(sequence) + 2 for sequence in work.sequences]
-        facts |= {"items": len(lengths), "residues": sum(lengths) - 2 * len(lengths)}
+        lengths = [length + 2 for length in work.lengths]
+        facts |= {"items": len(lengths), "residues": sum(work.lengths)}
         dear = bool(work.include & {"contacts", "attentions"})
         deadline.check()
         expected = self._pace.expect(lengths, dear)
         if expected > _HOPELESS * deadline.left:
+            self._pace.doubt()
             raise _too_late(f"this request takes about {expected:.1f} s")
         started = time.perf_counter()
         # Without an alarm nothing can interrupt: then one item at a time, with a look at the clock between.
@@ -209,10 +217,13 @@ def _compute(model: ESM2, work: Work, sequences: list[str]) -> list[Any]:
 
 def _chosen_model() -> tuple[str | None, str]:
     """(slug or None, weights) from `NUMPYESM_MODEL`, or the one file that was packed with the function."""
-    setting = os.environ.get("NUMPYESM_MODEL", "")
-    slug, equals, source = setting.rpartition("=")
-    if source:
-        return (slug if equals and slug else None), source
+    if setting := os.environ.get("NUMPYESM_MODEL", ""):
+        slug, equals, source = setting.partition("=")
+        if not equals:
+            return None, setting
+        if not source:
+            raise InvalidOption(f"NUMPYESM_MODEL={setting!r}: expected weights, or slug=weights")
+        return check_slug(slug), source
     packed = sorted(Path(os.environ.get("LAMBDA_TASK_ROOT", ".")).glob("weights/*.safetensors"))
     if len(packed) > 1:
         raise InvalidOption(f"weights/ holds {', '.join(p.name for p in packed)}: choose one with NUMPYESM_MODEL")

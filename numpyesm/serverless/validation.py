@@ -34,6 +34,11 @@ class Work:
     include: frozenset[str] = frozenset()
     positions: str = "all"
 
+    @property
+    def lengths(self) -> list[int]:
+        """Residues of each sequence; a mask is one."""
+        return [len(sequence) - (len(MASK_TOKEN) - 1) * sequence.count(MASK_TOKEN) for sequence in self.sequences]
+
 
 class _Faults:
     """All that is wrong with a document, in its order."""

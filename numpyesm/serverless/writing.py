@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import AMINO_ACIDS
+from ..alphabet import AMINO_ACIDS, MASK_TOKEN
 from ..config import ModelConfig
 from ..results import EncodeResult, PredictResult, stack_results
 from .validation import Work
@@ -29,9 +29,8 @@ def numbers_of(work: Work, config: ModelConfig) -> int:
     """How many numbers the answer has."""
     width = config.embed_dim * len(work.layers)
     total = 0
-    for sequence in work.sequences:
-        length = sequence.count("<mask>")
-        length = length if work.positions == "masked" else len(sequence) - 5 * length
+    for sequence, residues in zip(work.sequences, work.lengths, strict=True):
+        length = sequence.count(MASK_TOKEN) if work.positions == "masked" else residues
         if work.action == "encode":
             total += width * (("mean" in work.include) + ("bos" in work.include))
             total += width * length * ("per_token" in work.include)

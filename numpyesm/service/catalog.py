@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,7 @@ from ..model import ESM2
 from ..weights.checkpoint import Checkpoint
 from .errors import ApiError
 from .schemas import MAX_ITEMS, REQUESTS
-
-_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_RESERVED = {"schema", "models"}
-
-
-def check_slug(slug: str) -> str:
-    """A slug that can stand in a path, or InvalidOption."""
-    if not _SLUG.fullmatch(slug) or slug in _RESERVED:
-        raise InvalidOption(
-            f"{slug[:80]!r} cannot be a model's slug: lower-case letters, digits, dot, dash and underscore, "
-            f"and neither {' nor '.join(sorted(_RESERVED))}"
-        )
-    return slug
+from .slugs import check_slug
 
 
 @dataclass(frozen=True)

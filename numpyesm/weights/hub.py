@@ -40,9 +40,9 @@ _TIMEOUT = 10  # seconds to the first answer of the Hub
 
 
 def is_offline() -> bool:
-    """Whether the user forbids network calls."""
+    """Whether the user forbids network calls; what is not clearly a no (`y`, `2`) forbids them."""
     names = ("NUMPYESM_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on") for name in names)
+    return any(os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off", "n") for name in names)
 
 
 def fetch(

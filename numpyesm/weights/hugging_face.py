@@ -235,6 +235,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in mapping.values():
         if Path(file).name != file or "\\" in file or file in ("", ".", ".."):  # a name, not a way out of the folder
             raise CheckpointError(f"{index} names a file outside its folder")
+        if not file.isprintable():  # a null byte or half a character: no system has such a file
+            raise CheckpointError(f"{index} names the file {file!r}, which cannot be")
     return mapping
 
 

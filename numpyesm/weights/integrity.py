@@ -8,10 +8,11 @@ has checked itself). Where no note can be kept, files are hashed each time: some
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import CheckpointError, InvalidOption
 from .cache import cache_dir
@@ -48,21 +49,41 @@ def verify_file(path: Path) -> None:
 
 
 def stated_sha256(path: Path) -> str | None:
-    """The checksum that stands beside a file, as `sha256sum` writes it."""
+    """The checksum that stands beside a file, as `sha256sum` writes it (`--tag` too).
+
+    `<name>.sha256` is about this file, whatever name it states; `SHA256SUMS` where it names it.
+    """
     for sums in (path.with_name(path.name + ".sha256"), path.with_name(SUMS_FILE)):
         try:
-            with open(sums, encoding="utf-8", errors="replace") as file:
-                lines = file.read(1 << 20).splitlines()
+            with open(sums, encoding="utf-8-sig", errors="replace") as file:
+                lines = [_read_sum(line) for line in file.read(1 << 20).splitlines() if line.strip()]
         except OSError:
             continue
-        for line in lines:
-            digest, _, name = line.strip().partition(" ")
-            name = name.lstrip(" *").removeprefix("./")
-            if name == path.name or (not name and sums.name != SUMS_FILE):
-                if len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
-                    raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
-                return digest.lower()
+        found = [digest for digest, name in lines if _names(name, path)]
+        if not found and sums.name != SUMS_FILE:
+            found = [digest for digest, _ in lines]
+            if len(found) != 1:
+                raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
+        if found:
+            digest = found[0].lower()
+            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+                raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
+            return digest
     return None
+
+
+def _read_sum(line: str) -> tuple[str, str]:
+    """(digest, name) of `digest  name`, `digest *name` or `SHA256 (name) = digest`."""
+    if tagged := re.fullmatch(r"SHA2?-?256 ?\((.*)\) ?= ?(\S+)", line.strip()):
+        return tagged[2], tagged[1]
+    digest, _, name = line.strip().partition(" ")
+    return digest, name.lstrip(" *")
+
+
+def _names(name: str, path: Path) -> bool:
+    """Whether it is this file's name, or the end of its path: sums are also made from a folder above."""
+    parts = PurePath(name).parts
+    return bool(parts) and path.absolute().parts[-len(parts) :] == parts
 
 
 def note_verified(path: Path, digest: str, *, from_data: bool = True) -> None:

@@ -92,13 +92,18 @@ def _header(result: Result) -> str:
         "All engines took turns in one run, on the same weights; their outputs were compared first."
     ]
     peaks = result.get("peaks", {})
-    counts = [count for count in dict.fromkeys((1, result["threads"])) if any(_peak(p, count) for p in peaks.values())]
+    counts = [
+        count for count in dict.fromkeys((1, result["threads"])) if any(peak_of(p, count) for p in peaks.values())
+    ]
     for count in counts:
-        parts = [f"{name} {value:,.0f}" for name, peak in peaks.items() if (value := _peak(peak, count)) is not None]
+        parts = [f"{name} {value:,.0f}" for name, peak in peaks.items() if (value := peak_of(peak, count)) is not None]
         lines.append(
             f"The machine's own peak in this run, {count} thread{'s' if count > 1 else ''}, billions of operations a "
             f"second: {', '.join(parts)}."
         )
+    methods = [f"{name} {peak['method']}" for name, peak in peaks.items() if "method" in peak]
+    if methods:
+        lines.append(f"What those peaks are of: {', '.join(methods)}.")
     load = result.get("other_load", 0.0)
     if load > NOISY:
         lines.append(
@@ -159,7 +164,7 @@ def _share_of_peak(result: Result) -> str:
     names = list(result["workloads"])
     rows = []
     for lane in (n for n in ready(result) if result["engines"][n]["family"] == OURS):
-        peak = _peak(result.get("peaks", {}).get(result["engines"][lane]["precision"], {}), result["threads"])
+        peak = peak_of(result.get("peaks", {}).get(result["engines"][lane]["precision"], {}), result["threads"])
         if peak is None:
             continue
         row = [bold(lane)]
@@ -170,8 +175,8 @@ def _share_of_peak(result: Result) -> str:
     if not rows or not names:
         return ""
     return (
-        "**Share of the machine's peak** in the engine's precision (all arithmetic counted at that peak; attention and "
-        f"LM head stay in float32)\n\n{table_of(['', *names], rows)}"
+        "**Share of the machine's peak** in the engine's precision (all arithmetic counted at that peak; the LM head "
+        f"is in float32 always, attention in bf16 at the narrowest)\n\n{table_of(['', *names], rows)}"
     )
 
 
@@ -284,7 +289,8 @@ def _absent(result: Result) -> str:
     return "**Not measured**\n\n" + "\n".join(lines) if lines else ""
 
 
-def _peak(peak: dict[str, Any], threads: int) -> float | None:
+def peak_of(peak: dict[str, Any], threads: int) -> float | None:
+    """The machine's peak in one precision; None if it was not measured."""
     value: float | None = peak.get("gops", {}).get(str(threads))
     return value
 

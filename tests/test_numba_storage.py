@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from numpyesm import ESM2, InvalidOption
+from numpyesm.cli import main
 from numpyesm.weights import convert
 
 pytest.importorskip("numba")
@@ -40,3 +41,22 @@ def test_warmup_fills_the_named_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert str(tmp_path / "cache") in done.stdout.decode()
     assert list((tmp_path / "cache").rglob("*.nbc"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], (None, None)), (["--precision", "fp32"], (["fp32"], None)), (["--cache", "there"], (None, "there"))],
+)
+def test_warmup_compiles_the_precision_that_is_asked_for(
+    arguments: list[str], expected: tuple[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all that the CPU has where none is."""
+    asked = []
+
+    def compile_kernels(precisions: object = None, cache_dir: object = None) -> Path:
+        asked.append((precisions, cache_dir))
+        return Path("folder")
+
+    monkeypatch.setattr("numpyesm.kernels.numba_.warmup.warmup", compile_kernels)
+    assert main(["warmup", *arguments]) == 0
+    assert asked == [expected]

@@ -105,7 +105,8 @@ def warmup(arguments: argparse.Namespace) -> int:
         raise MissingExtra("warmup compiles the numba backend: pip install 'numpyesm[fast]'")
     from ..kernels.numba_.warmup import warmup as compile_kernels
 
-    print(compile_kernels(cache_dir=arguments.cache) or "compiled in memory only: no folder can be written")
+    wanted = [arguments.precision] if arguments.precision else None
+    print(compile_kernels(wanted, cache_dir=arguments.cache) or "compiled in memory only: no folder can be written")
     return 0
 
 

@@ -89,7 +89,11 @@ class Numpyesm(Adapter):
 
     def versions(self) -> dict[str, str]:
         found = {"numpyesm": self.version, "numpy": np.__version__}
-        return found | (super().versions() if self.model.backend == "numba" else {})
+        if self.model.backend != "numba":
+            return found
+        from numpyesm.kernels.numba_.isa import host_isa
+
+        return found | super().versions() | {"instructions": host_isa().name}
 
 
 class Padded(Adapter):

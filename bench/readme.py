@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .engines import OURS, REFERENCE, ROOT
-from .report import NOISY, Result, best_peer, bold, lane_cells, median_of, peak_of, ready, short, table_of
+from .report import NOISY, Result, best_peer, bold, lane_cells, left_out, median_of, peak_of, ready, short, table_of
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
@@ -49,10 +49,12 @@ def section(result: Result) -> str:
     for name in (name for name in shown if name.startswith(OURS)):
         row = [bold(name)]
         for workload in names:
-            peer, ours = best_peer(result, result["engines"][name]["precision"], workload), None
+            precision = result["engines"][name]["precision"]
+            peer, ours = best_peer(result, precision, workload), None
             if lane_cells(result, name).get(workload):
                 ours = median_of(result, name, workload)
-            row.append(f"{peer[1] / ours:.2f}" if peer and ours else "–")
+            mark = "*" if left_out(result, precision, workload) else ""
+            row.append(f"{peer[1] / ours:.2f}{mark}" if peer and ours else "–")
         ratios.append(row)
     noise = result["other_load"]
     text = [
@@ -65,6 +67,8 @@ def section(result: Result) -> str:
         "How many times faster than the fastest other engine of the same precision:",
         table_of(["", *names], ratios),
     ]
+    if any(cell.endswith("*") for row in ratios for cell in row[1:]):
+        text.append("\\* One of the others was left out there as too slow for this run: the full table names it.")
     if noise > NOISY:
         text.insert(2, f"**Other processes used {100 * noise:.0f} % of the machine meanwhile.**")
     contacts = {

@@ -83,6 +83,17 @@ def best_peer(result: Result, precision: str, workload: str) -> tuple[str, float
     return (min(found)[1], min(found)[0]) if found else None
 
 
+def left_out(result: Result, precision: str, workload: str) -> list[str]:
+    """Engines of others in one precision that have no time at one workload: any of them may be the fastest."""
+    return [
+        name
+        for name in ready(result)
+        if result["engines"][name]["precision"] == precision
+        and result["engines"][name]["family"] != OURS
+        and median_of(result, name, workload) is None
+    ]
+
+
 def _header(result: Result) -> str:
     machine = result["machine"]
     lines = [
@@ -120,14 +131,16 @@ def _seconds(result: Result) -> str:
     lanes = sorted(ready(result), key=lambda n: (_precision_rank(result, n), result["engines"][n]["family"] != OURS))
     rows = []
     for lane in lanes:
-        rows.append([bold(lane), *(_seconds_cell(lane_cells(result, lane).get(w)) for w in names)])
+        peak = max((cell["peak_mb"] for cell in lane_cells(result, lane).values()), default=0)
+        cells = [_seconds_cell(lane_cells(result, lane).get(w)) for w in names]
+        rows.append([bold(lane), *cells, f"{peak:,.0f}" if peak else "–"])
         mean = f"{lane}:mean"
         if mean in result["timings"]:
-            rows.append([f"{lane}, mean only", *(_seconds_cell(lane_cells(result, mean).get(w)) for w in names)])
-    table = table_of(["", *names], rows)
+            rows.append([f"{lane}, mean only", *(_seconds_cell(lane_cells(result, mean).get(w)) for w in names), ""])
+    table = table_of(["", *names, "peak MB"], rows)
     return (
         "**Seconds**, median (best): last layer's representations and logits. Padded engines get batches of at most "
-        f"4096 tokens, sorted by length.\n\n{table}"
+        f"4096 tokens, sorted by length. Memory: the most that the process has held in all of these.\n\n{table}"
     )
 
 
@@ -137,9 +150,10 @@ def _against_best_peer(result: Result) -> str:
     for lane in (n for n in ready(result) if result["engines"][n]["family"] == OURS):
         row = [bold(lane)]
         for workload in names:
-            peer = best_peer(result, result["engines"][lane]["precision"], workload)
-            ours = median_of(result, lane, workload)
-            row.append(f"{peer[1] / ours:.2f} ({peer[0]})" if peer and ours else "–")
+            precision = result["engines"][lane]["precision"]
+            peer, ours = best_peer(result, precision, workload), median_of(result, lane, workload)
+            without = "".join(f", without {name}" for name in left_out(result, precision, workload))
+            row.append(f"{peer[1] / ours:.2f} ({peer[0]}{without})" if peer and ours else "–")
         rows.append(row)
     if not rows or not names:
         return ""

@@ -22,6 +22,7 @@ pytest.importorskip("esm")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import agreement, peaks, readme, report, workloads
+from bench.__main__ import main as command
 from bench.client import child_environment
 from bench.engines import Environments, select
 from bench.machine import machine_info
@@ -310,6 +311,53 @@ def test_readme_is_written_from_a_run_that_lacks_something_and_says_so() -> None
     assert "esm-cpp-int8 missing: no wheel" in report.markdown(result)
     del result["peaks"]
     assert "whose own peak" not in readme.section(result)
+
+
+def test_a_best_peer_is_not_claimed_where_another_was_left_out() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    result["workloads"] = {"varlen256": result["workloads"]["varlen256"]}
+    fastest = report.best_peer(result, "fp32", "varlen256")
+    assert fastest is not None
+    assert f"without {fastest[0]}" not in report.markdown(result)
+    for measured in ("median", "best"):
+        del result["timings"][fastest[0]]["varlen256"][measured]
+    result["timings"][fastest[0]]["varlen256"] |= {"seconds": [], "note": "left out: would take about 25 s a run"}
+    second = report.best_peer(result, "fp32", "varlen256")
+    assert second is not None
+    assert f"({second[0]}, without {fastest[0]}" in report.markdown(result)
+    ratio = second[1] / result["timings"]["numpyesm-numba-fp32"]["varlen256"]["median"]
+    assert f"{ratio:.2f}* |" in readme.section(result)
+    assert "left out there" in readme.section(result)
+
+
+def test_report_shows_the_peak_memory_of_every_engine() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    table = report.markdown(result).split("**Seconds**")[1].split("**Times")[0]
+    for name in report.ready(result):
+        peak = max(cell["peak_mb"] for cell in result["timings"][name].values())
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {report.bold(name)} |"))
+        assert row.endswith(f" {peak:,.0f} |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--peers-python", "/nowhere/python"], "/nowhere/python: there is no interpreter"),
+        (["--model", "esm2-3b"], "esm2-8m, esm2-35m"),
+        (["--output", "{file}/below"], "file"),
+        (["--workloads", "1x2049"], "L from 1 to 2048"),
+        (["--engines", "esm3"], "engine 'esm3' is unknown"),
+    ],
+)
+def test_wrong_use_is_said_before_anything_is_measured(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("bench.__main__.run", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as ended:
+        command([word.format(file=tmp_path / "file") for word in arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_report_names_the_instruction_of_each_peak() -> None:

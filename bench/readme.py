@@ -23,6 +23,7 @@ _ENGINES = (
     f"{OURS}-numba-int8",
     "onnxruntime-int8",
     "openvino-int8",
+    "openvino-mixed-int8",
     "esm-cpp-int8",
 )
 

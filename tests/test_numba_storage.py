@@ -60,3 +60,18 @@ def test_warmup_compiles_the_precision_that_is_asked_for(
     monkeypatch.setattr("numpyesm.kernels.numba_.warmup.warmup", compile_kernels)
     assert main(["warmup", *arguments]) == 0
     assert asked == [expected]
+
+
+def test_warmup_says_why_numba_fails(tmp_path: Path) -> None:
+    (tmp_path / "llvmlite").mkdir()
+    (tmp_path / "llvmlite" / "__init__.py").write_text("raise ImportError('made for another machine')")
+    done = subprocess.run(
+        [sys.executable, "-m", "numpyesm", "warmup"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"},
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        "numpyesm: error: warmup compiles the numba backend, and Numba fails here: made for another machine\n"
+    )

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from numpyesm.weights.synthetic import parse_synthetic
+
 from . import workloads
 from .engines import RESULTS, Environments, select
 from .environments import set_up
@@ -51,7 +53,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     Raises
     ------
     ValueError
-        An unknown engine or workload.
+        An unknown engine, workload or model, or an interpreter that is not there.
     """
     limits = _FULL if options.full else _QUICK
     if options.repeats is not None:
@@ -70,6 +72,10 @@ def plan_of(options: argparse.Namespace) -> Plan:
     unknown = set(options.skip) - {"contacts", "cold", "import", "growth", "peaks"}
     if unknown:
         raise ValueError(f"--skip {', '.join(sorted(unknown))}: allowed are contacts, cold, import, growth, peaks")
+    parse_synthetic(f"synthetic:{options.model}:{options.seed}")
+    for python in (options.peers_python, options.esm_cpp_python):
+        if python is not None and not os.access(python, os.X_OK):
+            raise ValueError(f"{python}: there is no interpreter")
     return Plan(
         mode="full" if options.full else "quick",
         engines=select(options.engines),
@@ -92,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     try:
         plan = plan_of(options)
-    except ValueError as error:
+        options.output.mkdir(parents=True, exist_ok=True)  # now, not after an hour of measuring
+    except (ValueError, OSError) as error:
         p.error(str(error))
     if options.setup or options.setup_only:
         set_up()

@@ -89,7 +89,11 @@ class Numpyesm(Adapter):
 
     def versions(self) -> dict[str, str]:
         found = {"numpyesm": self.version, "numpy": np.__version__}
-        return found | (super().versions() if self.model.backend == "numba" else {})
+        if self.model.backend != "numba":
+            return found
+        from numpyesm.kernels.numba_.isa import host_isa
+
+        return found | super().versions() | {"instructions": host_isa().name}
 
 
 class Padded(Adapter):
@@ -177,16 +181,16 @@ class OnnxRuntime(Padded):
 
 
 class OpenVino(Padded):
-    """OpenVINO on the same graph; bf16 by its precision hint, int8 as NNCF quantised it."""
+    """OpenVINO on the same graph; bf16 by its precision hint, int8 as NNCF quantised it, the rest fp32 or bf16."""
 
     packages = ("openvino",)
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str = "") -> None:
         openvino: Any = import_module("openvino")
         core = openvino.Core()
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        hint = "bf16" if precision == "bf16" or backend == "mixed" else "f32"
+        if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise RuntimeError("openvino has no bf16 on this CPU")
-        hint = "bf16" if precision == "bf16" else "f32"
         settings = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
@@ -232,7 +236,6 @@ _PEERS: dict[str, Any] = {
     "fair-esm": FairEsm,
     "transformers": Transformers,
     "onnxruntime": OnnxRuntime,
-    "openvino": OpenVino,
     "esm-cpp": EsmCpp,
 }
 
@@ -241,5 +244,7 @@ def make_adapter(family: str, backend: str, precision: str, path: Path, threads:
     """The engine with its weights opened."""
     if family == "numpyesm":
         return Numpyesm(path, precision, threads, backend)
+    if family == "openvino":
+        return OpenVino(path, precision, threads, backend)
     adapter: Adapter = _PEERS[family](path, precision, threads)
     return adapter

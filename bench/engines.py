@@ -31,7 +31,7 @@ class Engine:
     environment : str
         `own` (the interpreter that runs the benchmark), `peers` or `esm-cpp`.
     backend : str
-        Of numpyesm only.
+        Of numpyesm; of openvino, `mixed` if what is not int8 is in bf16, which is its default, and not in fp32.
     """
 
     family: str
@@ -63,6 +63,7 @@ ENGINES = (
     Engine("openvino", "fp32", "model.onnx", "peers"),
     Engine("openvino", "bf16", "model.onnx", "peers"),
     Engine("openvino", "int8", "openvino-int8.xml", "peers"),
+    Engine("openvino", "int8", "openvino-int8.xml", "peers", "mixed"),
     Engine("esm-cpp", "fp32", "esm-cpp.safetensors", "esm-cpp"),
     Engine("esm-cpp", "int8", "esm-cpp.safetensors", "esm-cpp"),
 )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .engines import OURS, REFERENCE, ROOT
-from .report import NOISY, Result, best_peer, bold, lane_cells, median_of, ready, short, table_of
+from .report import NOISY, Result, best_peer, bold, lane_cells, left_out, median_of, peak_of, ready, short, table_of
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
@@ -23,6 +23,7 @@ _ENGINES = (
     f"{OURS}-numba-int8",
     "onnxruntime-int8",
     "openvino-int8",
+    "openvino-mixed-int8",
     "esm-cpp-int8",
 )
 
@@ -30,12 +31,14 @@ _ENGINES = (
 def section(result: Result) -> str:
     """Markdown from the heading to the last sentence."""
     names, machine = list(result["workloads"]), result["machine"]
-    peaks = ", ".join(f"{name} {peak['gops'][str(result['threads'])]:,.0f}" for name, peak in result["peaks"].items())
+    known = {name: peak_of(peak, result["threads"]) for name, peak in result.get("peaks", {}).items()}
+    peaks = ", ".join(f"{name} {value:,.0f}" for name, value in known.items() if value is not None)
+    own_peak = f", whose own peak is {peaks} billion operations a second" if peaks else ""
     shown = [name for name in _ENGINES if name in ready(result)]
     rows = []
     for name in shown:
         cells = [median_of(result, name, workload) for workload in names]
-        cold = result["cold_start"].get(name, {})
+        cold = result.get("cold_start", {}).get(name, {})
         rows.append(
             [
                 bold(name),
@@ -47,22 +50,26 @@ def section(result: Result) -> str:
     for name in (name for name in shown if name.startswith(OURS)):
         row = [bold(name)]
         for workload in names:
-            peer, ours = best_peer(result, result["engines"][name]["precision"], workload), None
+            precision = result["engines"][name]["precision"]
+            peer, ours = best_peer(result, precision, workload), None
             if lane_cells(result, name).get(workload):
                 ours = median_of(result, name, workload)
-            row.append(f"{peer[1] / ours:.2f}" if peer and ours else "–")
+            mark = "*" if left_out(result, precision, workload) else ""
+            row.append(f"{peer[1] / ours:.2f}{mark}" if peer and ours else "–")
         ratios.append(row)
     noise = result["other_load"]
     text = [
         "## Speed",
         f"One {result['mode']} run of `make bench` on {result['date'][:10]}: {machine['cpu']}, {result['threads']} "
-        f"threads, whose own peak is {peaks} billion operations a second; random 35M weights, all engines in turn on "
+        f"threads{own_peak}; random 35M weights, all engines in turn on "
         "the same numbers. Median seconds; cold start is from starting Python to the first embedding of 100 residues. "
         "All peers, best times and accuracies are in [bench/results/latest.md](bench/results/latest.md).",
         table_of(["", *names, "cold start"], rows),
         "How many times faster than the fastest other engine of the same precision:",
         table_of(["", *names], ratios),
     ]
+    if any(cell.endswith("*") for row in ratios for cell in row[1:]):
+        text.append("\\* One of the others was left out there as too slow for this run: the full table names it.")
     if noise > NOISY:
         text.insert(2, f"**Other processes used {100 * noise:.0f} % of the machine meanwhile.**")
     contacts = {
@@ -71,6 +78,9 @@ def section(result: Result) -> str:
     if contacts:
         parts = [f"{name} {short(c['median'])} s, {c['median_peak_mb']:,.0f} MB" for name, c in contacts.items()]
         text.append(f"A contact map of 1022 residues: {'; '.join(parts)}.")
+    absent = [name for name, engine in result["engines"].items() if engine["status"] != "ok"]
+    if absent:
+        text.append(f"Not measured, for reasons that the full table names: {', '.join(absent)}.")
     return "\n\n".join(text).replace("## Speed\n\n", "## Speed\n")
 
 

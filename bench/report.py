@@ -83,6 +83,17 @@ def best_peer(result: Result, precision: str, workload: str) -> tuple[str, float
     return (min(found)[1], min(found)[0]) if found else None
 
 
+def left_out(result: Result, precision: str, workload: str) -> list[str]:
+    """Engines of others in one precision that have no time at one workload: any of them may be the fastest."""
+    return [
+        name
+        for name in ready(result)
+        if result["engines"][name]["precision"] == precision
+        and result["engines"][name]["family"] != OURS
+        and median_of(result, name, workload) is None
+    ]
+
+
 def _header(result: Result) -> str:
     machine = result["machine"]
     lines = [
@@ -92,13 +103,18 @@ def _header(result: Result) -> str:
         "All engines took turns in one run, on the same weights; their outputs were compared first."
     ]
     peaks = result.get("peaks", {})
-    counts = [count for count in dict.fromkeys((1, result["threads"])) if any(_peak(p, count) for p in peaks.values())]
+    counts = [
+        count for count in dict.fromkeys((1, result["threads"])) if any(peak_of(p, count) for p in peaks.values())
+    ]
     for count in counts:
-        parts = [f"{name} {value:,.0f}" for name, peak in peaks.items() if (value := _peak(peak, count)) is not None]
+        parts = [f"{name} {value:,.0f}" for name, peak in peaks.items() if (value := peak_of(peak, count)) is not None]
         lines.append(
             f"The machine's own peak in this run, {count} thread{'s' if count > 1 else ''}, billions of operations a "
             f"second: {', '.join(parts)}."
         )
+    methods = [f"{name} {peak['method']}" for name, peak in peaks.items() if "method" in peak]
+    if methods:
+        lines.append(f"What those peaks are of: {', '.join(methods)}.")
     load = result.get("other_load", 0.0)
     if load > NOISY:
         lines.append(
@@ -115,14 +131,16 @@ def _seconds(result: Result) -> str:
     lanes = sorted(ready(result), key=lambda n: (_precision_rank(result, n), result["engines"][n]["family"] != OURS))
     rows = []
     for lane in lanes:
-        rows.append([bold(lane), *(_seconds_cell(lane_cells(result, lane).get(w)) for w in names)])
+        peak = max((cell["peak_mb"] for cell in lane_cells(result, lane).values()), default=0)
+        cells = [_seconds_cell(lane_cells(result, lane).get(w)) for w in names]
+        rows.append([bold(lane), *cells, f"{peak:,.0f}" if peak else "–"])
         mean = f"{lane}:mean"
         if mean in result["timings"]:
-            rows.append([f"{lane}, mean only", *(_seconds_cell(lane_cells(result, mean).get(w)) for w in names)])
-    table = table_of(["", *names], rows)
+            rows.append([f"{lane}, mean only", *(_seconds_cell(lane_cells(result, mean).get(w)) for w in names), ""])
+    table = table_of(["", *names, "peak MB"], rows)
     return (
         "**Seconds**, median (best): last layer's representations and logits. Padded engines get batches of at most "
-        f"4096 tokens, sorted by length.\n\n{table}"
+        f"4096 tokens, sorted by length. Memory: the most that the process has held in all of these.\n\n{table}"
     )
 
 
@@ -132,9 +150,10 @@ def _against_best_peer(result: Result) -> str:
     for lane in (n for n in ready(result) if result["engines"][n]["family"] == OURS):
         row = [bold(lane)]
         for workload in names:
-            peer = best_peer(result, result["engines"][lane]["precision"], workload)
-            ours = median_of(result, lane, workload)
-            row.append(f"{peer[1] / ours:.2f} ({peer[0]})" if peer and ours else "–")
+            precision = result["engines"][lane]["precision"]
+            peer, ours = best_peer(result, precision, workload), median_of(result, lane, workload)
+            without = "".join(f", without {name}" for name in left_out(result, precision, workload))
+            row.append(f"{peer[1] / ours:.2f} ({peer[0]}{without})" if peer and ours else "–")
         rows.append(row)
     if not rows or not names:
         return ""
@@ -159,7 +178,7 @@ def _share_of_peak(result: Result) -> str:
     names = list(result["workloads"])
     rows = []
     for lane in (n for n in ready(result) if result["engines"][n]["family"] == OURS):
-        peak = _peak(result.get("peaks", {}).get(result["engines"][lane]["precision"], {}), result["threads"])
+        peak = peak_of(result.get("peaks", {}).get(result["engines"][lane]["precision"], {}), result["threads"])
         if peak is None:
             continue
         row = [bold(lane)]
@@ -170,8 +189,8 @@ def _share_of_peak(result: Result) -> str:
     if not rows or not names:
         return ""
     return (
-        "**Share of the machine's peak** in the engine's precision (all arithmetic counted at that peak; attention and "
-        f"LM head stay in float32)\n\n{table_of(['', *names], rows)}"
+        "**Share of the machine's peak** in the engine's precision (all arithmetic counted at that peak; the LM head "
+        f"is in float32 always, attention in bf16 at the narrowest)\n\n{table_of(['', *names], rows)}"
     )
 
 
@@ -284,7 +303,8 @@ def _absent(result: Result) -> str:
     return "**Not measured**\n\n" + "\n".join(lines) if lines else ""
 
 
-def _peak(peak: dict[str, Any], threads: int) -> float | None:
+def peak_of(peak: dict[str, Any], threads: int) -> float | None:
+    """The machine's peak in one precision; None if it was not measured."""
     value: float | None = peak.get("gops", {}).get(str(threads))
     return value
 

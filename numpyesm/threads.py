@@ -108,9 +108,23 @@ class WorkerPool:
         For long calls of compiled code, which cannot be interrupted: on an error, and on KeyboardInterrupt in the
         caller, `give_up` is called, and must make them return soon. They may run one after the other.
         """
+        from concurrent.futures import Future
+
         executor = self._get_executor()
-        futures = [executor.submit(work, index) for index in range(count)]
+        futures: list[Future[None]] = []
         try:
+            for index in range(count):
+                # Futures of our own: the executor queues a call before it finds that it can start no thread for it.
+                futures.append(Future())
+                try:
+                    executor.submit(_fulfil, futures[-1], work, index)
+                except RuntimeError:
+                    # No threads at all (WebAssembly), or no more of them (a limit): those there are do all of it.
+                    if futures[-1].cancel():
+                        futures.pop()
+                    if not futures:
+                        work(index)
+                    break
             for future in futures:
                 future.result()
         except BaseException:
@@ -134,3 +148,15 @@ class WorkerPool:
 
     def __setstate__(self, threads: int) -> None:
         self.__init__(threads)  # type: ignore[misc]
+
+
+def _fulfil(future: Future[None], work: Callable[[int], None], index: int) -> None:
+    """Do the work unless it has been cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        work(index)
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)

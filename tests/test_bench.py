@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +21,11 @@ pytest.importorskip("esm")
 # `bench` belongs to the repository, not to the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import agreement, readme, report, workloads
+from bench import agreement, peaks, readme, report, workloads
+from bench.__main__ import main as command
+from bench.client import child_environment
 from bench.engines import Environments, select
+from bench.machine import machine_info
 from bench.measure import Limits, Rounds
 from bench.run import Plan, run
 from bench.weights import make_weights
@@ -226,6 +230,141 @@ def test_install_sizes_follow_dependencies() -> None:
     assert sizes["numpy"] > 10_000_000
     assert 100_000 < (sizes["numpyesm"] or 0) < 5_000_000
     assert "torch" not in sizes
+
+
+_PEAK_CHECK = """
+import sys, threading
+from bench import peaks
+import llvmlite.binding as llvm
+precision, hidden = sys.argv[1], set(sys.argv[2].split(","))
+features = {name for name in peaks.host_features() if name.split("-")[0] not in hidden}
+chosen = peaks.instruction(precision, features)
+if chosen is None:
+    print("none")
+    sys.exit()
+loop, alive = peaks.compiled_loop(precision, chosen)
+found = []
+threads = [threading.Thread(target=lambda: found.append(loop(1000))) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+products = sum(int(sums.sum(dtype="float64")) for sums in found)
+assert products == 3 * 1000 * chosen.operations // 2, (chosen, products)
+assert all((sums == sums[0]).all() for sums in found)
+print(chosen.name)
+"""
+
+
+@pytest.mark.parametrize("hidden", ["-", "amx"])
+@pytest.mark.parametrize("precision", peaks.PRECISIONS)
+def test_a_peak_counts_the_products_that_its_loop_computes(precision: str, hidden: str) -> None:
+    """On the best instructions and, where those are tiles, on the vectors below; in several threads."""
+    pytest.importorskip("llvmlite")
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK_CHECK, precision, hidden],
+        cwd=peaks.ROOT,
+        env=child_environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    method = run.stdout.strip()
+    flags = set(machine_info()["isa"])
+    if precision != "fp32" and f"amx_{precision}" in flags and hidden == "-" and peaks.tiles_granted():
+        # What the CPU has and the system grants is what counts as its peak.
+        assert method == {"bf16": "llvm.x86.tdpbf16ps", "int8": "llvm.x86.tdpbusd"}[precision]
+    elif {"avx512f", "avx512_bf16", "avx512_vnni"} <= flags:
+        assert method.endswith(("512", "v16f32"))
+
+
+def test_tiles_are_not_used_where_the_system_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    llvm = pytest.importorskip("llvmlite.binding")
+    has = {
+        "avx512f": True,
+        "avx512bf16": True,
+        "avx512vnni": True,
+        "amx-tile": True,
+        "amx-bf16": True,
+        "amx-int8": True,
+    }
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: has)
+    names = {}
+    for granted in (True, False):
+        monkeypatch.setattr(peaks, "tiles_granted", lambda granted=granted: granted)
+        features = peaks.host_features()
+        names[granted] = [getattr(peaks.instruction(p, features), "name", "") for p in peaks.PRECISIONS]
+    assert names[True] == ["llvm.fma.v16f32", "llvm.x86.tdpbf16ps", "llvm.x86.tdpbusd"]
+    assert names[False][1:] == ["llvm.x86.avx512bf16.dpbf16ps.512", "llvm.x86.avx512.vpdpbusd.512"]
+
+
+def test_readme_is_written_from_a_run_that_lacks_something_and_says_so() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    result["peaks"]["bf16"] = {"missing": "this CPU has no bf16 multiply-add"}
+    result["engines"]["esm-cpp-int8"] = {"family": "esm-cpp", "status": "missing", "reason": "no wheel"}
+    result["timings"].pop("esm-cpp-int8", None)
+    del result["cold_start"]
+    text = readme.section(result)
+    assert "bf16" not in text.split("whose own peak is ")[1].split(" billion")[0]
+    assert "Not measured, for reasons that the full table names: esm-cpp-int8." in text
+    assert "esm-cpp-int8 missing: no wheel" in report.markdown(result)
+    del result["peaks"]
+    assert "whose own peak" not in readme.section(result)
+
+
+def test_a_best_peer_is_not_claimed_where_another_was_left_out() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    result["workloads"] = {"varlen256": result["workloads"]["varlen256"]}
+    fastest = report.best_peer(result, "fp32", "varlen256")
+    assert fastest is not None
+    assert f"without {fastest[0]}" not in report.markdown(result)
+    for measured in ("median", "best"):
+        del result["timings"][fastest[0]]["varlen256"][measured]
+    result["timings"][fastest[0]]["varlen256"] |= {"seconds": [], "note": "left out: would take about 25 s a run"}
+    second = report.best_peer(result, "fp32", "varlen256")
+    assert second is not None
+    assert f"({second[0]}, without {fastest[0]}" in report.markdown(result)
+    ratio = second[1] / result["timings"]["numpyesm-numba-fp32"]["varlen256"]["median"]
+    assert f"{ratio:.2f}* |" in readme.section(result)
+    assert "left out there" in readme.section(result)
+
+
+def test_report_shows_the_peak_memory_of_every_engine() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    table = report.markdown(result).split("**Seconds**")[1].split("**Times")[0]
+    for name in report.ready(result):
+        peak = max(cell["peak_mb"] for cell in result["timings"][name].values())
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {report.bold(name)} |"))
+        assert row.endswith(f" {peak:,.0f} |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--peers-python", "/nowhere/python"], "/nowhere/python: there is no interpreter"),
+        (["--model", "esm2-3b"], "esm2-8m, esm2-35m"),
+        (["--output", "{file}/below"], "file"),
+        (["--workloads", "1x2049"], "L from 1 to 2048"),
+        (["--engines", "esm3"], "engine 'esm3' is unknown"),
+    ],
+)
+def test_wrong_use_is_said_before_anything_is_measured(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("bench.__main__.run", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as ended:
+        command([word.format(file=tmp_path / "file") for word in arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_report_names_the_instruction_of_each_peak() -> None:
+    result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
+    result["peaks"]["bf16"] = {"method": "llvm.x86.tdpbf16ps", "gops": {"2": 4000.0}}
+    result["peaks"]["int8"] = {"missing": "this CPU has no int8 multiply-add"}
+    assert ", bf16 llvm.x86.tdpbf16ps." in report.markdown(result)
 
 
 def test_readme_shows_the_latest_run() -> None:

@@ -186,3 +186,26 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
         make_kernels(checkpoint, "numba")
     with pytest.raises(InvalidOption, match="not installed"):
         make_kernels(checkpoint, "auto", "bf16")
+
+
+@pytest.mark.parametrize("startable", [0, 1])
+def test_threads_that_cannot_be_started(ours: ESM2, startable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes, or a platform without threads: those there are do the work, and none is left behind."""
+    sequences = [random_sequence(n, n) for n in (300, 40, 290)]
+    expected = ours.encode(sequences, [-1], ALL)
+    limited = small_model(backend="numba", threads=3)
+    start, started = threading.Thread.start, []
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if len(started) >= startable:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_or_refuse)
+        assert_same(limited.encode(sequences, [-1], ALL), expected)
+    assert len(started) == startable
+    # Calls that were queued for threads that never came do not run later, on memory that is no longer theirs.
+    for _ in range(3):
+        assert_same(limited.encode(sequences, [-1], ALL), expected)

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
     command = _add(commands, "warmup", "files:warmup", "compile the numba backend's kernels ahead of their first use")
     command.add_argument("--cache", metavar="DIR", help="folder (NUMBA_CACHE_DIR, or the user's cache)")
+    command.set_defaults(precision=None)
 
     _add(commands, "info", "files:info", "what is installed, what the machine has, which weights are found")
 
@@ -152,7 +153,8 @@ def _add(
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("--weights", help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
     command.add_argument("--backend", choices=["auto", "numpy", "numba"], default="auto", help="(%(default)s)")
-    command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="(%(default)s)")
+    default = "%(default)s" if name != "warmup" else "all that the CPU has"
+    command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"({default})")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
     if name != "serve":  # which has one of its own
         command.add_argument("--max-memory", metavar="SIZE", help="stay below, e.g. 300M: picks block sizes, threads")

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import Checkpoint, canonical_shapes
+from .equalise import equalised
 from .integrity import note_verified, verify_data, verify_file
 from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from .tensor import PRECISION_DTYPES, StoredTensor
@@ -35,8 +36,9 @@ def save_canonical(
     precision = precision or checkpoint.precision
     if precision not in PRECISION_DTYPES:
         raise InvalidOption(f"dtype is {precision!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    rounded = equalised(checkpoint) if precision == "int8" else checkpoint
     tensors = {
-        name: _stored(name, checkpoint.tensors[name], precision)
+        name: _stored(name, rounded.tensors[name], precision)
         for name in canonical_shapes(checkpoint.config)
         if name in checkpoint.tensors
     }

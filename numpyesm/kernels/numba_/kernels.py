@@ -14,6 +14,7 @@ from ...batch import Batch
 from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
+from ...weights.equalise import equalised
 from ...weights.tensor import StoredTensor, round_to_bfloat16
 from ..base import Array, Cut, Forward, Kernels
 from ..rotary import rotary_frequencies, rotary_pair_order
@@ -57,6 +58,8 @@ class NumbaKernels(Kernels):
     def __init__(self, checkpoint: Checkpoint, precision: str = "fp32") -> None:
         self.config = config = checkpoint.config
         self.precision = precision
+        if precision == "int8":
+            checkpoint = equalised(checkpoint)
         check_precision(host_isa(), precision)
         cache.prepare(precision)
         multiple = 8 if config.head_dim <= 32 or not host_isa().tiles else 32

@@ -351,19 +351,21 @@ def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weig
     weighted (L - 2, lanes) += coefficient · it, where lanes are neighbours and rows `step` bytes apart; row_sums is set
     to its sum over keys (lanes,), and its sum over lanes is added to column_sums (L - 2,).
     """
-    factor, sums = carray(float64_at(factors), (lanes,)), carray(float64_at(row_sums), (lanes,))
+    # All arrays begin at the first lane: Numba would look whether `lane - first` counts from the end.
+    count = last - first
+    factor, sums = carray(float64_at(factors + 8 * first), (count,)), carray(float64_at(row_sums), (count,))
     columns = carray(float64_at(column_sums), (length - 2,))
-    for lane in range(first, last):
-        sums[lane - first] = 0.0
+    for lane in range(count):
+        sums[lane] = 0.0
     for key in range(1, length - 1):
-        row = carray(float32_at(scores + 4 * key * lanes), (lanes,))
-        target = carray(float64_at(weighted + (key - 1) * step), (lanes,))
+        row = carray(float32_at(scores + 4 * (key * lanes + first)), (count,))
+        target = carray(float64_at(weighted + (key - 1) * step), (count,))
         column = 0.0
-        for lane in range(first, last):
+        for lane in range(count):
             attention = np.float64(row[lane]) * factor[lane]
             column += attention
-            sums[lane - first] += attention
-            target[lane - first] += coefficient * attention
+            sums[lane] += attention
+            target[lane] += coefficient * attention
         columns[key - 1] += column
 
 

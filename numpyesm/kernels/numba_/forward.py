@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...batch import BLOCK_ROWS, Batch
+from ...batch import Batch
 from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Cut, Forward
 from .emitter import TILE_COLUMNS
@@ -35,7 +35,7 @@ class NumbaForward(Forward):
         if cut.whole_tiles:
             blocks = [
                 [(t.start, t.stop, t.first, t.last) for t in block.tiles]
-                for block in batch.blocks(cut.threads, cut.block_rows or BLOCK_ROWS)
+                for block in batch.blocks(cut.threads, self._most_rows)
             ]
         else:
             blocks = cut_blocks(batch.spans, cut.threads, self._most_rows)

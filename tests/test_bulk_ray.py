@@ -49,9 +49,14 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     source = write_fasta(tmp_path / "in.fasta", 90, longest=500, duplicates=20)
     source.write_text(source.read_text() + ">bad\nMKJ\n")
     common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
+    # One name in two folders: a table's metadata name its list of rejected records.
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "local").mkdir()
     # More CPUs than the machine may have: two actors whatever it is.
     process = subprocess.Popen(
-        command(source, "-o", tmp_path / "ray.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"),
+        command(
+            source, "-o", tmp_path / "ray/out.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"
+        ),
         env=environment(NUMPYESM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -74,12 +79,12 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     assert found[-1]["event"] == "done"
     assert found[-1]["computed"] == found[-1]["sequences"] == 90
 
-    local = embed(source, "-o", tmp_path / "local.parquet", *common)
+    local = embed(source, "-o", tmp_path / "local/out.parquet", *common)
     assert local.returncode == 1
-    assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("in.fasta", "ray.parquet", "ray.rejected.tsv", "local.parquet", "local.rejected.tsv")
-    }
+    for name in ("out.parquet", "out.rejected.tsv"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    for engine in ("ray", "local"):
+        assert {path.name for path in (tmp_path / engine).iterdir()} == {"out.parquet", "out.rejected.tsv"}
 
 
 def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:

@@ -315,17 +315,18 @@ def test_readme_is_written_from_a_run_that_lacks_something_and_says_so() -> None
 
 def test_a_best_peer_is_not_claimed_where_another_was_left_out() -> None:
     result = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "latest.json").read_text())
-    result["workloads"] = {"varlen256": result["workloads"]["varlen256"]}
-    fastest = report.best_peer(result, "fp32", "varlen256")
+    # Every engine is measured there, in quick runs too.
+    result["workloads"] = {"8x256": result["workloads"]["8x256"]}
+    fastest = report.best_peer(result, "fp32", "8x256")
     assert fastest is not None
     assert f"without {fastest[0]}" not in report.markdown(result)
     for measured in ("median", "best"):
-        del result["timings"][fastest[0]]["varlen256"][measured]
-    result["timings"][fastest[0]]["varlen256"] |= {"seconds": [], "note": "left out: would take about 25 s a run"}
-    second = report.best_peer(result, "fp32", "varlen256")
+        del result["timings"][fastest[0]]["8x256"][measured]
+    result["timings"][fastest[0]]["8x256"] |= {"seconds": [], "note": "left out: would take about 25 s a run"}
+    second = report.best_peer(result, "fp32", "8x256")
     assert second is not None
     assert f"({second[0]}, without {fastest[0]}" in report.markdown(result)
-    ratio = second[1] / result["timings"]["numpyesm-numba-fp32"]["varlen256"]["median"]
+    ratio = second[1] / result["timings"]["numpyesm-numba-fp32"]["8x256"]["median"]
     assert f"{ratio:.2f}* |" in readme.section(result)
     assert "left out there" in readme.section(result)
 

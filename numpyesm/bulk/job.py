@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import BulkError, InvalidOption, InvalidSequence
+from ..files import atomic_write, same_file, sync_folder
 from ..model import ESM2
-from ..weights.atomic import replacing
-from .journal import Journal, Rejected, readable_error, sync_folder
+from .journal import Journal, Rejected, readable_error
 from .layout import Layout
 from .local import LocalEngine
 from .lock import FolderLock
@@ -228,9 +228,8 @@ class _Job:
 
     def _check_paths(self, form: str) -> None:
         for name in self.inputs:
-            with suppress(OSError):
-                if os.fspath(name) != "-" and os.path.samefile(name, self.output):
-                    raise InvalidOption(f"output {self.output} is the input itself: choose another output")
+            if os.fspath(name) != "-" and same_file(name, self.output):
+                raise InvalidOption(f"output {self.output} is the input itself: choose another output")
         if self.output.exists() and self.output.is_dir() != (form == "folder"):
             kind = "a folder" if self.output.is_dir() else "a file"
             raise InvalidOption(f"output {self.output} is {kind}; {form} was asked for")
@@ -479,7 +478,7 @@ class _Job:
                 self.rejected_file.unlink()
 
     def _write_list(self, rejected: Iterable[Rejected]) -> None:
-        with replacing(self.rejected_file) as file:
+        with atomic_write(self.rejected_file) as file:
             file.write(_REJECTED_HEADER.encode())
             for record in rejected:
                 file.write(tsv_line(*record).encode())

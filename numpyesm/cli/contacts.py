@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidOption
 from ..fasta import Record
+from ..files import safe_stem
 from ..model import ESM2
 from .inputs import load_model, on_records, read_records
 from .outputs import chosen_format, json_pieces, write, write_npz
@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ending = {"map": "txt"}.get(form, form)
     for number, (record, page) in enumerate(zip(records, pages, strict=True), start=1):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", record.id).strip("._")[:100]
-        write(page, folder / f"{number:03d}_{name or 'sequence'}.{ending}")
+        write(page, folder / f"{number:03d}_{safe_stem(record.id or 'sequence')}.{ending}")
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 from ..alphabet import MASK_TOKEN, tokenize
 from ..errors import InvalidOption, InvalidSequence
 from ..fasta import Record, clean_sequence, read_fasta
+from ..files import same_file
 from ..model import ESM2
 
 Result = TypeVar("Result")
@@ -53,14 +54,6 @@ def _is_file(text: str) -> bool:
     try:
         return Path(text).exists() and not Path(text).is_dir()
     except (OSError, ValueError):  # too long for a name, or a NUL in it: not a file
-        return False
-
-
-def same_file(one: str, other: str) -> bool:
-    """Whether both names mean one file that is there."""
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):  # the output is not there yet, or this is no name at all
         return False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..weights.atomic import replacing
+from ..files import atomic_write
 
 
 def chosen_format(arguments: argparse.Namespace, by_ending: Mapping[str, str], terminal: str, otherwise: str) -> str:
@@ -33,7 +33,7 @@ def write(data: bytes | Iterable[bytes], output: str | Path | None) -> None:
         sys.stdout.buffer.writelines(pieces)
         sys.stdout.buffer.flush()
         return
-    with replacing(Path(output)) as file:
+    with atomic_write(output) as file:
         file.writelines(pieces)
 
 
@@ -74,7 +74,7 @@ def write_npz(arrays: Mapping[str, npt.NDArray[Any]], output: str | Path | None)
     if output is None or str(output) == "-" or (Path(output).exists() and not Path(output).is_file()):
         write(npz_bytes(arrays), output)
         return
-    with replacing(Path(output)) as file:
+    with atomic_write(output) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidOption, MissingExtra
+from ..files import same_file
 from ..scoring.scan import MutationScan
-from .inputs import load_model, same_file
+from .inputs import load_model
 from .outputs import write
 from .pictures import figure_class, png_bytes
 from .score import progress_line, read_wild_type

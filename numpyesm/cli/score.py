@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
+from ..files import same_file
 from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, apply_changes, check_wild_type, fit_mutant, parse_mutant
-from .inputs import load_model, read_records, same_file
+from .inputs import load_model, read_records
 from .outputs import write
 from .variant_table import InvalidTable, VariantTable, read_table
 

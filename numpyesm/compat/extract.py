@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidOption, InvalidSequence, NumpyesmError
+from ..files import atomic_write, native_name
 from ..kernels import BACKENDS, PRECISIONS
 from ..options import check_layers
-from ..weights.atomic import replacing
 from . import fair_esm as esm
 from .fair_esm.model import ESM2
 
@@ -123,7 +123,7 @@ def save(result: Mapping[str, Any], path: Path) -> None:
     flat: dict[str, Any] = {}
     for name, value in result.items():
         flat |= {f"{name}_{layer}": array for layer, array in value.items()} if name in _BY_LAYER else {name: value}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, **flat)
 
 
@@ -147,7 +147,7 @@ def _path(folder: Path, label: str) -> Path:
         raise InvalidSequence(f"record {label[:80]!r}: its file would lie outside of {folder}")
     if any(len(part.encode()) > _LONGEST_NAME for part in parts):
         raise InvalidSequence(f"record {label[:80]!r}…: the label is too long for the name of a file")
-    return folder.joinpath(*parts)
+    return folder.joinpath(*map(native_name, parts))
 
 
 def _check(label: str, sequence: str, alphabet: esm.Alphabet) -> None:

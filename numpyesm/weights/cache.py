@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
 from ..errors import InvalidOption
-from .atomic import replacing
+from ..files import atomic_write
 
 # The commit of "facebook/<official name>" that each preset means.
 PINNED_COMMITS = {
@@ -99,5 +99,5 @@ class RemoteModel:
     def remember(self, commit: str) -> None:
         """Note what `main` is, so that the next run needs no network."""
         if self.revision is None:
-            with replacing(self.folder / "main") as file:
+            with atomic_write(self.folder / "main") as file:
                 file.write(commit.encode())

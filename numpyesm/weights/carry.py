@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..errors import CheckpointError, WeightsNotFound
-from .atomic import replacing
+from ..files import atomic_write, file_sha256
 from .cache import RemoteModel, is_commit
 from .canonical import load_canonical, save_canonical
-from .conversion import file_sha256, with_provenance
+from .conversion import with_provenance
 from .hub import fetch
 from .integrity import SUMS_FILE, stated_sha256
 from .load import find_in_folder, open_checkpoint
@@ -58,7 +58,7 @@ def export(
         "source": checkpoint.source,
         "source_sha256": checkpoint.source_sha256,
     }
-    with replacing(path.with_name(path.name + _NOTE)) as file:
+    with atomic_write(path.with_name(path.name + _NOTE)) as file:
         file.write((json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
     _add_sum(path)
     return path
@@ -146,13 +146,13 @@ def _check(path: Path) -> None:
     stated = stated_sha256(path)
     if stated is None:
         raise CheckpointError(f"there is no checksum of {path.name} in {path.with_name(SUMS_FILE)}")
-    if file_sha256([path]) != stated:
+    if file_sha256(path) != stated:
         raise CheckpointError(f"{path} has a wrong checksum: it was damaged on the way; copy it again")
 
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        with open(source, "rb") as file, replacing(target) as copy:
+        with open(source, "rb") as file, atomic_write(target) as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({error.strerror or error})") from error
@@ -163,5 +163,5 @@ def _add_sum(path: Path) -> None:
     sums = path.with_name(SUMS_FILE)
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
     kept = [line for line in lines if not re.search(rf"[ *](\./)?{re.escape(path.name)}$", line)]
-    with replacing(sums) as file:
-        file.write("".join(f"{line}\n" for line in sorted([*kept, f"{file_sha256([path])}  {path.name}"])).encode())
+    with atomic_write(sums) as file:
+        file.write("".join(f"{line}\n" for line in sorted([*kept, f"{file_sha256(path)}  {path.name}"])).encode())

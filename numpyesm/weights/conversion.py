@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, InvalidOption
+from ..files import file_sha256, same_file
 from .canonical import load_canonical, save_canonical
 from .checkpoint import Checkpoint
 from .load import Opened, open_checkpoint
@@ -68,7 +67,7 @@ def convert(
         opened = open_checkpoint(source, regression=regression)
     path = output_path(output, opened.checkpoint, dtype)
     for file in opened.files:
-        if _same_file(file, path):
+        if same_file(file, path):
             raise InvalidOption(f"{path} is the source itself: choose another output")
     save_canonical(path, with_provenance(opened), precision=dtype)
     return Conversion(path, load_canonical(path))
@@ -97,30 +96,13 @@ def with_provenance(opened: Opened) -> Checkpoint:
         if narrow and not checkpoint.source.endswith(note):
             return replace(checkpoint, source=checkpoint.source + note)
         return checkpoint
-    return replace(checkpoint, source_sha256=file_sha256(opened.weight_files))
-
-
-def file_sha256(files: Iterable[Path]) -> str:
-    """SHA-256 of the bytes of one file, or of several one behind the other."""
-    digest = hashlib.sha256()
     try:
-        for path in files:
-            with open(path, "rb") as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
+        return replace(checkpoint, source_sha256=file_sha256(*opened.weight_files))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()
+        raise CheckpointError(f"{opened.weight_files[0]} cannot be read ({error.strerror or error})") from error
 
 
 def _check_suffix(output: str | os.PathLike[str]) -> None:
     path = Path(output)
     if path.suffix not in ("", ".safetensors") and not path.is_dir():
         raise InvalidOption(f"the output {path} must be a .safetensors file or a folder")
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    try:
-        return first.samefile(second)
-    except OSError:  # the output does not exist yet
-        return False

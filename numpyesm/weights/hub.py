@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .atomic import replacing
+from ..files import atomic_write, file_sha256
 from .cache import RemoteModel, cache_dir, cached, is_commit
 from .canonical import load_canonical, save_canonical
-from .conversion import file_sha256, output_path, with_provenance
+from .conversion import output_path, with_provenance
 from .hugging_face import WEIGHT_FILES
 from .load import open_checkpoint
 from .tensor import PRECISION_DTYPES
@@ -241,7 +241,7 @@ def _verify(model: RemoteModel, file: _File, path: Path) -> None:
     if model.is_pinned and file.name == "model.safetensors":
         expected |= {KNOWN_SHA256[model.preset]} if model.preset in KNOWN_SHA256 else set()
     if expected:
-        good = expected == {file_sha256([path])}
+        good = expected == {file_sha256(path)}
     elif file.git_sha1:
         good = _git_sha1(path) == file.git_sha1
     else:
@@ -333,6 +333,6 @@ def _opens(path: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    with open(source, "rb") as file, replacing(target) as copy:
+    with open(source, "rb") as file, atomic_write(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
     return target

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, WeightsNotFound
-from .atomic import replacing
+from ..files import atomic_write
 from .tensor import STORAGE_DTYPES, StoredTensor
 
 # Not weights, but found beside them (position_ids); carried along so that a reader can ignore them by name.
@@ -129,7 +129,7 @@ def write_safetensors(
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for tensor in tensors.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files import safe_stem
 from ..journal import Row
 from ..layout import Layout
 from ..tables import tsv_line
@@ -21,9 +21,6 @@ from .base import METADATA_KEY, Writer, free_name
 
 ABOUT = "numpyesm.json"
 INDEX = "index.tsv"
-_LONGEST_NAME = 120
-# Names that Windows keeps for devices.
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 class FolderWriter(Writer):
@@ -45,7 +42,7 @@ class FolderWriter(Writer):
             )
             index.write(tsv_line("record", "id", "file", "length", "residues", "sequence_hash"))
             for row in rows:
-                name = _take_name(taken, file_name(row.id)) + ".npz"
+                name = _take_name(taken, safe_stem(row.id)) + ".npz"
                 residues = self.residues(row, about)
                 arrays = {field.name: array for field, array in layout.unpack(row.data, residues)}
                 texts = {"id": np.array(row.id), "description": np.array(row.description)}
@@ -68,12 +65,6 @@ class FolderWriter(Writer):
 def is_ours(entry: Path) -> bool:
     """Whether something in an output folder is what this writer makes."""
     return entry.is_file() and (entry.suffix == ".npz" or entry.name in (ABOUT, INDEX))
-
-
-def file_name(id: str) -> str:
-    """An id as a file name that every system takes, without ending."""
-    name = re.sub(r"[^A-Za-z0-9._=+@,-]+", "_", id).strip("._")[:_LONGEST_NAME] or "record"
-    return f"_{name}" if _DEVICES.match(name) or name.startswith("-") else name
 
 
 def _take_name(names: sqlite3.Connection, name: str) -> str:

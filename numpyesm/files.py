@@ -1,0 +1,151 @@
+"""Files: written whole or not at all, named after records, told apart, hashed. Errors are OSErrors."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from .errors import NumpyesmError
+
+_AnyPath = str | os.PathLike[str]
+
+_LONGEST_STEM = 120
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=+@,-]+")
+_WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+_STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d+)")
+
+
+class WriteError(OSError):
+    """A file that cannot be written: no permission, a full disk, a folder of that name."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror})"
+
+
+@contextmanager
+def atomic_write(path: _AnyPath) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`, and rename it to `path` if the block ends without an error.
+
+    Missing parent folders are made. A symbolic link stays: the file that it points to is replaced. Pipes, devices and
+    `/dev/stdout` are written directly.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Yields
+    ------
+    file
+        Open for writing bytes.
+
+    Raises
+    ------
+    WriteError
+        If the file cannot be written. `BrokenPipeError`, and errors about other files, pass unchanged.
+    """
+    name = os.fspath(path)
+    target = Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        direct = _open_directly(name)
+        if direct is not None:
+            with direct:
+                yield direct
+            return
+        if target.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        with suppress(FileExistsError):  # it is a file: opening says so
+            target.parent.mkdir(parents=True, exist_ok=True)
+        # The same folder, because os.replace is atomic only within one file system. Not tempfile.mkstemp, which makes
+        # files that only their owner can read.
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:  # also KeyboardInterrupt
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        about = {None, name, str(target), str(temporary), str(target.parent)}
+        if isinstance(error, BrokenPipeError | NumpyesmError) or error.filename not in about:
+            raise
+        raise WriteError(error.errno, error.strerror or str(error), name) from error
+
+
+def _open_directly(name: str) -> BinaryIO | None:
+    """What has no whole to appear at once (a descriptor of this process, a pipe, a device), opened; else None."""
+    match = _DESCRIPTOR.fullmatch(name)
+    descriptor = int(match[1]) if match else _STANDARD_STREAMS.get(name)
+    if descriptor is not None and os.name == "posix":
+        sys.stdout.flush()
+        return os.fdopen(os.dup(descriptor), "wb")  # opening the name again would truncate a redirected file
+    if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
+        return open(name, "wb")
+    return None
+
+
+def sync_folder(folder: _AnyPath) -> None:
+    """Make the names in a folder survive a power cut."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class FileIdentity(NamedTuple):
+    """What changes when a file is replaced, or overwritten in place."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def file_identity(file: _AnyPath | int) -> FileIdentity:
+    """Identify the present content of a path or an open file descriptor, without reading it."""
+    found = os.stat(file)
+    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def same_file(one: _AnyPath, other: _AnyPath) -> bool:
+    """Whether both names mean one existing file. What cannot be a name (too long, a null byte) means none."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def file_sha256(*paths: _AnyPath) -> str:
+    """SHA-256 in hexadecimal of a file, or of several concatenated."""
+    import hashlib  # loads OpenSSL, which takes longer than opening a model
+
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def safe_stem(id: str) -> str:
+    """Turn an id into a file name, without its ending, that every system takes."""
+    stem = _UNSAFE.sub("_", id).strip("._")[:_LONGEST_STEM] or "record"
+    return f"_{stem}" if _WINDOWS_DEVICES.match(stem) or stem.startswith("-") else stem
+
+
+def native_name(name: str) -> str:
+    """Make a name usable whatever the locale: where it cannot encode the name, its bytes are UTF-8 all the same."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,124 @@
+"""Files appear whole or not at all, under names that any system and locale takes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from numpyesm.files import atomic_write, file_identity, file_sha256, same_file
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes, links and devices")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    with atomic_write(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt):
+        _write_half(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+    assert path.read_bytes() == b"old"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name, why in (("folder", "it is a folder"), ("file/x.npz", "Not a directory")):
+        with pytest.raises(OSError, match=rf"{name} cannot be written \({why}\)"):
+            _write_half(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "y"):
+        os.stat(tmp_path / "other")  # an error about another file passes unchanged
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"/dev/full cannot be written \(No space left"),
+        atomic_write("/dev/full") as file,
+    ):
+        file.write(b"x" * 100_000)
+
+
+@POSIX
+def test_pipes_links_and_devices_stay(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    with atomic_write(tmp_path / "pipe") as file:
+        file.write(b"through")
+    assert reader.communicate()[0] == b"through"
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    (tmp_path / "link").symlink_to("target")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+    with atomic_write("/dev/null") as file:
+        file.write(b"gone")
+    assert not Path("/dev/null").is_file()
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_standard_output_by_its_name(tmp_path: Path, kind: str) -> None:
+    code = (
+        "from numpyesm.files import atomic_write\n"
+        "print('before')\n"
+        "with atomic_write('/dev/stdout') as file: file.write(b'bytes\\n')\n"
+        "print('after')\n"
+    )
+    command = [sys.executable, "-c", code]
+    if kind == "pipe":
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    else:
+        with open(tmp_path / "out", "ab") as out:
+            subprocess.run(command, check=True, stdout=out)
+        said = (tmp_path / "out").read_bytes()
+    assert said == b"before\nbytes\nafter\n"
+
+
+@POSIX
+def test_names_outside_the_locale(tmp_path: Path) -> None:
+    """A record's file has the same name in a locale that has no letter for it."""
+    code = (
+        "import sys; from numpyesm.files import atomic_write, native_name\n"
+        "with atomic_write(sys.argv[1] + '/' + native_name('prot\\u00e9ine-\\u03b1.npz')) as file: file.write(b'x')\n"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment in (os.environ | ascii_only, os.environ):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    assert [os.fsencode(entry.name) for entry in tmp_path.iterdir()] == ["protéine-α.npz".encode()]
+
+
+def test_identity_and_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before = file_identity(path)
+    with open(path, "r+b") as file:
+        assert file_identity(file.fileno()) == before
+        file.write(b"two")
+    os.utime(path, ns=(before.mtime_ns, before.mtime_ns + 1))
+    assert file_identity(path) != before
+    assert file_sha256(path, path) == hashlib.sha256(b"twotwo").hexdigest()
+    assert same_file(path, f"{tmp_path}/./weights")
+    assert not same_file(path, "x\0")
+
+
+def _write_half(path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

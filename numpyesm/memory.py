@@ -1,80 +1,167 @@
-"""Staying below a given amount of memory: how much the process has, how much a call will take, which sizes fit.
+"""Memory: sizes as text, what the process has and may have, what a pass takes, and which sizes of a pass fit a limit.
 
-`max_memory` is for the whole process: the interpreter, NumPy, every page of the weights (mapped pages count, though
-processes share them), the buffers of a pass, and the results of the call. Block sizes change no result.
+A limit (`max_memory`) is for the whole process: the interpreter, NumPy, every page of the weights (mapped pages count,
+though processes share them), the buffers of a pass, and the results of the call. Block sizes change no result.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from .batch import BLOCK_ROWS
-from .config import MAX_RESIDUES, ModelConfig
+from .config import ModelConfig
 from .errors import InvalidOption, NotEnoughMemory
 from .weights.checkpoint import Checkpoint
 
-_UNITS = {
-    "": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "kb": 10**3, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6,
-    "g": 1 << 30, "gib": 1 << 30, "gb": 10**9, "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
-}  # fmt: skip
-
-# What a block is cut down to, at least; below, products are too small to be worth a call.
+# K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
+# powers of 1000, as SI has it.
+_UNITS = {"": 1, "b": 1} | {
+    letter + ending: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+# Blocks are cut down to these sizes; below the last, products are too small to be worth a call.
 _BLOCK_SIZES = (BLOCK_ROWS, 128, 64)
-# Of one thread beside its block: scores, GELU, a widened piece, BLAS's packing buffers.
+# Per thread, beside its block: scores, GELU, a widened piece of weights, BLAS's packing buffers.
 _PER_THREAD = 6 << 20
-# Allocator, byte code that is still to be loaded, a thread's stack.
+# The allocator, byte code that is still to be loaded, a thread's stack.
 _MARGIN = 10 << 20
 # Numba, LLVM and the compiled kernels.
 _NUMBA = 330 << 20
 _NUMBA_ADDRESS_SPACE = 900 << 20
 
 
-def parse_memory(value: int | str) -> int:
-    """Bytes, from a number of bytes or text such as `512M`, `400MB`, `1.5G`.
+# -- sizes as text -------------------------------------------------------------------------------------------------
+
+
+def parse_memory(value: int | str, option: str = "max_memory") -> int:
+    """Read a size: a number of bytes, or text such as `512M`, `400MB`, `1.5GiB`.
+
+    K, M, G and T, also written KiB, MiB, GiB and TiB, are powers of 1024; KB, MB, GB and TB are powers of 1000. Case
+    does not matter.
 
     Raises
     ------
     InvalidOption
-        If it is neither, or not positive.
+        The value is neither, or not positive; the message names `option`.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         size = float(value)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS:
-            raise InvalidOption(f"max_memory={value!r}: expected bytes, or a size such as 512M or 1.5G")
+            raise InvalidOption(f"{option}={value!r}: expected bytes, or a size such as 512M, 400MB or 1.5G")
         size = float(match[1]) * _UNITS[match[2]]
     if not 1 <= size < 1 << 60:
-        raise InvalidOption(f"max_memory={value!r}: expected a positive size")
+        raise InvalidOption(f"{option}={value!r}: expected a positive size")
     return int(size)
 
 
-def megabytes(size: float) -> str:
-    """A size for people; 2**20 bytes a MB, as `ps` and `ulimit` count."""
-    return f"{size / (1 << 20):.0f} MB"
+def format_memory(size: float) -> str:
+    """Write a size for people; `parse_memory` reads it back."""
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+# -- what the process has and may have -----------------------------------------------------------------------------
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process has now; of systems that do not say, its highest so far or a guess."""
-    try:
-        with open("/proc/self/status") as status:
-            return int(re.findall(r"VmRSS:\s+(\d+)", status.read())[0]) << 10
-    except (OSError, IndexError):
-        pass
+    """Memory that this process holds now, in bytes; its peak, or a guess, where the system does not say."""
+    if (size := _status("VmRSS")) is not None:
+        return size
     try:
         import resource
     except ImportError:  # Windows, Pyodide
         return 60 << 20
-    highest: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest << 10
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _status(field: str) -> int | None:
+    """A size that the system states of this process, in bytes."""
+    sizes = (int(line.split()[1]) << 10 for line in _lines("/proc/self/status") if line.startswith(f"{field}:"))
+    return next(sizes, None)
+
+
+def available_memory() -> int:
+    """Memory that can be taken without swapping, in bytes, within the container's limit."""
+    left = [limit - used for limit, used in _containers()]
+    left += [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    return max(0, min(left, default=(_machine_memory() or 8 << 30) // 2))
+
+
+def memory_limit() -> int | None:
+    """Most that this process can hold at once, in bytes; None if there is no telling.
+
+    The least of the machine's memory, the container's limit, and what `ulimit -v` and `ulimit -d` leave. Part of the
+    address space is reserved and never held, so what is left of it is counted from what is held now.
+    """
+    limits = [limit for limit, _ in _containers()]
+    limits += [resident_memory() + limit - used for limit, used in _ulimits()]
+    return min(limits + [size for size in [_machine_memory()] if size is not None], default=None)
+
+
+def _machine_memory() -> int | None:
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _containers() -> Iterator[tuple[int, int]]:
+    """Limit and use of each control group that this process is in and that has a limit."""
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")  # version 1, version 2
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # not visible from within a container, or "max"
+                yield int((folder / names[0]).read_text()), int((folder / names[1]).read_text())
+            if folder == root:
+                break
+
+
+def _lines(path: str) -> list[str]:
+    with suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []
+
+
+def _ulimits() -> Iterator[tuple[int, int]]:
+    """Limit and use of address space (`ulimit -v`) and of data (`ulimit -d`), where they are limited."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for name, field in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit, _status(field) or resident_memory()
+
+
+def numba_fits(limit: int | None, checkpoint: Checkpoint) -> bool:
+    """Whether the compiled backend, which keeps packed weights of its own, has enough memory and address space.
+
+    LLVM ends the process without a word if it cannot get what it asks for.
+    """
+    weights = 4 * checkpoint.num_parameters
+    limits = [size for size, _ in _containers()] + ([] if limit is None else [limit])
+    if limits and resident_memory() + _NUMBA + 2 * weights >= min(limits):
+        return False
+    return all(_NUMBA_ADDRESS_SPACE + 3 * weights < size for size, _ in _ulimits())
 
 
 def unread_weights(checkpoint: Checkpoint) -> int:
-    """Bytes of mapped weights that are not in memory yet and will be once the model has run."""
+    """Mapped weights that are not in memory yet and will be once the model has run, in bytes."""
     addresses = sorted(tensor.raw.__array_interface__["data"][0] for tensor in checkpoint.tensors.values())
     unread = 0
     try:
@@ -93,36 +180,48 @@ def unread_weights(checkpoint: Checkpoint) -> int:
     return unread
 
 
-def numba_fits(limit: int | None, checkpoint: Checkpoint) -> bool:
-    """Whether the numba backend, which keeps packed weights of its own, has room.
+# -- what a call takes ---------------------------------------------------------------------------------------------
 
-    Within `limit`, within what the control group allows, and within the address space that `ulimit -v` leaves: LLVM
-    ends the process without a word where it cannot get what it asks for.
+
+def pass_bytes(
+    config: ModelConfig, rows: int, longest: int, wanted: Collection[str], threads: int, block_rows: int = BLOCK_ROWS
+) -> int:
+    """Memory of one pass through the layers, in bytes, without its results.
+
+    Parameters
+    ----------
+    rows, longest : int
+        Tokens of the pass, and of its longest sequence.
+    wanted : collection of str
+        Outputs, as in `include`.
+    threads, block_rows : int
+        Threads that share the pass, and rows that each takes at a time.
     """
-    weights = 4 * checkpoint.num_parameters
-    limits = [size for size in (limit, _control_group_limit()) if size is not None]
-    if limits and resident_memory() + _NUMBA + 2 * weights >= min(limits):
-        return False
-    address_space = _address_space_limit()
-    return address_space is None or _NUMBA_ADDRESS_SPACE + 3 * weights < address_space
+    width, longest = config.embed_dim, min(longest, rows)
+    # Rows of x, and of query, key and value twice; the rotary table has a complex number per channel and position, and
+    # is made in twice the precision.
+    size = rows * (28 * width + 64) + longest * 8 * width + longest * 48 * width // 2
+    # Normalised rows, attention's output, the feed-forward part and one partial sum of each product; scores of a tile.
+    size += threads * (block_rows * 4 * (6 * width + 2 * config.ffn_dim) + 64 * longest * 4 * 3 + _PER_THREAD)
+    if "contacts" in wanted:
+        heads = config.num_layers * config.num_heads
+        size += rows * longest * 8 + rows * heads * 8 * 2 + threads * 64 * longest * 8
+    if "attentions" in wanted:
+        size += rows * config.num_layers * 8
+    if "logits" in wanted:
+        size += rows * width * 4
+    return size
 
 
-def _control_group_limit() -> int | None:
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            return int(file.read())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
-
-
-def _address_space_limit() -> int | None:
-    """The least of what `ulimit -v` and `ulimit -d` set."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    found = [resource.getrlimit(getattr(resource, name))[0] for name in ("RLIMIT_AS", "RLIMIT_DATA")]
-    return min((size for size in found if size != resource.RLIM_INFINITY), default=None)
+def result_bytes(config: ModelConfig, residues: int, wanted: Collection[str], layers: int) -> int:
+    """Memory of the result of one sequence, in bytes, with embeddings of so many layers."""
+    row = config.embed_dim * 4 * layers
+    size = 600  # the object itself
+    size += row * (("mean" in wanted) + ("bos" in wanted) + ("per_token" in wanted) * residues)
+    size += 4 * residues * residues * ("contacts" in wanted)
+    size += 80 * residues * ("logits" in wanted)
+    size += 4 * residues * config.num_layers * ("attentions" in wanted)
+    return size
 
 
 @dataclass(frozen=True)
@@ -136,7 +235,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What is left for a call of a process that must stay below `limit`.
+    """What is left for a call in a process that must stay below `limit`.
 
     Attributes
     ----------
@@ -155,25 +254,26 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, limit: int, checkpoint: Checkpoint, threads: int) -> MemoryBudget:
-        """The budget of a process whose model has just been loaded, with as many threads as have room.
+        """The budget of a process whose model has just been loaded, with at most so many threads.
 
         Raises
         ------
         NotEnoughMemory
             Not even one short sequence would fit.
         """
+        config = checkpoint.config
         fixed = resident_memory() + unread_weights(checkpoint) + _MARGIN
         for count in range(threads, 0, -1):
-            budget = cls(limit, fixed, checkpoint.config, count)
-            # Threads are worth having if a middling protein fits with them, or at least any does.
-            if budget._needed(512 if count > 1 else 16, _BLOCK_SIZES[-1]) <= limit:
-                return budget
+            # Further threads are worth having if a middling protein fits with them; the first, if any does.
+            rows = 512 if count > 1 else 16
+            needed = fixed + pass_bytes(config, rows, rows, (), count, _BLOCK_SIZES[-1])
+            if needed <= limit:
+                return cls(limit, fixed, config, count)
         narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
         smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
         raise NotEnoughMemory(
-            f"max_memory is {megabytes(limit)}, but a process with {checkpoint.config.name} stored as "
-            f"{checkpoint.precision} takes {megabytes(budget._needed(16, _BLOCK_SIZES[-1]))} for the shortest sequence"
-            f"{smaller}"
+            f"max_memory is {format_memory(limit)}, but a process with {config.name} stored as "
+            f"{checkpoint.precision} takes {format_memory(needed)} for the shortest sequence{smaller}"
         )
 
     def sizes(self, lengths: Sequence[int], wanted: Iterable[str], layers: int, most_rows: int) -> Sizes:
@@ -196,55 +296,20 @@ class MemoryBudget:
             With what the call would take.
         """
         wanted = frozenset(wanted)
-        results = sum(self._result(length, wanted, layers) for length in lengths)
+        results = sum(result_bytes(self.config, length, wanted, layers) for length in lengths)
         longest = max(lengths)
-        # Fewer threads is the dearest way to save memory, so the last to be tried; shorter passes the cheapest.
+        # Fewer threads are the most expensive way to save memory, so the last to be tried; shorter passes the cheapest.
         for threads, block_rows in itertools.product(range(self.threads, 0, -1), _BLOCK_SIZES):
-            budget = replace(self, threads=threads)
             rows = max(most_rows, longest)
             while True:
-                least = budget._needed(rows, block_rows, longest) + results + budget._maps(rows, longest, wanted)
-                if least <= self.limit:
+                needed = self.fixed + results + pass_bytes(self.config, rows, longest, wanted, threads, block_rows)
+                if needed <= self.limit:
                     return Sizes(rows, block_rows, threads)
                 if rows == longest:
                     break
                 rows = max(rows * 3 // 4, longest)
         raise NotEnoughMemory(
-            f"max_memory is {megabytes(self.limit)}, but this call takes about {megabytes(least)}: "
-            f"{megabytes(self.fixed)} for the process with its weights, {megabytes(results)} for the results, "
+            f"max_memory is {format_memory(self.limit)}, but this call takes about {format_memory(needed)}: "
+            f"{format_memory(self.fixed)} for the process with its weights, {format_memory(results)} for the results, "
             f"the rest for a pass over {longest - 2} residues; ask for fewer outputs or sequences at a time"
         )
-
-    def _needed(self, rows: int, block_rows: int, longest: int = MAX_RESIDUES + 2) -> int:
-        """Bytes of the process during a pass of so many rows, results not counted."""
-        width, ffn = self.config.embed_dim, self.config.ffn_dim
-        longest = min(longest, rows)
-        # Rows of x, of query, key and value twice; the rotary table has a complex number a channel and position, and
-        # is made in twice the precision.
-        per_pass = rows * (28 * width + 64) + longest * 8 * width + longest * 48 * width // 2
-        # Normalised rows, attention's output, the feed-forward part and one partial sum of each product.
-        per_block = block_rows * 4 * (3 * width + 3 * width + 2 * ffn)
-        scores = 64 * longest * 4 * 3
-        return self.fixed + per_pass + self.threads * (per_block + scores + _PER_THREAD)
-
-    def _maps(self, rows: int, longest: int, wanted: frozenset[str]) -> int:
-        """Bytes that attention maps take during a pass."""
-        size = 0
-        if "contacts" in wanted:
-            heads = self.config.num_layers * self.config.num_heads
-            size += rows * longest * 8 + rows * heads * 8 * 2 + self.threads * 64 * longest * 8
-        if "attentions" in wanted:
-            size += rows * self.config.num_layers * 8
-        if "logits" in wanted:
-            size += rows * self.config.embed_dim * 4
-        return size
-
-    def _result(self, length: int, wanted: frozenset[str], layers: int) -> int:
-        """Bytes of one sequence's result."""
-        row = self.config.embed_dim * 4 * layers
-        size = 600  # the object itself
-        size += row * (("mean" in wanted) + ("bos" in wanted) + ("per_token" in wanted) * length)
-        size += 4 * length * length * ("contacts" in wanted)
-        size += 80 * length * ("logits" in wanted)
-        size += 4 * length * self.config.num_layers * ("attentions" in wanted)
-        return size

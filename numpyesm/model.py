@@ -57,7 +57,8 @@ class ESM2:
     threads : int, optional
         Worker threads; all available CPUs by default.
     max_memory : int or str, optional
-        Bytes, or text such as `"300M"`, that the whole process must stay below. Block sizes, threads and (with
+        Bytes, or text such as `"300M"` (300·2^20 bytes, as `"300MiB"`; `"300MB"` is 300·10^6), that the whole process
+        must stay below. Block sizes, threads and (with
         `backend="auto"`) the backend are chosen by it; a call that cannot stay below it raises `NotEnoughMemory`
         before it starts. Results are the same.
     """

@@ -57,14 +57,14 @@ def test_packing_fills_batches_and_reads_no_further_than_it_must() -> None:
 
 def test_budget_follows_threads_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = PRESETS["esm2-35m"]
-    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 64 << 30)
+    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 64 << 30)
     assert token_budget(config, 1) == token_budget(config, 2) == 4096
     assert token_budget(config, 16) == 32768
     assert token_budget(config, 1000) == 65536
-    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 1 << 30)
     assert 2050 <= token_budget(config, 16) < 32768
     assert token_budget(config, 16, contacts=True) < token_budget(config, 16)
-    monkeypatch.setattr("numpyesm.bulk.packing._available_memory", lambda: 0)
+    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 0)
     assert token_budget(config, 16) == 2050
     for wrong in (0, -1, 1.5, "4096", True):
         with pytest.raises(InvalidOption, match="tokens_per_batch"):

@@ -18,7 +18,7 @@ from numpyesm import ESM2, InvalidOption, NotEnoughMemory, SyntheticWeightsWarni
 from numpyesm.batch import BLOCK_ROWS, Batch
 from numpyesm.kernels.narrow import NarrowMatrix
 from numpyesm.kernels.reference_numpy import NumpyKernels
-from numpyesm.memory import MemoryBudget, Sizes, parse_memory
+from numpyesm.memory import MemoryBudget, Sizes, format_memory, parse_memory
 from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.checkpoint import Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
@@ -155,7 +155,7 @@ try:
     model._budget = replace(model._budget, limit=model._budget.fixed)
     model.encode({sequences!r}, include={include!r})
 except NotEnoughMemory as error:
-    least = (int(re.search(r"takes about (\\d+) MB", str(error))[1]) + 1) << 20
+    least = (int(re.search(r"takes about (\\d+) MiB", str(error))[1]) + 1) << 20
 model._budget = replace(model._budget, limit=least)
 model.encode({sequences!r}, include={include!r})
 import json; print(least / 2**20, file=open("LEAST", "w"))
@@ -194,10 +194,23 @@ child.stdout.readline()
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512M", 512 << 20), ("512MiB", 512 << 20), ("400MB", 400_000_000), ("1.5G", 3 << 29), (1000, 1000), ("7", 7)],
+    [
+        ("512M", 512 << 20),
+        ("512MiB", 512 << 20),
+        (" 512 mib ", 512 << 20),
+        ("400MB", 400_000_000),
+        ("1.5G", 3 << 29),
+        ("2kb", 2000),
+        ("2k", 2048),
+        ("1T", 1 << 40),
+        (1000, 1000),
+        ("7", 7),
+        ("7B", 7),
+    ],
 )
 def test_sizes_are_read(text, size) -> None:
     assert parse_memory(text) == size
+    assert parse_memory(format_memory(300 << 20)) == 300 << 20
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "0", 0, -5, "12X", "1e9", "nan", True, None, 1.5, "9" * 40])
@@ -207,7 +220,7 @@ def test_other_sizes_are_refused(text) -> None:
 
 
 def test_too_little_for_the_model_says_what_it_takes() -> None:
-    with pytest.raises(NotEnoughMemory, match=r"max_memory is 10 MB, but a process with .* takes \d+ MB"):
+    with pytest.raises(NotEnoughMemory, match=r"max_memory is 10 MiB, but a process with .* takes \d+ MiB"):
         ESM2(random_checkpoint(SMALL, seed=1), backend="numpy", max_memory="10M")
 
 
@@ -306,5 +319,5 @@ def test_command_line(weights, tmp_path) -> None:
     assert len(json.loads(done.stdout)["results"][0]["embeddings"][0]["embedding"]) == 480
     done = run("50M")
     assert done.returncode == 1
-    assert re.search(r"max_memory is 50 MB, but .* takes \d+ MB", done.stderr)
+    assert re.search(r"max_memory is 50 MiB, but .* takes \d+ MiB", done.stderr)
     assert run("plenty").returncode == 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from ..config import MAX_RESIDUES, ModelConfig
 from ..errors import InvalidOption
+from ..memory import available_memory
 
 Item = TypeVar("Item")
 
@@ -27,7 +27,7 @@ def token_budget(config: ModelConfig, threads: int, *, layers: int = 1, contacts
     wanted = max(_LEAST_TOKENS, _TOKENS_PER_THREAD * threads)
     # x, context, query, key and value, and each representation that is asked for, twice while it is copied out.
     per_token = 4 * config.embed_dim * (6 + 2 * layers) + (12 * MAX_RESIDUES if contacts else 0)
-    affordable = _available_memory() // 8 // per_token
+    affordable = available_memory() // 8 // per_token
     return int(max(MAX_RESIDUES + 2, min(wanted, affordable, _MOST_TOKENS)))
 
 
@@ -80,24 +80,3 @@ def _filled(items: list[Item], length: Callable[[Item], int], budget: int) -> It
         batch.append(item)
         tokens += size
     yield batch
-
-
-def _available_memory() -> int:
-    """Bytes that may be taken without swapping, the container's limit counted."""
-    found = []
-    try:
-        with open("/proc/meminfo") as file:
-            found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            found.append(int(limit.read()) - int(current.read()))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    if not found:
-        try:
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-        except (AttributeError, ValueError, OSError):
-            found.append(4 << 30)
-    return max(0, min(found))

@@ -157,7 +157,9 @@ def _add(
     command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"({default})")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
     if name != "serve":  # which has one of its own
-        command.add_argument("--max-memory", metavar="SIZE", help="stay below, e.g. 300M: picks block sizes, threads")
+        command.add_argument(
+            "--max-memory", metavar="SIZE", help="stay below 300M (or MiB: 2^20 bytes) or 300MB (10^6)"
+        )
     command.add_argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
 

@@ -9,6 +9,7 @@ import warnings
 from typing import TypeVar
 
 from ..errors import InvalidOption, MissingExtra
+from ..memory import parse_memory
 from ..model import ESM2
 
 Number = TypeVar("Number", int, float)
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..service.catalog import Catalog
     from ..service.hosts import is_loopback
     from ..service.server import Server, addresses, bind
-    from ..service.settings import Settings, default_max_memory, parse_size
+    from ..service.settings import Settings, default_max_memory
 
     keys = KeyRing(read_keys(arguments.api_keys_file))
     local = all(is_loopback(address) for address in addresses(arguments.host))
@@ -41,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         queue_size=_positive("--queue-size", arguments.queue_size),
         deadline=_positive("--deadline", arguments.deadline),
-        max_memory=parse_size(arguments.max_memory) if arguments.max_memory else default_max_memory(),
-        max_body=parse_size(arguments.max_body),
-        max_decompressed=parse_size(arguments.max_decompressed),
+        max_memory=parse_memory(arguments.max_memory, "--max-memory") if arguments.max_memory else default_max_memory(),
+        max_body=parse_memory(arguments.max_body, "--max-body"),
+        max_decompressed=parse_memory(arguments.max_decompressed, "--max-decompressed"),
         head_timeout=_positive("--head-timeout", arguments.head_timeout),
         body_timeout=_positive("--body-timeout", arguments.body_timeout),
         write_timeout=_positive("--write-timeout", arguments.write_timeout),

@@ -80,7 +80,7 @@ class Engine:
                 include += ["contacts"] * served.checkpoint.has_contact_head
                 for length in (20, 120):
                     served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
-        self.budget.idle = MemoryBudget(self._settings.max_memory, PASS_ROWS).idle
+        self.budget = MemoryBudget(self._settings.max_memory, PASS_ROWS)
         self._prepared = True
         for served in self._catalog:
             shortest = Work(served, "encode", ("M",), (served.model.config.num_layers,), frozenset({"mean"}))

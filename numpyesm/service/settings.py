@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..errors import InvalidOption
+from ..memory import memory_limit
 
 MEBIBYTE = 2**20
 GIBIBYTE = 2**30
@@ -63,23 +59,6 @@ class Settings:
         return max(1, int(self.queue_size * self.client_share))
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `512M`, `8G`, `1048576`; InvalidOption for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if not size:
-        raise InvalidOption(f"{text!r} is no size: write it as 512M, 8G or in bytes")
-    return size
-
-
 def default_max_memory() -> int:
-    """80 % of what the machine or the container has, at most 8 GB."""
-    limits = [8 * GIBIBYTE]
-    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        limits.append(int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(0.8 * int(Path(path).read_text())))
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-    return min(limits)
+    """80 % of what the process can have, at most 8 GiB."""
+    return min(8 * GIBIBYTE, int(0.8 * (memory_limit() or 10 * GIBIBYTE)))

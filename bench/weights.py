@@ -103,10 +103,9 @@ def _write_with_numpy(model: str, seed: int, folder: Path) -> None:
     (folder / "hf" / "config.json").write_text(json.dumps(hugging_face_config(json.loads(config.to_json()))))
 
     # esm-cpp reads Hugging Face's names as older versions of transformers wrote them.
-    inverse = 10000 ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    frequencies = hugging_face.pop("esm.rotary_embeddings.inv_freq")
     for layer in range(config.num_layers):
-        name = f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"
-        hugging_face[name] = inverse.astype(np.float32)
+        hugging_face[f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"] = frequencies.copy()
     hugging_face["lm_head.decoder.weight"] = hugging_face["esm.embeddings.word_embeddings.weight"].copy()
     save_file(hugging_face, folder / "esm-cpp.safetensors", {"format": "pt"})
     # Last: its presence says that the rest is whole.
@@ -122,6 +121,8 @@ def fair_esm_tensors(canonical: dict[str, Array], num_layers: int) -> dict[str, 
         "contact_head.regression.weight": canonical["contact_head.weight"][None],
         "contact_head.regression.bias": canonical["contact_head.bias"],
     }
+    for layer in range(num_layers):
+        tensors[f"layers.{layer}.self_attn.rot_emb.inv_freq"] = canonical["rotary.frequencies"].copy()
     for kind in ("weight", "bias"):
         tensors[f"lm_head.dense.{kind}"] = canonical[f"lm_head.dense.{kind}"].T
         tensors[f"lm_head.layer_norm.{kind}"] = canonical[f"lm_head.norm.{kind}"]
@@ -144,6 +145,9 @@ def hugging_face_tensors(fair_esm: dict[str, Array]) -> dict[str, Array]:
             tensors["esm.embeddings.word_embeddings.weight"] = tensor
         elif name.startswith("layers."):
             _, layer, rest = name.split(".", 2)
+            if rest == "self_attn.rot_emb.inv_freq":
+                tensors["esm.rotary_embeddings.inv_freq"] = tensor
+                continue
             part, kind = rest.rsplit(".", 1)
             tensors[f"esm.encoder.layer.{layer}.{_HUGGING_FACE_LAYER[part]}.{kind}"] = tensor
         elif name.startswith("emb_layer_norm_after"):

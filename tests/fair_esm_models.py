@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoints import with_half_precision_frequencies
 
 from numpyesm import ESM2
 from numpyesm.config import PRESETS, ModelConfig
@@ -23,7 +24,7 @@ ALPHABET = esm.data.Alphabet.from_architecture("ESM-1b")
 
 
 def fair_esm_model(seed: int, sharpness: float = 1.0, config: ModelConfig = PRESETS["esm2-35m"]) -> Any:
-    """fair-esm's ESM2 with its own random initialisation.
+    """fair-esm's ESM2 with its own random initialisation, and rotary buffers as official checkpoints have them.
 
     `sharpness` multiplies query and key weights; above 1, biases and contact coefficients are drawn too, so that
     attention peaks and contacts spread over 0 to 1.
@@ -42,7 +43,7 @@ def fair_esm_model(seed: int, sharpness: float = 1.0, config: ModelConfig = PRES
                     parameter.fill_(-1.0)
                 elif name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return with_half_precision_frequencies(model)
 
 
 def as_checkpoint(model: Any) -> Checkpoint:

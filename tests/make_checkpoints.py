@@ -38,6 +38,14 @@ def fair_esm_model(config: ModelConfig = TINY, seed: int = 0) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
+    return with_half_precision_frequencies(model)
+
+
+def with_half_precision_frequencies(model: Any) -> Any:
+    """`model`, its rotary buffers rounded to half precision as those of the official checkpoints are."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.half())
     return model
 
 
@@ -73,8 +81,8 @@ def write_regression(path: Path, model: Any) -> Path:
     return path
 
 
-def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False) -> dict[str, Any]:
-    """The tensors of a fair-esm model under Hugging Face's names."""
+def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False, writer: int = 4) -> dict[str, Any]:
+    """The tensors of a fair-esm model under the names that transformers 4 or 5 gives them."""
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         if name == "embed_tokens.weight":
@@ -83,7 +91,8 @@ def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False)
             _, index, rest = name.split(".", 2)
             part, kind = rest.rsplit(".", 1)
             if "inv_freq" in rest:
-                key = f"{prefix}encoder.layer.{index}.attention.self.rotary_embeddings.inv_freq"
+                layer = f"encoder.layer.{index}.attention.self." if writer == 4 else ""
+                key = f"{prefix}{layer}rotary_embeddings.inv_freq"
             else:
                 if gamma and "norm" in part:
                     kind = {"weight": "gamma", "bias": "beta"}[kind]
@@ -162,3 +171,4 @@ def expect_same_model(checkpoint: Any, model: Any, *, lm_head: bool = True, cont
     if contact_head:
         same("contact_head.weight", state["contact_head.regression.weight"][0])
         same("contact_head.bias", state["contact_head.regression.bias"])
+    same("rotary.frequencies", state["layers.0.self_attn.rot_emb.inv_freq"])

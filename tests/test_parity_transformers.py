@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fair_esm_models import largest, tokens_of  # noqa: E402
+from make_checkpoints import with_half_precision_frequencies  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -42,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ESM2]:
             elif "contact_head" in name:
                 parameter.normal_(0, 3)
     folder = tmp_path_factory.mktemp("hugging-face") / "esm2"
-    model.save_pretrained(folder)
+    with_half_precision_frequencies(model).save_pretrained(folder)
     return model, ESM2.from_pretrained(folder, backend="numpy", threads=2)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import FREQUENCIES, Checkpoint
 from .base import Array, AttentionMaps, SteppedKernels
 from .blas import blas_threads
 from .narrow import NarrowMatrix
@@ -197,7 +197,10 @@ class NumpyKernels(SteppedKernels):
         with self._rotary_lock:
             if len(self._rotary) < length:
                 rows = max(length, min(2 * len(self._rotary), 2050))
-                self._rotary = rotary_turns(self.config, rows, self.config.head_dim**-0.5).astype(self._complex)
+                turns = rotary_turns(
+                    self._w[FREQUENCIES], self.config.num_heads, rows, query_scale=self.config.head_dim**-0.5
+                )
+                self._rotary = turns.astype(self._complex)
             return self._rotary[:length]
 
     def new_qkv(self, rows: int) -> Array:

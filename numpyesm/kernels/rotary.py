@@ -18,17 +18,15 @@ def rotary_pair_order(config: ModelConfig) -> npt.NDArray[np.intp]:
     return np.concatenate((pairs, width + pairs, 2 * width + np.arange(width)))
 
 
-def rotary_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
-    """10000^(-2i/C), rounded to float32 as fair-esm's buffer is: (C/2,)."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    power = np.power(10000.0, exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / power
+def rotary_angles(frequencies: npt.NDArray[np.floating], length: int) -> npt.NDArray[np.float64]:
+    """position · frequency, in float64, as a float32 angle is off by 1e-4 at position 2000: (C/2,) -> (length, C/2)."""
+    return np.multiply.outer(np.arange(length, dtype=np.float64), frequencies.astype(np.float64))
 
 
-def rotary_turns(config: ModelConfig, length: int, query_scale: float) -> npt.NDArray[np.complex128]:
+def rotary_turns(
+    frequencies: npt.NDArray[np.floating], num_heads: int, length: int, query_scale: float
+) -> npt.NDArray[np.complex128]:
     """exp(i · position · frequency), for all query channels times `query_scale`, then all key channels: (length, D)."""
-    # Angles in float64: at position 2000 a float32 angle is off by 1e-4.
-    angle = np.arange(length)[:, None] * rotary_frequencies(config.head_dim).astype(np.float64)
-    turn = np.exp(1j * angle)
-    query, key = (np.tile(part, (1, config.num_heads)) for part in (turn * query_scale, turn))
+    turn = np.exp(1j * rotary_angles(frequencies, length))
+    query, key = (np.tile(part, (1, num_heads)) for part in (turn * query_scale, turn))
     return np.concatenate((query, key), axis=1)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
+from .checkpoint import FREQUENCIES, computed_frequencies
 from .safetensors_file import shorten
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
@@ -38,6 +39,7 @@ class Naming:
     fc2: str
     final_norm: str
     tied_embedding: str
+    frequencies: str
 
     def layer(self, index: int) -> str:
         return f"{self.layers}{index}."
@@ -139,7 +141,32 @@ class Assembler:
             weight = self.vector_or_matrix(f"{CONTACT_REGRESSION}.weight", (1, maps), "F32")
             result["contact_head.weight"] = StoredTensor(np.ascontiguousarray(weight.reshape(maps)))
             result["contact_head.bias"] = self.vector(f"{CONTACT_REGRESSION}.bias", 1)
+        result[FREQUENCIES] = StoredTensor(self.frequencies())
         return result
+
+    def frequencies(self) -> npt.NDArray[np.float32]:
+        """The rotary frequencies as stored, once or in every layer; computed if the checkpoint has none: (C/2,)."""
+        layers = [self.naming.layer(index) for index in range(self.config.num_layers)]
+        present = [name for name in self.tensors if name.endswith(self.naming.frequencies)]
+        if not present:
+            return computed_frequencies(self.config.head_dim)
+        without = [layer for layer in layers if not any(name.startswith(layer) for name in present)]
+        if 0 < len(without) < len(layers):
+            raise CheckpointError(
+                f"{self.origin} is incomplete: it has {shorten(present[0])}, but none under {shorten(without[0])}"
+            )
+        first, *others = (self.vector_or_matrix(name, (self.config.head_dim // 2,), "F32") for name in present)
+        for name, values in zip(present[1:], others, strict=True):
+            if not np.array_equal(values, first):
+                raise CheckpointError(
+                    f"{self.origin} has different rotary frequencies in {shorten(present[0])} and {shorten(name)}"
+                )
+        outside = first[(first <= 0) | (first > 1)]
+        if len(outside):
+            raise CheckpointError(
+                f"{self.origin} has a rotary frequency of {outside[0]:g} in {shorten(present[0])}, expected (0, 1]"
+            )
+        return np.ascontiguousarray(first)
 
     def linear(self, ours: str, theirs: list[str], inputs: int, outputs: int) -> dict[str, StoredTensor]:
         """One linear step of ours from one or (query, key, value) three of theirs."""

@@ -16,7 +16,7 @@ from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from .tensor import PRECISION_DTYPES, StoredTensor
 
 FORMAT = "numpyesm"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"  # 1 had no rotary frequencies
 _SCALE = ".scale"  # of the int8 matrix before the dot
 
 
@@ -80,9 +80,9 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
         raise CheckpointError(f"{path} is not a numpyesm file; `numpyesm convert` makes one from it")
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
+        remedy = "convert the original checkpoint again" if version in (None, "1") else "update numpyesm"
         raise CheckpointError(
-            f"{path} has format version {version!r}; this numpyesm reads version {FORMAT_VERSION} "
-            "(convert the original checkpoint again, or update numpyesm)"
+            f"{path} has format version {version!r}, this numpyesm reads version {FORMAT_VERSION}: {remedy}"
         )
     precision = metadata.get("precision", "")
     if precision not in PRECISION_DTYPES:

@@ -20,6 +20,17 @@ from .tensor import StoredTensor
 
 LM_HEAD = ("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.bias")
 CONTACT_HEAD = ("contact_head.weight", "contact_head.bias")
+FREQUENCIES = "rotary.frequencies"
+
+
+def computed_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
+    """Return 10000^(-2i/C), rounded to float32 as fair-esm and transformers compute it: (C/2,).
+
+    Only for checkpoints that store no frequencies. Those of the official models are rounded to half precision.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    power = np.power(10000.0, exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / power
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -52,6 +63,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "lm_head.bias": (VOCAB_SIZE,),
         "contact_head.weight": (config.num_layers * config.num_heads,),
         "contact_head.bias": (1,),
+        FREQUENCIES: (config.head_dim // 2,),
     }
 
 
@@ -106,6 +118,9 @@ class Checkpoint:
         unknown = sorted(self.tensors.keys() - expected.keys())
         if unknown:
             raise CheckpointError(f"tensor {unknown[0]!r} is not part of an ESM-2 model")
+        frequencies = self.array(FREQUENCIES)
+        if not ((frequencies > 0) & (frequencies <= 1)).all():  # NaN fails too
+            raise CheckpointError("a rotary frequency is not in (0, 1]")
 
     @property
     def has_lm_head(self) -> bool:
@@ -117,7 +132,7 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        return sum(int(np.prod(tensor.shape)) for tensor in self.tensors.values())
+        return sum(int(np.prod(tensor.shape)) for name, tensor in self.tensors.items() if name != FREQUENCIES)
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
         """One tensor as `dtype`; a view of the file where it is stored so."""

@@ -30,10 +30,11 @@ NAMING = Naming(
     fc2="fc2",
     final_norm="emb_layer_norm_after",
     tied_embedding="lm_head.weight",
+    frequencies="rot_emb.inv_freq",
 )
 # As training wrappers leave them; the longer before what it ends with.
 _PREFIXES = ("module.", "model.", "encoder.sentence_encoder.", "sentence_encoder.", "encoder.")
-_IGNORED = ("rot_emb.inv_freq", "_float_tensor", "encoder.version", "version")
+_IGNORED = ("_float_tensor", "encoder.version", "version")
 # A name that only the other family has, and that family.
 _OTHER_MODELS = (
     ("row_self_attention", "an MSA Transformer"),

@@ -35,6 +35,8 @@ NAMING = Naming(
     fc2="output.dense",
     final_norm="encoder.emb_layer_norm_after",
     tied_embedding="lm_head.decoder.weight",
+    # In each layer (up to transformers 4 and early 5), once beside them, or under a layer named "*" (as 5.24 saves it).
+    frequencies="rotary_embeddings.inv_freq",
 )
 WEIGHT_FILES = (
     "model.safetensors",
@@ -45,7 +47,7 @@ WEIGHT_FILES = (
 _TRUNK = ("embeddings.", "encoder.", "lm_head.", "contact_head.")
 # Not learned, or (position_embeddings) carried along unused by files converted long ago.
 _POSITIONS = "embeddings.position_embeddings.weight"
-_IGNORED = ("inv_freq", "position_ids", _POSITIONS)
+_IGNORED = ("position_ids", _POSITIONS)
 # What an ESM-2 model's configuration says. Where a key is absent, transformers' own default counts, which comes first.
 _CONFIG: dict[str, tuple[object, tuple[object, ...]]] = {
     "model_type": (None, ("esm",)),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..config import PRESETS, ModelConfig, preset_name
 from ..errors import InvalidOption
-from .checkpoint import Checkpoint, canonical_shapes
+from .checkpoint import FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
 from .tensor import StoredTensor
 
 _QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
@@ -102,6 +102,8 @@ def _random_tensor(
     name: str, shape: tuple[int, ...], config: ModelConfig, stream: np.random.Generator
 ) -> npt.NDArray[np.float32]:
     kind = name.rsplit(".", 1)[-1]
+    if name == FREQUENCIES:  # in half precision, as the official checkpoints have them
+        return computed_frequencies(config.head_dim).astype(np.float16).astype(np.float32)
     if name == "contact_head.bias":
         return np.full(shape, _CONTACT_BIAS, np.float32)
     values = stream.standard_normal(shape, np.float32)

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from ...batch import Batch
 from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
-from ...weights.checkpoint import Checkpoint
+from ...weights.checkpoint import FREQUENCIES, Checkpoint
 from ...weights.equalise import equalised
 from ...weights.tensor import StoredTensor, round_to_bfloat16
 from ..base import Array, Cut, Forward, Kernels
-from ..rotary import rotary_frequencies, rotary_pair_order
+from ..rotary import rotary_angles, rotary_pair_order
 from . import attention, bf16, cache, fp32, int8, runner
 from .emitter import TILE_COLUMNS, TILE_ROWS
 from .gemm import NARROW_ROWS, aligned, pack_panels, padded_columns, panels
@@ -69,6 +69,7 @@ class NumbaKernels(Kernels):
         self._pieces = _PIECES
         self._kept: list[Array] = []  # every array that a table points at
         self._rooms = threading.local()
+        self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
@@ -203,9 +204,9 @@ class NumbaKernels(Kernels):
         return table([entries[entry] for entry in Model]), rotary
 
     def _rotary_table(self, length: int) -> Array:
-        """See `layout.Model.ROTARY`: angles in float64, as a float32 angle is off by 1e-4 at position 2000."""
+        """Return the table that `layout.Model.ROTARY` describes."""
         config = self.config
-        angle = np.arange(length)[:, None] * rotary_frequencies(config.head_dim).astype(np.float64)
+        angle = rotary_angles(self._frequencies, length)
         turns = np.zeros((length, 2, 2, self.head_dim))
         turns[:, :, 0, : config.head_dim] = np.repeat(np.cos(angle), 2, axis=1)[:, None]
         turns[:, :, 1, 0 : config.head_dim : 2] = -np.sin(angle)[:, None]

@@ -5,7 +5,7 @@ TEST_VENV ?= .venv-test
 BIN = $(VENV)/bin
 TEST_BIN = $(TEST_VENV)/bin
 
-.PHONY: demo test test-minimum lint lock audit fuzz bench bench-full clean
+.PHONY: demo test test-minimum lint audit api bench bench-full clean
 
 demo: $(VENV)/.installed
 	$(BIN)/numpyesm demo
@@ -31,18 +31,19 @@ test-minimum: .venv-minimum/.installed
 	.venv-minimum/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# Every version and hash of the development environment; commit what it writes.
-lock: $(TEST_VENV)/.installed
-	$(TEST_BIN)/python tools/lock.py requirements-dev.lock
-
-# Known vulnerabilities of what is locked; asks PyPI's service.
+# Known vulnerabilities in what numpyesm and its extras bring; asks PyPI.
 audit:
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install --quiet pip-audit
-	.venv-audit/bin/pip-audit --disable-pip --no-deps --require-hashes -r requirements-dev.lock
+	.venv-audit/bin/python -m pip install --quiet pip-audit '.[all]'
+	.venv-audit/bin/pip-audit --local --skip-editable
 
-fuzz: $(TEST_VENV)/.installed
-	$(TEST_BIN)/python tools/fuzz_readers.py --minutes 10
+# The API reference as HTML, from the docstrings.
+PUBLIC = numpyesm numpyesm.errors numpyesm.weights numpyesm.bulk numpyesm.sklearn numpyesm.compat.fair_esm \
+  numpyesm.serverless
+api:
+	$(PYTHON) -m venv .venv-api
+	.venv-api/bin/python -m pip install --quiet --editable '.[all]' pdoc
+	.venv-api/bin/python -m pdoc --docformat numpy --output-directory api-reference $(PUBLIC)
 
 lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check .
@@ -72,4 +73,4 @@ $(TEST_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit fuzz-findings demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit .venv-api .trained api-reference demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,9 @@
-"""What turns the encoder's rows and attention maps into outputs: pooling, contacts, attention summary, log-prob."""
+"""What becomes of logits and attention maps: log-probabilities, contacts, the mean attention on each residue."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,22 @@ Array = npt.NDArray[Any]
 _CONTACT_ROWS = 128
 
 
+class AttentionReader(Protocol):
+    """Takes what it needs of the attention of a pass, tile by tile, layer by layer."""
+
+    @property
+    def last_layer(self) -> int:
+        """Number of layers that must run for it."""
+
+    def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        """Say in `maps` what the kernels must leave of this tile in layer `layer`, counted from 0."""
+
+    def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        """Take in what they left; called in tile order, so that sums do not depend on threads."""
+
+
 class ContactHead:
-    """Contacts of a batch, accumulated head by head; never more than one map a sequence is held.
+    """Contacts of a batch, accumulated head by head; never more than one map per sequence is held.
 
     fair-esm stacks the maps of all layers and heads, symmetrises, applies the average product correction (APC) to
     each, and runs a logistic regression over them. The regression is linear, so with S = A + Aᵀ, r = S·1 and t = Σ r
@@ -43,12 +58,11 @@ class ContactHead:
 
     @property
     def last_layer(self) -> int:
-        """Number of layers that must run: those above have coefficients of zero only."""
+        """Layers above have coefficients of zero only."""
         used = [layer for layer, heads in enumerate(self._heads) if len(heads)]
         return used[-1] + 1 if used else 0
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        """Ask the kernels for this tile's share of layer `layer`."""
         heads = self._heads[layer]
         if len(heads) == 0:
             return
@@ -61,15 +75,19 @@ class ContactHead:
         maps.column_sums = np.empty((len(heads), length))
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        """Take in what the kernels left in `maps`; called in tile order, so that sums do not depend on threads."""
         if maps.heads is None or maps.row_sums is None or maps.column_sums is None:
             return
         sums = self._marginals[tile.sequence][self._used_before[layer] : self._used_before[layer + 1]]
         sums[:, _residues(tile, maps)] += maps.row_sums
         sums += maps.column_sums
 
-    def result(self, sequence: int) -> Array:
-        """Contact probabilities (L, L) of one sequence; its map is given up."""
+    def results(self) -> Iterator[Array]:
+        """Yield the contact probabilities (L, L) of each sequence."""
+        for sequence in range(len(self._weighted)):
+            yield self._probabilities(sequence)
+            self._weighted[sequence] = np.empty((0, 0))
+
+    def _probabilities(self, sequence: int) -> Array:
         weighted, sums = self._weighted[sequence], self._marginals[sequence]
         coefficients = np.concatenate([np.empty(0), *self._coefficients])
         total = sums.sum(axis=1)
@@ -90,7 +108,6 @@ class ContactHead:
                 block = sigmoid(block)
                 contacts[rows, columns] = block
                 contacts[columns, rows] = block.T
-        self._weighted[sequence] = np.empty((0, 0))
         return contacts
 
 
@@ -101,24 +118,28 @@ def _residues(tile: Tile, maps: AttentionMaps) -> slice:
 
 
 class AttentionSummary:
-    """Mean attention on each residue, a layer each: over heads and over all query rows."""
+    """Attention on each residue in each layer, averaged over heads and over all query rows."""
 
     def __init__(self, config: ModelConfig, batch: Batch, dtype: npt.DTypeLike) -> None:
         self._config = config
         self._dtype = np.dtype(dtype)
         self._sums = [np.zeros((config.num_layers, last - first), np.float64) for first, last in batch.spans]
 
-    def request(self, tile: Tile, maps: AttentionMaps) -> None:
+    @property
+    def last_layer(self) -> int:
+        return self._config.num_layers
+
+    def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         maps.summary = np.empty(tile.last - tile.first, self._dtype)
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         if maps.summary is not None:
             self._sums[tile.sequence][layer] += maps.summary
 
-    def result(self, sequence: int) -> Array:
-        """(num_layers, L)"""
-        sums = self._sums[sequence]
-        return (sums[:, 1:-1] / (sums.shape[1] * self._config.num_heads)).astype(self._dtype)
+    def results(self) -> Iterator[Array]:
+        """Yield (num_layers, L) for each sequence."""
+        for sums in self._sums:
+            yield (sums[:, 1:-1] / (sums.shape[1] * self._config.num_heads)).astype(self._dtype)
 
 
 class FullAttention:
@@ -126,15 +147,22 @@ class FullAttention:
 
     Parameters
     ----------
-    maps : list of ndarray (num_layers, H, L, L)
-        One a sequence, `<cls>` and `<eos>` included.
+    maps : sequence of ndarray (num_layers, H, T, T)
+        One per sequence, `<cls>` and `<eos>` included.
     """
 
-    def __init__(self, maps: list[Array]) -> None:
+    def __init__(self, maps: Sequence[Array]) -> None:
         self._maps = maps
+
+    @property
+    def last_layer(self) -> int:
+        return max((len(maps) for maps in self._maps), default=0)
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         maps.full = self._maps[tile.sequence][layer, :, tile.start - tile.first : tile.stop - tile.first]
+
+    def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
+        """Nothing: the kernels have written into the caller's arrays."""
 
 
 def sigmoid(x: Array) -> Array:
@@ -143,14 +171,29 @@ def sigmoid(x: Array) -> Array:
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
-def log_prob(logits: Array, tokens: Array) -> float:
-    """Sum over canonical residues of log-softmax over the 20 columns: (L, 20), token ids (L,) -> scalar.
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Logarithm of the softmax over the last axis, in float64."""
+    shifted = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
 
-    Residues other than the 20 amino acids count nothing.
+
+def log_prob(logits: Array, tokens: Array) -> float:
+    """Sum of log p(residue) over the canonical residues, softmax over the 20 amino acids.
+
+    Parameters
+    ----------
+    logits : ndarray (L, 20)
+    tokens : ndarray (L,)
+        Token ids. Residues other than the 20 amino acids count nothing.
+
+    Returns
+    -------
+    float
+        NaN if there is no canonical residue: 0, the empty sum, would be the best score there is.
     """
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    log_softmax = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     columns = tokens.astype(np.intp) - AMINO_ACID_COLUMNS.start
     canonical = np.flatnonzero((columns >= 0) & (columns < logits.shape[1]))
-    return float(log_softmax[canonical, columns[canonical]].sum())
+    if len(canonical) == 0:
+        return float("nan")
+    return float(log_softmax(logits)[canonical, columns[canonical]].sum())

@@ -1,40 +1,28 @@
-"""ESM2: packs sequences, runs the encoder once a chunk, and hands each output to its head."""
+"""ESM2: the class that users meet. It checks what it is given and hands it over."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import AMINO_ACID_COLUMNS, MASK, as_batch, residue_tokens, tokenize
-from .batch import Batch
+from .alphabet import tokenize
 from .config import ModelConfig
-from .encoder import encode_batch, lm_logits
-from .errors import InvalidOption, MissingHead
-from .heads import AttentionSummary, ContactHead, log_prob
-from .kernels import make_kernels
-from .kernels.base import FEW_TOKENS, Kernels
-from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
-from .options import BY_LAYER, check_includes, check_layers, check_positions
+from .options import Outputs, check_positions, require_lm_head
+from .passes import Passes
 from .results import EncodeResult, PredictResult
-from .threads import WorkerPool, check_threads, default_threads
 from .weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from .errors import InvalidSequence
     from .fasta import Record
     from .scoring.scan import MutationScan
-
-Array = npt.NDArray[Any]
-
-# Rows of one pass through the layers: enough to keep many threads busy, few enough that buffers stay near 50 MB.
-_ROWS_PER_PASS = 4096
 
 
 class SyntheticWeightsWarning(UserWarning):
@@ -73,14 +61,7 @@ class ESM2:
         max_memory: int | str | None = None,
         _reload_from: str | None = None,
     ) -> None:
-        self._checkpoint = checkpoint
-        count = default_threads() if threads is None else check_threads(threads)
-        limit = None if max_memory is None else parse_memory(max_memory)
-        if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
-            backend = "numpy"
-        self._kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
-        self._budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)
-        self._pool = WorkerPool(count if self._budget is None else self._budget.threads)
+        self._passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
         self._reload_from = _reload_from
         if checkpoint.synthetic:
             warnings.warn(
@@ -138,7 +119,7 @@ class ESM2:
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
-        return self._checkpoint.config
+        return self._passes.config
 
     @property
     def name(self) -> str:
@@ -148,45 +129,51 @@ class ESM2:
     @property
     def backend(self) -> str:
         """`numpy` or `numba`."""
-        return self._kernels.name
+        return self._passes.kernels.name
 
     @property
     def precision(self) -> str:
         """Precision of the arithmetic."""
-        return self._kernels.precision
+        return self._passes.kernels.precision
 
     @property
     def threads(self) -> int:
         """Worker threads."""
-        return self._pool.threads
+        return self._passes.pool.threads
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The weights, with where they came from."""
-        return self._checkpoint
+        return self._passes.checkpoint
+
+    @property
+    def passes(self) -> Passes:
+        """What computes: it takes token arrays and options that have been checked."""
+        return self._passes
 
     def __repr__(self) -> str:
         config = self.config
-        synthetic = ", SYNTHETIC WEIGHTS" if self._checkpoint.synthetic else ""
-        stored = self._checkpoint.precision
+        synthetic = ", SYNTHETIC WEIGHTS" if self.checkpoint.synthetic else ""
+        stored = self.checkpoint.precision
         narrow = f" stored as {stored}" if stored != "fp32" else ""
         return (
             f"ESM2({self.name}: {config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads, "
             f"backend={self.backend}, precision={self.precision}, threads={self.threads}, "
-            f"source={self._checkpoint.source!r}{narrow}{synthetic})"
+            f"source={self.checkpoint.source!r}{narrow}{synthetic})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload_from is None:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
-        limit = None if self._budget is None else self._budget.limit
+        budget = self._passes.budget
+        limit = None if budget is None else budget.limit
         return _reload, (self._reload_from, self.backend, self.precision, self.threads, limit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
         from .weights.canonical import save_canonical
 
-        save_canonical(Path(path), self._checkpoint)
+        save_canonical(Path(path), self.checkpoint)
 
     # -- what it does -------------------------------------------------------------------------------------------
 
@@ -222,16 +209,8 @@ class ESM2:
         MissingHead
             Logits or contacts were asked for and the weights have no such head.
         """
-        wanted = check_includes(include)
-        layers = check_layers(repr_layers, self.config.num_layers)
-        if not layers and wanted & BY_LAYER:
-            asked = ", ".join(sorted(wanted & BY_LAYER))
-            raise InvalidOption(f"repr_layers is empty, but include asks for {asked}: name at least one layer")
-        if "logits" in wanted:
-            self._require_lm_head("logits")
-        if "contacts" in wanted:
-            self._require_contact_head()
-        return self._encode_tokens(tokenize(sequences), layers, wanted)
+        outputs = Outputs.check(self.checkpoint, repr_layers, include)
+        return list(self._passes.encode(tokenize(sequences), outputs))
 
     def embed_iter(
         self,
@@ -301,20 +280,9 @@ class ESM2:
         InvalidSequence, InvalidOption, MissingHead
             As for `encode`.
         """
-        masked_only = check_positions(positions) == "masked"
-        self._require_lm_head("predict")
-        batch = as_batch(sequences)
-        tokens = tokenize(batch, masks=True)
-        rows = [np.flatnonzero(ids == MASK) if masked_only else np.arange(1, len(ids) - 1) for ids in tokens]
-        return [
-            PredictResult(
-                sequence_index=index,
-                logits=logits,
-                sequence_tokens=residue_tokens(sequence),
-                mask_positions=(np.flatnonzero(ids == MASK) - 1).tolist(),
-            )
-            for index, (sequence, ids, logits) in enumerate(zip(batch, tokens, self._logits(tokens, rows), strict=True))
-        ]
+        check_positions(positions)
+        require_lm_head(self.checkpoint, "predict")
+        return list(self._passes.predict(tokenize(sequences, masks=True), positions))
 
     def log_prob(self, sequences: Iterable[str]) -> npt.NDArray[np.float64]:
         """Sum over the canonical residues of log-softmax over the 20 amino acids, from one unmasked pass.
@@ -333,11 +301,8 @@ class ESM2:
         InvalidSequence, MissingHead
             As for `encode`.
         """
-        self._require_lm_head("log_prob")
-        tokens = tokenize(sequences)
-        rows = [np.arange(1, len(ids) - 1) for ids in tokens]
-        scores = [log_prob(logits, ids[1:-1]) for ids, logits in zip(tokens, self._logits(tokens, rows), strict=True)]
-        return np.array(scores, dtype=np.float64)
+        require_lm_head(self.checkpoint, "log_prob")
+        return self._passes.log_prob(tokenize(sequences))
 
     def score_mutations(
         self,
@@ -391,7 +356,9 @@ class ESM2:
         """
         from .scoring.methods import score_mutations
 
-        return score_mutations(self, wild_type, mutations, method, offset=offset, window=window, progress=progress)
+        return score_mutations(
+            self._passes, wild_type, mutations, method, offset=offset, window=window, progress=progress
+        )
 
     def scan_mutations(
         self,
@@ -417,151 +384,7 @@ class ESM2:
         """
         from .scoring.scan import scan_mutations
 
-        return scan_mutations(self, wild_type, method, offset=offset, window=window, progress=progress)
-
-    # -- how ----------------------------------------------------------------------------------------------------
-
-    def _sizes(self, tokens: Sequence[Array], wanted: Collection[str], layers: int) -> Sizes:
-        """How a call is cut up: as is fastest, or as `max_memory` allows."""
-        if self._budget is None:
-            return Sizes(_ROWS_PER_PASS)
-        return self._budget.sizes([len(ids) for ids in tokens], wanted, layers, _ROWS_PER_PASS)
-
-    def _require_lm_head(self, output: str) -> None:
-        if not self._checkpoint.has_lm_head:
-            raise MissingHead(f"{output}: the weights ({self._checkpoint.source}) have no LM head")
-
-    def _require_contact_head(self) -> None:
-        if not self._checkpoint.has_contact_head:
-            raise MissingHead(f"contacts: the weights ({self._checkpoint.source}) have no contact head")
-
-    def _contact_head(self, batch: Batch) -> ContactHead:
-        weight = self._checkpoint.array("contact_head.weight", self._kernels.dtype)
-        bias = float(self._checkpoint.array("contact_head.bias", self._kernels.dtype)[0])
-        return ContactHead(self.config, weight, bias, batch, self._kernels.dtype)
-
-    def _encode_tokens(
-        self,
-        tokens: Sequence[Array],
-        layers: list[int],
-        wanted: frozenset[str],
-        rows_per_pass: int | None = None,
-    ) -> list[EncodeResult]:
-        """Outputs of checked sequences for checked options, pass by pass."""
-        sizes = self._sizes(tokens, wanted, len(layers))
-        results: list[EncodeResult] = []
-        # A limit of memory outweighs what the caller finds quick.
-        most = sizes.rows_per_pass if rows_per_pass is None or self._budget is not None else rows_per_pass
-        for chunk in _passes(tokens, most):
-            results += self._encode_pass(chunk, layers, wanted, len(results), sizes)
-        return results
-
-    def _encode_pass(
-        self, tokens: Sequence[Array], layers: list[int], wanted: frozenset[str], first_index: int, sizes: Sizes
-    ) -> list[EncodeResult]:
-        """All outputs of the sequences of one pass."""
-        config, kernels = self.config, self._kernels_for(tokens)
-        batch = Batch.pack(tokens)
-        results = [EncodeResult(first_index + i) for i in range(len(tokens))]
-        contacts = None
-        if "contacts" in wanted:
-            contacts = self._contact_head(batch)
-        summary = AttentionSummary(config, batch, kernels.dtype) if "attentions" in wanted else None
-
-        by_layer = layers if wanted & BY_LAYER else []
-        needed = {*by_layer, *([config.num_layers] if "logits" in wanted else [])}
-
-        def take(layer: int, rows: Array) -> None:
-            if layer in by_layer:
-                _pool_rows(results, batch, layer, rows, wanted)
-            if layer == config.num_layers and "logits" in wanted:
-                residues = [rows[first + 1 : last - 1] for first, last in batch.spans]
-                for result, logits in zip(results, self._project(kernels, residues), strict=True):
-                    result.logits = logits
-
-        encode_batch(
-            kernels,
-            self._pool,
-            batch,
-            representations=needed,
-            take=take,
-            contacts=contacts,
-            summary=summary,
-            block_rows=sizes.block_rows,
-            threads=sizes.threads,
-        )
-        with kernels.session(self.threads):
-            for i, result in enumerate(results):
-                if contacts is not None:
-                    result.contacts = contacts.result(i)
-                if summary is not None:
-                    result.attentions = summary.result(i)
-        return results
-
-    def _logits(
-        self, tokens: Sequence[Array], rows: Sequence[Array], columns: slice = AMINO_ACID_COLUMNS
-    ) -> list[Array]:
-        """Logits (len(rows[i]), 20) of the named rows of each sequence, or of other columns of the 33 tokens."""
-        logits: list[Array] = []
-        sizes = self._sizes(tokens, {"logits"}, 0)
-        for chunk in _passes(tokens, sizes.rows_per_pass):
-            batch, kernels = Batch.pack(chunk), self._kernels_for(chunk)
-            wanted = rows[len(logits) : len(logits) + len(chunk)]
-
-            def take(
-                _: int, x: Array, batch: Batch = batch, wanted: Sequence[Array] = wanted, kernels: Kernels = kernels
-            ) -> None:
-                named = [x[a:b][keep] for (a, b), keep in zip(batch.spans, wanted, strict=True)]
-                logits.extend(self._project(kernels, named, columns))
-
-            final_rows = np.concatenate([keep + first for (first, _), keep in zip(batch.spans, wanted, strict=True)])
-            encode_batch(
-                kernels,
-                self._pool,
-                batch,
-                representations=[self.config.num_layers],
-                take=take,
-                final_rows=final_rows,
-                block_rows=sizes.block_rows,
-                threads=sizes.threads,
-            )
-        return logits
-
-    def _kernels_for(self, tokens: Sequence[Array]) -> Kernels:
-        """What a pass over these sequences, of `_passes`, runs on."""
-        return self._kernels.careful if _are_few(tokens[0]) else self._kernels
-
-    def _project(self, kernels: Kernels, rows: list[Array], columns: slice = AMINO_ACID_COLUMNS) -> list[Array]:
-        """LM head over the rows of several sequences at once."""
-        logits = lm_logits(kernels, self._pool, np.concatenate(rows))[:, columns]
-        return [part.copy() for part in np.split(logits, np.cumsum([len(part) for part in rows])[:-1])]
-
-
-def _are_few(ids: Array) -> bool:
-    return len(ids) <= FEW_TOKENS
-
-
-def _passes(tokens: Sequence[Array], most_rows: int) -> Iterator[Sequence[Array]]:
-    """Cut a batch into passes of at most `most_rows` rows (or one sequence), in order; see `Kernels.careful` too."""
-    start = rows = 0
-    for i, ids in enumerate(tokens):
-        if i > start and (rows + len(ids) > most_rows or _are_few(ids) != _are_few(tokens[start])):
-            yield tokens[start:i]
-            start, rows = i, 0
-        rows += len(ids)
-    yield tokens[start:]
-
-
-def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, rows: Array, wanted: frozenset[str]) -> None:
-    """Keep what was asked of one layer's rows (T, D)."""
-    for result, (first, last) in zip(results, batch.spans, strict=True):
-        residues = rows[first + 1 : last - 1]
-        if "mean" in wanted:
-            result.embeddings = (result.embeddings or {}) | {layer: residues.mean(axis=0)}
-        if "bos" in wanted:
-            result.bos_embeddings = (result.bos_embeddings or {}) | {layer: rows[first].copy()}
-        if "per_token" in wanted:
-            result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
+        return scan_mutations(self._passes, wild_type, method, offset=offset, window=window, progress=progress)
 
 
 def _reload(source: str, backend: str, precision: str, threads: int, max_memory: int | None = None) -> ESM2:

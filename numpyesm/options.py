@@ -1,11 +1,16 @@
-"""What a caller may ask of `encode`: layers and includes, checked once for every door."""
+"""What a caller may ask of a model, checked once, whichever door it comes through."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .errors import InvalidOption
+from .errors import InvalidOption, MissingHead
+
+if TYPE_CHECKING:
+    from .weights.checkpoint import Checkpoint
 
 INCLUDES = ("mean", "per_token", "bos", "contacts", "logits", "attentions")
 BY_LAYER = frozenset({"mean", "per_token", "bos"})
@@ -14,7 +19,74 @@ SCORING_METHODS = ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl")
 SCAN_METHODS = SCORING_METHODS[:2]
 
 
-def check_includes(include: Iterable[str]) -> frozenset[str]:
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs wanted of every sequence of a request.
+
+    Attributes
+    ----------
+    include : tuple of str
+        In the order of `INCLUDES`; empty if nothing is wanted.
+    layers : tuple of int
+        Layers of the embeddings, ascending, 0 to the number of layers.
+    """
+
+    include: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def check(
+        cls, checkpoint: Checkpoint, repr_layers: Iterable[int], include: Iterable[str], *, allow_nothing: bool = False
+    ) -> Outputs:
+        """Check a request against the model that is to answer it.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        repr_layers, include
+            As for `ESM2.encode`.
+        allow_nothing : bool
+            Accept an empty `include`, and leave out embeddings if `repr_layers` is empty, instead of refusing.
+
+        Raises
+        ------
+        InvalidOption
+            A layer out of range, an unknown include, or nothing asked for.
+        MissingHead
+            Logits or contacts, and the weights have no such head.
+        """
+        wanted = check_includes(include, allow_nothing=allow_nothing)
+        layers = check_layers(repr_layers, checkpoint.config.num_layers)
+        if not layers and wanted & BY_LAYER:
+            if not allow_nothing:
+                names = ", ".join(name for name in INCLUDES if name in wanted & BY_LAYER)
+                raise InvalidOption(f"repr_layers is empty, but include asks for {names}: name at least one layer")
+            wanted -= BY_LAYER
+        if "logits" in wanted:
+            require_lm_head(checkpoint, "logits")
+        if "contacts" in wanted:
+            require_contact_head(checkpoint)
+        return cls(tuple(name for name in INCLUDES if name in wanted), tuple(layers))
+
+    @property
+    def by_layer(self) -> tuple[int, ...]:
+        """Layers of which an embedding is wanted."""
+        return self.layers if BY_LAYER & set(self.include) else ()
+
+
+def require_lm_head(checkpoint: Checkpoint, output: str) -> None:
+    """MissingHead if the weights have no LM head, which `output` needs."""
+    if not checkpoint.has_lm_head:
+        raise MissingHead(f"{output}: the weights ({checkpoint.source}) have no LM head")
+
+
+def require_contact_head(checkpoint: Checkpoint) -> None:
+    """MissingHead if the weights have no contact head."""
+    if not checkpoint.has_contact_head:
+        raise MissingHead(f"contacts: the weights ({checkpoint.source}) have no contact head")
+
+
+def check_includes(include: Iterable[str], *, allow_nothing: bool = False) -> frozenset[str]:
     """The outputs asked for, `per_residue` read as `per_token`."""
     if isinstance(include, str):
         raise InvalidOption(f"include={include!r}: expected a list, such as [{include!r}]")
@@ -22,7 +94,7 @@ def check_includes(include: Iterable[str]) -> frozenset[str]:
         names = list(include)
     except TypeError:
         raise InvalidOption(f"include={include!r}: expected a list of {', '.join(INCLUDES)}") from None
-    if not names:
+    if not names and not allow_nothing:
         raise InvalidOption(f"include is empty: ask for at least one of {', '.join(INCLUDES)}")
     for name in names:
         if not isinstance(name, str) or name not in (*INCLUDES, "per_residue"):

@@ -19,6 +19,7 @@ from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra
 from numpyesm.bulk import Progress, Summary, embed_fasta
 from numpyesm.errors import BulkError
 from numpyesm.fasta import Record
+from numpyesm.passes import Passes
 
 pytest.importorskip("pyarrow")
 h5py = pytest.importorskip("h5py")
@@ -492,9 +493,9 @@ def test_embed_iter_is_lazy_ordered_and_equal_to_encode(model: ESM2) -> None:
 
 def test_embed_iter_computes_twins_once(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
-    encode = ESM2._encode_tokens
+    encode = Passes.encode
     monkeypatch.setattr(
-        ESM2, "_encode_tokens", lambda self, tokens, *rest: counts.append(len(tokens)) or encode(self, tokens, *rest)
+        Passes, "encode", lambda self, tokens, *rest: counts.append(len(tokens)) or encode(self, tokens, *rest)
     )
     assert len(list(model.embed_iter(["MKT", "MKTA", "MKT", "MKT"]))) == 4
     assert sum(counts) == 2

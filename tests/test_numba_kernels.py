@@ -27,7 +27,7 @@ from numpyesm.kernels.numba_.forward import cut_blocks, map_table
 from numpyesm.kernels.numba_.isa import host_isa, host_levels
 from numpyesm.kernels.numba_.kernels import NumbaKernels
 from numpyesm.kernels.numba_.layout import address
-from numpyesm.kernels.reference_numpy import NumpyKernels
+from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import quantise_columns
 

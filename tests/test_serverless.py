@@ -378,7 +378,7 @@ def test_too_large_an_answer(function, monkeypatch) -> None:
 def test_too_little_memory_is_an_answer(function, model, monkeypatch) -> None:
     from numpyesm.memory import MemoryBudget
 
-    monkeypatch.setattr(model, "_budget", MemoryBudget(1 << 20, 1 << 20, model.config, 1))
+    monkeypatch.setattr(model.passes, "budget", MemoryBudget(1 << 20, 1 << 20, model.config, 1))
     answer = function.handle(v2())
     assert answer["statusCode"] == 413
     assert "max_memory" in error_of(answer)["detail"]

@@ -17,7 +17,7 @@ from conftest import SMALL, random_sequence
 from numpyesm import ESM2, InvalidOption, NotEnoughMemory, SyntheticWeightsWarning
 from numpyesm.batch import BLOCK_ROWS, Batch
 from numpyesm.kernels.narrow import NarrowMatrix
-from numpyesm.kernels.reference_numpy import NumpyKernels
+from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.memory import MemoryBudget, Sizes, format_memory, parse_memory
 from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.checkpoint import Checkpoint
@@ -108,13 +108,15 @@ def test_weights_left_in_place_give_the_same_bits() -> None:
     checkpoint = random_checkpoint(SMALL, seed=1)
     with pytest.warns(SyntheticWeightsWarning):
         plain, limited = (ESM2(checkpoint, backend="numpy", threads=2, max_memory=m) for m in (None, "4G"))
-    assert any(limited._kernels._w[n] is checkpoint.tensors[n].raw for n in checkpoint.tensors if "qkv.weight" in n)
+    assert any(
+        limited.passes.kernels._w[n] is checkpoint.tensors[n].raw for n in checkpoint.tensors if "qkv.weight" in n
+    )
     sequences = [random_sequence(n) for n in (1, 33, 250)]
     found = [m.encode(sequences, include=["per_token", "contacts"]) for m in (plain, limited)]
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a.contacts, b.contacts)
         np.testing.assert_array_equal(a.per_token_embeddings[3], b.per_token_embeddings[3])
-    assert isinstance(plain._kernels, NumpyKernels)
+    assert isinstance(plain.passes.kernels, NumpyKernels)
 
 
 # -- measured ------------------------------------------------------------------------------------------------------
@@ -152,11 +154,11 @@ from numpyesm.memory import MemoryBudget
 from dataclasses import replace
 import re
 try:
-    model._budget = replace(model._budget, limit=model._budget.fixed)
+    model.passes.budget = replace(model.passes.budget, limit=model.passes.budget.fixed)
     model.encode({sequences!r}, include={include!r})
 except NotEnoughMemory as error:
     least = (int(re.search(r"takes about (\\d+) MiB", str(error))[1]) + 1) << 20
-model._budget = replace(model._budget, limit=least)
+model.passes.budget = replace(model.passes.budget, limit=least)
 model.encode({sequences!r}, include={include!r})
 import json; print(least / 2**20, file=open("LEAST", "w"))
 """
@@ -252,7 +254,7 @@ def test_results_do_not_depend_on_the_sizes() -> None:
     expected = model.encode(sequences, include=include)
     scores = model.log_prob(sequences)
     for sizes in (Sizes(262, 64, 1), Sizes(400, 128, 2)):
-        model._sizes = lambda *_, sizes=sizes: sizes  # type: ignore[method-assign,assignment,misc]
+        model.passes.sizes = lambda *_, sizes=sizes: sizes  # type: ignore[method-assign,assignment,misc]
         for a, b in zip(expected, model.encode(sequences, include=include), strict=True):
             for name, array in a.to_arrays().items():
                 np.testing.assert_array_equal(b.to_arrays()[name], array)
@@ -277,7 +279,7 @@ def test_a_pickled_model_keeps_its_limit() -> None:
         model = ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy", max_memory="3G")
     with pytest.warns(SyntheticWeightsWarning):
         again = pickle.loads(pickle.dumps(model))  # noqa: S301
-    assert again._budget.limit == model._budget.limit == 3 << 30
+    assert again.passes.budget.limit == model.passes.budget.limit == 3 << 30
 
 
 @linux

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..alphabet import tokenize
 from ..config import MAX_RESIDUES
 from ..model import ESM2
+from ..options import Outputs
 from ..results import EncodeResult
 from .journal import Pending
 from .packing import token_budget
@@ -30,11 +31,11 @@ def encode_pending(
     model: ESM2, batch: Sequence[Pending], settings: Settings, budget: int
 ) -> Iterator[tuple[int, EncodeResult]]:
     """Number and result of each sequence of a batch."""
-    layers, wanted = list(settings.layers), frozenset(settings.include)
+    outputs = Outputs(settings.include, settings.layers)
     short = [item for item in batch if len(item.sequence) <= MAX_RESIDUES or settings.long == "truncate"]
     if short:
         tokens = tokenize([item.sequence[:MAX_RESIDUES] for item in short])
-        results = model._encode_tokens(tokens, layers, wanted, budget)
+        results = model.passes.encode(tokens, outputs, budget)
         yield from zip((item.number for item in short), results, strict=True)
     for item in batch:
         if len(item.sequence) > MAX_RESIDUES and settings.long == "windows":
@@ -43,14 +44,12 @@ def encode_pending(
 
 def _encode_windows(model: ESM2, item: Pending, settings: Settings, budget: int) -> EncodeResult:
     average = WindowAverage(len(item.sequence), settings.layers, settings.include)
-    wanted = frozenset(average.needed(settings.include))
+    outputs = Outputs(tuple(average.needed(settings.include)), settings.layers)
     windows = cuts(len(item.sequence), settings.overlap)
     at_once = max(1, budget // (MAX_RESIDUES + 2))
     for first in range(0, len(windows), at_once):
         few = windows[first : first + at_once]
         tokens = tokenize([item.sequence[start:stop] for start, stop in few])
-        for (start, _), result in zip(
-            few, model._encode_tokens(tokens, list(settings.layers), wanted, budget), strict=True
-        ):
+        for (start, _), result in zip(few, model.passes.encode(tokens, outputs, budget), strict=True):
             average.add(start, result)
     return average.result(item.number)

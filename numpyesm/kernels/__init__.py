@@ -50,7 +50,7 @@ def make_kernels(
         raise InvalidOption(
             f"precision={precision!r}: the numpy backend computes in fp32 only, the numba backend has it{hint}"
         )
-    from .reference_numpy import NumpyKernels
+    from .numpy_forward import NumpyKernels
 
     return NumpyKernels(checkpoint, precision, in_place)
 

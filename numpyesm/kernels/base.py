@@ -1,9 +1,6 @@
-"""What a backend provides; `encoder.py` is written once against it.
+"""What a backend provides, and what is said to it: `passes.py` is written once against this.
 
-A backend either takes a pass through the layers as a whole (`Kernels.forward`), or provides the handful of numeric
-steps that a layer consists of (`SteppedKernels`).
-
-Shapes: D width, H heads, C channels a head (D = H·C), F feed-forward width, R rows of one block or tile,
+Shapes: D width, H heads, C channels per head (D = H·C), F feed-forward width, R rows of one block or tile,
 L tokens of one sequence (residues + 2), T rows of the whole packed batch.
 """
 
@@ -11,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +19,6 @@ from ..config import ModelConfig
 from ..threads import WorkerPool
 
 Array = npt.NDArray[Any]
-
-# Sequences of at most so many tokens, `<cls>` and `<eos>` included, have passes of their own on `Kernels.careful`.
-FEW_TOKENS = 4
 
 
 @dataclass
@@ -63,8 +56,8 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a batch is divided among threads; results do not depend on it.
+class Partition:
+    """How a batch is divided among threads.
 
     Attributes
     ----------
@@ -73,7 +66,7 @@ class Cut:
     block_rows : int or None
         Rows that a thread takes at a time; None leaves it to the backend.
     whole_tiles : bool
-        Tiles are neither cut nor put together: each leaves maps of its own.
+        Tiles are neither cut nor merged: each leaves maps of its own.
     """
 
     threads: int
@@ -126,73 +119,10 @@ class Kernels(ABC):
     precision: str
     dtype: np.dtype[Any]
 
-    # Batches of at most this many rows run as one block: the backend spreads its own steps over the threads.
-    single_block_rows: int = 0
-
-    @property
-    def careful(self) -> Kernels:
-        """The same weights, with sums in pieces as short as a BLAS has them for a handful of rows.
-
-        For sequences of at most `FEW_TOKENS` tokens: there torch's rounding is half of what it is on longer ones.
-        """
-        return self
-
-    def session(self, threads: int) -> AbstractContextManager[Any]:
-        """Held while a forward pass runs; `threads` is how many threads one step may use by itself."""
-        return nullcontext()
-
     @abstractmethod
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
         """Begin a pass of `layers` layers over `batch`."""
 
     @abstractmethod
     def lm_head(self, x: Array) -> Array:
         """Logits of all tokens from final-norm rows: (R, D) -> (R, 33)."""
-
-
-class SteppedKernels(Kernels):
-    """A backend that provides the steps of a layer, each on a block of rows; `SteppedForward` puts them together.
-
-    All steps may be called from several threads at once, on blocks that do not overlap.
-    """
-
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
-        from .stepped import SteppedForward
-
-        return SteppedForward(self, pool, batch, layers, cut)
-
-    @abstractmethod
-    def embed(self, tokens: Array, scale: Array) -> Array:
-        """Rows of the embedding times their scale: (T,), (T,) -> (T, D)."""
-
-    @abstractmethod
-    def rotary_tables(self, length: int) -> Array:
-        """Whatever `qkv` needs to rotate positions 0 to `length - 1`; the first axis is the position."""
-
-    @abstractmethod
-    def new_qkv(self, rows: int) -> Array:
-        """Room for query, key and value of `rows` rows; the first axis is the row."""
-
-    @abstractmethod
-    def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
-        """LayerNorm, query/key/value projection, rotation: (R, D) -> out (R, ...).
-
-        `rotary` holds consecutive pieces of the rotary table that together cover the R rows.
-        """
-
-    @abstractmethod
-    def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
-        """Attention of the rows `query` (a piece of `qkv`'s output) over the sequence `keys`: -> out (R, D)."""
-
-    @abstractmethod
-    def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
-        """x += out_proj(context); x += fc2(gelu(fc1(LayerNorm(x)))), in place: (R, D), (R, D)."""
-
-    @abstractmethod
-    def final_norm(self, x: Array, out: Array) -> None:
-        """LayerNorm after the last layer: (R, D) -> out (R, D)."""
-
-
-def divide_threads(kernels: Kernels, rows: int, threads: int) -> tuple[int, int]:
-    """(blocks at a time, threads that one step may use by itself) for a batch of this many rows."""
-    return (1, threads) if rows <= kernels.single_block_rows else (threads, 1)

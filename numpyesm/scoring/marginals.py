@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import CLS, EOS, MASK, TOKEN_ID
+from ..heads import log_softmax
 
 if TYPE_CHECKING:
-    from ..model import ESM2
+    from ..passes import Passes
 
 FloatArray = npt.NDArray[np.float64]
 TokenArray = npt.NDArray[np.uint8]
@@ -41,17 +42,17 @@ def window_around(index: int, length: int, window: int) -> tuple[int, int]:
 
 
 def masked_logits(
-    model: ESM2, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+    passes: Passes, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
 ) -> FloatArray:
     """Logits of all 33 tokens at each index, that residue alone being masked: (n, 33).
 
     Each index costs one masked copy of its window; copies are packed, and the LM head sees one row of each.
     """
-    return _logits_of(model, _masked_queries(sequence, indices, window), len(indices), progress)
+    return _logits_of(passes, _masked_queries(sequence, indices, window), len(indices), progress)
 
 
 def plain_logits(
-    model: ESM2, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+    passes: Passes, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
 ) -> FloatArray:
     """Logits of all 33 tokens at each index of the sequence as it is: (n, 33). One pass a distinct window."""
     ids = residue_ids(sequence)
@@ -64,12 +65,12 @@ def plain_logits(
         for (start, stop), places in by_window.items()
     )
     logits = np.empty((len(indices), len(TOKEN_ID)))
-    logits[order] = _logits_of(model, queries, len(indices), progress)
+    logits[order] = _logits_of(passes, queries, len(indices), progress)
     return logits
 
 
 def pseudo_log_likelihoods(
-    model: ESM2, sequences: Sequence[str], window: int, progress: Progress | None = None
+    passes: Passes, sequences: Sequence[str], window: int, progress: Progress | None = None
 ) -> FloatArray:
     """Sum over the residues of log p(residue | all others), over the 33 tokens as fair-esm: (n,) sequences of (L,)."""
     residues = sum(map(len, sequences))
@@ -77,19 +78,12 @@ def pseudo_log_likelihoods(
     right = np.concatenate([np.empty(0, np.uint8), *map(residue_ids, sequences)])
     found = np.empty(residues)
     done = 0
-    for logits in _chunks(model, queries, progress):
+    for logits in _chunks(passes, queries, progress):
         rows = slice(done, done + len(logits))
         found[rows] = log_softmax(logits)[np.arange(len(logits)), right[rows]]
         done += len(logits)
     ends = np.cumsum([0, *map(len, sequences)])
     return np.array([found[a:b].sum() for a, b in itertools.pairwise(ends)])
-
-
-def log_softmax(logits: FloatArray) -> FloatArray:
-    """Over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def residue_ids(sequence: str) -> TokenArray:
@@ -112,24 +106,24 @@ def _masked_queries(sequence: str, indices: Iterable[int], window: int) -> Itera
         yield _Query(tokens, np.array([row]))
 
 
-def _logits_of(model: ESM2, queries: Iterable[_Query], count: int, progress: Progress | None) -> FloatArray:
+def _logits_of(passes: Passes, queries: Iterable[_Query], count: int, progress: Progress | None) -> FloatArray:
     """All logits of all queries in order: (count, 33)."""
     logits = np.empty((count, len(TOKEN_ID)))
     done = 0
-    for chunk in _chunks(model, queries, progress):
+    for chunk in _chunks(passes, queries, progress):
         logits[done : done + len(chunk)] = chunk
         done += len(chunk)
     return logits
 
 
-def _chunks(model: ESM2, queries: Iterable[_Query], progress: Progress | None) -> Iterator[FloatArray]:
+def _chunks(passes: Passes, queries: Iterable[_Query], progress: Progress | None) -> Iterator[FloatArray]:
     """Logits (n, 33) of as many queries as the model gets at a time; `progress` gets the n of each."""
     batch: list[_Query] = []
     rows = 0
 
     def run() -> FloatArray:
         tokens, wanted = [query.tokens for query in batch], [query.rows for query in batch]
-        found = np.concatenate(model._logits(tokens, wanted, ALL_TOKENS)).astype(np.float64)
+        found = np.concatenate(list(passes.logits(tokens, wanted, ALL_TOKENS))).astype(np.float64)
         if progress is not None:
             progress(len(found))
         return found

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import TOKEN_ID
+from ..alphabet import TOKEN_ID, tokenize
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
-from ..options import SCORING_METHODS
+from ..options import SCORING_METHODS, require_lm_head
 from .marginals import Progress, masked_logits, plain_logits, pseudo_log_likelihoods
 from .notation import Change, apply_changes, check_offset, check_wild_type, check_window, read_mutants
 
 if TYPE_CHECKING:
-    from ..model import ESM2
+    from ..passes import Passes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -25,7 +25,7 @@ _SEQUENCES_AT_A_TIME = 256
 
 
 def score_mutations(
-    model: ESM2,
+    passes: Passes,
     wild_type: str,
     mutations: Iterable[str],
     method: str = "masked-marginals",
@@ -44,23 +44,23 @@ def score_mutations(
             f"method 'log-prob' takes the whole sequence in one pass: the wild type has {len(wild_type)} residues, "
             + (f"at most {MAX_RESIDUES} are allowed" if len(wild_type) > MAX_RESIDUES else f"the window {seen}")
         )
-    model._require_lm_head("score_mutations")
+    require_lm_head(passes.checkpoint, "score_mutations")
     if not mutants:
         return np.empty(0)
     if method in ("masked-marginals", "wt-marginals"):
-        return _marginals(model, wild_type, mutants, method, seen, progress)
+        return _marginals(passes, wild_type, mutants, method, seen, progress)
     # Equal sequences are computed once; the wild type comes first.
     sequences = list(dict.fromkeys([wild_type, *(apply_changes(wild_type, mutant) for mutant in mutants)]))
     place = {sequence: i for i, sequence in enumerate(sequences)}
     own = [place[apply_changes(wild_type, mutant)] for mutant in mutants]
     if method == "log-prob":
-        found = _log_probs(model, sequences, progress)
+        found = _log_probs(passes, sequences, progress)
         scores: FloatArray = found[np.array(own)] - found[0]
         return scores
     if 0 not in own:
         sequences, own = sequences[1:], [i - 1 for i in own]
     total = sum(map(len, sequences))
-    found = pseudo_log_likelihoods(model, sequences, seen, counter(progress, total))
+    found = pseudo_log_likelihoods(passes, sequences, seen, counter(progress, total))
     likelihoods: FloatArray = found[np.array(own)]
     return likelihoods
 
@@ -73,11 +73,11 @@ def check_method(method: object, allowed: Sequence[str]) -> str:
 
 
 def position_logits(
-    model: ESM2, wild_type: str, indices: Sequence[int], method: str, window: int, progress: Progress | None
+    passes: Passes, wild_type: str, indices: Sequence[int], method: str, window: int, progress: Progress | None
 ) -> FloatArray:
     """Logits (n, 33) that a marginal method reads at these positions."""
     compute = masked_logits if method == "masked-marginals" else plain_logits
-    return compute(model, wild_type, indices, window, progress)
+    return compute(passes, wild_type, indices, window, progress)
 
 
 def counter(progress: Callable[[int, int], None] | None, total: int) -> Progress | None:
@@ -95,7 +95,7 @@ def counter(progress: Callable[[int, int], None] | None, total: int) -> Progress
 
 
 def _marginals(
-    model: ESM2,
+    passes: Passes,
     wild_type: str,
     mutants: Sequence[Sequence[Change]],
     method: str,
@@ -105,7 +105,7 @@ def _marginals(
     """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever softmax runs over."""
     # A42A is worth 0 and needs no pass.
     indices = sorted({change.at for mutant in mutants for change in mutant if change.mutant != change.wild})
-    logits = position_logits(model, wild_type, indices, method, window, counter(progress, len(indices)))
+    logits = position_logits(passes, wild_type, indices, method, window, counter(progress, len(indices)))
     row = {index: i for i, index in enumerate(indices)}
     scores = np.zeros(len(mutants))
     for i, mutant in enumerate(mutants):
@@ -115,12 +115,12 @@ def _marginals(
     return scores
 
 
-def _log_probs(model: ESM2, sequences: Sequence[str], progress: Callable[[int, int], None] | None) -> FloatArray:
+def _log_probs(passes: Passes, sequences: Sequence[str], progress: Callable[[int, int], None] | None) -> FloatArray:
     add = counter(progress, len(sequences))
     scores = np.empty(len(sequences))
     for start in range(0, len(sequences), _SEQUENCES_AT_A_TIME):
         chunk = sequences[start : start + _SEQUENCES_AT_A_TIME]
-        scores[start : start + len(chunk)] = model.log_prob(chunk)
+        scores[start : start + len(chunk)] = passes.log_prob(tokenize(chunk))
         if add is not None:
             add(len(chunk))
     return scores

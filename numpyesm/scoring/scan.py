@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID
-from ..options import SCAN_METHODS
+from ..options import SCAN_METHODS, require_lm_head
 from .methods import check_method, counter, position_logits
 from .notation import check_offset, check_wild_type, check_window
 
 if TYPE_CHECKING:
-    from ..model import ESM2
+    from ..passes import Passes
 
 # Columns of a scan: the alphabet's order, not the model's.
 SCAN_LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -53,7 +53,7 @@ class MutationScan:
 
 
 def scan_mutations(
-    model: ESM2,
+    passes: Passes,
     wild_type: str,
     method: str = "masked-marginals",
     *,
@@ -66,9 +66,9 @@ def scan_mutations(
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)
     seen = check_window(window, len(wild_type))
-    model._require_lm_head("scan_mutations")
+    require_lm_head(passes.checkpoint, "scan_mutations")
     length = len(wild_type)
-    logits = position_logits(model, wild_type, range(length), method, seen, counter(progress, length))
+    logits = position_logits(passes, wild_type, range(length), method, seen, counter(progress, length))
     own = logits[np.arange(length), [TOKEN_ID[letter] for letter in wild_type]]
     scores = logits[:, [TOKEN_ID[letter] for letter in SCAN_LETTERS]] - own[:, None]
     return MutationScan(wild_type, offset, method, scores)

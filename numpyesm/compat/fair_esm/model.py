@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from ...alphabet import EOS, MASK, TOKENS
 from ...errors import InvalidSequence
-from ...full_outputs import FullOutput, full_outputs
 from ...heads import sigmoid
 from ...model import ESM2 as Core
+from ...options import require_contact_head
+from ...passes import FullOutput
 from .data import Alphabet, NotSupported
 
 Array = npt.NDArray[Any]
@@ -113,9 +114,9 @@ class ESM2:
         """The outputs that are asked for, and nothing more computed."""
         ids = check_tokens(tokens)
         if contacts:
-            self.core._require_contact_head()
+            require_contact_head(self.core.checkpoint)
         layers = {int(layer) for layer in repr_layers} & set(range(self.num_layers + 1))
-        (batch, width), dtype = ids.shape, self.core._kernels.dtype
+        (batch, width), dtype = ids.shape, np.float32
         rows = [row[row != _PAD] for row in ids]
 
         result: dict[str, Any] = {}
@@ -139,8 +140,7 @@ class ESM2:
             elif from_maps:
                 sizes = [len(rows[i]) for i in indices]
                 maps = [np.zeros((self.num_layers, self.attention_heads, n, n), dtype) for n in sizes]
-            outputs = full_outputs(
-                self.core,
+            outputs = self.core.passes.full(
                 [rows[i] for i in indices],
                 layers,
                 logits=logits,

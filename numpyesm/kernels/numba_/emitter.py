@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..reference_numpy import _GELU_P
+from ..numpy_steps import GELU_POLYNOMIAL
 from .isa import Isa, host_isa
 
 ISA = host_isa()
@@ -45,7 +45,7 @@ _EXP2_P = (
     1.0,
 )
 _EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)
-# `reference_numpy._GELU_P` with three coefficients, error 3e-5, and the x² up to which they hold.
+# `numpy_steps.GELU_POLYNOMIAL` with three coefficients, error 3e-5, and the x² up to which they hold.
 _GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762)
 _GELU_COARSE_LARGEST = 36.0
 # Adding 1.5 · 2^23 rounds a float32 to a whole number and leaves that number in its low bits.
@@ -165,12 +165,12 @@ class Emitter:
         return b.or_(b.lshr(low, every(16)), b.and_(high, every(0xFFFF0000)))
 
     def gelu(self, x: Any, coarse: bool = False) -> Any:
-        """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `reference_numpy`."""
+        """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `numpy_steps`."""
         b = self.b
         square = b.fmul(x, x)
         if coarse:
             square = self.smaller(square, self.constant(_GELU_COARSE_LARGEST))
-        first, *others = _GELU_COARSE_P if coarse else _GELU_P
+        first, *others = _GELU_COARSE_P if coarse else GELU_POLYNOMIAL
         p = self.constant(-first * math.log2(math.e))
         for coefficient in others:
             p = self.fma(p, square, self.constant(-coefficient * math.log2(math.e)))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...batch import Batch
 from ...threads import WorkerPool
-from ..base import Array, AttentionMaps, Cut, Forward
+from ..base import Array, AttentionMaps, Forward, Partition
 from .emitter import TILE_COLUMNS
 from .gemm import NARROW_ROWS, aligned
 from .kernels import NumbaKernels
@@ -27,18 +27,20 @@ class NumbaForward(Forward):
     which leave their sums one by one.
     """
 
-    def __init__(self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> None:
-        self._kernels, self._pool, self._cut, self._phase = kernels, pool, cut, 0
+    def __init__(
+        self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, partition: Partition
+    ) -> None:
+        self._kernels, self._pool, self._partition, self._phase = kernels, pool, partition, 0
         rows, config = batch.num_rows, kernels.config
-        self._most_rows = cut.block_rows or kernels.block_rows
+        self._most_rows = partition.block_rows or kernels.block_rows
         self._length = max(last - first for first, last in batch.spans)
-        if cut.whole_tiles:
+        if partition.whole_tiles:
             blocks = [
                 [(t.start, t.stop, t.first, t.last) for t in block.tiles]
-                for block in batch.blocks(cut.threads, self._most_rows)
+                for block in batch.blocks(partition.threads, self._most_rows)
             ]
         else:
-            blocks = cut_blocks(batch.spans, cut.threads, self._most_rows)
+            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows)
         self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
@@ -81,7 +83,7 @@ class NumbaForward(Forward):
         """What the phases that follow work on."""
         self._pieces = list(itertools.chain.from_iterable(blocks))
         self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = min(self._cut.threads, len(blocks))
+        self._workers = min(self._partition.threads, len(blocks))
         counts = [0, *itertools.accumulate(map(len, blocks))]
         block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
         self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
@@ -97,7 +99,7 @@ class NumbaForward(Forward):
         rows: Array | None = None,
     ) -> None:
         if rows is not None:
-            self._use_blocks(cut_blocks(self._spans, self._cut.threads, self._most_rows, np.sort(rows)))
+            self._use_blocks(cut_blocks(self._spans, self._partition.threads, self._most_rows, np.sort(rows)))
         if maps is None:
             self._table[Pass.MAPS] = 0
             self._run(stop + 1)
@@ -116,7 +118,7 @@ class NumbaForward(Forward):
         arguments = address(self._table), address(self._model)
 
         def work(_: int) -> None:
-            room = self._kernels.room(self._block_rows, self._length, self._cut.whole_tiles)
+            room = self._kernels.room(self._block_rows, self._length, self._partition.whole_tiles)
             self._kernels.run_phases(*arguments, address(room), self._phase, stop)
 
         def give_up() -> None:

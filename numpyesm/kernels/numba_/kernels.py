@@ -16,7 +16,7 @@ from ...threads import WorkerPool
 from ...weights.checkpoint import FREQUENCIES, Checkpoint
 from ...weights.equalise import equalised
 from ...weights.tensor import StoredTensor, round_to_bfloat16
-from ..base import Array, Cut, Forward, Kernels
+from ..base import Array, Forward, Kernels, Partition
 from ..rotary import rotary_angles, rotary_pair_order
 from . import attention, bf16, cache, fp32, int8, runner
 from .emitter import TILE_COLUMNS, TILE_ROWS
@@ -246,10 +246,10 @@ class NumbaKernels(Kernels):
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, cut: Cut) -> Forward:
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
         from .forward import NumbaForward
 
-        return NumbaForward(self, pool, batch, layers, cut)
+        return NumbaForward(self, pool, batch, layers, partition)
 
     def lm_head(self, x: Array) -> Array:
         assert self._lm_head is not None

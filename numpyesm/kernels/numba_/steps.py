@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..reference_numpy import LAYER_NORM_EPSILON
+from ..numpy_steps import LAYER_NORM_EPSILON
 from .cache import helper
 from .emitter import ISA, LANES
 from .rows import row_normalise, row_normalise_bf16, row_quantise, row_range, row_squares, row_sum

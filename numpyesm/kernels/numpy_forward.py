@@ -1,0 +1,239 @@
+"""The NumPy backend: weights as its steps take them, and a pass put together from the steps, one barrier per layer.
+
+For each block of rows a thread does the attention of layer n, the output projection, the feed-forward part and the
+query, key and value of layer n + 1, while the rows are in its cache. Attention reads keys and values of the whole
+sequence, so the threads wait for each other once per layer, and query/key/value have two buffers that take turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..batch import BLOCK_ROWS, Batch, Block, Tile
+from ..threads import WorkerPool
+from ..weights.checkpoint import FREQUENCIES, Checkpoint
+from .base import Array, AttentionMaps, Forward, Kernels, Partition
+from .blas import blas_threads
+from .narrow import NarrowMatrix
+from .numpy_steps import attend, gelu, layer_norm, linear
+from .rotary import rotary_pair_order, rotary_turns
+from .scratch import scratch
+
+# Batches of at most this many rows are one block: two Python threads in lock step would lose more to the interpreter
+# lock than they gain, and BLAS's own threads win.
+_SINGLE_BLOCK_ROWS = 160
+
+# BLAS adds up the inner dimension number by number, and rounding grows with the length of the sum. Adding up pieces
+# of these sizes makes the error that of torch, whose BLAS has several sums in flight, for 5 % of the time.
+_PIECES = {"qkv": 96, "out_proj": 60, "fc1": 160, "fc2": 240, "lm_head": 60, "vocabulary": 0}
+
+
+class NumpyKernels(Kernels):
+    """Weights laid out for NumPy and its BLAS, in float32 or, for tests, float64.
+
+    All steps may be called from several threads at once, on blocks that do not overlap.
+
+    Query and key columns are reordered at load so that the two channels that rotate together are neighbours: the
+    rotation is then one multiplication of complex numbers. Scores do not change, both sides being reordered alike.
+    Matrices stored in less than float32 stay so, and with `in_place` those in float32 stay where the file is mapped:
+    then the rows that come out are reordered instead, for 2 % of the time and nothing of memory.
+    """
+
+    name = "numpy"
+
+    def __init__(self, checkpoint: Checkpoint, precision: str = "fp32", in_place: bool = False) -> None:
+        self.config = checkpoint.config
+        self.precision = precision
+        self.dtype = np.dtype(np.float64 if precision == "fp64" else np.float32)
+        self._complex = np.dtype(np.complex128 if precision == "fp64" else np.complex64)
+        self._rotary = np.empty((0, self.config.embed_dim), self._complex)
+        self._rotary_lock = threading.Lock()
+        w: dict[str, Any] = {name: self._laid_out(name, checkpoint) for name in checkpoint.tensors}
+        self._w = w
+        order = rotary_pair_order(self.config)
+        self._reorders_rows: list[bool] = []
+        for layer in range(self.config.num_layers):
+            prefix = f"layers.{layer}.qkv."
+            reorders_rows = in_place or isinstance(w[prefix + "weight"], NarrowMatrix)
+            if not reorders_rows:
+                w[prefix + "weight"] = np.take(w[prefix + "weight"], order, axis=-1)
+                w[prefix + "bias"] = w[prefix + "bias"][order]
+            self._reorders_rows.append(reorders_rows)
+        if checkpoint.has_lm_head:
+            w["lm_head.vocabulary"] = np.ascontiguousarray(w["embed_tokens.weight"].T)
+
+    def _laid_out(self, name: str, checkpoint: Checkpoint) -> Array | NarrowMatrix:
+        """A tensor as the steps take it: float32, or as it is stored if that is narrower and a matrix of a layer."""
+        tensor = checkpoint.tensors[name]
+        narrow = self.dtype == np.float32 and NarrowMatrix.suits(tensor) and name != "embed_tokens.weight"
+        if narrow:
+            return NarrowMatrix(tensor)
+        wide: Array = tensor.astype(self.dtype)
+        return wide
+
+    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
+        return NumpyForward(self, pool, batch, layers, partition)
+
+    def embed(self, tokens: Array, scale: Array) -> Array:
+        """Rows of the embedding times their scale: (T,), (T,) -> (T, D)."""
+        x: Array = self._w["embed_tokens.weight"][tokens]
+        x *= scale.astype(self.dtype)[:, None]
+        return x
+
+    def rotary_tables(self, length: int) -> Array:
+        """`rotary_turns` with queries times C^-1/2: (length, D) complex."""
+        with self._rotary_lock:
+            if len(self._rotary) < length:
+                rows = max(length, min(2 * len(self._rotary), 2050))
+                turns = rotary_turns(
+                    self._w[FREQUENCIES], self.config.num_heads, rows, query_scale=self.config.head_dim**-0.5
+                )
+                self._rotary = turns.astype(self._complex)
+            return self._rotary[:length]
+
+    def new_qkv(self, rows: int) -> Array:
+        """Uninitialised query, key and value of `rows` rows: (T, 3·D)."""
+        return np.empty((rows, 3 * self.config.embed_dim), self.dtype)
+
+    def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
+        """LayerNorm, query/key/value projection, rotation: (R, D) -> out (R, 3·D).
+
+        `rotary` holds consecutive parts of the rotary table that together cover the R rows.
+        """
+        w, prefix = self._w, f"layers.{layer}."
+        y = scratch.room("norm", x.shape, self.dtype)
+        layer_norm(x, w[prefix + "attention_norm.weight"], w[prefix + "attention_norm.bias"], out=y)
+        weight, bias = w[prefix + "qkv.weight"], w[prefix + "qkv.bias"]
+        if self._reorders_rows[layer]:
+            self._pair_up(linear(y, weight, bias, _PIECES["qkv"], out=scratch.room("qkv", out.shape, self.dtype)), out)
+        else:
+            linear(y, weight, bias, _PIECES["qkv"], out=out)
+        pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
+        start = 0
+        for table in rotary:
+            pairs[start : start + len(table)] *= table
+            start += len(table)
+
+    def _pair_up(self, plain: Array, out: Array) -> None:
+        """Rows of query, key and value in the checkpoint's order -> out, as `rotary_pair_order` has them: (R, 3D)."""
+        rows, turned = len(plain), 2 * self.config.embed_dim
+        halves = plain[:, :turned].reshape(rows, -1, 2, self.config.head_dim // 2)
+        out[:, :turned].reshape(rows, -1, self.config.head_dim // 2, 2)[...] = halves.swapaxes(2, 3)
+        out[:, turned:] = plain[:, turned:]
+
+    def _heads(self, qkv: Array, part: int) -> Array:
+        """Query (0), key (1) or value (2) as (H, R, C), a view."""
+        width = self.config.embed_dim
+        columns = qkv[:, part * width : (part + 1) * width]
+        return columns.reshape(len(qkv), self.config.num_heads, self.config.head_dim).swapaxes(0, 1)
+
+    def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
+        """Attention of the rows `query` of `qkv`'s output over the sequence `keys`: -> out (R, D)."""
+        q, k, v = self._heads(query, 0), self._heads(keys, 1), self._heads(keys, 2)
+        shaped = None if out is None else out.reshape(len(query), self.config.num_heads, self.config.head_dim)
+        attend(q, k, v, shaped, maps)
+
+    def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
+        """x += out_proj(context); x += fc2(gelu(fc1(LayerNorm(x)))), in place: (R, D), (R, D)."""
+        w, prefix = self._w, f"layers.{layer}."
+        y = scratch.room("norm", x.shape, self.dtype)
+        h = scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype)
+        x += linear(context, w[prefix + "out_proj.weight"], w[prefix + "out_proj.bias"], _PIECES["out_proj"], out=y)
+        layer_norm(x, w[prefix + "ffn_norm.weight"], w[prefix + "ffn_norm.bias"], out=y)
+        linear(y, w[prefix + "fc1.weight"], w[prefix + "fc1.bias"], _PIECES["fc1"], out=h)
+        gelu(h)
+        x += linear(h, w[prefix + "fc2.weight"], w[prefix + "fc2.bias"], _PIECES["fc2"], out=y)
+
+    def final_norm(self, x: Array, out: Array) -> None:
+        """LayerNorm after the last layer: (R, D) -> out (R, D)."""
+        layer_norm(x, self._w["final_norm.weight"], self._w["final_norm.bias"], out=out)
+
+    def lm_head(self, x: Array) -> Array:
+        w = self._w
+        y = linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], _PIECES["lm_head"])
+        gelu(y)
+        y = layer_norm(y, w["lm_head.norm.weight"], w["lm_head.norm.bias"])
+        return linear(y, w["lm_head.vocabulary"], w["lm_head.bias"], _PIECES["vocabulary"])
+
+
+class NumpyForward(Forward):
+    """See `Forward`.
+
+    Parameters
+    ----------
+    kernels : NumpyKernels
+    pool : WorkerPool
+    batch : Batch
+    layers : int
+        Layers that will be asked for.
+    partition : Partition
+    """
+
+    def __init__(
+        self, kernels: NumpyKernels, pool: WorkerPool, batch: Batch, layers: int, partition: Partition
+    ) -> None:
+        self._kernels, self._pool, self._layers, self._done = kernels, pool, layers, 0
+        self._threads = partition.threads
+        one_block = batch.num_rows <= _SINGLE_BLOCK_ROWS
+        block_threads, self._step_threads = (1, partition.threads) if one_block else (partition.threads, 1)
+        self._blocks = batch.blocks(block_threads, partition.block_rows or BLOCK_ROWS)
+        self.x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
+        if layers == 0:
+            return
+        self._rotary = kernels.rotary_tables(max(last - first for first, last in batch.spans))
+        self._qkv, self._next_qkv = kernels.new_qkv(batch.num_rows), kernels.new_qkv(batch.num_rows)
+        with blas_threads(self._step_threads):
+            pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks, self._threads)
+
+    def advance(
+        self,
+        stop: int,
+        maps: Sequence[AttentionMaps | None] | None = None,
+        maps_only: bool = False,
+        rows: Array | None = None,
+    ) -> None:
+        blocks = self._blocks if rows is None else _blocks_with(self._blocks, rows)
+        with blas_threads(self._step_threads):
+            while self._done < stop:
+                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks, self._threads)
+                self._qkv, self._next_qkv = self._next_qkv, self._qkv
+                self._done += 1
+
+    def _run_layer(self, block: Block, maps: Sequence[AttentionMaps | None] | None, maps_only: bool) -> None:
+        """The next layer of one block, and what the layer after it needs."""
+        kernels, layer = self._kernels, self._done
+        rows = self.x[block.start : block.stop]
+        context = None if maps_only else np.empty_like(rows)
+        for tile in block.tiles:
+            out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
+            wanted = maps[tile.index] if maps else None
+            kernels.attention(self._qkv[tile.start : tile.stop], self._qkv[tile.first : tile.last], out, wanted)
+        if context is None:
+            return
+        kernels.project_and_feed_forward(layer, context, rows)
+        if layer + 1 < self._layers:
+            self._project_qkv(layer + 1, block, self._next_qkv)
+        elif layer + 1 == kernels.config.num_layers:
+            kernels.final_norm(rows, out=rows)
+
+    def _project_qkv(self, layer: int, block: Block, out: Array) -> None:
+        rows = slice(block.start, block.stop)
+        pieces = [self._rotary[tile.start - tile.first : tile.stop - tile.first] for tile in block.tiles]
+        self._kernels.qkv(layer, self.x[rows], pieces, out[rows])
+
+
+def _blocks_with(blocks: Sequence[Block], rows: Array) -> list[Block]:
+    """The blocks without the tiles that hold none of these rows; a block falls apart where tiles are missing."""
+    wanted = np.sort(rows)
+
+    def holds(tile: Tile) -> bool:
+        return bool(np.searchsorted(wanted, tile.start) < np.searchsorted(wanted, tile.stop))
+
+    return [
+        Block(tuple(tiles)) for block in blocks for needed, tiles in itertools.groupby(block.tiles, holds) if needed
+    ]

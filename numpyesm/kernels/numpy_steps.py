@@ -1,0 +1,165 @@
+"""The arithmetic of `numpyesm.reference` on NumPy, made for speed: blocks of rows in float32, mostly in place.
+
+Shapes as in `base.py`. A block is small enough to stay in the CPU's caches: at these sizes memory traffic, not
+arithmetic, is what NumPy code pays for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .base import Array, AttentionMaps
+from .narrow import NarrowMatrix
+from .scratch import scratch
+
+LAYER_NORM_EPSILON = 1e-5
+
+# Numbers that GELU, and bytes of attention scores that softmax, take at a time: what fits a core's L2 cache.
+_GELU_ELEMENTS = 32 * 1920
+_SCORE_BYTES = 512 * 1024
+
+# OpenBLAS sums in another order when a product is smaller than this (its small-matrix kernels). Rows are padded above
+# it, so that a row's result does not depend on how many rows share its block.
+_SMALL_PRODUCT = 1_000_000
+
+# exp() of a score within ± this neither overflows nor vanishes, even summed over 2050 keys: no need to subtract the
+# row's maximum first.
+_SAFE_SCORE = 60.0
+
+# gelu(x) = x / (1 + exp(-x P(x²))): P is a minimax fit of logit(Φ(x)) / x, highest power first, weighted by its effect
+# on the result; the largest error against the exact erf form is 7e-8 (tools/fit_gelu.py).
+GELU_POLYNOMIAL = (
+    3.6187271938271902e-09,
+    -2.67293764072034e-07,
+    7.946226863840827e-06,
+    -0.00011055588674078872,
+    -6.590950812169469e-05,
+    0.07266782266675867,
+    1.5957689853266488,
+)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Array:
+    """(x - mean) / sqrt(variance + 1e-5) · weight + bias over the last axis: (R, D) -> (R, D)."""
+    y: Array = np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
+    variance = np.einsum("ij,ij->i", y, y) / x.dtype.type(x.shape[1])
+    y *= (1 / np.sqrt(variance + x.dtype.type(LAYER_NORM_EPSILON)))[:, None]
+    y *= weight
+    y += bias
+    return y
+
+
+def gelu(x: Array) -> None:
+    """x · (1 + erf(x / √2)) / 2, the exact form, in place: (R, F)."""
+    if x.dtype == np.float64:
+        x *= 0.5 * (1.0 + _erf_float64(x * math.sqrt(0.5)))
+        return
+    rows = max(1, _GELU_ELEMENTS // x.shape[1])
+    for start in range(0, len(x), rows):
+        _gelu_float32(x[start : start + rows])
+
+
+def _gelu_float32(x: Array) -> None:
+    """gelu(x) in place, for a piece that fits the cache."""
+    square = np.multiply(x, x, out=scratch.room("gelu square", x.shape, x.dtype))
+    p = np.multiply(square, np.float32(-GELU_POLYNOMIAL[0]), out=scratch.room("gelu p", x.shape, x.dtype))
+    p += np.float32(-GELU_POLYNOMIAL[1])
+    for coefficient in GELU_POLYNOMIAL[2:]:
+        p *= square
+        p += np.float32(-coefficient)
+    p *= x
+    with np.errstate(over="ignore"):  # exp is infinite below x = -13, and the result is then -0
+        np.exp(p, out=p)
+    p += np.float32(1)
+    x /= p
+
+
+def _erf_float64(x: Array) -> Array:
+    """erf to float64 rounding; slow, for the reference precision only."""
+    return np.fromiter(map(math.erf, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
+
+
+def linear(
+    x: Array, weight: Array | NarrowMatrix, bias: Array | None = None, piece: int = 0, out: Array | None = None
+) -> Array:
+    """x @ weight + bias: (R, K), (K, N) -> (R, N); summed in pieces of K, if `piece` is given, for less rounding."""
+    inner, columns = weight.shape
+    first = min(piece or inner, inner)
+    if out is None:
+        out = np.empty((len(x), columns), x.dtype)
+    _product(x[:, :first], weight[:first], out)
+    if first < inner:
+        part = scratch.room("part", out.shape, out.dtype)
+        for start in range(first, inner, piece):
+            out += _product(x[:, start : start + piece], weight[start : start + piece], part)
+    if isinstance(weight, NarrowMatrix) and weight.scale is not None:
+        out *= weight.scale
+    if bias is not None:
+        out += bias
+    return out
+
+
+def _product(x: Array, weight: Array, out: Array) -> Array:
+    """x @ weight, each row computed in the same way however many there are."""
+    least = _SMALL_PRODUCT // weight.size + 1
+    if len(x) >= least:
+        return np.matmul(x, weight, out=out)
+    padded = np.zeros((least, len(weight)), x.dtype)
+    padded[: len(x)] = x
+    out[...] = np.matmul(padded, weight)[: len(x)]
+    return out
+
+
+def exp_scores(scores: Array) -> None:
+    """exp(score - shift), in place, with a shift a row that keeps it in range: (G, R, L)."""
+    highest = scores.max(axis=-1, keepdims=True)
+    if not (np.abs(highest) < _SAFE_SCORE).all():
+        scores -= highest
+    np.exp(scores, out=scores)
+
+
+def attend(q: Array, k: Array, v: Array, out: Array | None, maps: AttentionMaps | None) -> None:
+    """Attention of one tile, and what it leaves for `maps`: (H, R, C), (H, L, C), (H, L, C) -> out (R, H, C)."""
+    rows, length = q.shape[1], k.shape[1]
+    group = max(1, _SCORE_BYTES // (rows * length * q.dtype.itemsize))
+    room = scratch.room("scores", (min(group, len(q)), rows, length), q.dtype)
+    if maps is not None and maps.summary is not None:
+        maps.summary[...] = 0
+    for first in range(0, len(q), group):
+        heads = slice(first, min(first + group, len(q)))
+        scores = np.matmul(q[heads], k[heads].swapaxes(1, 2), out=room[: heads.stop - first])  # (G, R, L)
+        exp_scores(scores)
+        norm = 1 / scores.sum(axis=-1)  # (G, R)
+        if out is not None:
+            context = np.matmul(scores, v[heads])  # (G, R, C)
+            context *= norm[:, :, None]
+            out[:, heads] = context.swapaxes(0, 1)
+        if maps is not None:
+            _add_to_maps(maps, first, scores, norm)
+
+
+def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) -> None:
+    """Add the heads `first ...` of one tile: unnormalised attention (G, R, L) and 1 / row sum (G, R)."""
+    if maps.summary is not None:
+        maps.summary += np.matmul(norm[:, None, :], scores)[:, 0].sum(axis=0)
+    if maps.full is not None:
+        np.multiply(scores, norm[:, :, None], out=maps.full[first : first + len(scores)])
+    if maps.heads is None:
+        return
+    assert maps.coefficients is not None
+    assert maps.weighted is not None
+    assert maps.row_sums is not None
+    assert maps.column_sums is not None
+    here = np.flatnonzero((maps.heads >= first) & (maps.heads < first + len(scores)))
+    for index in here:
+        head = maps.heads[index] - first
+        unnormalised = scores[head][maps.rows, 1:-1]  # (r, L - 2)
+        # In float64: where attention is spread evenly, the map and its average product cancel to a few digits.
+        attention = scratch.room("attention", unnormalised.shape, np.dtype(np.float64))
+        np.multiply(unnormalised, norm[head][maps.rows, None], out=attention)
+        maps.row_sums[index] = attention.sum(axis=1)
+        maps.column_sums[index] = attention.sum(axis=0)
+        attention *= maps.coefficients[index]
+        maps.weighted += attention

@@ -1,0 +1,363 @@
+"""Passes through the layers: token arrays in, outputs out.
+
+`ESM2`, scoring, streaming, the service and the fair-esm look-alike all compute by `Passes`, which takes tokens and
+options that have been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .alphabet import AMINO_ACID_COLUMNS, MASK, TOKENS
+from .batch import Batch, Tile
+from .config import VOCAB_SIZE, ModelConfig
+from .heads import AttentionReader, AttentionSummary, ContactHead, FullAttention, log_prob
+from .kernels import make_kernels
+from .kernels.base import AttentionMaps, Kernels, Partition
+from .kernels.blas import blas_threads
+from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
+from .options import Outputs
+from .results import EncodeResult, PredictResult
+from .threads import WorkerPool, check_threads, default_threads
+from .weights.checkpoint import Checkpoint
+
+Array = npt.NDArray[Any]
+Tokens = npt.NDArray[np.uint8]
+
+# Rows of one pass: enough to keep many threads busy, few enough that buffers stay near 50 MB.
+ROWS_PER_PASS = 4096
+# Rows that a thread gives to the LM head at a time, least and most.
+_LM_HEAD_ROWS = 32, 192
+
+
+@dataclass
+class FullOutput:
+    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included.
+
+    Attributes
+    ----------
+    representations : dict of int to ndarray (T, D)
+    logits : ndarray (T, 33) or None
+    contacts : ndarray (T - 2, T - 2) or None
+    """
+
+    representations: dict[int, Array] = field(default_factory=dict)
+    logits: Array | None = None
+    contacts: Array | None = None
+
+
+class Passes:
+    """Kernels with a checkpoint's weights, the threads that run them, and the memory that they may take.
+
+    Calls from several threads are safe and share the worker threads. Sequences are given as token arrays (T,) uint8,
+    `<cls>` and `<eos>` included, none of them `<pad>`; results do not depend on which sequences share a pass.
+
+    Parameters
+    ----------
+    checkpoint, backend, precision, threads, max_memory
+        See `ESM2`.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    kernels : Kernels
+    pool : WorkerPool
+    budget : MemoryBudget or None
+        None if memory is not limited.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+        max_memory: int | str | None = None,
+    ) -> None:
+        count = default_threads() if threads is None else check_threads(threads)
+        limit = None if max_memory is None else parse_memory(max_memory)
+        if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
+            backend = "numpy"
+        self.checkpoint = checkpoint
+        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
+        self.budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)
+        self.pool = WorkerPool(count if self.budget is None else self.budget.threads)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.checkpoint.config
+
+    # -- outputs ------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, tokens: Sequence[Tokens], outputs: Outputs, rows_per_pass: int | None = None
+    ) -> Iterator[EncodeResult]:
+        """Yield the outputs of each sequence, in order.
+
+        Parameters
+        ----------
+        tokens : sequence of ndarray (T,)
+        outputs : Outputs
+        rows_per_pass : int, optional
+            Tokens that share a pass, at most; a limit of memory may ask for fewer.
+
+        Raises
+        ------
+        NotEnoughMemory
+            The results, or a pass over the longest sequence, would exceed the limit.
+        """
+        sizes = self.sizes(tokens, outputs, rows_per_pass)
+        done = 0
+        for chunk in _cut(tokens, sizes.rows_per_pass):
+            yield from self._encode_pass(chunk, outputs, done, sizes)
+            done += len(chunk)
+
+    def predict(self, tokens: Sequence[Tokens], positions: str = "all") -> Iterator[PredictResult]:
+        """Yield the logits of each sequence, at all residues or at its masks (`positions="masked"`)."""
+        masks = [np.flatnonzero(ids == MASK) for ids in tokens]
+        rows = masks if positions == "masked" else [np.arange(1, len(ids) - 1) for ids in tokens]
+        for index, logits in enumerate(self.logits(tokens, rows)):
+            yield PredictResult(
+                sequence_index=index,
+                logits=logits,
+                sequence_tokens=[TOKENS[token] for token in tokens[index][1:-1]],
+                mask_positions=(masks[index] - 1).tolist(),
+            )
+
+    def log_prob(self, tokens: Sequence[Tokens]) -> npt.NDArray[np.float64]:
+        """Sum of log p over the canonical residues of each sequence: (n,). See `heads.log_prob`."""
+        rows = [np.arange(1, len(ids) - 1) for ids in tokens]
+        return np.array([log_prob(x, ids[1:-1]) for ids, x in zip(tokens, self.logits(tokens, rows), strict=True)])
+
+    def logits(
+        self, tokens: Sequence[Tokens], rows: Sequence[npt.NDArray[np.intp]], columns: slice = AMINO_ACID_COLUMNS
+    ) -> Iterator[Array]:
+        """Yield the logits of some rows of each sequence.
+
+        Parameters
+        ----------
+        tokens : sequence of ndarray (T,)
+        rows : sequence of ndarray of int (R,)
+            Of each sequence, counted from its first token.
+        columns : slice
+            Which of the 33 tokens; by default the 20 amino acids.
+
+        Yields
+        ------
+        ndarray (R, 20) float32
+        """
+        sizes = self.sizes(tokens, Outputs(("logits",)))
+        done = 0
+        for chunk in _cut(tokens, sizes.rows_per_pass):
+            batch, wanted = Batch.pack(chunk), rows[done : done + len(chunk)]
+            done += len(chunk)
+            flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, wanted, strict=True)])
+            for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
+                yield from _split(self._lm_head(x[flat])[:, columns], wanted)
+
+    def full(
+        self,
+        tokens: Sequence[Tokens],
+        layers: Collection[int] = (),
+        *,
+        logits: bool = False,
+        contacts: bool = False,
+        attentions: Sequence[Array] | None = None,
+    ) -> Iterator[FullOutput]:
+        """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm has them.
+
+        Parameters
+        ----------
+        tokens : sequence of ndarray (T,)
+            At least three each where contacts are wanted: the map leaves out the first and the last, whatever they are.
+        layers : collection of int
+            0 to num_layers.
+        logits, contacts : bool
+        attentions : list of ndarray (num_layers, H, T, T), optional
+            One per sequence, to be filled.
+        """
+        wanted = {*layers, *([self.config.num_layers] if logits else [])}
+        done = 0
+        for chunk in _cut(tokens, ROWS_PER_PASS):
+            batch, outputs = Batch.pack(chunk), [FullOutput() for _ in chunk]
+            head = self._contact_head(batch) if contacts else None
+            maps = None if attentions is None else FullAttention(attentions[done : done + len(chunk)])
+            done += len(chunk)
+            readers = [reader for reader in (head, maps) if reader is not None]
+            for layer, x in self._layers(batch, wanted, Sizes(ROWS_PER_PASS), readers):
+                if layer in layers:
+                    for output, rows in zip(outputs, _split(x, chunk), strict=True):
+                        output.representations[layer] = rows
+                if layer == self.config.num_layers and logits:
+                    for output, rows in zip(outputs, _split(self._lm_head(x), chunk), strict=True):
+                        output.logits = rows
+            if head is not None:
+                with blas_threads(self.pool.threads):
+                    for output, contact_map in zip(outputs, head.results(), strict=True):
+                        output.contacts = contact_map
+            yield from outputs
+
+    # -- passes -------------------------------------------------------------------------------------------------
+
+    def sizes(self, tokens: Sequence[Tokens], outputs: Outputs, rows_per_pass: int | None = None) -> Sizes:
+        """How a call is cut up: as is fastest, or as the memory limit allows (NotEnoughMemory if it does not)."""
+        most = rows_per_pass or ROWS_PER_PASS
+        if self.budget is None:
+            return Sizes(most)
+        return self.budget.sizes([len(ids) for ids in tokens], outputs.include, len(outputs.layers), most)
+
+    def _encode_pass(
+        self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes
+    ) -> list[EncodeResult]:
+        """All outputs of the sequences of one pass."""
+        batch, last, include = Batch.pack(tokens), self.config.num_layers, outputs.include
+        results = [EncodeResult(first_index + i) for i in range(len(tokens))]
+        contacts = self._contact_head(batch) if "contacts" in include else None
+        summary = AttentionSummary(self.config, batch, self.kernels.dtype) if "attentions" in include else None
+        readers = [reader for reader in (contacts, summary) if reader is not None]
+        wanted = {*outputs.by_layer, *([last] if "logits" in include else [])}
+        for layer, x in self._layers(batch, wanted, sizes, readers):
+            if layer in outputs.by_layer:
+                _pool_rows(results, batch, layer, x, include)
+            if layer == last and "logits" in include:
+                residues = [x[first + 1 : stop - 1] for first, stop in batch.spans]
+                logits = self._lm_head(np.concatenate(residues))[:, AMINO_ACID_COLUMNS]
+                for result, rows in zip(results, _split(logits, residues), strict=True):
+                    result.logits = rows
+        if contacts is not None:
+            with blas_threads(self.pool.threads):
+                for result, contact_map in zip(results, contacts.results(), strict=True):
+                    result.contacts = contact_map
+        if summary is not None:
+            for result, attention in zip(results, summary.results(), strict=True):
+                result.attentions = attention
+        return results
+
+    def _layers(
+        self,
+        batch: Batch,
+        wanted: Collection[int],
+        sizes: Sizes,
+        readers: Sequence[AttentionReader] = (),
+        final_rows: npt.NDArray[np.intp] | None = None,
+    ) -> Iterator[tuple[int, Array]]:
+        """Run as many layers as the wanted outputs need, and yield each wanted representation.
+
+        Parameters
+        ----------
+        batch : Batch
+        wanted : collection of int
+            0 (the scaled embedding) to num_layers (after the final LayerNorm).
+        sizes : Sizes
+        readers : sequence of AttentionReader
+            They get the attention maps of each layer up to their last.
+        final_rows : ndarray of int, optional
+            The only rows of the last layer that matter; others may be those of the layer before. Not with readers.
+
+        Yields
+        ------
+        layer : int
+            Ascending.
+        x : ndarray (T, D)
+            Overwritten by the next layer.
+        """
+        num_layers = self.config.num_layers
+        map_layers = max((reader.last_layer for reader in readers), default=0)
+        row_layers = max(wanted, default=0)
+        last = max(row_layers, map_layers)
+        if not wanted and not last:
+            return
+        partition = Partition(sizes.threads or self.pool.threads, sizes.block_rows, whole_tiles=map_layers > 0)
+        forward = self.kernels.forward(self.pool, batch, last, partition)
+        if 0 in wanted:
+            yield 0, forward.x
+        tiles = batch.tiles() if map_layers else []
+        layer = 0
+        while layer < last:
+            if layer < map_layers:
+                stop = layer + 1
+                maps = [_request_maps(layer, tile, readers) for tile in tiles]
+                forward.advance(stop, maps, maps_only=layer >= row_layers and stop == map_layers)
+                _collect_maps(layer, tiles, maps, readers)
+            else:
+                stop = min(number for number in wanted if number > layer)
+                if final_rows is not None and stop == num_layers and layer + 1 < num_layers:
+                    stop = num_layers - 1  # the last one by itself
+                forward.advance(stop, rows=final_rows if stop == num_layers else None)
+            if stop in wanted:
+                yield stop, forward.x
+            layer = stop
+
+    def _contact_head(self, batch: Batch) -> ContactHead:
+        dtype = self.kernels.dtype
+        weight = self.checkpoint.array("contact_head.weight", dtype)
+        bias = float(self.checkpoint.array("contact_head.bias", dtype)[0])
+        return ContactHead(self.config, weight, bias, batch, dtype)
+
+    def _lm_head(self, x: Array) -> Array:
+        """Logits of all tokens for rows of the last layer: (R, D) -> (R, 33)."""
+        logits = np.empty((len(x), VOCAB_SIZE), self.kernels.dtype)
+        least, most = _LM_HEAD_ROWS
+        step = min(max(-(-len(x) // self.pool.threads), least), most)
+
+        def run(start: int) -> None:
+            logits[start : start + step] = self.kernels.lm_head(x[start : start + step])
+
+        with blas_threads(1):
+            self.pool.run(run, range(0, len(x), step))
+        return logits
+
+
+def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[Sequence[Tokens]]:
+    """Cut a batch into passes of at most `most_rows` rows, or of one sequence, in order."""
+    start = rows = 0
+    for i, ids in enumerate(tokens):
+        if i > start and rows + len(ids) > most_rows:
+            yield tokens[start:i]
+            start, rows = i, 0
+        rows += len(ids)
+    if rows:
+        yield tokens[start:]
+
+
+def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:
+    """Consecutive rows as copies of their own, as many for each as `parts` are long."""
+    return [part.copy() for part in np.split(rows, np.cumsum([len(part) for part in parts])[:-1])]
+
+
+def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, x: Array, include: Collection[str]) -> None:
+    """Keep what was asked of one layer's rows: (T, D)."""
+    for result, (first, last) in zip(results, batch.spans, strict=True):
+        residues = x[first + 1 : last - 1]
+        if "mean" in include:
+            result.embeddings = (result.embeddings or {}) | {layer: residues.mean(axis=0)}
+        if "bos" in include:
+            result.bos_embeddings = (result.bos_embeddings or {}) | {layer: x[first].copy()}
+        if "per_token" in include:
+            result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
+
+
+def _request_maps(layer: int, tile: Tile, readers: Sequence[AttentionReader]) -> AttentionMaps | None:
+    """What layer `layer` must leave of this tile's attention; None if nothing."""
+    rows = slice(int(tile.start == tile.first), tile.stop - tile.start - int(tile.stop == tile.last))
+    maps = AttentionMaps(rows)
+    for reader in readers:
+        reader.request(layer, tile, maps)
+    return None if maps.heads is None and maps.summary is None and maps.full is None else maps
+
+
+def _collect_maps(
+    layer: int, tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None], readers: Sequence[AttentionReader]
+) -> None:
+    """Hand over what the layer left, in the order of the tiles."""
+    for tile, left in zip(tiles, maps, strict=True):
+        if left is not None:
+            for reader in readers:
+                reader.collect(layer, tile, left)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import io
 import os
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ import pytest
 from numpyesm.errors import CheckpointError
 from numpyesm.weights.fair_esm import read_regression
 from numpyesm.weights.load import load_checkpoint
-from numpyesm.weights.pickle_reader import Global, Inert
+from numpyesm.weights.safe_pickle import Inert
 from numpyesm.weights.torch_file import read_torch
 
 torch = pytest.importorskip("torch")
@@ -77,14 +81,12 @@ def test_views_strides_sharing_and_parameters(tmp_path):
         "none": torch.zeros(0, 3),
         "parameter": torch.nn.Parameter(base[0].clone()),
         "module": torch.nn.Linear(3, 2).state_dict(),
-        "size": base.size(),
     }
     torch.save(content, tmp_path / "t.pt")
     result = read_torch(tmp_path / "t.pt")
     for name in ("base", "transposed", "slice", "column", "scalar", "parameter"):
         np.testing.assert_array_equal(result[name].raw, content[name].detach().numpy(), err_msg=name)
     assert result["none"].raw.size == 0
-    assert result["size"] == (4, 6)
     np.testing.assert_array_equal(result["module"]["weight"].raw, content["module"]["weight"].numpy())
     assert np.shares_memory(result["base"].raw, result["slice"].raw)
     with pytest.raises(ValueError):
@@ -215,40 +217,89 @@ def test_torchscript_is_named(tmp_path):
 
 def test_pickled_modules_are_not_checkpoints(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    assert read_torch(tmp_path / "module.pt").function == Global("torch.nn.modules.linear", "Linear")
+    assert str(type(read_torch(tmp_path / "module.pt"))) == "torch.nn.modules.linear.Linear"
     with pytest.raises(CheckpointError, match="save its state_dict"):
         load_checkpoint(tmp_path / "module.pt")
 
 
 class Payload:
-    def __init__(self, command):
-        self.command = command
+    def __init__(self, *reduction):
+        self.reduction = reduction
 
     def __reduce__(self):
-        return os.system, (self.command,)
+        return self.reduction
 
 
-@pytest.mark.parametrize("name", ["x.pt", "pytorch_model.bin"])
-def test_a_payload_in_a_checkpoint_does_nothing(tmp_path, name):
+def hidden(command):
+    """Calls of a command, as they can hide in a checkpoint."""
+    inner = io.BytesIO()
+    torch.save(Payload(os.system, (command,)), inner)
+    return {
+        "plain": Payload(os.system, (command,)),
+        "storage": Payload(torch.storage._load_from_bytes, (inner.getvalue(),)),
+        "subclass": Payload(torch._tensor._rebuild_from_type_v2, (os.system, torch.Tensor, (command,), {})),
+        "hooks": Payload(torch._utils._rebuild_parameter, (Payload(os.system, (command,)), True, {})),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "storage", "subclass", "hooks"])
+def test_a_payload_in_a_checkpoint_does_nothing(tmp_path, kind):
     marker = tmp_path / "ran"
-    path = tmp_path / name
-    torch.save({"cfg": {"model": Payload(f"touch {marker}")}, "model": {"x": torch.ones(2)}}, path)
-    read_torch(path)
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path)
-    assert not marker.exists()
-    torch.load(path, weights_only=False)  # the payload is a real one
-    assert marker.exists()
+    payload = hidden(f"touch {marker}")[kind]
+    path = tmp_path / "x.pt"
+    for content in (
+        {"cfg": {"model": payload}, "model": {"x": torch.ones(2)}},
+        {"embed_tokens.weight": payload, "layers.0.fc1.weight": torch.ones(2, 2)},
+    ):
+        torch.save(content, path)
+        read_torch(path)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+        assert not marker.exists()
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert marker.exists()  # the payload is a real one
 
 
-def test_a_payload_in_place_of_a_tensor(tmp_path):
-    marker = tmp_path / "ran"
-    torch.save(
-        {"embed_tokens.weight": Payload(f"touch {marker}"), "layers.0.fc1.weight": torch.ones(2, 2)}, tmp_path / "x.pt"
-    )
-    with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "x.pt")
-    assert not marker.exists()
+def test_state_set_on_a_tensor_is_refused(tmp_path, saved):
+    """A pickle could otherwise put anything in place of a tensor's numbers, behind every check."""
+    tensor = pickled(6, 0, (2, 3), (3, 1)).removesuffix(b".")
+    state = b"}X\x03\x00\x00\x00rawNs"
+    for changed in (state + b"b.", b"N" + state + b"\x86b."):
+        path = rewrite(saved, tmp_path / "y.pt", change={"data.pkl": tensor + changed})
+        with pytest.raises(CheckpointError, match="state is set on a tensor"):
+            read_torch(path)
+
+
+def test_a_training_checkpoint_is_data(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    content = {
+        "state_dict": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {"best": np.float64(1.5), "path": Path("a/b.ckpt")}},
+        "hyper_parameters": Namespace(lr=1e-3, deep=collections.Counter("aab"), device=torch.device("cpu")),
+        "rng": torch.get_rng_state(),
+        "loops": {("fit", 0): {"seen": {1, 2}}},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    result = read_torch(tmp_path / "last.ckpt")
+    np.testing.assert_array_equal(result["state_dict"]["weight"].raw, model.weight.detach().numpy())
+    moment = result["optimizer_states"][0]["state"][0]["exp_avg"]
+    assert moment.shape == (2, 3)
+    assert result["hyper_parameters"].get("lr") == 1e-3
+    assert isinstance(result["hyper_parameters"].get("device"), Inert)
+    assert isinstance(result["callbacks"]["ModelCheckpoint{'monitor': 'x'}"]["best"], Inert)
+
+
+def test_an_honest_file_of_the_largest_model_is_read(tmp_path):
+    names = [f"encoder.layers.{i}.{j}" for i in range(48) for j in range(16)]
+    state = {name: torch.zeros(1) for name in names}
+    moments = {i: {"step": torch.ones(1), "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)} for i in range(770)}
+    torch.save({"model": state, "optimizer": {"state": moments}, "loss": [0.5] * 50_000}, tmp_path / "x.pt")
+    assert read_torch(tmp_path / "x.pt")["model"].keys() == state.keys()
 
 
 def test_plain_pickles_are_named(tmp_path):

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .assemble import CONTACT_REGRESSION, Assembler, Naming, Tensors, deduce_config
 from .checkpoint import Checkpoint
 from .integrity import verify_file
-from .pickle_reader import Inert
+from .safe_pickle import Inert
 from .tensor import StoredTensor
 from .torch_file import read_torch
 

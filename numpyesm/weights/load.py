@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
@@ -13,9 +12,6 @@ from .checkpoint import Checkpoint
 from .integrity import verify_data, verify_file
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
-
-if TYPE_CHECKING:
-    from .pickle_reader import Inert
 
 # The readers of foreign formats are imported where they are used: opening a canonical file stays quick.
 
@@ -158,25 +154,19 @@ def _open_safetensors(path: Path, regression: str | os.PathLike[str] | None) -> 
 def _open_torch(path: Path, content: object, regression: str | os.PathLike[str] | None) -> Opened:
     from .fair_esm import from_fair_esm, is_fair_esm, state_dict
     from .hugging_face import is_hugging_face, read_hugging_face
-    from .pickle_reader import Inert
+    from .safe_pickle import Inert
 
     tensors = state_dict(content)
     if is_hugging_face(tensors):
         return Opened(_refuse_regression(read_hugging_face(path), path, regression), (path,), (path,))
     if isinstance(content, Inert) and not tensors:
+        kind = str(type(content))[:80]
         raise CheckpointError(
-            f"{path} holds a pickled Python object ({_kind(content)}), not a checkpoint; save its state_dict() instead"
+            f"{path} holds a pickled Python object ({kind}), not a checkpoint; save its state_dict() instead"
         )
     if not tensors and not is_fair_esm(content):
         raise CheckpointError(f"{path} was written by torch, but holds no model weights")
     return _fair_esm_opened(from_fair_esm(content, path, regression), path, regression)
-
-
-def _kind(value: Inert) -> str:
-    """Name of what a pickle would have made; never the whole of it, which may be without bounds."""
-    from .pickle_reader import Global
-
-    return str(value.function)[:80] if isinstance(value.function, Global) else "of an unknown kind"
 
 
 def _fair_esm_opened(checkpoint: Checkpoint, path: Path, regression: str | os.PathLike[str] | None) -> Opened:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
-from .pickle_reader import Global, Inert, read_pickle
+from .safe_pickle import Inert, Name, builder, read_pickle
 from .safetensors_file import OTHER_DTYPES, shorten
 from .tensor import STORAGE_DTYPES, StoredTensor
 from .zip_entries import ZipEntries
@@ -59,13 +59,25 @@ _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _RESAVE = "re-save it with torch >= 1.6: torch.save(torch.load(old), new)"
 
 
-@dataclass(frozen=True, eq=False)
 class _Storage:
     """The numbers that tensors are cut from."""
 
-    key: str
-    dtype: str
-    values: npt.NDArray[Any]
+    def __init__(self, dtype: str, values: npt.NDArray[Any]) -> None:
+        self.dtype = dtype
+        self.values = values
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("state is set on a storage")
+
+
+class _TorchTensor(StoredTensor):
+    """A tensor that the file cannot change once it is built: a pickle sets attributes through `__setstate__`."""
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("state is set on a tensor")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredTensor, (self.raw, self.dtype, self.scale)
 
 
 def is_torch_zip(head: bytes) -> bool:
@@ -131,35 +143,28 @@ class _TorchArchive:
         self.storages: dict[tuple[str, str], _Storage] = {}
 
     def load(self) -> Any:
-        def rebuild_v2(args: tuple[Any, ...]) -> Any:
-            return self.tensor(*args[:4])
-
-        def rebuild_v3(args: tuple[Any, ...]) -> Any:
-            storage, offset, shape, strides, _, _, dtype, *_ = args
-            return self.tensor(storage, offset, shape, strides, dtype)
-
-        def rebuild_parameter(args: tuple[Any, ...]) -> Any:
-            return args[0]
-
-        utils = "torch._utils"
+        tensor = builder(lambda *args: self.tensor(*args[:4]))
+        parameter = builder(lambda data, *_: data)
         builders = {
-            Global(utils, "_rebuild_tensor"): rebuild_v2,
-            Global(utils, "_rebuild_tensor_v2"): rebuild_v2,
-            Global(utils, "_rebuild_tensor_v3"): rebuild_v3,
-            Global(utils, "_rebuild_parameter"): rebuild_parameter,
-            Global(utils, "_rebuild_parameter_with_state"): rebuild_parameter,
+            ("torch._utils", "_rebuild_tensor"): tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): tensor,
+            ("torch._utils", "_rebuild_tensor_v3"): builder(
+                lambda storage, offset, shape, strides, _, __, dtype, *___: self.tensor(
+                    storage, offset, shape, strides, dtype
+                )
+            ),
+            ("torch._utils", "_rebuild_parameter"): parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): parameter,
         }
+        known = set(builders.values())
 
-        def rebuild_from_type(args: tuple[Any, ...]) -> Any:  # (function, type, arguments, state)
-            function, _, arguments, *_ = args
-            # Only a name is looked up: hashing whatever else stands there could take for ever.
-            known = isinstance(function, Global) and function in builders
-            return builders[function](arguments) if known else Inert(Global("torch._tensor", "unknown"), ())
+        def rebuild_from_type(function: Any, type_: Any, arguments: Any, *_: Any) -> Any:
+            return function(*arguments) if isinstance(function, Name) and function in known else Inert(function)
 
         return read_pickle(
             bytes(self.entries.read(f"{self.prefix}data.pkl")),
             origin=f"the pickle in {self.path}",
-            builders=builders | {Global("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type},
+            builders=builders | {("torch._tensor", "_rebuild_from_type_v2"): builder(rebuild_from_type)},
             persistent_load=self.storage,
         )
 
@@ -168,11 +173,11 @@ class _TorchArchive:
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             raise self.corrupted("a storage is named in an unknown way")
         _, kind, key, _, count = identity[:5]
-        if not isinstance(kind, Global) or not isinstance(key, str) or type(count) is not int:
+        if not isinstance(kind, Name) or not isinstance(key, str) or type(count) is not int:
             raise self.corrupted("a storage is named in an unknown way")
         dtype = _STORAGES.get(kind.name)
         if dtype is None or kind.module not in ("torch", "torch.storage", "torch.cuda"):
-            return Inert(kind, ())  # complex or quantised numbers: no weights of ours, refused where one is used
+            return Inert(kind)  # complex or quantised numbers: no weights of ours, refused where one is used
         if (key, dtype) not in self.storages:
             self.storages[key, dtype] = self.read_storage(key, dtype)
         storage = self.storages[key, dtype]
@@ -191,19 +196,19 @@ class _TorchArchive:
         if not values.flags.aligned:
             values = values.copy()
         values.flags.writeable = False
-        return _Storage(key, dtype, values)
+        return _Storage(dtype, values)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None) -> Any:
         """A tensor as a view into its storage."""
         if not isinstance(storage, _Storage):
-            return Inert(Global("torch", "Tensor"), ())
+            return Inert()
         if not _naturals(shape) or not _naturals(strides) or not _naturals((offset,)) or len(shape) != len(strides):
             raise self.corrupted("the shape of a tensor is impossible")
         values, kind = storage.values, storage.dtype
-        if isinstance(dtype, Global):
+        if isinstance(dtype, Name):
             kind = _TORCH_DTYPES.get(dtype.name, "")
             if not kind:
-                return Inert(dtype, ())
+                return Inert(dtype)
             if values.nbytes % _DTYPES[kind].itemsize:
                 raise self.corrupted("a storage has another size than its tensors need")
             values = values.view(_DTYPES[kind])
@@ -213,12 +218,12 @@ class _TorchArchive:
         if len(shape) > 8 or elements > values.size or (elements and last >= values.size):
             raise self.corrupted("a tensor reaches beyond its storage")
         if not elements:
-            return StoredTensor(np.empty(tuple(min(extent, 1) for extent in shape), values.dtype), kind)
+            return _TorchTensor(np.empty(tuple(min(extent, 1) for extent in shape), values.dtype), kind)
         step = values.dtype.itemsize
         view = np.lib.stride_tricks.as_strided(
             values[offset:], shape, tuple(stride * step for stride in strides), writeable=False
         )
-        return StoredTensor(view, kind)
+        return _TorchTensor(view, kind)
 
     def corrupted(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is corrupted: {what}")

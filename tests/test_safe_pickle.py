@@ -1,0 +1,348 @@
+"""Pickles of strangers: plain data come out whole, nothing is called, hostile input ends quickly and small."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import marshal
+import operator
+import os
+import pickle
+import pickletools
+import runpy
+import struct
+import subprocess
+import sys
+import timeit
+from argparse import Namespace
+from code import InteractiveInterpreter
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numpyesm.errors import CheckpointError
+from numpyesm.weights.safe_pickle import Inert, builder, read_pickle
+
+PLAIN = {
+    "none": None,
+    "flags": [True, False],
+    "numbers": [0, 1, -1, 255, 256, 65535, 65536, -(2**31), 2**31, 2**62, -(2**100), 1.5, -0.0, float("inf")],
+    "text": ["", "a", "ünï\n'\"\\", "x" * 300, "\ud800"],
+    "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+    "nested": {"a": {"b": [{"c": ()}]}},
+    1: "integer key",
+    2.5: "float key",
+    None: "none key",
+    (0, "a"): "tuple key",
+}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_data(protocol: int) -> None:
+    inner: list[Any] = []
+    inner.append(inner)
+    value = PLAIN | {
+        "ordered": collections.OrderedDict(b=1, a=[2]),
+        "default": collections.defaultdict(list, x=[1]),
+        "circular": [inner, inner],
+    }
+    result = read_pickle(pickle.dumps(value, protocol))
+    circular = result.pop("circular")
+    assert circular[0] is circular[1] is circular[0][0]
+    del value["circular"]
+    assert result == value
+    assert list(result["ordered"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_objects_of_other_classes_are_records(protocol: int) -> None:
+    value = {
+        "args": Namespace(encoder_layers=12, deep=Namespace(x=1)),
+        "count": collections.Counter("aab"),
+        "numpy": [np.float64(1.5), np.arange(3), np.dtype("f4")],
+        "set": {1, 2},
+        "partial": partial(print, 1, end=""),
+        "path": Path("a/b"),
+        "error": ValueError("x"),
+        "class": Fraction,
+    }
+    result = read_pickle(pickle.dumps(value, protocol))
+    assert isinstance(result["args"], Inert)
+    assert result["args"].get("encoder_layers") == 12
+    assert result["args"].get("deep").get("x") == 1
+    assert result["args"].get("absent", 7) == 7
+    assert str(result["class"]) == "fractions.Fraction"
+    assert all(isinstance(item, Inert) for item in [*result["numpy"], result["partial"], result["error"]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: (
+            st.lists(inner) | st.dictionaries(st.text() | st.integers(-9, 9), inner) | st.tuples(inner, inner)
+        ),
+        max_leaves=20,
+    ),
+    st.integers(0, 5),
+)
+def test_any_plain_data(value: object, protocol: int) -> None:
+    assert read_pickle(pickle.dumps(value, protocol)) == value
+
+
+def test_builders_and_persistent_ids() -> None:
+    data = b"\x80\x02cmine\nmake\nK\x01K\x02\x86RU\x03keyQ\x86."
+    builders = {("mine", "make"): builder(lambda a, b: a + b)}
+    assert read_pickle(data, builders=builders, persistent_load=str.upper) == (3, "KEY")
+
+
+class Call:
+    """What is pickled as the call of a function."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.reduction = function, args
+
+    def __reduce__(self) -> Any:
+        return self.reduction
+
+    def __call__(self) -> None:
+        """So that pickle takes one as the function of another."""
+
+
+class Filled(Call):
+    """What is pickled as an object whose state, and then items, come from the file."""
+
+    def __init__(self, state: Any = None, items: Any = None) -> None:
+        self.reduction = Namespace, (), state, items
+
+
+def payloads(marker: Path) -> Iterator[bytes]:
+    """Every way from a global to a call, as raw pickles."""
+    command = f"touch {marker}"
+    source = f"open({str(marker)!r}, 'w').close()"
+    text = command.encode()
+    short = b"\x8c" + bytes([len(text)]) + text
+    system = b"\x8c\x05posix\x8c\x06system\x93"  # STACK_GLOBAL
+    nested = pickle.dumps(Call(os.system, command))
+    code = marshal.dumps(compile(source, "x", "exec"))
+    function_type = Call(getattr, Call(importlib.import_module, "types"), "FunctionType")
+    for protocol in range(6):
+        for payload in (
+            Call(os.system, command),
+            Call(eval, f"__import__('os').system({command!r})"),
+            Call(exec, source),
+            Call(subprocess.check_call, ["touch", str(marker)]),
+            Call(pickle.loads, nested),
+            Call(timeit.timeit, source, "pass", timeit.default_timer, 1),
+            Call(runpy._run_code, source, {}),  # type: ignore[attr-defined]
+            Call(list, Call(map, os.system, [command])),
+            Call(Call(partial, os.system, command)),
+            Call(Call(operator.methodcaller, "system", command), Call(importlib.import_module, "os")),
+            Call(Call(getattr, Call(InteractiveInterpreter), "runsource"), source),
+            Call(Call(function_type, Call(marshal.loads, code), {})),
+            Filled({"append": os.system}, iter([command])),
+        ):
+            yield pickle.dumps(payload, protocol)
+            yield pickle.dumps({"model": [payload]}, protocol)
+    yield b"cos\nsystem\n(S'" + text + b"'\ntR."  # GLOBAL, REDUCE
+    yield b"\x80\x04" + system + short + b"\x85R."
+    yield b"\x80\x04\x8c\x02os\x8c\x0epath.os.system\x93" + short + b"\x85R."  # a dotted name
+    yield b"\x80\x04" + system + short + b"\x85\x81."  # NEWOBJ
+    yield b"\x80\x04" + system + short + b"\x85}\x92."  # NEWOBJ_EX
+    yield b"(S'" + text + b"'\nios\nsystem\n."  # INST
+    yield b"(cos\nsystem\nS'" + text + b"'\no."  # OBJ
+    # attributes that pickle itself would look up and call
+    namespace = b"\x80\x04cargparse\nNamespace\n)\x81}X"
+    yield namespace + b"\x0c\x00\x00\x00__setstate__cos\nsystem\nsb" + short + b"b."
+    yield namespace + b"\x06\x00\x00\x00appendcos\nsystem\nsb" + short + b"a."
+    yield namespace + b"\x06\x00\x00\x00extendcbuiltins\nexec\nsb" + short + b"a."
+    yield namespace + b"\x03\x00\x00\x00addcos\nsystem\nsb(" + short + b"\x90."
+    # as a key, which is hashed
+    yield b"\x80\x04}" + system + short + b"\x85RNs."
+    # through the names that are built by our own code
+    yield b"\x80\x02ccollections\ndefaultdict\ncos\nsystem\n\x85RS'" + text + b"'\nK\x01s."
+    yield b"\x80\x04ccollections\nOrderedDict\n" + system + short + b"\x85R\x85R."
+    yield b"\x80\x04ccollections\nOrderedDict\n" + b"N}\x8c\x07__new__" + system + b"s\x86b" + short + b"\x85R."
+
+
+def test_no_payload_runs(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    made = list(payloads(marker))
+    modules = set(sys.modules)
+    for data in made:
+        with contextlib.suppress(CheckpointError):
+            read_pickle(data)
+        assert not marker.exists(), data
+    assert set(sys.modules) == modules
+    assert read_pickle(pickle.dumps(collections.OrderedDict(a=1))) == {"a": 1}  # no class was changed
+
+
+def test_the_payloads_are_real(tmp_path: Path) -> None:
+    """The same pickles do run under Python's own reader: otherwise the test above would show nothing."""
+    marker = tmp_path / "ran"
+    ran = set()
+    for number, data in enumerate(payloads(marker)):
+        with contextlib.suppress(Exception):
+            pickle.loads(data)  # noqa: S301
+        if marker.exists():
+            marker.unlink()
+            ran.add(number)
+    assert len(ran) > 150, sorted(ran)
+
+
+def test_names_are_only_names() -> None:
+    assert str(read_pickle(b"cno.such.module\nthing\n.")) == "no.such.module.thing"
+    assert str(read_pickle(b"\x80\x04\x8c\x01a\x8c\x03b.c\x93.")) == "a.b.c"
+
+
+# A tuple of a tuple of a tuple ..., each element twice: its hash takes 2**64 steps.
+BILLION_LAUGHS = b"\x80\x02)" + b"q\x00h\x00\x86" * 64
+COLLIDING = [((2**61 - 1) * i).to_bytes(11, "little") for i in range(50_000)]  # all of hash 0
+LONG = b"X\x00\x00\x10\x00" + b"a" * (1 << 20)
+KEYWORDS = b"".join(b"X\x04\x00\x00\x00%04dN" % i for i in range(9999))
+
+HOSTILE = {
+    "empty": b"",
+    "no stop": b"\x80\x02}",
+    "empty stack": b".",
+    "text": b"hello world, this is no pickle",
+    "unknown protocol": b"\x80\x63N.",
+    "unknown opcode": b"\xff.",
+    "extension registry": b"\x80\x02\x82\x01.",
+    "extension registry 2": b"\x80\x02\x83\x01\x00.",
+    "extension registry 4": b"\x80\x02\x84\x01\x00\x00\x00.",
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "read-only buffer": b"\x80\x05N\x98.",
+    "memo index without entry": b"h\x05.",
+    "memo get text": b"g99999999\n.",
+    "memo of nothing": b"q\x00.",
+    "memo of a mark": b"(q\x00.",
+    "negative memo": b"Np-1\n.",
+    "absurd memo index": b"Np" + b"9" * 5000 + b"\n.",
+    "memo of 2**31": b"\x80\x02Nr\x00\x00\x00\x80.",
+    "huge string": b"X\xff\xff\xff\xff.",
+    "huge string 8": b"\x8d" + b"\xff" * 8 + b".",
+    "huge bytes": b"B\xff\xff\xff\x7f.",
+    "huge bytes 8": b"\x8e" + b"\xff" * 7 + b"\x7f.",
+    "huge bytearray": b"\x96" + b"\xff" * 7 + b"\x7f.",
+    "negative string": b"T\xff\xff\xff\xff.",
+    "negative long": b"\x8b\xff\xff\xff\xff.",
+    "huge long": b"\x8b\x00\x00\x01\x00" + b"\x01" * 65536 + b".",
+    "huge number text": b"I" + b"9" * 100_000 + b"\n.",
+    "huge frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7fN.",
+    "unhashable key": b"}]Ns.",
+    "billion laughs as key": b"}" + BILLION_LAUGHS + b"Ns.",
+    "billion laughs in a set": b"\x8f(" + BILLION_LAUGHS + b"\x90.",
+    "billion laughs in a frozenset": b"(" + BILLION_LAUGHS + b"\x91.",
+    "billion laughs as an argument": b"cos\nsystem\n" + BILLION_LAUGHS + b"R.",
+    "deep tuple as key": b"})" + b"\x85" * 100_000 + b"Ns.",
+    "colliding integers": b"}" + b"".join(b"\x8a\x0b" + number + b"Ns" for number in COLLIDING) + b".",
+    "equal keys of a megabyte": b"}" + LONG + b"q\x00Ns" + LONG + b"q\x01Ns" + b"h\x00Nsh\x01Ns" * 9999 + b".",
+    "key without value": b"}(Nu.",
+    "item of a list": b"]NNs.",
+    "append to a dict": b"}Na.",
+    "add to a list": b"](N\x90.",
+    "missing mark": b"NNt.",
+    "mark of nothing": b"e.",
+    "tuple of too much": b"N\x87.",
+    "call of a string": b"U\x01a)R.",
+    "call without a tuple": b"cos\nsystem\nNR.",
+    "call of nothing": b")R.",
+    "class without name": b"(o.",
+    "class that is no class": b"\x80\x02U\x01a)\x81.",
+    "global without end": b"cos\nsystem",
+    "global of numbers": b"K\x01K\x02\x93.",
+    "global not utf-8": b"c\xff\xff\n\xff\n.",
+    "globals without end": b"".join(b"ca\n%d\n0" % i for i in range(2000)) + b"N.",
+    "state of a global": b"cos\nsystem\n}b.",
+    "attributes of a class": b"\x80\x04ccollections\nOrderedDict\nN}X\x01\x00\x00\x00aNs\x86b.",
+    "attributes of a dict": b"\x80\x02}}X\x01\x00\x00\x00aNsb.",
+    "persistent id": b"Pabc\n.",
+    "binary persistent id": b"NQ.",
+    "unquoted string": b"Sabc\n.",
+    "bad escape": b"S'\\x'\n.",
+    "bad float": b"Fabc\n.",
+    "bad text": b"X\x01\x00\x00\x00\xff.",
+    "a dict from Python 2": b"ccollections\nOrderedDict\n](K\x01K\x02K\x03\x87e\x85R.",
+    "copies of a tuple": b"\x80\x02(" + b"N" * 10_000 + b"tq\x00ca\nb\nq\x01" + b"h\x01h\x00\x81" * 10_000 + b".",
+    "copies of keywords": b"\x80\x04}(" + KEYWORDS + b"uq\x00ca\nb\nq\x01" + b"h\x01)h\x00\x92" * 9999 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_input_is_one_clear_error(name: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_pickle(HOSTILE[name], origin="the pickle in x.pt")
+    assert str(caught.value).startswith("the pickle in x.pt is damaged or not a pickle")
+    assert len(str(caught.value)) < 200
+
+
+NESTED = {
+    "tuples": b"(" * 100_000 + b"t" * 100_000,
+    "lists": b"]" * 100_000 + b"a" * 99_999,
+    "one-tuples": b"N" + b"\x85" * 200_000,
+    "states": b"ca\nb\nq\x00)\x81" + b"q\x01h\x00)\x81h\x01b" * 60_000,
+    "items": b"}q\x00" + b"h\x00K\x01h\x00s0" * 60_000,
+    "marks": b"(" * 300_000 + b"N",
+    "too many lists": b"]" * 3_000_000,
+    "too many sets": b"\x80\x04" + b"\x8f" * 3_000_000,
+    "as many sets as may be": b"\x80\x04(" + b"\x8f" * 400_000 + b"t",
+}
+READ_ALONE = """
+import resource, sys
+from numpyesm.weights.safe_pickle import read_pickle
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_pickle(sys.stdin.buffer.read())
+finally:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures the memory of a process")
+@pytest.mark.parametrize("name", NESTED)
+def test_built_and_freed_without_recursion_in_little_memory(name: str) -> None:
+    """In a process of its own, because an overflow of the stack would end it."""
+    done = subprocess.run([sys.executable, "-c", READ_ALONE], input=NESTED[name] + b".", capture_output=True)
+    assert done.returncode in (0, 1), done
+    assert done.returncode == 0 or b"CheckpointError" in done.stderr
+    assert int(done.stdout) < 200  # megabytes
+
+
+def test_every_truncation_is_an_error() -> None:
+    whole = pickle.dumps({"a": [1, 2.5, "x", b"y", (1,), Namespace(z=1)]}, 2)
+    for length in range(len(whole)):
+        with pytest.raises(CheckpointError):
+            read_pickle(whole[:length])
+
+
+SEEDS = [pickle.dumps(PLAIN | {"o": collections.OrderedDict(a=1), "n": Namespace(a=1)}, p) for p in range(6)]
+OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.lists(st.sampled_from(OPCODES) | st.binary(max_size=3), max_size=60).map(b"".join))
+def test_any_opcodes(data: bytes) -> None:
+    with contextlib.suppress(CheckpointError):
+        read_pickle(b"\x80\x04" + data + b".", persistent_load=lambda identity: None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=2)), min_size=1, max_size=4))
+def test_damaged_pickles(data: bytes, changes: list[tuple[int, bytes]]) -> None:
+    for where, new in changes:
+        data = data[: where % len(data)] + new + data[where % len(data) + 1 :]
+    with contextlib.suppress(CheckpointError):
+        read_pickle(data)
+
+
+def test_unicode_text() -> None:
+    assert read_pickle(b"X" + struct.pack("<I", 2) + "é".encode() + b".") == "é"

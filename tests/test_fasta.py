@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,16 @@ def test_records_of_more_than_a_million_letters(data: bytes) -> None:
 def test_bad_files(data: bytes, message: str) -> None:
     with pytest.raises(InvalidSequence, match=message):
         read(data)
+
+
+def test_a_gzip_bomb_costs_nothing(tmp_path: Path) -> None:
+    for number, text in enumerate((b">a\n" + b"A" * (1 << 25), b">a\n" + b"AAAAAAAAA\n" * (1 << 21))):
+        path = tmp_path / f"{number}.gz"
+        path.write_bytes(gzip.compress(text, 9))
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidSequence):
+                list(read_fasta(path))
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()

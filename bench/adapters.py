@@ -89,7 +89,7 @@ class Numpyesm(Adapter):
 
     def versions(self) -> dict[str, str]:
         found = {"numpyesm": self.version, "numpy": np.__version__}
-        if self.model.backend != "numba":
+        if self.model.backend != "compiled":
             return found
         from numpyesm.kernels.numba_.isa import host_isa
 

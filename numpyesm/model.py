@@ -38,10 +38,11 @@ class ESM2:
     ----------
     checkpoint : Checkpoint
         Weights in the canonical layout.
-    backend : {"auto", "numpy", "numba"}
-        `auto` is numba where it is installed and has room (about 450 MB for 35M, and 1.3 GB of address space).
+    backend : {"auto", "numpy", "compiled"}
+        `auto` is the compiled kernels if Numba is installed and there is memory for them: about 450 MB for 35M, and
+        1.3 GB of address space. `numba` is the old name of `compiled`.
     precision : {"fp32", "bf16", "int8"}
-        Arithmetic of the matrix products; "bf16" and "int8" need the numba backend.
+        Arithmetic of the matrix products; "bf16" and "int8" need the compiled backend.
     threads : int, optional
         Worker threads; all available CPUs by default.
     max_memory : int or str, optional
@@ -128,7 +129,7 @@ class ESM2:
 
     @property
     def backend(self) -> str:
-        """`numpy` or `numba`."""
+        """`numpy` or `compiled`."""
         return self._passes.kernels.name
 
     @property

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 INCLUDES = ("mean", "per_token", "bos", "contacts", "logits", "attentions")
 BY_LAYER = frozenset({"mean", "per_token", "bos"})
 POSITIONS = ("all", "masked")
+PRECISIONS = ("fp32", "bf16", "int8")
+BACKENDS = ("auto", "numpy", "compiled")
+# An old name that stays valid, and what it means.
+BACKEND_ALIASES = {"numba": "compiled"}
 SCORING_METHODS = ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl")
 SCAN_METHODS = SCORING_METHODS[:2]
 
@@ -123,6 +127,14 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
             )
         resolved.add(number % (num_layers + 1))
     return sorted(resolved)
+
+
+def check_backend(backend: str) -> str:
+    """One of `BACKENDS`; `numba` is read as `compiled`."""
+    name = BACKEND_ALIASES.get(backend, backend)
+    if name not in BACKENDS:
+        raise InvalidOption(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
+    return name
 
 
 def check_positions(positions: str) -> str:

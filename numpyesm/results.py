@@ -1,8 +1,9 @@
-"""What the model returns. `to_dict()` is the JSON shape of the HTTP service; what was not asked for is absent."""
+"""What the model returns, and how large it is. `to_dict()` is the JSON shape of the HTTP service."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,55 @@ import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACIDS
+from .config import ModelConfig
+from .options import BY_LAYER, Outputs
 
 FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a result: `mean_12`, `per_token_6`, `contacts`.
+
+    Attributes
+    ----------
+    kind : str
+        As in `include`.
+    layer : int or None
+        None for what is not per layer.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in `EncodeResult.to_arrays`."""
+        return self.kind if self.layer is None else f"{self.kind}_{self.layer}"
+
+    def shape(self, config: ModelConfig, residues: int) -> tuple[int, ...]:
+        """Shape of the array for a sequence of so many residues."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean": (config.embed_dim,),
+            "bos": (config.embed_dim,),
+            "per_token": (residues, config.embed_dim),
+            "contacts": (residues, residues),
+            "logits": (residues, len(AMINO_ACIDS)),
+            "attentions": (config.num_layers, residues),
+        }
+        return shapes[self.kind]
+
+
+def fields(outputs: Outputs) -> Iterator[Field]:
+    """Yield the arrays that a result holds, in a fixed order."""
+    for kind in outputs.include:
+        for layer in outputs.layers if kind in BY_LAYER else (None,):
+            yield Field(kind, layer)
+
+
+def count_numbers(outputs: Outputs, config: ModelConfig, residues: int) -> int:
+    """Numbers in the result of one sequence, all arrays together."""
+    return sum(math.prod(field.shape(config, residues)) for field in fields(outputs))
 
 
 @dataclass(eq=False)
@@ -23,11 +71,11 @@ class EncodeResult:
     sequence_index : int
         Place of the sequence in the batch.
     embeddings : dict of int to ndarray (D,) float32, or None
-        Mean over the residues, a layer each, ascending.
+        Mean over the residues, per layer, ascending.
     bos_embeddings : dict of int to ndarray (D,) float32, or None
         The `<cls>` row.
     per_token_embeddings : dict of int to ndarray (L, D) float32, or None
-        One row a residue.
+        One row per residue.
     contacts : ndarray (L, L) float32, or None
         Contact probabilities.
     logits : ndarray (L, 20) float32, or None
@@ -133,7 +181,7 @@ def _as_is(array: FloatArray) -> Any:
 
 
 def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one a sequence (`contacts_0`)."""
+    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one per sequence (`contacts_0`)."""
     arrays = [result.to_arrays() for result in results]
     stacked = {
         name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))

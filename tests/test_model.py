@@ -15,8 +15,11 @@ import pytest
 from conftest import SMALL, random_sequence, small_model
 
 from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingHead, SyntheticWeightsWarning
+from numpyesm.alphabet import tokenize
 from numpyesm.config import ModelConfig
 from numpyesm.kernels.numpy_forward import NumpyKernels
+from numpyesm.options import Outputs
+from numpyesm.results import count_numbers, fields
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
@@ -52,6 +55,29 @@ def test_shapes_types_and_what_is_absent(model: ESM2) -> None:
     plain = model.encode(sequences)[0]
     assert plain.to_dict().keys() == {"sequence_index", "embeddings"}
     assert plain.contacts is plain.logits is plain.attentions is plain.bos_embeddings is None
+
+
+def test_sizes_are_known_beforehand(model: ESM2) -> None:
+    outputs = Outputs.check(model.checkpoint, [0, -1], ALL)
+    result = model.encode(["MKTAY"], [0, -1], ALL)[0].to_arrays()
+    assert {field.name: field.shape(model.config, 5) for field in fields(outputs)} == {
+        name: array.shape for name, array in result.items()
+    }
+    assert count_numbers(outputs, model.config, 5) == sum(array.size for array in result.values())
+
+
+def test_nothing_may_be_asked_for_where_a_door_allows_it(model: ESM2) -> None:
+    outputs = Outputs.check(model.checkpoint, [], ["mean", "logits"], allow_nothing=True)
+    assert outputs == Outputs(("logits",))
+    nothing = Outputs.check(model.checkpoint, [-1], [], allow_nothing=True)
+    assert [result.to_arrays() for result in model.passes.encode(tokenize(["MKT", "W"]), nothing)] == [{}, {}]
+
+
+@pytest.mark.parametrize("name", ["numpy", "compiled", "numba"])
+def test_backend_names(name: str) -> None:
+    if name != "numpy":
+        pytest.importorskip("numba")
+    assert small_model(backend=name).backend == ("numpy" if name == "numpy" else "compiled")
 
 
 def test_dictionary_is_the_services_shape(model: ESM2) -> None:

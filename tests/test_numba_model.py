@@ -178,11 +178,11 @@ def test_concurrent_calls(ours: ESM2) -> None:
 
 def test_auto_is_numba() -> None:
     checkpoint = random_checkpoint(SMALL, seed=1)
-    assert make_kernels(checkpoint).name == "numba"
+    assert make_kernels(checkpoint).name == "compiled"
     assert make_kernels(checkpoint, precision="fp64").name == "numpy"
     with pytest.raises(InvalidOption, match="fp64"):
         make_kernels(checkpoint, "numba", "fp64")
-    with pytest.raises(InvalidOption, match="numba backend has it"):
+    with pytest.raises(InvalidOption, match="compiled backend has it"):
         make_kernels(checkpoint, "numpy", "int8")
 
 

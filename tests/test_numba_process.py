@@ -184,7 +184,7 @@ for options in ({"backend": "numba"}, {"precision": "int8"}):
 """
     out, err = finish(start(code=code, **path))
     assert out.splitlines()[0] == "numpy"
-    assert out.count("the numba backend cannot be used") == 2
+    assert out.count("the compiled backend cannot be used") == 2
     assert "using the slower NumPy backend" in err
     if broken == "import":
         assert "Numba needs NumPy 1.0 or less" in out

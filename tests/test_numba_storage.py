@@ -73,5 +73,5 @@ def test_warmup_says_why_numba_fails(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.decode() == (
-        "numpyesm: error: warmup compiles the numba backend, and Numba fails here: made for another machine\n"
+        "numpyesm: error: warmup compiles kernels, and Numba fails here: made for another machine\n"
     )

@@ -104,11 +104,11 @@ def verify(arguments: argparse.Namespace) -> int:
 def warmup(arguments: argparse.Namespace) -> int:
     """Fill the cache of compiled kernels; print where it is."""
     if importlib.util.find_spec("numba") is None:
-        raise MissingExtra("warmup compiles the numba backend: pip install 'numpyesm[fast]'")
+        raise MissingExtra("warmup compiles kernels: pip install 'numpyesm[fast]'")
     try:
         from ..kernels.numba_.warmup import warmup as compile_kernels
     except ImportError as error:  # made for another NumPy
-        raise MissingExtra(f"warmup compiles the numba backend, and Numba fails here: {error}") from error
+        raise MissingExtra(f"warmup compiles kernels, and Numba fails here: {error}") from error
 
     wanted = [arguments.precision] if arguments.precision else None
     print(compile_kernels(wanted, cache_dir=arguments.cache) or "compiled in memory only: no folder can be written")

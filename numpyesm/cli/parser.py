@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .._version import __version__
-from ..options import INCLUDES, POSITIONS, SCAN_METHODS, SCORING_METHODS
+from ..options import BACKEND_ALIASES, BACKENDS, INCLUDES, POSITIONS, SCAN_METHODS, SCORING_METHODS
 
 _INPUT_HELP = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
 _WILD_TYPE_HELP = "FASTA file with one sequence, or the sequence itself"
@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--regression", help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
 
     _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
-    command = _add(commands, "warmup", "files:warmup", "compile the numba backend's kernels ahead of their first use")
+    command = _add(
+        commands, "warmup", "files:warmup", "compile the compiled backend's kernels ahead of their first use"
+    )
     command.add_argument("--cache", metavar="DIR", help="folder (NUMBA_CACHE_DIR, or the user's cache)")
     command.set_defaults(precision=None)
 
@@ -152,7 +154,13 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("--weights", help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
-    command.add_argument("--backend", choices=["auto", "numpy", "numba"], default="auto", help="(%(default)s)")
+    command.add_argument(
+        "--backend",
+        choices=[*BACKENDS, *BACKEND_ALIASES],
+        metavar="{auto,numpy,compiled}",
+        default="auto",
+        help="(auto)",
+    )
     default = "%(default)s" if name != "warmup" else "all that the CPU has"
     command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"({default})")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")

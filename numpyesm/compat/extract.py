@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidOption, InvalidSequence, NumpyesmError
 from ..files import atomic_write, native_name
-from ..kernels import BACKENDS, PRECISIONS
-from ..options import check_layers
+from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
 from . import fair_esm as esm
 from .fair_esm.model import ESM2
 
@@ -55,7 +54,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--nogpu", action="store_true", help="accepted: numpyesm runs on the CPU")
     parser.add_argument("--skip_existing", action="store_true", help="leave records alone whose file is there")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="(%(default)s)")
+    parser.add_argument("--backend", choices=[*BACKENDS, *BACKEND_ALIASES], default="auto", help="(%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="worker threads (all CPUs)")
     return parser

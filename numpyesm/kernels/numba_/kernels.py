@@ -52,7 +52,7 @@ class NumbaKernels(Kernels):
     exponents of two.
     """
 
-    name = "numba"
+    name = "compiled"
     dtype = np.dtype(np.float32)
 
     def __init__(self, checkpoint: Checkpoint, precision: str = "fp32") -> None:

@@ -85,8 +85,11 @@ def contact_features(attention: Array, tokens: Array) -> Array:  # (H, L, L), (L
     return maps - rows * columns / maps.sum(axis=(1, 2), keepdims=True)  # average product correction
 
 
-def language_model(x: Array, vocabulary: Array, dense: Block, norm: Block, bias: Array) -> Array:  # (L, D) -> (L, V)
-    return linear(layer_norm(gelu(linear(x, **dense)), **norm), vocabulary.T, bias)
+def language_model(
+    x: Array, embedding: Array, dense: Block, norm: Block, bias: Array, decoder: Block | None = None
+) -> Array:  # (L, D), (V, D) -> (L, V)
+    vocabulary = embedding.T if decoder is None else decoder["weight"]  # (D, V); a fine-tune may untie the two
+    return linear(layer_norm(gelu(linear(x, **dense)), **norm), vocabulary, bias)
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:  # (L, in), (in, out), (out,) -> (L, out)

@@ -14,7 +14,7 @@ from make_checkpoints import with_half_precision_frequencies
 from numpyesm import ESM2
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.weights.checkpoint import Checkpoint
-from numpyesm.weights.fair_esm import from_fair_esm
+from numpyesm.weights.load import checkpoint_of
 from numpyesm.weights.tensor import StoredTensor
 
 torch = pytest.importorskip("torch")
@@ -49,7 +49,7 @@ def fair_esm_model(seed: int, sharpness: float = 1.0, config: ModelConfig = PRES
 def as_checkpoint(model: Any) -> Checkpoint:
     """The same numbers in numpyesm's layout, by way of the reader of fair-esm checkpoints."""
     state = {name: StoredTensor(values.numpy().copy()) for name, values in model.state_dict().items()}
-    return from_fair_esm({"model": state}, Path("in-memory.pt"))
+    return checkpoint_of({"model": state}, Path("in-memory.pt"))
 
 
 def numpyesm_models(model: Any, backend: str = "numpy", threads: int = 2) -> tuple[ESM2, ESM2]:

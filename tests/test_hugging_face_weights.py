@@ -1,4 +1,4 @@
-"""Hugging Face folders and files into the canonical layout, bit for bit."""
+"""Folders of transformers: what it writes itself, shards, config.json."""
 
 from __future__ import annotations
 
@@ -56,13 +56,6 @@ def test_what_transformers_writes(tmp_path, model, kind):
     mk.expect_same_model(load_checkpoint(tmp_path / "hf"), model, lm_head=kind == "EsmForMaskedLM")
 
 
-def test_trunk_without_any_head(tmp_path, model):
-    state = {k: v for k, v in mk.hugging_face_state(model, prefix="").items() if "head" not in k}
-    state |= {"pooler.dense.weight": torch.ones(40, 40), "classifier.bias": torch.ones(2)}
-    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
-    mk.expect_same_model(checkpoint, model, lm_head=False, contact_head=False)
-
-
 @pytest.mark.parametrize("binary", [False, True])
 def test_shards(tmp_path, model, binary):
     from safetensors.torch import save_file
@@ -94,7 +87,7 @@ def test_shards(tmp_path, model, binary):
         load_checkpoint(folder)
     (folder / file).unlink()
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: .*, which .* names, is missing"):
         load_checkpoint(folder)
 
 
@@ -118,7 +111,6 @@ def test_mixed_dtypes_are_widened(tmp_path, model):
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "bert"},
         {"position_embedding_type": "absolute"},
         {"emb_layer_norm_before": True},
         {"token_dropout": False},
@@ -133,7 +125,6 @@ def test_mixed_dtypes_are_widened(tmp_path, model):
         {"hidden_size": 80},
         {"intermediate_size": 80},
         {"num_attention_heads": 3},
-        {"num_attention_heads": None},
         {"num_attention_heads": "20"},
         {"layer_norm_eps": [1e-5]},
     ],
@@ -145,37 +136,12 @@ def test_other_models_by_their_config(tmp_path, model, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "key", ["position_embedding_type", "token_dropout", "mask_token_id", "layer_norm_eps", "model_type"]
-)
+@pytest.mark.parametrize("key", ["position_embedding_type", "token_dropout", "mask_token_id", "layer_norm_eps"])
 def test_absent_keys_mean_what_transformers_takes_them_for(tmp_path, model, key):
     config = mk.hugging_face_config()
     del config[key]
     with pytest.raises(CheckpointError, match=f"does not give {key}"):
         load_checkpoint(mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model), config))
-
-
-E = "esm.encoder.layer.0."
-CHANGES = {
-    "untied": ({"lm_head.decoder.weight": torch.ones(33, 40)}, "not its embedding"),
-    "unknown": ({E + "crossattention.self.query.weight": torch.ones(2)}, "not part of one"),
-    "norm before": ({"esm.encoder.emb_layer_norm_before.weight": torch.ones(40)}, "not part of one"),
-    "lora": ({E + "attention.self.query.lora_A.weight": torch.ones(2, 2)}, "LoRA"),
-    "two trunks": ({"other.embeddings.word_embeddings.weight": torch.ones(33, 40)}, "more than one"),
-    "two biases": ({"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
-    "two norms": ({E + "LayerNorm.gamma": torch.ones(40)}, "twice"),
-    "nan": ({E + "output.dense.bias": torch.full((40,), float("nan"))}, "NaN"),
-    "shape": ({E + "output.dense.weight": torch.ones(40, 40)}, r"shape \(40, 40\), expected \(40, 160\)"),
-    "missing": ({E + "LayerNorm.bias": None}, "missing"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_other_models_by_their_tensors(tmp_path, model, name):
-    change, message = CHANGES[name]
-    state = {k: v for k, v in (mk.hugging_face_state(model) | change).items() if v is not None}
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
 
 
 def test_learned_positions_without_config(tmp_path, model):
@@ -184,14 +150,6 @@ def test_learned_positions_without_config(tmp_path, model):
     folder = mk.write_hugging_face(tmp_path / "hf", state)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="learned positions"):
-        load_checkpoint(folder)
-
-
-def test_adapters(tmp_path, model):
-    folder = mk.write_hugging_face(tmp_path / "hf", {"x": torch.ones(1)})
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="PEFT adapter"):
         load_checkpoint(folder)
 
 

@@ -17,8 +17,8 @@ from numpyesm.config import PRESETS
 from numpyesm.errors import InvalidOption, MissingExtra
 from numpyesm.kernels import make_kernels
 from numpyesm.kernels.numba_.isa import host_isa
-from numpyesm.weights.fair_esm import read_regression
 from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.torch_file import read_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
@@ -104,7 +104,7 @@ def test_contact_gate_of_low_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         pytest.skip(f"{host_isa().name} has no {precision}")
     checkpoint = random_checkpoint(PRESETS["esm2-35m"], seed=1)
-    regression = read_regression(Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt")
+    regression = read_torch(Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt")["model"]
     for name in ("weight", "bias"):
         found = regression[f"contact_head.regression.{name}"].astype(np.float32)
         target = checkpoint.tensors[f"contact_head.{name}"].raw

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from numpyesm.errors import CheckpointError
-from numpyesm.weights.fair_esm import read_regression
 from numpyesm.weights.load import load_checkpoint
 from numpyesm.weights.safe_pickle import Inert
 from numpyesm.weights.torch_file import read_torch
@@ -47,7 +46,7 @@ def saved(tmp_path):
 
 
 def test_the_real_contact_regression():
-    tensors = read_regression(REGRESSION)
+    tensors = read_torch(REGRESSION)["model"]
     weight = tensors["contact_head.regression.weight"].raw
     assert weight.shape == (1, 240)
     assert np.count_nonzero(weight) == 61

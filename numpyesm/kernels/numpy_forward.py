@@ -65,7 +65,7 @@ class NumpyKernels(Kernels):
                 w[prefix + "bias"] = w[prefix + "bias"][order]
             self._reorders_rows.append(reorders_rows)
         if checkpoint.has_lm_head:
-            w["lm_head.vocabulary"] = np.ascontiguousarray(w["embed_tokens.weight"].T)
+            w["lm_head.vocabulary"] = checkpoint.vocabulary(self.dtype)
 
     def _laid_out(self, name: str, checkpoint: Checkpoint) -> Array | NarrowMatrix:
         """A tensor as the steps take it: float32, or as it is stored if that is narrower and a matrix of a layer."""

@@ -1,13 +1,12 @@
-"""From the tensors of a checkpoint, under its own names, to the canonical layout.
+"""From the tensors of a recognised model to the canonical layout.
 
-fair-esm and Hugging Face store the same tensors under different names: a `Naming` is that difference, and all else is
-common. Both store matrices as (out_features, in_features).
+fair-esm and transformers store the same tensors under different names, which a `Naming` lists; all else is common.
+Both store matrices as (out_features, in_features).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,112 +15,104 @@ import numpy.typing as npt
 
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
-from .checkpoint import FREQUENCIES, computed_frequencies
+from .checkpoint import DECODER, FREQUENCIES, computed_frequencies
+from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
 from .safetensors_file import shorten
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
-Tensors = Mapping[str, StoredTensor]
 
-
-@dataclass(frozen=True)
-class Naming:
-    """What one family of checkpoints calls each part; the names of a layer follow `layers.<number>.`."""
-
-    embedding: str
-    layers: str
-    query: str
-    key: str
-    value: str
-    attention_norm: str
-    out_proj: str
-    ffn_norm: str
-    fc1: str
-    fc2: str
-    final_norm: str
-    tied_embedding: str
-    frequencies: str
-
-    def layer(self, index: int) -> str:
-        return f"{self.layers}{index}."
-
-
-LM_DENSE, LM_NORM, LM_BIAS = "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"
-CONTACT_REGRESSION = "contact_head.regression"
-
-
-def deduce_config(tensors: Tensors, naming: Naming, num_heads: int | None, origin: str) -> ModelConfig:
-    """The model's shape, from the tensors themselves; only the number of heads leaves no trace in them.
+def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConfig:
+    """Return the model's shape, from the tensors themselves.
 
     Parameters
     ----------
     num_heads : int or None
-        From the checkpoint's configuration; None to take it from the preset that has this shape.
+        As the checkpoint's configuration states it. None to deduce it: from the rotary frequencies or the contact head
+        or, where neither is stored, from the published model of this depth and width.
     """
+    naming, tensors = model.naming, model.tensors
     numbered = re.compile(re.escape(naming.layers) + r"(\d{1,6})\.")
     layers = {int(match[1]) for name in tensors if (match := numbered.match(name))}
-    if not layers:
-        raise CheckpointError(f"{origin} is not an ESM-2 checkpoint: it has no encoder layers")
     missing = next((index for index in range(len(layers)) if index not in layers), None)
     if missing is not None:
         raise CheckpointError(f"{origin} is incomplete: layer {missing} is missing")
-    vocabulary, width = _matrix_shape(tensors, naming.embedding, origin)
-    if vocabulary != VOCAB_SIZE:
+    ffn, width = _matrix_shape(tensors, naming.layer(0) + naming.fc1 + ".weight", origin)
+    heads = num_heads or _deduced_heads(model, len(layers), width)
+    if heads is None:
         raise CheckpointError(
-            f"{origin} is not an ESM-2 checkpoint: it knows {vocabulary} tokens, ESM-2 has {VOCAB_SIZE}"
+            f"{origin} does not say how many attention heads it has, and {len(layers)} layers of width {width} "
+            "is no published ESM-2 model"
         )
-    ffn, _ = _matrix_shape(tensors, naming.layer(0) + naming.fc1 + ".weight", origin)
-    if num_heads is None:
-        same = (preset for preset in PRESETS.values() if (preset.num_layers, preset.embed_dim) == (len(layers), width))
-        preset = next(same, None)
-        if preset is None:
-            raise CheckpointError(
-                f"{origin} does not say how many attention heads it has, and {len(layers)} layers of width {width} "
-                "is no published ESM-2 model"
-            )
-        num_heads = preset.num_heads
     try:
-        return ModelConfig(len(layers), width, num_heads, ffn)
+        return ModelConfig(len(layers), width, heads, ffn)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
 
 
+def _deduced_heads(model: Model, layers: int, width: int) -> int | None:
+    for name, tensor in model.tensors.items():
+        size = int(np.prod(tensor.shape, dtype=np.int64))
+        if name.endswith(model.naming.frequencies) and size and width % (2 * size) == 0:
+            return width // (2 * size)
+    regression = model.tensors.get(f"{CONTACT_REGRESSION}.weight")
+    if regression is not None and regression.shape[-1:] and regression.shape[-1] % layers == 0:
+        return regression.shape[-1] // layers
+    same = (preset for preset in PRESETS.values() if (preset.num_layers, preset.embed_dim) == (layers, width))
+    return next((preset.num_heads for preset in same), None)
+
+
 def _matrix_shape(tensors: Tensors, name: str, origin: str) -> tuple[int, int]:
     if name not in tensors:
-        raise CheckpointError(f"{origin} is not a complete ESM-2 checkpoint: tensor {shorten(name)} is missing")
+        raise CheckpointError(f"{origin} is incomplete: tensor {shorten(name)} is missing")
     shape = tensors[name].shape
     if len(shape) != 2:
         raise CheckpointError(f"{origin} has tensor {shorten(name)} of shape {shape}, expected a matrix")
     return shape
 
 
-class Assembler:
-    """Takes tensors out of a checkpoint one by one, checked; knows at the end which it did not take.
+@dataclass(frozen=True)
+class Assembled:
+    """The canonical tensors of a model, and how its matrices are stored: `fp32`, `fp16` or `bf16`."""
 
-    Parameters
-    ----------
-    tensors : mapping of str to StoredTensor
-        Under the names of `naming`, LM head and contact head under fair-esm's.
+    tensors: dict[str, StoredTensor]
+    precision: str
+
+
+def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
+    """Every tensor of the canonical layout that the model has.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing, has another shape, is no float or not finite; or if the trunk has parts that ESM-2 lacks.
     """
+    assembler = _Assembler(model, config, origin)
+    tensors = assembler.assemble()
+    assembler.check_unused()
+    return Assembled(tensors, next(name for name, dtype in FLOAT_DTYPES.items() if dtype == assembler.storage))
 
-    def __init__(self, tensors: Tensors, config: ModelConfig, naming: Naming, origin: str) -> None:
-        self.tensors = tensors
+
+class _Assembler:
+    """Takes tensors out of a checkpoint one by one, checked; knows at the end which it did not take."""
+
+    def __init__(self, model: Model, config: ModelConfig, origin: str) -> None:
+        self.tensors = model.tensors
+        self.naming = model.naming
         self.config = config
-        self.naming = naming
         self.origin = origin
         self.used: set[str] = set()
-        self.storage = _common_storage(tensors, (naming.embedding, naming.layers, "lm_head."))
-
-    @property
-    def precision(self) -> str:
-        """`fp32`, `fp16` or `bf16`: that of the matrices."""
-        return next(name for name, dtype in FLOAT_DTYPES.items() if dtype == self.storage)
+        self.storage = _common_storage(
+            {
+                name: tensor
+                for name, tensor in model.tensors.items()
+                if not name.startswith("contact_head.") and not name.endswith(model.naming.ignored)
+            }
+        )
 
     def assemble(self) -> dict[str, StoredTensor]:
-        """Every tensor of the canonical layout that the checkpoint has."""
         naming, width, ffn = self.naming, self.config.embed_dim, self.config.ffn_dim
-        embedding = self.vector_or_matrix(naming.embedding, (VOCAB_SIZE, width))
+        embedding = self.array(self.embedding_name(), (VOCAB_SIZE, width))
         result = {"embed_tokens.weight": StoredTensor(np.ascontiguousarray(embedding), self.storage)}
-        self.check_tied(embedding)
         for index in range(self.config.num_layers):
             theirs, ours = naming.layer(index), f"layers.{index}."
             result |= self.norm(ours + "attention_norm", theirs + naming.attention_norm)
@@ -132,17 +123,42 @@ class Assembler:
             result |= self.linear(ours + "fc1", [theirs + naming.fc1], width, ffn)
             result |= self.linear(ours + "fc2", [theirs + naming.fc2], ffn, width)
         result |= self.norm("final_norm", naming.final_norm)
-        if any(name.startswith((LM_DENSE, LM_NORM)) for name in self.tensors):
+        if f"{LM_DENSE}.weight" in self.tensors:
             result |= self.linear("lm_head.dense", [LM_DENSE], width, width)
-            result |= self.norm("lm_head.norm", LM_NORM)
-            result["lm_head.bias"] = self.vector(LM_BIAS, VOCAB_SIZE)
-        if any(name.startswith(CONTACT_REGRESSION) for name in self.tensors):
+            result |= self.norm("lm_head.norm", naming.lm_norm)
+            result["lm_head.bias"] = self.lm_bias()
+            result |= self.untied_decoder(embedding)
+        if f"{CONTACT_REGRESSION}.weight" in self.tensors:
             maps = self.config.num_layers * self.config.num_heads
-            weight = self.vector_or_matrix(f"{CONTACT_REGRESSION}.weight", (1, maps), "F32")
+            weight = self.array(f"{CONTACT_REGRESSION}.weight", (1, maps), "F32")
             result["contact_head.weight"] = StoredTensor(np.ascontiguousarray(weight.reshape(maps)))
             result["contact_head.bias"] = self.vector(f"{CONTACT_REGRESSION}.bias", 1)
         result[FREQUENCIES] = StoredTensor(self.frequencies())
         return result
+
+    def embedding_name(self) -> str:
+        """Of the embedding, or of the decoder tied to it where a writer dropped what was stored twice."""
+        name, decoder = self.naming.embedding, self.naming.decoder
+        return decoder if name not in self.tensors and decoder in self.tensors else name
+
+    def untied_decoder(self, embedding: npt.NDArray[Any]) -> dict[str, StoredTensor]:
+        """The LM head's last matrix (D, V), if fine-tuning made it differ from the embedding that it is in ESM-2."""
+        if self.naming.decoder not in self.tensors:
+            return {}
+        decoder = self.array(self.naming.decoder, embedding.shape)
+        if np.array_equal(decoder, embedding):
+            return {}
+        return {DECODER: StoredTensor(np.ascontiguousarray(decoder.T), self.storage)}
+
+    def lm_bias(self) -> StoredTensor:
+        """The LM head's bias, which some writers store a second time or only as that of the decoder."""
+        again = "lm_head.decoder.bias"
+        if again not in self.tensors:
+            return self.vector(LM_BIAS, VOCAB_SIZE)
+        bias = self.vector(again, VOCAB_SIZE)
+        if LM_BIAS in self.tensors and not np.array_equal(self.vector(LM_BIAS, VOCAB_SIZE).raw, bias.raw):
+            raise CheckpointError(f"{self.origin} has two LM head biases that differ")
+        return bias
 
     def frequencies(self) -> npt.NDArray[np.float32]:
         """The rotary frequencies as stored, once or in every layer; computed if the checkpoint has none: (C/2,)."""
@@ -155,7 +171,7 @@ class Assembler:
             raise CheckpointError(
                 f"{self.origin} is incomplete: it has {shorten(present[0])}, but none under {shorten(without[0])}"
             )
-        first, *others = (self.vector_or_matrix(name, (self.config.head_dim // 2,), "F32") for name in present)
+        first, *others = (self.array(name, (self.config.head_dim // 2,), "F32") for name in present)
         for name, values in zip(present[1:], others, strict=True):
             if not np.array_equal(values, first):
                 raise CheckpointError(
@@ -174,8 +190,8 @@ class Assembler:
         bias = np.empty(outputs * len(theirs), np.float32)
         for part, name in enumerate(theirs):
             columns = slice(part * outputs, (part + 1) * outputs)
-            weight[:, columns] = self.vector_or_matrix(f"{name}.weight", (outputs, inputs)).T
-            bias[columns] = self.vector_or_matrix(f"{name}.bias", (outputs,), "F32")
+            weight[:, columns] = self.array(f"{name}.weight", (outputs, inputs)).T
+            bias[columns] = self.array(f"{name}.bias", (outputs,), "F32")
         return {f"{ours}.weight": StoredTensor(weight, self.storage), f"{ours}.bias": StoredTensor(bias)}
 
     def norm(self, ours: str, theirs: str) -> dict[str, StoredTensor]:
@@ -183,13 +199,14 @@ class Assembler:
         return {f"{ours}.{part}": self.vector(f"{theirs}.{part}", width) for part in ("weight", "bias")}
 
     def vector(self, name: str, length: int) -> StoredTensor:
-        return StoredTensor(np.ascontiguousarray(self.vector_or_matrix(name, (length,), "F32")))
+        return StoredTensor(np.ascontiguousarray(self.array(name, (length,), "F32")))
 
-    def vector_or_matrix(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
+    def array(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
         """One tensor of theirs as it is, checked, in the storage dtype."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.origin} is incomplete: tensor {shorten(name)} is missing")
         tensor = self.tensors[name]
+        refuse_quantised_storage(name, tensor, self.origin)
         if tensor.shape != shape:
             raise CheckpointError(f"{self.origin} has tensor {shorten(name)} of shape {tensor.shape}, expected {shape}")
         if tensor.dtype not in STORAGE_DTYPES:
@@ -207,38 +224,18 @@ class Assembler:
             raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {shorten(name)}")
         return stored.raw
 
-    def check_tied(self, embedding: npt.NDArray[Any]) -> None:
-        """The LM head's matrix is the embedding. Files that store it twice must agree with themselves."""
-        name = self.naming.tied_embedding
-        if name not in self.tensors:
-            return
-        tied = self.vector_or_matrix(name, embedding.shape)
-        if not np.array_equal(tied, embedding):
-            raise CheckpointError(
-                f"{self.origin} has an LM head whose matrix {shorten(name)} is not its embedding, as it is in ESM-2"
-            )
-
-    def check_unused(self, ignored: Iterable[str], within: tuple[str, ...] = ("",)) -> None:
-        """Refuse a checkpoint with parts that an ESM-2 model does not have.
-
-        Parameters
-        ----------
-        ignored : iterable of str
-            Endings of names that mean nothing here.
-        within : tuple of str
-            Where to look: beginnings of names.
-        """
-        endings = tuple(ignored)
+    def check_unused(self) -> None:
+        """Refuse a trunk with parts that ESM-2 lacks: without them the numbers would be wrong."""
         for name in self.tensors:
-            if name not in self.used and name.startswith(within) and not name.endswith(endings):
+            if name not in self.used and not name.endswith(self.naming.ignored):
                 raise CheckpointError(
                     f"{self.origin} is not a plain ESM-2 model: tensor {shorten(name)} is not part of one"
                 )
 
 
-def _common_storage(tensors: Tensors, prefixes: tuple[str, ...]) -> str:
-    """The dtype that all matrices share; float32 if they do not."""
-    found = {tensor.dtype for name, tensor in tensors.items() if len(tensor.shape) == 2 and name.startswith(prefixes)}
+def _common_storage(tensors: Tensors) -> str:
+    """The dtype that all matrices of floats share; float32 if they do not."""
+    found = {t.dtype for t in tensors.values() if len(t.shape) == 2 and t.dtype in STORAGE_DTYPES}
     (dtype,) = found if len(found) == 1 else ("F32",)
     return dtype if dtype in FLOAT_DTYPES.values() else "F32"
 

@@ -21,6 +21,7 @@ from .tensor import StoredTensor
 LM_HEAD = ("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.bias")
 CONTACT_HEAD = ("contact_head.weight", "contact_head.bias")
 FREQUENCIES = "rotary.frequencies"
+DECODER = "lm_head.decoder.weight"  # (D, V), only where fine-tuning untied it from the embedding
 
 
 def computed_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
@@ -64,6 +65,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "contact_head.weight": (config.num_layers * config.num_heads,),
         "contact_head.bias": (1,),
         FREQUENCIES: (config.head_dim // 2,),
+        DECODER: (width, VOCAB_SIZE),
     }
 
 
@@ -75,7 +77,8 @@ class Checkpoint:
     ----------
     config : ModelConfig
     tensors : mapping of str to StoredTensor
-        Canonical names; the LM head and the contact head are each there completely or not at all.
+        Canonical names; the LM head and the contact head are each there completely or not at all. The LM head's
+        decoder is only there if it differs from the embedding.
     source : str
         Where the numbers came from, for people (`esm2_t12_35M_UR50D.pt`, `synthetic:esm2-35m:0`).
     source_sha256 : str
@@ -101,7 +104,7 @@ class Checkpoint:
                 f"the configuration states {self.config.num_layers} layers, but there are {len(self.tensors)} tensors"
             )
         expected = canonical_shapes(self.config)
-        for head in (LM_HEAD, CONTACT_HEAD):
+        for head in (LM_HEAD, CONTACT_HEAD, (DECODER,)):
             present = [name for name in head if name in self.tensors]
             if present and len(present) < len(head):
                 missing = next(name for name in head if name not in self.tensors)
@@ -137,3 +140,9 @@ class Checkpoint:
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
         """One tensor as `dtype`; a view of the file where it is stored so."""
         return self.tensors[name].astype(dtype)
+
+    def vocabulary(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
+        """The last matrix of the LM head: the embedding, unless fine-tuning untied the two: (D, V), contiguous."""
+        tied = DECODER not in self.tensors
+        matrix = self.array("embed_tokens.weight", dtype).T if tied else self.array(DECODER, dtype)
+        return np.ascontiguousarray(matrix)

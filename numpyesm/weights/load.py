@@ -1,10 +1,14 @@
-"""Open weights of any kind from a local path. What a file is is told from its content, not from its name."""
+"""Open weights of any kind from a local path. Files are recognised by content, not by extension."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
@@ -12,11 +16,18 @@ from .checkpoint import Checkpoint
 from .integrity import verify_data, verify_file
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
+from .tensor import StoredTensor
 
 # The readers of foreign formats are imported where they are used: opening a canonical file stays quick.
 
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# How some files begin that people hand in by mistake.
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# What training leaves beside weights, under the same endings.
+_TRAINING_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[^/]*|.*-contact-regression\.pt"
+)
+_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
+# How files begin that people hand in by mistake.
 _SIGNATURES = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -53,13 +64,13 @@ class Opened:
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """The weights at a local path, or synthetic ones.
+    """Load the weights at a local path, or make synthetic ones.
 
     Parameters
     ----------
     path : str or path
-        A canonical file, a fair-esm checkpoint, a Hugging Face weights file or folder, or a folder with one of these;
-        or the string `synthetic[:name[:seed]]`.
+        A canonical file, a checkpoint of fair-esm, transformers or a training script, a Hugging Face folder, or a
+        folder with one of these; or the string `synthetic[:name[:seed]]`.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
 
@@ -69,6 +80,12 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
         If nothing is there.
     CheckpointError
         If what is there is damaged, of another model, or no checkpoint.
+
+    Warns
+    -----
+    UserWarning
+        If the checkpoint holds more than the model (a classifier, say), which is left out; if a checkpoint of fair-esm
+        has no contact regression; if an adapter lies beside the weights, which is not applied.
     """
     if isinstance(path, str) and is_synthetic_spec(path):
         return synthetic_from_spec(path)
@@ -76,113 +93,177 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Opened:
-    """As `load_checkpoint`, and says which files were read."""
-    path = Path(path)
+    """Do what `load_checkpoint` does, and say which files were read."""
+    place = Path(path)
     if regression is not None and not Path(regression).is_file():
         raise WeightsNotFound(f"the contact regression {regression} does not exist")
-    if path.is_dir():
-        return _open_folder(path, regression)
-    head = _head(path)
-    verify_file(path)
-    if looks_like_safetensors(head):
-        return _open_safetensors(path, regression)
-    from .torch_file import is_legacy_torch, is_torch_zip, read_torch
+    files = [place]
+    if place.is_dir():
+        place = _in_folder(place)
+        files = _weight_files(place) if place.is_dir() else [place]
+        if place.is_dir():
+            verify_file(place / "config.json")
+    contents = [_read(file) for file in files]
+    content, metadata = contents[0]
+    if is_canonical(metadata):
+        checkpoint = checkpoint_from(content, metadata, files[0])
+        _refuse_regression(place, regression)
+        verify_data(files[0], metadata.get("data_sha256"))
+        return Opened(checkpoint, tuple(files), tuple(files))
+    checkpoint, beside = _convert(place, files, [content for content, _ in contents], regression)
+    return Opened(checkpoint, (*files, *beside), tuple(files))
 
-    if is_torch_zip(head) or is_legacy_torch(head):
-        return _open_torch(path, read_torch(path), regression)
-    raise CheckpointError(f"{path} is no checkpoint: {_describe(head, path)}")
+
+def checkpoint_of(content: Any, path: Path) -> Checkpoint:
+    """The canonical checkpoint from the object in a weights file; `path` is where it would lie."""
+    return _convert(path, [path], [content], None)[0]
 
 
 def find_in_folder(folder: Path) -> Path | None:
-    """The one thing in a folder that can be opened, or the folder itself if it is a Hugging Face one; None if empty.
+    """Return the one file in a folder that can be opened, or the folder itself if it is a Hugging Face one.
+
+    None if there is neither.
 
     Raises
     ------
     CheckpointError
         If there are several.
     """
-    from .hugging_face import weight_files
-
-    if weight_files(folder) or (folder / "adapter_config.json").is_file():
+    if _weight_files(folder):
         return folder
     try:
-        files = sorted(
-            entry
-            for entry in folder.iterdir()
-            if entry.suffix in _WEIGHT_SUFFIXES
-            and not entry.name.startswith(".")
-            and not entry.name.endswith("-contact-regression.pt")
-            and entry.is_file()
-        )
+        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror or error})") from error
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-        raise CheckpointError(f"{folder} holds several checkpoints ({names}): name one of them")
-    return files[0] if files else None
+    names = [name for name in names if not name.startswith(".") and not _TRAINING_STATE.fullmatch(name)]
+    names = [name for name in names if not _ADAPTER.fullmatch(name)] or names
+    if len(names) > 1:
+        listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise CheckpointError(f"{folder} holds several checkpoints ({listed}): name one of them")
+    return folder / names[0] if names else None
 
 
-def _open_folder(folder: Path, regression: str | os.PathLike[str] | None) -> Opened:
-    found = find_in_folder(folder)
-    if found is None:
-        raise WeightsNotFound(f"the folder {folder} holds no weights (*{', *'.join(_WEIGHT_SUFFIXES)})")
-    if found != folder:
-        return open_checkpoint(found, regression=regression)
-    from .hugging_face import read_hugging_face, weight_files
-
-    files = tuple(weight_files(folder))
-    for file in (*files, folder / "config.json"):
-        verify_file(file)
-    checkpoint = read_hugging_face(folder)
-    return Opened(_refuse_regression(checkpoint, folder, regression), files, files)
+def _in_folder(folder: Path) -> Path:
+    """As `find_in_folder`; WeightsNotFound, with what is there instead, if there is nothing to open."""
+    if found := find_in_folder(folder):
+        return found
+    names = sorted(entry.name for entry in folder.iterdir())
+    if unfinished := [name for name in names if name.endswith(_UNFINISHED)]:
+        raise WeightsNotFound(f"the folder {folder} holds only an unfinished download ({unfinished[0]})")
+    if others := [name for name in names if name in ("tf_model.h5", "flax_model.msgpack", "model.onnx")]:
+        raise WeightsNotFound(f"the folder {folder} holds weights for another framework only ({others[0]})")
+    raise WeightsNotFound(f"the folder {folder} holds no weights (*{', *'.join(WEIGHT_SUFFIXES)})")
 
 
-def _open_safetensors(path: Path, regression: str | os.PathLike[str] | None) -> Opened:
-    tensors, metadata = read_safetensors(path)
-    if is_canonical(metadata):
-        checkpoint = _refuse_regression(checkpoint_from(tensors, metadata, path), path, regression)
-        verify_data(path, metadata.get("data_sha256"))
-        return Opened(checkpoint, (path,), (path,))
-    from .fair_esm import from_fair_esm, is_fair_esm
-    from .hugging_face import is_hugging_face, read_hugging_face
+def _weight_files(folder: Path) -> list[Path]:
+    from .hugging_face import weight_files
 
-    if not is_hugging_face(tensors) and is_fair_esm(tensors):
-        return _fair_esm_opened(from_fair_esm(tensors, path, regression), path, regression)
-    return Opened(_refuse_regression(read_hugging_face(path), path, regression), (path,), (path,))
+    return weight_files(folder)
 
 
-def _open_torch(path: Path, content: object, regression: str | os.PathLike[str] | None) -> Opened:
-    from .fair_esm import from_fair_esm, is_fair_esm, state_dict
-    from .hugging_face import is_hugging_face, read_hugging_face
-    from .safe_pickle import Inert
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """The object in a weights file and its metadata, whatever its format."""
+    head = _head(path)
+    try:
+        verify_file(path)
+        if looks_like_safetensors(head):
+            return read_safetensors(path)
+        from .torch_file import is_legacy_torch, is_torch_zip, read_torch
 
-    tensors = state_dict(content)
-    if is_hugging_face(tensors):
-        return Opened(_refuse_regression(read_hugging_face(path), path, regression), (path,), (path,))
-    if isinstance(content, Inert) and not tensors:
-        kind = str(type(content))[:80]
-        raise CheckpointError(
-            f"{path} holds a pickled Python object ({kind}), not a checkpoint; save its state_dict() instead"
+        if is_torch_zip(head) or is_legacy_torch(head):
+            return read_torch(path), {}
+        raise CheckpointError(f"{path} is no checkpoint: {_describe(head, path)}")
+    except CheckpointError as error:
+        if path.name.endswith(_UNFINISHED) or path.with_name(path.name + ".aria2").exists():
+            raise CheckpointError(f"{path} is an unfinished download: let it finish, or start it again") from error
+        raise
+
+
+def _convert(
+    place: Path, files: Sequence[Path], contents: Sequence[Any], regression: str | os.PathLike[str] | None
+) -> tuple[Checkpoint, list[Path]]:
+    """The canonical checkpoint from what foreign files hold, and which files beside them were read."""
+    from . import fair_esm, hugging_face
+    from .assemble import assemble, deduce_config
+    from .recognise import find_model, refuse_learned_positions
+
+    origin = str(place)
+    tensors = _merged(place, files, contents)
+    model = find_model(tensors, (fair_esm.NAMING, hugging_face.NAMING), origin)
+    folder = place if place.is_dir() else place.parent
+    beside: list[Path] = []
+    if model.naming is hugging_face.NAMING:
+        _refuse_regression(place, regression)
+        config_file = folder / "config.json"
+        config = hugging_face.read_config(config_file) if config_file.is_file() else {}
+        refuse_learned_positions(model, config.get("position_embedding_type"), origin)
+        stated = hugging_face.stated_shape(config, origin)
+    else:
+        refuse_learned_positions(model, None, origin)
+        stated = fair_esm.stated_shape(contents[0], origin)
+        chosen = Path(regression) if regression is not None else fair_esm.regression_path(place)
+        beside = [chosen] if regression is not None or chosen.exists() else []
+    shape = deduce_config(model, stated.get("num_heads"), origin)
+    for field, value in stated.items():
+        if value != getattr(shape, field):
+            raise CheckpointError(f"{origin} has {field}={getattr(shape, field)}, its configuration says {value}")
+    if beside:
+        found = fair_esm.regression_of(_read(chosen)[0], chosen, shape)
+        model = replace(model, tensors=model.tensors | found)
+    assembled = assemble(model, shape, origin)
+    checkpoint = Checkpoint(shape, assembled.tensors, source=place.name, precision=assembled.precision)
+    if model.naming is fair_esm.NAMING and not checkpoint.has_contact_head:
+        _note(
+            f"no contact regression for {place.name} ({chosen.name} is not beside it and none was given): "
+            "the model cannot predict contacts"
         )
-    if not tensors and not is_fair_esm(content):
-        raise CheckpointError(f"{path} was written by torch, but holds no model weights")
-    return _fair_esm_opened(from_fair_esm(content, path, regression), path, regression)
+    if model.left_out:
+        _note(f"{place.name} holds more than ESM-2, which is left out: {_listed(model.left_out)}")
+    if (folder / "adapter_config.json").is_file():
+        _note(f"{folder / 'adapter_config.json'} lies beside the weights: its adapter is not applied")
+    return checkpoint, beside
 
 
-def _fair_esm_opened(checkpoint: Checkpoint, path: Path, regression: str | os.PathLike[str] | None) -> Opened:
-    from .fair_esm import regression_path
+def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict[str, StoredTensor]:
+    """The named tensors of one file, or of all shards."""
+    from .hugging_face import check_complete
+    from .recognise import named_tensors
 
-    beside = Path(regression) if regression is not None else regression_path(path)
-    files = (path, beside) if beside.is_file() else (path,)
-    return Opened(checkpoint, files, (path,))
+    tensors: dict[str, StoredTensor] = {}
+    for file, content in zip(files, contents, strict=True):
+        found = named_tensors(content, str(file))
+        if repeated := found.keys() & tensors.keys():
+            raise CheckpointError(f"{place} has tensor {min(repeated)!r} in two of its files")
+        tensors |= found
+    if not tensors:
+        raise CheckpointError(f"{place} {_without_tensors(contents[0])}")
+    if len(files) > 1:
+        check_complete(place, {str(key) for content in contents for key in content})
+    return tensors
 
 
-def _refuse_regression(checkpoint: Checkpoint, path: Path, regression: str | os.PathLike[str] | None) -> Checkpoint:
+def _note(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def _listed(names: Sequence[str]) -> str:
+    from .safetensors_file import shorten
+
+    return ", ".join(shorten(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+
+
+def _without_tensors(content: Any) -> str:
+    if isinstance(content, dict | list | tuple):
+        return "holds no named tensors"
+    kind = repr(content)[:80].removeprefix("<inert ").removesuffix(">")
+    return f"holds a pickled Python object ({kind}), not a checkpoint; save its state_dict() instead"
+
+
+def _refuse_regression(place: Path, regression: str | os.PathLike[str] | None) -> None:
     if regression is not None:
         raise CheckpointError(
-            f"{path} is not a fair-esm checkpoint: the contact regression {regression} does not go with it"
+            f"{place} is not a fair-esm checkpoint: the contact regression {regression} does not go with it"
         )
-    return checkpoint
 
 
 def _head(path: Path) -> bytes:
@@ -206,10 +287,6 @@ def _describe(head: bytes, path: Path) -> str:
         return "it is no safetensors file, or a damaged one"
     if head[:1] == b"\x80":
         return "it is a Python pickle, not a file that torch.save wrote"
-    if _is_text(head):
+    if all(byte >= 32 or byte in b"\t\n\r" for byte in head) and b"\x7f" not in head:
         return "it is a text file"
     return "it is neither a safetensors file nor one that torch.save wrote"
-
-
-def _is_text(head: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r" for byte in head) and b"\x7f" not in head

@@ -34,6 +34,8 @@ OTHER_DTYPES: dict[str, np.dtype] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
 _DTYPES = STORAGE_DTYPES | OTHER_DTYPES
 _MAX_HEADER = 16 << 20

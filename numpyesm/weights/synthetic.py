@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..config import PRESETS, ModelConfig, preset_name
 from ..errors import InvalidOption
-from .checkpoint import FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
+from .checkpoint import DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
 from .tensor import StoredTensor
 
 _QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
@@ -91,6 +91,8 @@ def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None 
     """Random weights of any shape, flagged synthetic."""
     tensors = {}
     for number, (name, shape) in enumerate(canonical_shapes(config).items()):
+        if name == DECODER:  # tied, as in ESM-2
+            continue
         # A stream for each tensor: one more tensor in the layout would not change the others.
         stream = np.random.Generator(np.random.PCG64([seed, number]))
         tensors[name] = StoredTensor(_random_tensor(name, shape, config, stream))

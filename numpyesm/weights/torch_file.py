@@ -51,6 +51,8 @@ _TORCH_DTYPES = {
     "uint16": "U16",
     "uint8": "U8",
     "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
 }
 # The pickle of ESM-2 650M has 70 kB. What a pickle builds can be 200 times its size.
 _MAX_PICKLE = 4 << 20

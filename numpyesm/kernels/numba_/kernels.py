@@ -173,7 +173,7 @@ class NumbaKernels(Kernels):
             padded_columns(checkpoint.array("lm_head.dense.bias")),
             np.array(checkpoint.array("lm_head.norm.weight"), np.float32),
             np.array(checkpoint.array("lm_head.norm.bias"), np.float32),
-            pack_panels(np.ascontiguousarray(self.embedding.T)),
+            pack_panels(checkpoint.vocabulary()),
             padded_columns(checkpoint.array("lm_head.bias")),
         )
         return [address(self._keep(array)) for array in arrays]

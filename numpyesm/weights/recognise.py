@@ -1,0 +1,273 @@
+"""Find the ESM-2 model among the tensors of a checkpoint, by names and shapes alone.
+
+A trunk is recognised by its layers, under whatever prefix wrappers and training scripts put in front of them. The LM
+head and the contact head stand inside it or beside it. Everything else is left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import VOCAB_SIZE
+from ..errors import CheckpointError
+from .safetensors_file import shorten
+from .tensor import StoredTensor
+
+Tensors = Mapping[str, StoredTensor]
+
+LM_DENSE, LM_BIAS = "lm_head.dense", "lm_head.bias"
+CONTACT_REGRESSION = "contact_head.regression"
+
+_MAX_NESTING = 8  # of dicts; training checkpoints have three
+# What wrappers insert into names, anywhere: `_orig_mod` (torch.compile), `_fsdp_wrapped_module`, `_module`, ...
+_PRIVATE = re.compile(r"(^|\.)_\w+(?=\.)")
+_OPTIMISER = re.compile(r"optim|sched|(^|\.)state\.", re.IGNORECASE)
+
+# Part of a name that only an adapter has, and its kind.
+_ADAPTERS = (
+    ("lora_", "a LoRA adapter"),
+    ("ia3_", "an IA3 adapter"),
+    ("prompt_embeddings", "a prompt-tuning adapter"),
+    (".base_layer.", "an adapter"),
+    (".modules_to_save.", "an adapter"),
+)
+_QUANTISED = (
+    (".SCB", "bitsandbytes, 8 bits"),
+    (".quant_state.bitsandbytes", "bitsandbytes, 4 bits"),
+    (".absmax", "bitsandbytes, 4 bits"),
+    (".qweight", "GPTQ or AWQ"),
+    (".weight_packed", "compressed-tensors"),
+    (".zero_point", "torch.ao"),
+)
+# Part of a name that only another family has, and that family. Asked only of files without an ESM-2 trunk.
+_OTHER_MODELS = (
+    ("row_self_attention", "an MSA Transformer"),
+    ("gvp_encoder", "an ESM-IF1 checkpoint"),
+    ("trunk.blocks.0.", "an ESMFold checkpoint"),
+    (".geom_attn.", "an ESM3 checkpoint"),
+    ("transformer.blocks.0.attn.layernorm_qkv", "an ESM C checkpoint"),
+    ("self_attention.layernorm_qkv", "ESM-2 in the layout of NVIDIA's Transformer Engine, padded to 64 tokens"),
+    ("self_attn.bias_k", "an ESM-1 checkpoint"),
+)
+_OTHER_VOCABULARIES = {
+    446: "a SaProt checkpoint: it has 446 tokens, of residue and structure,",
+    64: "ESM-2 with its vocabulary padded to 64 tokens, as NVIDIA publishes it,",
+    35: "an ESM-1 checkpoint: it has 35 tokens,",
+}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What one family of checkpoints calls each part; the names of a layer follow `layers.<number>.`."""
+
+    embedding: str
+    layers: str
+    query: str
+    key: str
+    value: str
+    attention_norm: str
+    out_proj: str
+    ffn_norm: str
+    fc1: str
+    fc2: str
+    final_norm: str
+    lm_norm: str
+    decoder: str
+    frequencies: str
+    positions: str
+    norm_before: str
+    trunk: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def layer(self, index: int) -> str:
+        """Prefix of the names of one layer."""
+        return f"{self.layers}{index}."
+
+    def trunks(self, tensors: Tensors) -> list[str]:
+        """The prefixes under which layers of this family stand."""
+        layer = re.compile(rf"((?:.*\.)?){re.escape(self.layers)}\d{{1,6}}\.{re.escape(self.query)}\.weight")
+        return list(dict.fromkeys(match[1] for name in tensors if (match := layer.fullmatch(name))))
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ESM-2 model found in a checkpoint.
+
+    Attributes
+    ----------
+    naming : Naming
+    tensors : dict of str to StoredTensor
+        Of the trunk and its heads, under `naming`'s names; those of the heads begin with `lm_head.`, `contact_head.`.
+    left_out : tuple of str
+        What else the checkpoint holds, by the first distinct part of its names.
+    """
+
+    naming: Naming
+    tensors: dict[str, StoredTensor]
+    left_out: tuple[str, ...]
+
+
+def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
+    """Every tensor in the object of a checkpoint, under the keys that lead to it, joined by dots.
+
+    Keys that are no strings belong to no state dict (those of an optimiser's state are numbers): they are passed over.
+    """
+    found: dict[str, StoredTensor] = {}
+    seen: set[int] = set()
+    todo = deque([("", content, 0)])
+    while todo:
+        path, value, depth = todo.popleft()
+        if isinstance(value, StoredTensor):
+            name = _PRIVATE.sub("", path).removeprefix(".")
+            name = re.sub(r"(?<=Norm\.)gamma$", "weight", re.sub(r"(?<=Norm\.)beta$", "bias", name))  # TensorFlow's
+            if found.setdefault(name, value) is not value:
+                raise CheckpointError(f"{origin} has tensor {shorten(name)} twice")
+            continue
+        items = value if isinstance(value, dict) else getattr(value, "entries", None)  # of a dict of unknown class
+        if isinstance(items, dict) and depth < _MAX_NESTING and id(items) not in seen:
+            seen.add(id(items))
+            for key, item in items.items():
+                if isinstance(key, str):
+                    todo.append((f"{path}.{key}" if path else key, item, depth + 1))
+    return found
+
+
+def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Model:
+    """The one ESM-2 model among `tensors`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or a model of another kind: the message says which. If there are two that differ.
+    """
+    for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, _quantised_sentence)):
+        for part, kind in table:
+            if any(part in name for name in tensors):
+                raise CheckpointError(f"{origin} {sentence(kind)}")
+    trunks = [(naming, prefix) for naming in namings for prefix in naming.trunks(tensors)]
+    fitting = [trunk for trunk in trunks if _vocabulary(tensors, *trunk) == VOCAB_SIZE]
+    if not fitting or any("trunk.blocks.0." in name for name in tensors):
+        raise CheckpointError(f"{origin} {_what_else(tensors, trunks)}")
+    candidates = [Model(naming, _of_model(tensors, naming, prefix), ()) for naming, prefix in fitting]
+    for (_, prefix), candidate in zip(fitting[1:], candidates[1:], strict=True):
+        if not _same_trunk(candidates[0], candidate):
+            names = " and ".join(repr(name or "(no prefix)") for name in (fitting[0][1], prefix))
+            raise CheckpointError(f"{origin} holds two ESM-2 models that differ, under {names}: save one of them alone")
+    # The same trunk may stand under two names: take the one beside which there are heads.
+    model = max(candidates, key=lambda candidate: len(candidate.tensors))
+    naming, prefix = fitting[candidates.index(model)]
+    taken = {id(tensor) for candidate in candidates for tensor in candidate.tensors.values()}
+    rest = [name for name, tensor in tensors.items() if id(tensor) not in taken and tensor.shape]
+    return Model(naming, model.tensors, tuple(dict.fromkeys(_groups(rest, prefix))))
+
+
+def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, StoredTensor]:
+    """The tensors of the trunk under `prefix`, of its LM head and of its contact head, without prefixes."""
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(tuple(prefix + part for part in naming.trunk))
+    }
+    for head, sign in (("lm_head.", f"{LM_DENSE}.weight"), ("contact_head.", f"{CONTACT_REGRESSION}.weight")):
+        outside = next((parent for parent in _parents(prefix) if parent + sign in tensors), None)
+        if outside is not None:
+            begin = outside + head
+            found |= {head + name.removeprefix(begin): t for name, t in tensors.items() if name.startswith(begin)}
+    return found
+
+
+def _parents(prefix: str) -> Iterator[str]:
+    """`a.b.`, `a.` and the empty prefix, for `a.b.`."""
+    parts = prefix.split(".")[:-1]
+    for count in range(len(parts), -1, -1):
+        yield "".join(part + "." for part in parts[:count])
+
+
+def _vocabulary(tensors: Tensors, naming: Naming, prefix: str) -> int | None:
+    """Rows of the embedding, or of the decoder that is tied to it where only that was saved."""
+    names = [prefix + naming.embedding, *(parent + naming.decoder for parent in _parents(prefix))]
+    return next((tensors[name].shape[0] for name in names if name in tensors and tensors[name].shape), None)
+
+
+def _same_trunk(first: Model, second: Model) -> bool:
+    def trunk(model: Model) -> dict[str, StoredTensor]:
+        return {name: t for name, t in model.tensors.items() if name.startswith(model.naming.trunk)}
+
+    ours, theirs = trunk(first), trunk(second)
+    return first.naming is second.naming and ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and np.array_equal(tensor.raw, theirs[name].raw, equal_nan=False)
+        for name, tensor in ours.items()
+    )  # fmt: skip
+
+
+def _groups(names: list[str], prefix: str) -> Iterator[str]:
+    """What `names` have in common: each up to its first part that is not also of the trunk's prefix."""
+    ours = prefix.split(".")
+    for name in names:
+        if _OPTIMISER.search(name):
+            continue
+        theirs = name.split(".")
+        common = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours) - 1)
+        yield ".".join(theirs[: common + 1])
+
+
+def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
+    """What a file without an ESM-2 trunk is, as the end of a sentence."""
+    for part, family in _OTHER_MODELS:
+        if any(part in name for name in tensors):
+            return f"is {family}; numpyesm runs ESM-2 only"
+    if tensors and all(CONTACT_REGRESSION in name for name in tensors):
+        return "is only a contact regression; name the model's checkpoint instead"
+    for trunk in trunks:
+        rows = _vocabulary(tensors, *trunk)
+        if rows in _OTHER_VOCABULARIES:
+            return f"is {_OTHER_VOCABULARIES[rows]} and numpyesm runs ESM-2 of {VOCAB_SIZE} tokens only"
+        if rows is not None:
+            return f"is not an ESM-2 checkpoint: it knows {rows} tokens, ESM-2 has {VOCAB_SIZE}"
+        return f"is incomplete: tensor {shorten(trunk[1] + trunk[0].embedding)} is missing"
+    if not tensors:
+        return "holds no named tensors"
+    return (
+        f"is not an ESM-2 checkpoint: none of its {len(tensors)} tensors ({shorten(min(tensors))}) is of an ESM-2 layer"
+    )
+
+
+def _adapter_sentence(kind: str) -> str:
+    return (
+        f"holds {kind} that is not merged into its base model, which is not supported: "
+        "merge it first (merge_and_unload of peft) and save the whole model"
+    )
+
+
+def _quantised_sentence(kind: str) -> str:
+    return (
+        f"is quantised ({kind}), and numpyesm reads float32, float16 and bfloat16: "
+        "save the model that it was made from, and convert that with --dtype int8"
+    )
+
+
+def refuse_learned_positions(model: Model, position_type: object, origin: str) -> None:
+    """Refuse ESM-1b and ESM-1v, which have ESM-2's layers but learn their positions.
+
+    Official ESM-2 files of transformers carry a table of positions too, unused: there the configuration decides or,
+    without one, whether rotary frequencies are stored.
+    """
+    naming, tensors = model.naming, model.tensors
+    rotary = position_type == "rotary" or (
+        position_type is None and any(name.endswith(naming.frequencies) for name in tensors)
+    )
+    if naming.positions in tensors and not rotary:
+        kind = "ESM-1b" if naming.norm_before in tensors else "ESM-1v"
+        raise CheckpointError(f"{origin} is an {kind} checkpoint (learned positions); numpyesm runs ESM-2 only")
+
+
+def refuse_quantised_storage(name: str, tensor: StoredTensor, origin: str) -> None:
+    """Refuse a matrix stored in integers or in floats of eight bits."""
+    if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
+        raise CheckpointError(f"{origin} {_quantised_sentence(f'{shorten(name)} is stored as {tensor.dtype}')}")

@@ -1,0 +1,280 @@
+"""What a checkpoint is, its tensors say: ESM-2 under any wrapper, in any container; everything else by its own name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numpyesm import ESM2
+from numpyesm.config import ModelConfig
+from numpyesm.errors import CheckpointError, WeightsNotFound
+from numpyesm.weights import convert, load_checkpoint
+
+mk = pytest.importorskip("make_checkpoints")
+torch = mk.torch
+
+MODEL = mk.fair_esm_model()
+OTHER = mk.fair_esm_model(seed=1)
+State = dict[str, Any]
+
+
+def fair_esm(prefix: str = "", model: Any = MODEL) -> State:
+    return {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def hugging_face(prefix: str = "", model: Any = MODEL, trunk: str = "esm.") -> State:
+    return {prefix + name: tensor for name, tensor in mk.hugging_face_state(model, prefix=trunk).items()}
+
+
+def save(path: Path, content: Any) -> Path:
+    """By torch, or as a safetensors file, by the ending."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+def training(state: State, key: str = "state_dict") -> dict[str, Any]:
+    """What a training script keeps beside the weights."""
+    steps = {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.ones(3)}}
+    return {
+        "epoch": 3,
+        "global_step": torch.tensor(7),
+        "optimizer_states": [{"state": steps, "param_groups": [{"params": [0, 1]}]}],
+        "optimizer": {"state": steps, "names": {"a": torch.ones(2, 2)}},
+        "hyper_parameters": Namespace(arch="roberta_large", encoder_layers=99),
+        key: state,
+    }
+
+
+WRAPPERS = [
+    "", "model.", "module.", "esm.", "esm2.", "backbone.", "net.", "_orig_mod.", "module._orig_mod.model.net.",
+    "base_model.model.", "encoder.sentence_encoder.", "_forward_module.student.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("family", [fair_esm, hugging_face])
+def test_any_wrapper_in_any_container(tmp_path: Path, family: Callable[..., State], prefix: str) -> None:
+    state = family(prefix)
+    contents = {"a.pt": state, "a.bin": {"model": state}, "a.ckpt": training(state), "a.safetensors": state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, content in contents.items():
+            mk.expect_same_model(load_checkpoint(save(tmp_path / name, content)), MODEL)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "module", "weights", "ema", "net", "best"])
+def test_a_state_dict_under_any_key(tmp_path: Path, key: str) -> None:
+    for content in (training(hugging_face(), key), {"run": {"last": training(fair_esm("esm."), key)}}):
+        mk.expect_same_model(load_checkpoint(save(tmp_path / "a.ckpt", content)), MODEL)
+
+
+def within(state: State, old: str, new: str) -> State:
+    return {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+ALIASES: dict[str, State] = {
+    "compiled layers": within(fair_esm(), "layers.0.", "layers.0._orig_mod."),
+    "sharded layers": within(hugging_face(), "encoder.layer.1.", "encoder.layer.1._fsdp_wrapped_module."),
+    "the same trunk twice": fair_esm("model.esm.") | fair_esm("esm."),
+    "a trunk beside its language model": hugging_face("model.") | hugging_face("", trunk="backbone."),
+    "tied, saved once": {name: t for name, t in fair_esm("encoder.").items() if "embed_tokens" not in name},
+    "bias of the decoder": within(hugging_face(), "lm_head.bias", "lm_head.decoder.bias"),
+    "a text model beside it": hugging_face("protein.")
+    | within(hugging_face("text."), "contact_head", "head")
+    | {"text.esm.embeddings.word_embeddings.weight": torch.ones(99, 40)},
+    "keys that are no strings": {**fair_esm(), 5: torch.ones(2), b"x": torch.ones(2), None: {"y": torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.filterwarnings("ignore:.*holds more than ESM-2")
+def test_the_same_numbers_under_other_names(tmp_path: Path, name: str) -> None:
+    mk.expect_same_model(load_checkpoint(save(tmp_path / "a.pt", ALIASES[name])), MODEL)
+
+
+def test_a_state_dict_that_contains_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"state_dict": fair_esm()}
+    content["again"] = content
+    mk.expect_same_model(load_checkpoint(save(tmp_path / "a.pt", content)), MODEL)
+
+
+HEADS = {
+    "classifier": {"classifier.out_proj.weight": torch.ones(2, 40), "classifier.out_proj.bias": torch.ones(2)},
+    "model.regressor, model.scale": {"model.regressor.0.weight": torch.ones(1, 40), "model.scale": torch.ones(1)},
+    "esm.pooler": {"esm.pooler.dense.weight": torch.ones(40, 40)},
+}
+
+
+@pytest.mark.parametrize("named", HEADS)
+def test_other_heads_are_left_out_and_named(tmp_path: Path, named: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from numpyesm.cli import main
+
+    prefix = "model." if named.startswith("model.") else ""
+    path = save(tmp_path / "a.ckpt", training(hugging_face(prefix) | HEADS[named], "model_state"))
+    expected = ", ".join(f"model_state.{name}" for name in named.split(", "))
+    with pytest.warns(UserWarning, match=rf"a\.ckpt holds more than ESM-2, which is left out: {expected}$"):
+        mk.expect_same_model(load_checkpoint(path), MODEL)
+    assert main(["convert", str(path), "-o", str(tmp_path / "c.safetensors")]) == 0
+    assert f"left out: {expected}" in capfd.readouterr().err
+
+
+def test_what_the_configuration_of_fair_esm_calls_it_does_not_matter(tmp_path: Path) -> None:
+    content = mk.fair_esm_content(MODEL)
+    content["cfg"]["model"].arch = "roberta_large"
+    torch.save(content, tmp_path / "m.pt")
+    mk.write_regression(tmp_path / "m-contact-regression.pt", MODEL)
+    mk.expect_same_model(load_checkpoint(tmp_path / "m.pt"), MODEL)
+
+
+def test_a_class_of_somebodys_own(tmp_path: Path) -> None:
+    config = {"model_type": "fast_esm", "hidden_size": 40, "auto_map": {"AutoModel": "x--modeling_fastesm.FastEsm"}}
+    mk.expect_same_model(load_checkpoint(mk.write_hugging_face(tmp_path / "hf", hugging_face(), config)), MODEL)
+
+
+def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
+    folder = mk.write_hugging_face(tmp_path / "hf", hugging_face())
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save(folder / "adapter_model.safetensors", {"base_model.model.esm.x.lora_A.weight": torch.ones(2)})
+    for place in (folder, folder / "model.safetensors"):
+        with pytest.warns(UserWarning, match=r"adapter_config\.json .*its adapter is not applied"):
+            mk.expect_same_model(load_checkpoint(place), MODEL)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 20])
+def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
+    model = mk.fair_esm_model(ModelConfig(2, 40, heads, 160))
+    assert load_checkpoint(save(tmp_path / "m.pt", fair_esm("", model))).config.num_heads == heads
+    without = {name: tensor for name, tensor in fair_esm("", model).items() if "inv_freq" not in name}
+    assert load_checkpoint(save(tmp_path / "m.pt", without)).config.num_heads == heads
+    without = {name: tensor for name, tensor in without.items() if "contact" not in name}
+    with pytest.raises(CheckpointError, match="how many attention heads"):
+        load_checkpoint(save(tmp_path / "m.pt", without))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_untied_decoder_is_used(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    transformers = pytest.importorskip("transformers")
+    shape = ModelConfig(2, 64, 4, 256)
+    config = mk.hugging_face_config(shape, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    theirs = transformers.EsmForMaskedLM(transformers.EsmConfig(**config)).eval()
+    with torch.no_grad():
+        mk.with_half_precision_frequencies(theirs).lm_head.decoder.weight.normal_()
+    theirs.save_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        tokens = torch.tensor([[0, 20, 15, 11, 2]])  # MKT
+        expected = theirs(tokens).logits[0, 1:-1, 4:24].numpy()
+    untied = load_checkpoint(tmp_path / "hf").array("lm_head.decoder.weight")
+    np.testing.assert_array_equal(untied, theirs.lm_head.decoder.weight.detach().numpy().T)
+    for dtype, within in (("fp32", 1e-4), ("bf16", 0.2), ("int8", 0.2)):
+        path = convert(tmp_path / "hf", tmp_path / f"{dtype}.safetensors", dtype=dtype).path
+        found = ESM2.from_pretrained(path, backend=backend).encode(["MKT"], include=["logits"])[0].logits
+        np.testing.assert_allclose(found, expected, atol=within * float(np.abs(expected).max()))
+
+
+P, H = "encoder.sentence_encoder.", "esm.encoder.layer.0."
+LORA = {"base_model.model.esm.encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 40)}
+IA3 = {"base_model.model.esm.encoder.layer.0.attention.self.key.ia3_l": torch.ones(40, 1)}
+ESM_C = {"embed.weight": torch.ones(64, 40), "transformer.blocks.0.attn.layernorm_qkv.1.weight": torch.ones(120, 40)}
+WORDS = "esm.embeddings.word_embeddings.weight"
+LEARNED = {k: v for k, v in fair_esm().items() if "inv_freq" not in k} | {"embed_positions.weight": torch.ones(9, 40)}
+REFUSED: dict[str, tuple[State, str]] = {
+    "two trunks": (fair_esm("student.") | fair_esm("teacher.", OTHER), r"two ESM-2 .*'student\.' and 'teacher\.'"),
+    "two families": (fair_esm("a.") | hugging_face("b.", OTHER), r"two ESM-2 .*'a\.' and 'b\.esm\.'"),
+    "the same name twice": (fair_esm("m.") | fair_esm("_orig_mod.m."), "twice"),
+    "LoRA alone": (LORA, "a LoRA adapter that is not merged.*merge it first"),
+    "LoRA inside": (hugging_face() | {H + "attention.self.query.lora_A.default.weight": torch.ones(2, 40)}, "LoRA"),
+    "IA3": (IA3, "an IA3 adapter that is not merged"),
+    "bitsandbytes 8": (hugging_face() | {H + "output.dense.SCB": torch.ones(40)}, r"quantised \(bitsandbytes, 8 bits"),
+    "bitsandbytes 4": (hugging_face() | {H + "output.dense.weight.absmax": torch.ones(40)}, "bitsandbytes, 4 bits"),
+    "float8": (
+        hugging_face() | {H + "output.dense.weight": torch.ones(40, 160).to(torch.float8_e4m3fn)},
+        "quantised .*F8_E4M3",
+    ),
+    "int8": (hugging_face() | {H + "output.dense.weight": torch.ones(40, 160, dtype=torch.int8)}, "quantised .*I8"),
+    "ESM C": (ESM_C, "an ESM C checkpoint"),
+    "ESM3": (ESM_C | {"transformer.blocks.0.geom_attn.proj.weight": torch.ones(2)}, "an ESM3 checkpoint"),
+    "ESMFold": (hugging_face() | {"trunk.blocks.0.x.weight": torch.ones(2)}, "an ESMFold checkpoint"),
+    "MSA": ({P + "layers.0.row_self_attention.layer.q_proj.weight": torch.ones(2)}, "an MSA Transformer"),
+    "SaProt": (hugging_face() | {WORDS: torch.ones(446, 40)}, "SaProt checkpoint.*446 tokens"),
+    "padded": (hugging_face() | {WORDS: torch.ones(64, 40)}, "padded to 64 tokens.*NVIDIA"),
+    "Transformer Engine": ({"esm.encoder.layers.0.self_attention.layernorm_qkv.weight": torch.ones(2)}, "NVIDIA"),
+    "another vocabulary": (fair_esm() | {"embed_tokens.weight": torch.ones(30, 40)}, "knows 30 tokens"),
+    "no embedding": (
+        within(within(hugging_face(), "word_e", "e"), "lm_h", "h"),
+        r"word_embeddings\.weight' is missing",
+    ),
+    "ESM-1b": (
+        LEARNED | {"emb_layer_norm_before.weight": torch.ones(40)},
+        r"an ESM-1b checkpoint \(learned positions\)",
+    ),
+    "ESM-1v": (LEARNED, r"an ESM-1v checkpoint \(learned positions\)"),
+    "a part that ESM-2 lacks": (fair_esm() | {"layers.0.adapter.weight": torch.ones(2)}, "'layers.0.adapter.weight'"),
+    "no model": ({"a.weight": torch.ones(2, 2)}, r"none of its 1 tensors \('a.weight'\) is of an ESM-2 layer"),
+    "no names": ({1: torch.ones(2), 2: torch.ones(3)}, "holds no named tensors"),
+    "missing layer": ({k: v for k, v in fair_esm().items() if "layers.0." not in k}, "layer 0 is missing"),
+    "layers without bound": (fair_esm() | {"layers.999999.fc1.bias": torch.ones(1)}, "layer 2 is missing"),
+    "missing tensor": ({k: v for k, v in fair_esm().items() if k != "layers.1.fc2.bias"}, r"1\.fc2\.bias' is missing"),
+    "missing half of a head": ({k: v for k, v in fair_esm().items() if k != "lm_head.dense.bias"}, "dense.bias"),
+    "wrong shape": (fair_esm() | {"layers.1.fc2.bias": torch.ones(41)}, r"shape \(41,\), expected \(40,\)"),
+    "infinite": (fair_esm() | {"layers.0.fc1.bias": torch.full((160,), float("inf"))}, "NaN or infinite"),
+    "integers": (fair_esm() | {"layers.0.fc1.bias": torch.ones(160, dtype=torch.long)}, "stored as I64"),
+    "two biases": (hugging_face() | {"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_everything_else_has_its_sentence(tmp_path: Path, name: str, suffix: str) -> None:
+    state, message = REFUSED[name]
+    if suffix == ".safetensors" and not all(isinstance(key, str) for key in state):
+        pytest.skip("safetensors has string keys only")
+    path = save(tmp_path / "folder" / f"model{suffix}", state)
+    for place in (path, path.parent):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_checkpoint(place)
+        assert "\n" not in str(caught.value)
+        assert str(place) in str(caught.value)
+
+
+def whole(tmp_path: Path, suffix: str) -> bytes:
+    return save(tmp_path / f"whole{suffix}", fair_esm()).read_bytes()
+
+
+DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "pointer": (
+        "model.safetensors",
+        lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "Git LFS",
+    ),
+    "pointer of torch": ("pytorch_model.bin", lambda _: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    "half a file": ("model.safetensors", lambda whole: whole[: len(whole) // 2], "truncated"),
+    "half an archive": ("pytorch_model.bin", lambda whole: whole[: len(whole) // 2], "truncated"),
+    "half a header": ("model.safetensors", lambda whole: whole[:100], "truncated"),
+    "unfinished": ("m.safetensors.incomplete", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+    "unfinished archive": ("m.pt.part", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_pointers_and_half_downloads(tmp_path: Path, name: str) -> None:
+    file, damage, message = DAMAGED[name]
+    path = tmp_path / "folder" / file
+    path.parent.mkdir()
+    path.write_bytes(damage(whole(tmp_path, ".safetensors" if "safetensors" in file else ".pt")))
+    (path.parent / "config.json").write_text(json.dumps(mk.hugging_face_config()))
+    for place in (path, path.parent):
+        with pytest.raises((CheckpointError, WeightsNotFound), match=message) as caught:
+            load_checkpoint(place)
+        assert "\n" not in str(caught.value)

@@ -27,7 +27,7 @@ import numpy as np
 
 from numpyesm import ESM2
 from numpyesm.alphabet import AMINO_ACIDS
-from numpyesm.service.answers import gzip_pieces, json_pieces
+from numpyesm.formats import gzip_pieces, json_results
 
 CLIENTS = (1, 16, 64)
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -111,8 +111,8 @@ def measure_json(model: ESM2) -> dict[str, float]:
     batch = sequences(8, 512)
     compute = _best(lambda: model.encode(batch, include=["per_token"]))
     results = model.encode(batch, include=["per_token"])
-    plain = _best(lambda: b"".join(json_pieces(results)))
-    zipped = _best(lambda: b"".join(gzip_pieces(json_pieces(results))))
+    plain = _best(lambda: b"".join(json_results(results)))
+    zipped = _best(lambda: b"".join(gzip_pieces(json_results(results))))
     total = compute + plain
     return {
         "compute_ms": compute * 1e3,
@@ -120,7 +120,7 @@ def measure_json(model: ESM2) -> dict[str, float]:
         "json_and_gzip_ms": zipped * 1e3,
         "json_share": plain / total,
         "json_and_gzip_share": zipped / (compute + zipped),
-        "json_mb": len(b"".join(json_pieces(results))) / 1e6,
+        "json_mb": len(b"".join(json_results(results))) / 1e6,
     }
 
 

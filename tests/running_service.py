@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from conftest import SMALL
@@ -24,6 +25,42 @@ from conftest import SMALL
 from numpyesm import ESM2
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
+
+
+def items(*sequences: Any) -> list[dict[str, Any]]:
+    """Sequences as a request has them."""
+    return [{"sequence": sequence} for sequence in sequences]
+
+
+def check_error(answer: Any, status: int, *fields: str) -> dict[str, Any]:
+    """The one shape of an error; `fields` are all that `error` names."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    document: dict[str, Any] = answer.json()
+    assert set(document) == {"detail", "errors", "status_code", "code", "error"}
+    assert document["status_code"] == status
+    assert document["code"].startswith("user." if status < 500 else "server.")
+    assert isinstance(document["detail"], str)
+    assert [set(problem) for problem in document["errors"]] == [{"loc", "field", "msg"}] * len(document["errors"])
+    assert {problem["field"] for problem in document["errors"]} == set(document["error"])
+    if fields:
+        assert set(document["error"]) == set(fields)
+    return document
+
+
+def same(got: Any, expected: Any) -> None:
+    """Equal in keys, strings and order, and in numbers as float32."""
+    if isinstance(expected, dict):
+        assert list(got) == list(expected)
+        for key in expected:
+            same(got[key], expected[key])
+    elif isinstance(expected, list) and expected and isinstance(expected[0], float | list):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            same(one, other)
+    else:
+        assert got == (pytest.approx(expected) if isinstance(expected, float) else expected)
 
 
 def receive_all(connection: socket.socket) -> bytes:
@@ -35,10 +72,18 @@ def receive_all(connection: socket.socket) -> bytes:
     return got
 
 
+def _limit_address_space(size: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
 class RunningService:
     """A service on a free loopback port."""
 
-    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *options: str, environment: dict[str, str] | None = None, address_space: int | None = None
+    ) -> None:
         command = [sys.executable, "-m", "numpyesm", "serve", "--port", "0", *options]
         clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMPYESM_")}
         self.process = subprocess.Popen(
@@ -47,6 +92,7 @@ class RunningService:
             stderr=subprocess.PIPE,
             text=True,
             env=clean | (environment or {}),
+            preexec_fn=None if address_space is None else lambda: _limit_address_space(address_space),
         )
         self.log: list[str] = []
         self.talk: list[str] = []
@@ -129,9 +175,9 @@ class RunningService:
 
 
 @contextlib.contextmanager
-def serving(*options: str, environment: dict[str, str] | None = None) -> Iterator[RunningService]:
+def serving(*options: str, **limits: Any) -> Iterator[RunningService]:
     """A service that is stopped at the end."""
-    service = RunningService(*options, environment=environment)
+    service = RunningService(*options, **limits)
     try:
         yield service
     finally:

@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["tutorial.md", "scoring.md", "from-fair-esm.md", "service.md"]
 HOST = "http://127.0.0.1:8000"
-NEEDS = {"tutorial.md": ["fastapi", "requests"], "service.md": ["fastapi", "requests"], "from-fair-esm.md": ["sklearn"]}
+NEEDS = {
+    "tutorial.md": ["starlette", "requests"],
+    "service.md": ["starlette", "requests"],
+    "from-fair-esm.md": ["sklearn"],
+}
 
 
 def blocks(page: str, kind: str) -> list[str]:
@@ -38,7 +42,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a service that has the model of the pages, but small and synthetic."""
-    pytest.importorskip("fastapi")
+    pytest.importorskip("starlette")
     pytest.importorskip("requests")
     from running_service import serving, small_weights
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import random_sequence
-from running_service import RunningService, load_quietly, serving, small_weights
-from test_service_contract import items, same
+from running_service import RunningService, items, load_quietly, same, serving, small_weights
 
 from numpyesm import ESM2
 

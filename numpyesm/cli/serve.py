@@ -18,16 +18,14 @@ Number = TypeVar("Number", int, float)
 def run(arguments: argparse.Namespace) -> int:
     """Load the models, listen, serve until a signal says to leave."""
     try:
-        import fastapi  # noqa: F401
-        import orjson  # noqa: F401
         import prometheus_client  # noqa: F401
-        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtra(f"the service needs {error.name}: pip install 'numpyesm[serve]'") from error
+    from ..api.catalog import Catalog
+    from ..api.keys import ENVIRONMENT, KeyRing, read_keys
     from ..service.app import Service
-    from ..service.auth import ENVIRONMENT, KeyRing, read_keys
-    from ..service.catalog import Catalog
     from ..service.hosts import is_loopback
     from ..service.server import Server, addresses, bind
     from ..service.settings import Settings, default_max_memory
@@ -56,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="numpyesm: %(levelname)s: %(message)s")
     sockets = bind(arguments.host, arguments.port)  # before the models: a taken port should not cost their loading
     service = Service(Catalog(_load(arguments)), keys, settings)
-    service.engine.prepare()  # before the server: what is wrong is told as wrong use, not as a failure of its start
+    service.prepare()  # before the server: what is wrong is told as wrong use, not as a failure of its start
     port = sockets[0].getsockname()[1]
     name = arguments.host if ":" not in arguments.host else f"[{arguments.host}]"
     print(
@@ -71,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
     """The models: those that `--model` names, and esm2-35m, if it is named, found, or nothing else is."""
-    from ..service.slugs import check_slug
+    from ..api.catalog import check_slug
     from ..weights.locate import find_local
 
     wanted: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """The service as an AWS Lambda function: set its handler to `numpyesm.serverless.handler`.
 
-Nothing of FastAPI or pydantic is loaded. Inside Lambda the model is loaded when this package is imported, in the
+No web framework is loaded. Inside Lambda the model is loaded when this package is imported, in the
 function's init phase, which has a whole CPU for itself; elsewhere when the first event comes.
 """
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from ..service.errors import ApiError, invalid
+from ..api.bodies import Gunzip, too_large
+from ..api.errors import ApiError, invalid
 
 # At most one segment in front: the stage, or the base path of a custom domain.
 _ROUTES = re.compile(
     r"(?:/[^/]+)??/(?:api/v[13]/(?:schema/(?P<schema_slug>[^/]+)/(?P<schema_action>[^/]+)"
     r"|(?P<models>models)"
     r"|(?P<slug>[^/]+)/(?P<action>[^/]+))"
+    r"|(?:api/)?ui/(?P<sdk_models>community-api-models)(?:/(?P<sdk_slug>[^/]+))?"
     r"|(?P<health>healthz|readyz))/?"
 )
 _MAX_BODY = 6 << 20  # what Lambda lets through
 _MAX_UNPACKED = 2 << 20
-_MAX_MEMBERS = 16
 
 
 class NotARequest(Exception):
@@ -42,16 +42,15 @@ class Request:
     method, path : str
     headers : dict of str to list of str
         Names in lower case.
-    version : str
-        `1.0` or `2.0`.
+    content : str
+        The body, perhaps in base64.
     """
 
     method: str
     path: str
     headers: Mapping[str, Sequence[str]]
-    version: str = "2.0"
-    _body: str = field(default="", repr=False)
-    _is_base64: bool = False
+    content: str = field(default="", repr=False)
+    is_base64: bool = False
 
     def header(self, name: str) -> str | None:
         """All values of a header, joined."""
@@ -73,24 +72,26 @@ class Request:
         ApiError
             413 if it is too large, 422 if base64 or gzip are damaged.
         """
-        if len(self._body) > _MAX_BODY * 4 // 3 + 4:
-            raise ApiError(413, f"the body is larger than {_MAX_BODY} bytes")
-        if self._is_base64:
+        if len(self.content) > _MAX_BODY * 4 // 3 + 4:
+            raise too_large(_MAX_BODY)
+        if self.is_base64:
             try:
-                data = base64.b64decode(self._body, validate=True)
+                data = base64.b64decode(self.content, validate=True)
             except (binascii.Error, ValueError):
                 raise invalid([((), "the body is not base64, as the event says")]) from None
         else:
-            data = self._body.encode("utf-8", "surrogatepass")
+            data = self.content.encode("utf-8", "surrogatepass")
         if gzipped:
-            return _gunzip(data)
+            unpack = Gunzip(_MAX_UNPACKED)
+            data = unpack.feed(data)
+            unpack.finish()
         if len(data) > _MAX_UNPACKED:
-            raise ApiError(413, f"the body is larger than {_MAX_UNPACKED} bytes")
+            raise too_large(_MAX_UNPACKED)
         return data
 
 
 def read_event(event: Any) -> Request:
-    """The HTTP request in an event.
+    """Read the HTTP request in an event.
 
     Raises
     ------
@@ -98,14 +99,12 @@ def read_event(event: Any) -> Request:
     """
     if not isinstance(event, Mapping):
         raise NotARequest(f"the event is {type(event).__name__}, not an object")
-    context = event.get("requestContext")
-    context = context if isinstance(context, Mapping) else {}
-    http = context.get("http")
-    if isinstance(http, Mapping) or event.get("version") == "2.0":
-        http = http if isinstance(http, Mapping) else {}
-        method, path, version = http.get("method"), event.get("rawPath") or http.get("path"), "2.0"
+    context = _mapping(event, "requestContext")
+    http = _mapping(context, "http")
+    if http or event.get("version") == "2.0":
+        method, path = http.get("method"), event.get("rawPath") or http.get("path")
     else:
-        method, path, version = event.get("httpMethod"), event.get("path"), "1.0"
+        method, path = event.get("httpMethod"), event.get("path")
     if not isinstance(method, str) or not isinstance(path, str):
         raise NotARequest("the event is not of a function URL or of API Gateway (no method or path in it)")
     body = event.get("body")
@@ -117,46 +116,23 @@ def read_event(event: Any) -> Request:
     # A stage may be called "api": what is a route already has no stage in front that must go.
     if in_front and path.startswith(in_front) and _ROUTES.fullmatch(path) is None:
         path = path[len(in_front) - 1 :]
-    return Request(method.upper(), path, _headers(event), version, body or "", event.get("isBase64Encoded") is True)
+    return Request(method.upper(), path, _headers(event), body or "", event.get("isBase64Encoded") is True)
+
+
+def _mapping(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = owner.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _headers(event: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    several = event.get("multiValueHeaders")
-    single = event.get("headers")
-    for name, values in several.items() if isinstance(several, Mapping) else ():
+    for name, values in _mapping(event, "multiValueHeaders").items():
         if isinstance(values, list):
             found[str(name).lower()] = [str(value) for value in values]
-    for name, value in single.items() if isinstance(single, Mapping) else ():
+    for name, value in _mapping(event, "headers").items():
         if value is not None:
             found.setdefault(str(name).lower(), [str(value)])
     return found
-
-
-def _gunzip(data: bytes) -> bytes:
-    out = bytearray()
-    for _ in range(_MAX_MEMBERS):
-        member = zlib.decompressobj(31)
-        try:
-            out += member.decompress(data, _MAX_UNPACKED - len(out) + 1)
-        except zlib.error as error:
-            raise invalid(
-                [
-                    (
-                        (),
-                        f"the body is not gzip, as Content-Encoding says: {error} (API Gateway's REST interface passes "
-                        "binary bodies on only if its binaryMediaTypes list them)",
-                    )
-                ]
-            ) from None
-        if len(out) > _MAX_UNPACKED:
-            raise ApiError(413, f"the unpacked body is larger than {_MAX_UNPACKED} bytes")
-        if not member.eof:
-            raise invalid([((), "the gzip body ends in the middle")])
-        data = member.unused_data
-        if not data:
-            return bytes(out)
-    raise invalid([((), f"the gzip body has more than {_MAX_MEMBERS} members")])
 
 
 def as_answer(status: int, content: bytes, headers: Mapping[str, str], binary: bool) -> dict[str, Any]:

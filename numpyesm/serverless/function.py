@@ -8,32 +8,34 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..alphabet import MASK
+from ..api.bodies import parse_json
+from ..api.catalog import Catalog, ServedModel, check_slug
+from ..api.errors import ApiError
+from ..api.media import GZIP_FROM, JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
+from ..api.requests import Work, check_request
 from ..errors import InvalidOption, NotEnoughMemory, NumpyesmError
+from ..formats import Result, gzip_pieces, json_bytes, json_results, npz_results
 from ..model import ESM2
-from ..options import BY_LAYER
-from ..service.errors import ApiError, invalid
-from ..service.negotiation import JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
-from ..service.slugs import check_slug
-from ..service.strict_json import parse_json
+from ..results import count_numbers
 from ..threads import default_threads
-from .deadline import Deadline, DeadlinePassed, Pace
+from .deadline import Deadline, DeadlinePassed
 from .events import NotARequest, Request, as_answer, read_event
-from .validation import ACTIONS, MAX_ITEMS, Work, check_request, request_schema
-from .writing import fits, may_fit, numbers_of, to_gzip, to_json, to_npz
 
 if TYPE_CHECKING:
-    from ..service.auth import KeyRing
+    from ..api.keys import KeyRing
 
 log = logging.getLogger("numpyesm.serverless")
 
-_GZIP_FROM = 256
-# An estimate may be off: only what would take so many times the time that is left is refused without a try.
-_HOPELESS = 1.5
+# Lambda takes no larger answer, as JSON, in which a binary body is base64; and what is in it around the body.
+_MAX_ANSWER = 6 << 20
+_AROUND = 2048
+# Bytes of a number in an answer, at least: what is too large even so is refused before it is computed.
+_LEAST_BYTES = {"json": 8.0, "gzip": 4.0 * 4 / 3, "npz": 4.0 * 4 / 3}
 # Of the function's memory that the model may not have: the runtime itself, the event, the answer as text.
 _KEPT_BACK = 56 << 20
 # MB of memory with which AWS gives one CPU.
@@ -42,7 +44,7 @@ _MEMORY_PER_CPU = 1769
 
 @dataclass(frozen=True)
 class _Answer:
-    """What goes back, before AWS's form."""
+    """What goes back, before it takes AWS's form."""
 
     content: bytes
     headers: dict[str, str]
@@ -55,16 +57,20 @@ class Function:
 
     Settings are environment variables: `NUMPYESM_MODEL` (`slug=weights` or weights; the one file in `weights/` by
     default), `NUMPYESM_API_KEYS`, `NUMPYESM_BACKEND`, `NUMPYESM_PRECISION`, `NUMPYESM_THREADS`.
+
+    Parameters
+    ----------
+    catalog : Catalog, optional
+        What to serve instead of what the environment names.
     """
 
-    def __init__(self) -> None:
-        self._loaded: tuple[str, ESM2] | None = None
+    def __init__(self, catalog: Catalog | None = None) -> None:
+        self._catalog = catalog
         self._keys: KeyRing | None = None
-        self._pace = Pace()
 
-    def load(self) -> tuple[str, ESM2]:
-        """The model under its slug; loaded and run once when first asked for."""
-        if self._loaded is None:
+    def load(self) -> Catalog:
+        """Return the one model under its slug; it is loaded and run once when first asked for."""
+        if self._catalog is None:
             started = time.perf_counter()
             slug, source = _chosen_model()
             with warnings.catch_warnings():
@@ -88,9 +94,9 @@ class Function:
                     ) from None
             # What is made when first used is made in the init phase; the first event then runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
-            self._loaded = slug or model.name, model
+            self._catalog = Catalog({slug or model.name: model})
             _print_line(event="loaded", model=repr(model), seconds=round(time.perf_counter() - started, 3))
-        return self._loaded
+        return self._catalog
 
     def handle(self, event: Any, context: Any = None) -> dict[str, Any]:
         """Answer one event; whatever happens, in the shape that AWS expects."""
@@ -101,23 +107,13 @@ class Function:
             request = read_event(event)
             facts |= {"method": request.method, "path": request.path[:200]}
             answer = self._answer(request, Deadline(context), facts)
-        except NotARequest as error:
-            answer = _refusal(ApiError(400, str(error)))
-        except ApiError as error:
-            answer = _refusal(error)
-            facts["reason"] = error.detail[:300]
-        except NotEnoughMemory as error:
-            answer = _refusal(ApiError(413, str(error), code="user.memory"))
-        except DeadlinePassed:
-            answer = _refusal(_too_late("the function's time was nearly up"))
-        except MemoryError:
-            answer = _refusal(ApiError(503, "not enough memory just now", code="server.memory"))
         except Exception as error:
-            log.exception("request %s failed", request_id)
-            known = isinstance(error, NumpyesmError)
-            answer = _refusal(ApiError(500, "the model could not compute this request" if known else "internal error"))
+            refusal = _as_api_error(error, request_id)
+            facts["reason"] = refusal.detail[:300]
+            headers = {name.lower(): value for name, value in refusal.headers.items()}
+            answer = _Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
         headers = answer.headers | {"x-request-id": request_id}
-        if self._loaded is not None and self._loaded[1].checkpoint.synthetic:
+        if self._catalog is not None and any(served.checkpoint.synthetic for served in self._catalog):
             headers["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
         sent = as_answer(answer.status, answer.content, headers, answer.binary)
         _print_line(**facts, status=answer.status, bytes=len(sent["body"]), ms=_milliseconds(started))
@@ -127,92 +123,89 @@ class Function:
         route = request.route()
         if "health" in route:
             _check_method(request, "GET", "HEAD")
-            slug, _ = self.load()
-            return _json({"status": "ok"} if route["health"] == "healthz" else {"status": "ready", "models": [slug]})
+            catalog = self.load()
+            healthy = route["health"] == "healthz"
+            return _json({"status": "ok"} if healthy else {"status": "ready", "models": catalog.slugs})
         self._check_key(request)
-        slug, model = self.load()
-        if "models" in route:
-            _check_method(request, "GET", "HEAD")
-            return _json({"models": [_describe(slug, model)]})
-        if "schema_slug" in route:
-            _check_method(request, "GET", "HEAD")
-            action = self._find(route["schema_slug"], route["schema_action"])
-            return _json(request_schema(slug, action, model.config.num_layers))
-        action = self._find(route["slug"], route["action"])
-        _check_method(request, "POST")
-        return self._act(request, action, model, deadline, facts)
-
-    def _act(self, request: Request, action: str, model: ESM2, deadline: Deadline, facts: dict[str, Any]) -> _Answer:
-        check_json_type(request.header("content-type"))
-        body = request.body(is_gzipped(request.header("content-encoding")))
-        work = check_request(action, parse_json(body), model.config.num_layers)
-        _check_possible(work, model)
-        form = "npz" if answer_form(request.header("accept")) == NPZ_TYPE else "json"
-        if form == "json" and wants_gzip(request.header("accept-encoding")):
-            form = "gzip"
-        numbers = numbers_of(work, model.config)
-        if not may_fit(numbers, form):
-            raise _too_large(numbers, form)
-        lengths = [length + 2 for length in work.lengths]
-        facts |= {"items": len(lengths), "residues": sum(work.lengths)}
-        dear = bool(work.include & {"contacts", "attentions"})
-        deadline.check()
-        expected = self._pace.expect(lengths, dear)
-        if expected > _HOPELESS * deadline.left:
-            self._pace.doubt()
-            raise _too_late(f"this request takes about {expected:.1f} s")
-        started = time.perf_counter()
-        # Without an alarm nothing can interrupt: then one item at a time, with a look at the clock between.
-        pieces = [work.sequences] if deadline.has_alarm else [[sequence] for sequence in work.sequences]
-        results: list[Any] = []
-        with deadline.alarm():
-            for piece in pieces:
-                deadline.check()
-                results += _compute(model, work, piece)
-            self._pace.note(lengths, dear, time.perf_counter() - started)
-            for index, result in enumerate(results):
-                if hasattr(result, "sequence_index"):
-                    result.sequence_index = index
-            facts["compute_ms"] = _milliseconds(started)
-            content = to_npz(results) if form == "npz" else to_json(results)
-            headers = {"content-type": NPZ_TYPE if form == "npz" else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
-            if form == "gzip" and len(content) >= _GZIP_FROM:
-                content = to_gzip(content)
-                headers["content-encoding"] = "gzip"
-            binary = form == "npz" or "content-encoding" in headers
-            # In the answer that Lambda takes, JSON is text in JSON: each quotation mark has two bytes.
-            size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
-            if not fits(size):
-                raise _too_large(numbers, form, size)
-        return _Answer(content, headers, binary=binary)
-
-    def _find(self, slug: str, action: str) -> str:
-        known, model = self.load()
-        if slug != known:
-            raise ApiError(404, f"there is no model {slug[:80]!r} here; there are {known}")
-        actions = _actions(model)
-        if action not in actions:
-            reason = ": its weights have no LM head" if action in ACTIONS else ""
-            raise ApiError(404, f"{slug} has no action {action[:80]!r}{reason}; it has {', '.join(actions)}")
-        return action
+        catalog = self.load()
+        if "action" in route:
+            served = catalog.find(route["slug"], route["action"])
+            _check_method(request, "POST")
+            return _act(request, served, route["action"], deadline, facts)
+        _check_method(request, "GET", "HEAD")
+        return _json(_document(route, catalog))
 
     def _check_key(self, request: Request) -> None:
-        """ApiError 401 unless a known key was sent, or none is set: AWS decides who may call."""
+        """Raise ApiError 401 unless a known key was sent, or none is set: then AWS decides who may call."""
         if self._keys is None:
-            from ..service.auth import KeyRing, read_keys
+            from ..api.keys import KeyRing, read_keys
 
             self._keys = KeyRing(read_keys(None))
-        self._keys.identify(
-            [value.encode("utf-8", "surrogatepass") for value in request.headers.get("authorization", ())]
-        )
+        values = request.headers.get("authorization", ())
+        self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
 
 
-def _compute(model: ESM2, work: Work, sequences: list[str]) -> list[Any]:
-    if work.action == "encode":
-        return list(model.encode(sequences, work.layers, sorted(work.include)))
+def _act(request: Request, served: ServedModel, action: str, deadline: Deadline, facts: dict[str, Any]) -> _Answer:
+    check_json_type(request.header("content-type"))
+    body = request.body(is_gzipped(request.header("content-encoding")))
+    work = check_request(served, action, parse_json(body))
+    form = "npz" if answer_form(request.header("accept")) == NPZ_TYPE else "json"
+    if form == "json" and wants_gzip(request.header("accept-encoding")):
+        form = "gzip"
+    numbers = _numbers(work)
+    if not _fits(numbers * _LEAST_BYTES[form]):
+        raise _too_large(f"{numbers:,} numbers", form)
+    facts |= {"items": len(work.tokens), "residues": sum(work.lengths)}
+    with deadline.alarm():
+        started = time.perf_counter()
+        results = []
+        for result in work.compute():
+            deadline.check()
+            results.append(result)
+        facts["compute_ms"] = _milliseconds(started)
+        answer = _write(results, form)
+    # In the answer that Lambda takes, JSON is text in JSON: each quotation mark has two bytes.
+    content = answer.content
+    size = len(content) * 4 / 3 + 4 if answer.binary else len(content) + content.count(b'"')
+    if not _fits(size):
+        raise _too_large(f"{size / (1 << 20):.1f} MB", form)
+    return answer
+
+
+def _write(results: list[Result], form: str) -> _Answer:
+    headers = {"content-type": NPZ_TYPE if form == "npz" else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
+    content = b"".join(npz_results(results) if form == "npz" else json_results(results))
+    if form == "gzip" and len(content) >= GZIP_FROM:
+        content = b"".join(gzip_pieces([content]))
+        headers["content-encoding"] = "gzip"
+    return _Answer(content, headers, binary=form == "npz" or "content-encoding" in headers)
+
+
+def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
+    """What there is to read: the models, and the schema of an action."""
+    if "models" in route:
+        return {"models": [served.describe() for served in catalog]}
+    if "sdk_slug" in route:
+        return catalog.get(route["sdk_slug"]).describe_for_sdk()
+    if "sdk_models" in route:
+        return {"models": [served.describe_for_sdk() for served in catalog]}
+    from ..api.schema import request_schema  # not in a cold start
+
+    action = route["schema_action"]
+    return request_schema(catalog.find(route["schema_slug"], action), action)
+
+
+def _numbers(work: Work) -> int:
+    """How many numbers the answer has."""
     if work.action == "predict":
-        return list(model.predict(sequences, work.positions))
-    return [float(score) for score in model.log_prob(sequences)]
+        masked = work.positions == "masked"
+        return sum(20 * (tokens == MASK).sum() if masked else 20 * (len(tokens) - 2) for tokens in work.tokens)
+    return sum(count_numbers(work.outputs, work.served.model.config, length) for length in work.lengths)
+
+
+def _fits(size: float) -> bool:
+    """Whether a body of so many bytes (base64 counted) can be sent."""
+    return size + _AROUND <= _MAX_ANSWER
 
 
 def _chosen_model() -> tuple[str | None, str]:
@@ -247,79 +240,48 @@ def _threads() -> int | None:
     return max(1, min(default_threads(), int(size) // _MEMORY_PER_CPU))
 
 
-def _actions(model: ESM2) -> tuple[str, ...]:
-    return ACTIONS if model.checkpoint.has_lm_head else ("encode",)
-
-
-def _describe(slug: str, model: ESM2) -> dict[str, Any]:
-    from .._version import __version__
-    from ..config import MAX_RESIDUES
-
-    config = model.config
-    return {
-        "slug": slug,
-        "name": model.name,
-        "layers": config.num_layers,
-        "width": config.embed_dim,
-        "heads": config.num_heads,
-        "max_length": MAX_RESIDUES,
-        "max_items": MAX_ITEMS,
-        "actions": list(_actions(model)),
-        "contacts": model.checkpoint.has_contact_head,
-        "synthetic": model.checkpoint.synthetic,
-        "precision": model.precision,
-        "backend": model.backend,
-        "version": __version__,
-    }
-
-
 def _check_method(request: Request, *allowed: str) -> None:
     if request.method not in allowed:
         raise ApiError(405, "this address does not take this method", headers={"Allow": ", ".join(allowed)})
 
 
-def _check_possible(work: Work, model: ESM2) -> None:
-    """ApiError 422 for what is well formed and cannot be had from these weights."""
-    problems: list[tuple[tuple[str | int, ...], str]] = []
-    if work.action == "encode" and work.include & BY_LAYER and not work.layers:
-        problems.append((("params", "repr_layers"), "name at least one layer, or include only outputs without layers"))
-    if "logits" in work.include and not model.checkpoint.has_lm_head:
-        problems.append((("params", "include"), f"logits: the weights of {model.name} have no LM head"))
-    if "contacts" in work.include and not model.checkpoint.has_contact_head:
-        problems.append((("params", "include"), f"contacts: the weights of {model.name} have no contact head"))
-    if problems:
-        raise invalid(problems)
-
-
-def _too_large(numbers: int, form: str, size: float | None = None) -> ApiError:
-    """413 that says what to ask less of."""
-    room = f"{size / (1 << 20):.1f} MB" if size is not None else f"{numbers:,} numbers"
+def _too_large(size: str, form: str) -> ApiError:
+    """Make the 413 that says what to ask less of."""
     other = "" if form != "json" else "send Accept-Encoding: gzip or Accept: application/x-npz, or "
     return ApiError(
         413,
-        f"the answer has {room} and a Lambda function may send 6 MB: {other}ask for fewer items at a time, fewer "
+        f"the answer has {size} and a Lambda function may send 6 MB: {other}ask for fewer items at a time, fewer "
         "layers, or less of per_token, contacts and logits",
         code="user.answer_too_large",
         problems=[(("params",), "ask for fewer outputs or layers"), (("items",), "send fewer items at a time")],
     )
 
 
-def _too_late(what: str) -> ApiError:
-    return ApiError(
-        503,
-        f"{what}: send fewer or shorter sequences at a time, or raise the function's time-out or memory",
-        code="server.deadline",
-        headers={"Retry-After": "1"},
-    )
+def _as_api_error(error: Exception, request_id: str) -> ApiError:
+    """What a client may know of a failure; the rest is in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NotARequest):
+        return ApiError(400, str(error))
+    if isinstance(error, NotEnoughMemory):
+        return ApiError(413, str(error), code="user.memory")
+    if isinstance(error, DeadlinePassed):
+        return ApiError(
+            503,
+            "the function's time was nearly up: send fewer or shorter sequences at a time, or raise the function's "
+            "time-out or memory",
+            code="server.deadline",
+            headers={"Retry-After": "1"},
+        )
+    if isinstance(error, MemoryError):
+        return ApiError(503, "not enough memory just now", code="server.memory")
+    log.error("request %s failed", request_id, exc_info=error)
+    known = isinstance(error, NumpyesmError)
+    return ApiError(500, "the model could not compute this request" if known else "internal error")
 
 
-def _refusal(error: ApiError) -> _Answer:
-    headers = {name.lower(): value for name, value in error.headers.items()}
-    return _Answer(error.body(), {"content-type": JSON_TYPE} | headers, error.status)
-
-
-def _json(document: Mapping[str, Any]) -> _Answer:
-    return _Answer(json.dumps(document, separators=(",", ":")).encode(), {"content-type": JSON_TYPE})
+def _json(document: dict[str, Any]) -> _Answer:
+    return _Answer(json_bytes(document), {"content-type": JSON_TYPE})
 
 
 def _milliseconds(started: float) -> float:
@@ -327,5 +289,5 @@ def _milliseconds(started: float) -> float:
 
 
 def _print_line(**facts: Any) -> None:
-    """One JSON line in the function's log."""
+    """Write one JSON line to the function's log."""
     print(json.dumps(facts, default=str), flush=True)

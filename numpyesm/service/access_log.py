@@ -1,54 +1,54 @@
-"""One JSON line a request, written by a thread of its own so that a stuck pipe stops nobody."""
+"""One JSON line per request, written by a thread of its own so that a stuck pipe stops nobody."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any, TextIO
 
-import orjson
+from ..formats import json_bytes
 
 _MAX_WAITING = 10_000
 
 
+class _Quiet:
+    """Drop what cannot be written: the queue is full, or the reader of the pipe is gone."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return
+
+
+class _QueueHandler(_Quiet, QueueHandler):
+    pass
+
+
+class _StreamHandler(_Quiet, logging.StreamHandler[TextIO]):
+    pass
+
+
 class AccessLog:
-    """Lines to a stream, stdout by default; dropped and counted if the reader cannot keep up."""
+    """Lines to a stream, stdout by default; dropped if the reader cannot keep up."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream if stream is not None else sys.stdout
-        self._lines: queue.Queue[bytes | None] = queue.Queue(_MAX_WAITING)
-        self.dropped = 0
-        self._thread: threading.Thread | None = None
+        waiting: queue.Queue[Any] = queue.Queue(_MAX_WAITING)
+        self._logger = logging.Logger("numpyesm.access")
+        self._logger.addHandler(_QueueHandler(waiting))
+        self._listener = QueueListener(waiting, _StreamHandler(stream if stream is not None else sys.stdout))
 
     def start(self) -> None:
         """Begin writing."""
-        self._thread = threading.Thread(target=self._write, name="numpyesm-access-log", daemon=True)
-        self._thread.start()
+        self._listener.start()
 
     def stop(self) -> None:
-        """Write what waits, and end."""
-        if self._thread is not None:
-            with suppress(queue.Full):
-                self._lines.put(None, timeout=1)
-                self._thread.join(timeout=2)
+        """Write what waits, if the reader takes it within two seconds."""
+        stopping = threading.Thread(target=self._listener.stop, daemon=True)
+        stopping.start()
+        stopping.join(timeout=2)
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """One request."""
-        try:
-            self._lines.put_nowait(orjson.dumps(entry, option=orjson.OPT_UTC_Z, default=str))
-        except queue.Full:
-            self.dropped += 1
-
-    def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                self._stream.write(line.decode() + "\n")
-                if self._lines.empty():
-                    self._stream.flush()
-            except (OSError, ValueError):  # the reader is gone
-                self.dropped += 1
-        with suppress(OSError, ValueError):
-            self._stream.flush()
+        """Write one entry."""
+        self._logger.info("%s", json_bytes(entry).decode())

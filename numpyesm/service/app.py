@@ -1,49 +1,58 @@
-"""The application: routes, and what each of them does."""
+"""The application: its addresses, and what each of them answers."""
 
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-import orjson
-from fastapi import FastAPI
-from fastapi.requests import Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route, Router
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..api.bodies import parse_json
+from ..api.catalog import Catalog
+from ..api.errors import ApiError
+from ..api.keys import KeyRing
+from ..api.media import JSON_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
+from ..api.requests import Work, check_request
+from ..api.schema import openapi_document, request_schema
+from ..errors import NumpyesmError
+from ..formats import json_bytes
 from .access_log import AccessLog
-from .auth import KeyRing
-from .bodies import read_body
-from .catalog import Catalog, ServedModel
-from .docs_page import docs_page
+from .bodies import ClientGone, read_body
 from .engine import Engine
-from .errors import ApiError, ClientGone, invalid
-from .gate import Gate, Receive, Scope, Send, record_of, send_error
-from .jobs import Work
+from .gate import Gate, record_of
 from .metrics import TEXT_TYPE, Metrics
-from .negotiation import answer_form, check_json_type, is_gzipped, wants_gzip
-from .openapi import action_schema, openapi_document
-from .page_files import CONTENT_SECURITY_POLICY, read_page
 from .result_response import ResultResponse
-from .schemas import check_request
 from .settings import Settings
-from .strict_json import parse_json
 
-_VERSIONS = ("/api/v3", "/api/v1")
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+
+# Nothing from elsewhere; pictures that the page draws itself come as blob: or data:.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE = Path(__file__).parent / "page"
 
 
 class Service:
-    """All parts of a running service; `app` is what a server runs.
+    """All parts of a running service; `gate` is the ASGI application that a server runs.
 
     Parameters
     ----------
     catalog : Catalog
-    keys : KeyRing
-    settings : Settings
+    keys : KeyRing, optional
+        None by default: everybody is let in.
+    settings : Settings, optional
     access_log : AccessLog, optional
         To stdout by default.
     """
@@ -62,94 +71,155 @@ class Service:
         self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
         self.metrics.watch(self.engine)
         self._log = access_log or AccessLog()
-        self._answering = ThreadPoolExecutor(4, thread_name_prefix="numpyesm-answer")
-        self.gate = Gate(_routes(self), self.settings, self.metrics, self._log)
+        self._writers = ThreadPoolExecutor(4, thread_name_prefix="numpyesm-answer")
+        self._openapi = json_bytes(openapi_document(catalog))
+        router = Router(self._routes(), redirect_slashes=False, lifespan=self.lifespan)
+        self.gate = Gate(router, self.settings, self.metrics, self._log)
+
+    def prepare(self) -> None:
+        """Start the threads, and have ready what the first request would otherwise wait for.
+
+        Raises
+        ------
+        InvalidOption
+            The memory limit leaves nothing for requests.
+        NumpyesmError
+            The system allows no more threads.
+        """
+        try:
+            self._log.start()
+            self.engine.prepare()
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            raise NumpyesmError(f"the service cannot start its threads: {error}") from error
 
     @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Engine and log run while the server does."""
-        self._log.start()
-        await asyncio.get_running_loop().run_in_executor(None, self.engine.start)
+    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+        """Run the engine, of a service that is prepared, while the server runs."""
+        self.engine.start()
         try:
             yield
         finally:
-            await asyncio.get_running_loop().run_in_executor(None, self.engine.stop)
-            self._answering.shutdown(wait=False, cancel_futures=True)
+            await self.engine.stop()
+            self._writers.shutdown(wait=False, cancel_futures=True)
             self._log.stop()
 
-    async def act(self, request: Request, slug: str, action: str) -> ResultResponse | NoResponse:
-        """One `encode`, `predict` or `log_prob`."""
-        record = record_of(request.scope)
+    # -- addresses ------------------------------------------------------------------------------------------------
+
+    def _routes(self) -> list[BaseRoute]:
+        routes: list[BaseRoute] = []
+
+        def add(path: str, endpoint: Endpoint, name: str, method: str = "GET") -> None:
+            async def run(request: Request) -> ASGIApp:
+                record_of(request.scope).route = name
+                return await endpoint(request)
+
+            for form in (path, f"{path}/") if path else ("/",):
+                routes.append(Route(form, run, methods=[method]))
+
+        for version in ("/api/v3", "/api/v1"):
+            add(f"{version}/models", self._models, "models")
+            add(f"{version}/schema/{{slug}}/{{action}}", self._schema, "schema")
+            add(f"{version}/{{slug}}/{{action}}", self._act, "other", "POST")
+        for prefix in ("/api/ui", "/ui"):  # where `biolmai model list` and `show` look
+            add(f"{prefix}/community-api-models", self._sdk_models, "models")
+            add(f"{prefix}/community-api-models/{{slug}}", self._sdk_model, "models")
+        add("/healthz", self._health, "healthz")
+        add("/readyz", self._ready, "readyz")
+        add("/metrics", self._metrics, "metrics")
+        add("/openapi.json", self._openapi_page, "openapi")
+        mimetypes.add_type("text/javascript", ".js")  # a registry of Windows may say otherwise
+        page = _Page(directory=_PAGE)
+        add("/docs", lambda request: page.file("docs.html", request), "docs")
+        add("", lambda request: page.file("index.html", request), "page")
+        routes.append(Mount("/page", page))
+        return routes
+
+    async def _health(self, _: Request) -> ASGIApp:
+        if not self.engine.alive:
+            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
+        return _json({"status": "ok"})
+
+    async def _ready(self, _: Request) -> ASGIApp:
+        if not self.engine.alive or self.engine.draining:
+            reason = "shutting down" if self.engine.draining else "the engine has stopped"
+            raise ApiError(503, reason, code="server.not_ready", headers={"Retry-After": "5"})
+        return _json({"status": "ready", "models": self.catalog.slugs, "waiting": self.engine.waiting})
+
+    async def _metrics(self, _: Request) -> ASGIApp:
+        return Response(self.metrics.page(), media_type=TEXT_TYPE)
+
+    async def _models(self, _: Request) -> ASGIApp:
+        return _json({"models": [served.describe() for served in self.catalog]})
+
+    async def _sdk_models(self, _: Request) -> ASGIApp:
+        return _json({"models": [served.describe_for_sdk() for served in self.catalog]})
+
+    async def _sdk_model(self, request: Request) -> ASGIApp:
+        return _json(self.catalog.get(request.path_params["slug"]).describe_for_sdk())
+
+    async def _schema(self, request: Request) -> ASGIApp:
+        action = request.path_params["action"]
+        return _json(request_schema(self.catalog.find(request.path_params["slug"], action), action))
+
+    async def _openapi_page(self, _: Request) -> ASGIApp:
+        return Response(self._openapi, media_type=JSON_TYPE)
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    async def _act(self, request: Request) -> ASGIApp:
+        """Answer one `encode`, `predict` or `log_prob`."""
         due = time.monotonic() + self.settings.deadline
-        record.route = "other"
-        record.client = self.keys.identify(_all_headers(request, "authorization")) or record.client
+        record, headers = record_of(request.scope), request.headers
+        authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
+        record.client = self.keys.identify(authorization) or record.client
+        slug, action = request.path_params["slug"], request.path_params["action"]
         served = self.catalog.find(slug, action)
-        record.route, record.slug = action, served.slug
-        self.engine.check_room(record.client)
-        headers = request.headers
+        record.route, record.slug = action, slug
+        self.engine.check_place(record.client)
         check_json_type(headers.get("content-type"))
         gzipped = is_gzipped(headers.get("content-encoding"))
-        try:
-            body = await read_body(request.receive, headers.get("content-length"), gzipped, self.settings)
-            work = Work.of(served, action, check_request(action, parse_json(body), served.model.config.num_layers))
-            _check_possible(work)
-            record.facts |= {
-                "slug": slug,
-                "action": action,
-                "items": len(work.sequences),
-                "residues": sum(work.lengths),
-            }
-            return await self._compute(request, work, due)
-        except ClientGone:
-            record.hung_up = True
-            return NoResponse()
+        body = await read_body(request.receive, headers.get("content-length"), gzipped, self.settings)
+        work = check_request(served, action, parse_json(body))
+        record.facts |= {"slug": slug, "action": action, "items": len(work.tokens), "residues": sum(work.lengths)}
+        return await self._compute(request, work, due)
 
     async def _compute(self, request: Request, work: Work, due: float) -> ResultResponse:
-        record = record_of(request.scope)
+        record, headers = record_of(request.scope), request.headers
         job = self.engine.submit(work, record.client)
         gone = asyncio.create_task(_hang_up(request.receive))
         try:
-            ends: set[asyncio.Future[Any]] = {job.done, gone}
             left = max(0.0, due - time.monotonic())
+            ends: set[asyncio.Future[Any]] = {job.done, gone}
             await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if job.started is not None:
                 record.facts["queue_ms"] = round((job.started - job.arrived) * 1e3, 2)
-            if job.done.done():
-                results = job.done.result()
-            elif gone.done():
-                raise ClientGone
-            else:
+            if not job.done.done():
+                if gone.done():
+                    raise ClientGone
                 raise ApiError(
                     503,
                     f"no result within {self.settings.deadline:g} seconds",
                     code="server.deadline",
                     headers={"Retry-After": str(self.engine.retry_after())},
                 )
+            results = job.done.result()
             if job.computed is not None:
                 record.facts["compute_ms"] = round((job.computed - (job.started or job.arrived)) * 1e3, 2)
-            headers = request.headers
-            response = ResultResponse(
+            return ResultResponse(
                 results,
                 form=answer_form(", ".join(headers.getlist("accept"))),
-                gzipped=wants_gzip(headers.get("accept-encoding")),
+                gzipped=wants_gzip(", ".join(headers.getlist("accept-encoding"))),
                 size=job.memory,
                 gone=gone,
                 release=lambda: self.engine.release(job),
-                threads=self._answering,
+                threads=self._writers,
             )
         except BaseException:
             gone.cancel()
-            job.done.cancel()
             self.engine.release(job)
             raise
-        return response
-
-
-class NoResponse:
-    """For a client that is gone."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        return
 
 
 async def _hang_up(receive: Receive) -> None:
@@ -157,137 +227,23 @@ async def _hang_up(receive: Receive) -> None:
         pass
 
 
-def _all_headers(request: Request, name: str) -> list[bytes]:
-    return [value for key, value in request.scope["headers"] if key == name.encode()]
+def _json(document: Any) -> Response:
+    return Response(json_bytes(document), media_type=JSON_TYPE)
 
 
-def _check_possible(work: Work) -> None:
-    """ApiError 422 for what is well formed and cannot be had from these weights."""
-    problems: list[tuple[tuple[str | int, ...], str]] = []
-    checkpoint = work.served.checkpoint
-    if work.by_layer and not work.layers:
-        problems.append((("params", "repr_layers"), "name at least one layer, or include only outputs without layers"))
-    if "logits" in work.include and not checkpoint.has_lm_head:
-        problems.append((("params", "include"), f"logits: the weights of {work.served.slug} have no LM head"))
-    if "contacts" in work.include and not checkpoint.has_contact_head:
-        problems.append((("params", "include"), f"contacts: the weights of {work.served.slug} have no contact head"))
-    if problems:
-        raise invalid(problems)
+class _Page(StaticFiles):
+    """The files of the page, asked for anew each time, under a policy that lets nothing in from elsewhere."""
 
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["Content-Security-Policy"] = _PAGE_POLICY
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
-def _json(document: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")
-
-
-def _routes(service: Service) -> FastAPI:
-    app = FastAPI(
-        title="numpyesm",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        redirect_slashes=False,
-        lifespan=service.lifespan,
-    )
-    page = read_page()
-    openapi = orjson.dumps(openapi_document(service.catalog))
-    docs = docs_page(orjson.loads(openapi))
-
-    def get(path: str, endpoint: Callable[..., Awaitable[Any]], route: str) -> None:
-        async def run(request: Request) -> Any:
-            record_of(request.scope).route = route
-            return await endpoint(request)
-
-        for form in {path, path.rstrip("/") or "/", path.rstrip("/") + "/"} if path != "/" else {"/"}:
-            app.router.add_route(form, run, methods=["GET"], include_in_schema=False)
-
-    async def health(_: Request) -> Response:
-        if not service.engine.alive:
-            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
-        return _json({"status": "ok"})
-
-    async def ready(_: Request) -> Response:
-        if not service.engine.alive or service.engine.draining:
-            reason = "shutting down" if service.engine.draining else "the engine has stopped"
-            raise ApiError(503, reason, code="server.not_ready", headers={"Retry-After": "5"})
-        return _json({"status": "ready", "models": service.catalog.slugs, "waiting": service.engine.waiting})
-
-    async def metrics(_: Request) -> Response:
-        return Response(service.metrics.page(), media_type=TEXT_TYPE)
-
-    async def models(_: Request) -> Response:
-        return _json({"models": [served.describe() for served in service.catalog]})
-
-    async def schema(request: Request) -> Response:
-        slug, action = request.path_params["slug"], request.path_params["action"]
-        served: ServedModel = service.catalog.find(slug, action)
-        return _json(action_schema(served, action))
-
-    async def openapi_page(_: Request) -> Response:
-        return Response(openapi, media_type="application/json")
-
-    async def docs_html(request: Request) -> Response:
-        headers = {"Content-Security-Policy": docs.content_security_policy, "Cache-Control": "no-cache"}
-        host = request.headers.get("host")
-        html = docs.at(f"{request.scope['scheme']}://{host}") if host else docs.html
-        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
-
-    async def static(request: Request) -> Response:
-        name = request.path_params.get("name", "index.html")
-        file = page.get(name)
-        if file is None:
-            raise ApiError(404, "there is nothing at this address")
-        headers = {
-            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-            "Cache-Control": "no-cache",
-            "ETag": file.etag,
-        }
-        if request.headers.get("if-none-match") == file.etag:
-            return Response(status_code=304, headers=headers)
-        return Response(file.content, headers=headers | {"Content-Type": file.media_type})
-
-    get("/", static, "page")
-    app.router.add_route("/page/{name:path}", static, methods=["GET"], include_in_schema=False)
-    get("/healthz", health, "healthz")
-    get("/readyz", ready, "readyz")
-    get("/metrics", metrics, "metrics")
-    get("/docs", docs_html, "docs")
-    get("/openapi.json", openapi_page, "openapi")
-    for prefix in _VERSIONS:
-        get(f"{prefix}/models/", models, "models")
-        get(f"{prefix}/schema/{{slug}}/{{action}}/", schema, "schema")
-
-        async def act(request: Request) -> ResultResponse | NoResponse:
-            return await service.act(request, request.path_params["slug"], request.path_params["action"])
-
-        for form in (f"{prefix}/{{slug}}/{{action}}/", f"{prefix}/{{slug}}/{{action}}"):
-            app.router.add_route(form, act, methods=["POST"], include_in_schema=False)  # type: ignore[arg-type]
-
-    async def on_api_error(_: Request, error: Exception) -> Any:
-        assert isinstance(error, ApiError)
-        return _ErrorResponse(error)
-
-    async def on_failure(_: Request, error: Exception) -> Any:
-        # The gate, which the exception reaches too, logs it.
-        return _ErrorResponse(ApiError(500, "internal error"))
-
-    async def on_http_error(_: Request, error: Exception) -> Any:
-        assert isinstance(error, HTTPException)
-        detail = {404: "there is nothing at this address", 405: "this address does not take this method"}.get(
-            error.status_code, str(error.detail)
-        )
-        return _ErrorResponse(ApiError(error.status_code, detail, headers=error.headers))
-
-    app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_failure)
-    return app
-
-
-class _ErrorResponse:
-    """An ApiError as an ASGI response."""
-
-    def __init__(self, error: ApiError) -> None:
-        self._error = error
+    async def file(self, name: str, request: Request) -> ASGIApp:
+        """Answer with one file."""
+        return await self.get_response(name, request.scope)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_error(send, self._error)
+        record_of(scope).route = "page"
+        await super().__call__(scope, receive, send)

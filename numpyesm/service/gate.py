@@ -1,4 +1,4 @@
-"""What every request passes first and last: its id, its Host, the safety headers, the log, the metrics."""
+"""What every request passes first and last: id, Host, safety headers, the rest of its body, log and metrics."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..api.errors import ApiError
+from ..api.media import JSON_TYPE
 from .access_log import AccessLog
-from .errors import ApiError, ClientGone
+from .bodies import ClientGone
 from .hosts import check_host
 from .metrics import HUNG_UP, Metrics
 from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-_SAFETY = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
-_API_SAFETY = [(b"cache-control", b"no-store"), (b"content-security-policy", b"default-src 'none'")]
+_SAFETY = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",
+    b"content-security-policy": b"default-src 'none'",
+}
+# What is still taken of a body that was not read, before the connection is cut.
+_MAX_DISCARDED = 16 << 20
 
 
 @dataclass
@@ -55,22 +56,22 @@ def record_of(scope: Scope) -> Record:
 
 
 async def send_bytes(send: Send, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    """A whole answer at once."""
+    """Send an answer whole."""
     length = (b"content-length", str(len(content)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": content})
 
 
 async def send_error(send: Send, error: ApiError) -> None:
-    """An error in the one shape."""
+    """Send an error in the one shape."""
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    await send_bytes(send, error.status, error.body(), [(b"content-type", b"application/json"), *headers])
+    await send_bytes(send, error.status, error.body(), [(b"content-type", JSON_TYPE.encode()), *headers])
 
 
 class Gate:
-    """Wraps the application; nothing that happens inside leaves without an answer, a log line and a count."""
+    """Wraps the application: whatever happens inside ends in an answer, a log line and a count."""
 
-    def __init__(self, app: Application, settings: Settings, metrics: Metrics, access_log: AccessLog) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, access_log: AccessLog) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
@@ -79,20 +80,8 @@ class Gate:
 
     def refused(self, request_id: str, client: str, error: ApiError, size: int) -> None:
         """Count and log what never became a request: too many connections, no HTTP, a head that did not come."""
-        self._metrics.request("other", "", error.status, 0.0, size)
-        self._log.add(
-            {
-                "time": _now(),
-                "id": request_id,
-                "client": client,
-                "method": "",
-                "path": "",
-                "status": error.status,
-                "ms": 0.0,
-                "bytes": size,
-                "reason": error.detail,
-            }
-        )
+        record = Record(request_id, client, facts={"reason": error.detail})
+        self._over(record, "", "", error.status, 0.0, size)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,83 +90,141 @@ class Gate:
         start = time.perf_counter()
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         record = Record(_request_id(headers), scope["client"][0] if scope.get("client") else "unknown")
-        status, sent = 0, 0
-
-        async def answer(message: Message) -> None:
-            nonlocal status, sent
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": _with_safety(message.get("headers", []), record.id)}
-            else:
-                sent += len(message.get("body", b""))
-            try:
-                await asyncio.wait_for(send(message), self._settings.write_timeout)
-            except (asyncio.TimeoutError, TimeoutError):
-                record.facts["reason"] = "the client does not read"
-                _abort(scope)
-                raise ClientGone from None
-
-        # HEAD is GET whose body the server leaves out.
-        inner = {**scope, "numpyesm.record": record, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        exchange = _Exchange(scope, receive, send, record, self._settings)
         self.active += 1
         try:
-            if self._settings.local_only:
-                check_host([value for name, value in headers if name == b"host"], self._settings.allowed_hosts)
-            await self._app(inner, receive, answer)
-        except ApiError as error:
             with suppress(ClientGone):
-                await send_error(answer, error)
-        except ClientGone:
-            record.hung_up = True
-        except Exception as error:
-            log.error("request %s failed", record.id, exc_info=error)
-            if status == 0:
-                with suppress(ClientGone):
-                    await send_error(answer, ApiError(500, "internal error"))
-            elif status < 500:  # in the middle of an answer: only a broken connection tells the client
-                _abort(scope)
+                await self._answer({**scope, "app": self, "numpyesm.record": record}, exchange)
+        except asyncio.CancelledError:  # the server leaves, and this client does not read
+            exchange.abort()
         finally:
             self.active -= 1
-            if record.hung_up or status == 0:
-                status = HUNG_UP
+            status = HUNG_UP if record.hung_up or not exchange.status else exchange.status
             seconds = time.perf_counter() - start
-            self._metrics.request(record.route, record.slug, status, seconds, sent)
-            self._log.add(
-                {
-                    "time": _now(),
-                    "id": record.id,
-                    "client": record.client,
-                    "method": scope["method"],
-                    "path": _printable(scope["path"]),
-                    "status": status,
-                    "ms": round(seconds * 1e3, 2),
-                    "bytes": sent,
-                    **record.facts,
-                }
-            )
+            self._over(record, scope["method"], _printable(scope["path"]), status, seconds, exchange.sent)
+
+    async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
+        """Run the application, and send what it raises."""
+        try:
+            exchange.check_framing()
+            if self._settings.local_only:
+                hosts = [value for name, value in scope["headers"] if name == b"host"]
+                check_host(hosts, self._settings.allowed_hosts)
+            await self._app(scope, exchange.receive, exchange.send)
+        except ApiError as error:
+            await send_error(exchange.send, error)
+        except HTTPException as error:
+            await send_error(exchange.send, _from_router(error))
+        except ClientGone:
+            exchange.record.hung_up = True
+        except Exception as error:
+            log.error("request %s failed", exchange.record.id, exc_info=error)
+            if exchange.status:  # in the middle of an answer: only a broken connection tells the client
+                exchange.abort()
+            else:
+                await send_error(exchange.send, ApiError(500, "internal error"))
+
+    def _over(self, record: Record, method: str, path: str, status: int, seconds: float, sent: int) -> None:
+        self._metrics.request(record.route, record.slug, status, seconds, sent)
+        self._log.add(
+            {
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+                "id": record.id,
+                "client": record.client,
+                "method": method,
+                "path": path,
+                "status": status,
+                "ms": round(seconds * 1e3, 2),
+                "bytes": sent,
+                **record.facts,
+            }
+        )
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+class _Exchange:
+    """One request and its answer, as they pass the gate."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record, settings: Settings) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._settings = settings
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.record = record
+        self.status = 0
+        self.sent = 0
+        self._body_left = self._headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self._headers
+        self._asks_first = b"expect" in self._headers  # whether to send the body
+
+    def check_framing(self) -> None:
+        """Raise ApiError 400 if the body has two lengths: a proxy in front may have believed the other one."""
+        if b"content-length" in self._headers and b"transfer-encoding" in self._headers:
+            message = "the request has both Content-Length and Transfer-Encoding"
+            raise ApiError(400, message, headers={"Connection": "close"})
+
+    def abort(self) -> None:
+        """Break the connection: closing would wait for the client to read."""
+        with suppress(KeyError):
+            self._scope["extensions"]["numpyesm.abort"]()
+
+    async def receive(self) -> Message:
+        """Pass on a piece of the body."""
+        self._asks_first = False
+        message = await self._receive()
+        self._body_left &= message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on a piece of the answer; ClientGone if the client does not take it."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": self._with_safety(message.get("headers", []))}
+        else:
+            self.sent += len(message.get("body", b""))
+            if self._body_left and not self._asks_first and not message.get("more_body", False):
+                # A client that is still sending would be reset, and never see the answer.
+                await self._write({**message, "more_body": True})
+                await self._discard_body()
+                message = {"type": "http.response.body", "body": b""}
+        await self._write(message)
+
+    async def _write(self, message: Message) -> None:
+        try:
+            await asyncio.wait_for(self._send(message), self._settings.write_timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            self.record.facts["reason"] = "the client does not read"
+            self.record.hung_up = True
+            self.abort()
+            raise ClientGone from None
+
+    async def _discard_body(self) -> None:
+        """Take the rest of the body, up to a size and for the time of a head; then break the connection."""
+        end = time.monotonic() + self._settings.head_timeout
+        left = _MAX_DISCARDED
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            while self._body_left and left > 0:
+                message = await asyncio.wait_for(self.receive(), max(0.0, end - time.monotonic()))
+                left -= len(message.get("body", b""))
+        if self._body_left:
+            self.abort()
+
+    def _with_safety(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        names = {name for name, _ in headers}
+        added = [pair for pair in _SAFETY.items() if pair[0] not in names]
+        return [*headers, *added, (b"x-request-id", self.record.id.encode())]
 
 
-def _abort(scope: Scope) -> None:
-    with suppress(KeyError):
-        scope["extensions"]["numpyesm.abort"]()
+def _from_router(error: HTTPException) -> ApiError:
+    details = {404: "there is nothing at this address", 405: "this address does not take this method"}
+    return ApiError(error.status_code, details.get(error.status_code, error.detail), headers=error.headers)
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's own id, if it is harmless, else a new one."""
+    """The client's own id, if it is harmless, otherwise a new one."""
     for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return value.decode()
     return uuid.uuid4().hex
-
-
-def _with_safety(headers: list[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
-    names = {name for name, _ in headers}
-    added = [pair for pair in (*_SAFETY, *_API_SAFETY) if pair[0] not in names]
-    return [*headers, *added, (b"x-request-id", request_id.encode())]
 
 
 def _printable(path: str) -> str:

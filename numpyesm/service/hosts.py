@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
-from .errors import ApiError
+from ..api.errors import ApiError
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is of the loopback interface."""
+    """Tell whether an IP address belongs to the loopback interface."""
     try:
         return ipaddress.ip_address(address.split("%")[0]).is_loopback
     except ValueError:
@@ -17,7 +17,7 @@ def is_loopback(address: str) -> bool:
 
 
 def check_host(host: Sequence[bytes], allowed: Sequence[str]) -> None:
-    """ApiError 403 if a Host header names another machine.
+    """Raise ApiError 403 if a Host header names another machine.
 
     A web page can make a browser send requests to 127.0.0.1 under a name of its own (DNS rebinding); its Host header
     gives it away. Programs that send none at all are not browsers.
@@ -35,7 +35,7 @@ def check_host(host: Sequence[bytes], allowed: Sequence[str]) -> None:
 
 
 def _host_name(host: str) -> str:
-    """`localhost` of `LocalHost:8000`, `::1` of `[::1]:8000`."""
+    """`LocalHost:8000` is `localhost`, `[::1]:8000` is `::1`."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

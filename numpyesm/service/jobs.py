@@ -1,71 +1,22 @@
-"""A request on its way through the engine."""
+"""Requests on their way through the engine, and the passes that they share."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..alphabet import MASK_TOKEN
-from ..options import BY_LAYER, check_includes, check_layers
-from ..results import EncodeResult, PredictResult
-from .catalog import ServedModel
-from .errors import ApiError
-from .schemas import EncodeRequest, PredictRequest, Request
+from ..api.errors import ApiError
+from ..api.requests import Work
+from ..errors import NumpyesmError
+from ..formats import Result
+from ..options import INCLUDES, Outputs
+from ..results import EncodeResult
 
-Result = EncodeResult | PredictResult | float
-Outcome = list[Result] | ApiError
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be computed.
-
-    Attributes
-    ----------
-    group : hashable
-        Sequences of jobs with equal groups may share a pass: what the pass computes for all of them costs hardly more
-        than what each of them needs.
-    """
-
-    served: ServedModel
-    action: str
-    sequences: tuple[str, ...]
-    layers: tuple[int, ...] = ()
-    include: frozenset[str] = frozenset()
-    positions: str = "all"
-
-    @classmethod
-    def of(cls, served: ServedModel, action: str, request: Request) -> Work:
-        """The work of a checked request."""
-        sequences = tuple(item.sequence for item in request.items)
-        if isinstance(request, EncodeRequest):
-            layers = tuple(check_layers(request.params.repr_layers, served.model.config.num_layers))
-            return cls(served, action, sequences, layers, check_includes(request.params.include))
-        positions = request.params.positions if isinstance(request, PredictRequest) else "all"
-        return cls(served, action, sequences, positions=positions)
-
-    @property
-    def group(self) -> Hashable:
-        if self.action != "encode":
-            return (self.served.slug, self.action, self.positions)
-        last = self.served.model.config.num_layers
-        depth = last if self.include & {"logits", "attentions"} else max(self.layers, default=0)
-        # Attention maps cost much, and rows of every residue take much memory: only those who want them share them.
-        dear = self.include & {"contacts", "attentions", "per_token"}
-        return (self.served.slug, self.action, depth, dear, self.layers if "per_token" in dear else ())
-
-    @property
-    def lengths(self) -> list[int]:
-        """Residues of each sequence."""
-        masked = (len(MASK_TOKEN) - 1) * (self.action == "predict")
-        return [len(sequence) - masked * sequence.count(MASK_TOKEN) for sequence in self.sequences]
-
-    @property
-    def by_layer(self) -> bool:
-        return bool(self.include & BY_LAYER)
+log = logging.getLogger("numpyesm.service")
 
 
 @dataclass(eq=False)
@@ -76,6 +27,8 @@ class Job:
     ----------
     memory : int
         Bytes of its results.
+    done : Future
+        Gets the results, or an ApiError.
     taken : int
         Sequences that the engine has taken so far.
     """
@@ -83,7 +36,6 @@ class Job:
     work: Work
     client: str
     memory: int
-    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[list[Result]]
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -92,56 +44,96 @@ class Job:
     in_pass: bool = False
     cancelled: bool = False
     holds_memory: bool = False
-    rows: list[int] = field(default_factory=list)
-    results: list[Result | None] = field(default_factory=list)
     error: ApiError | None = None
+    results: list[Result] = field(default_factory=list)
+    rows: list[int] = field(init=False)
+    group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [length + 2 for length in self.work.lengths]
-        self.results = [None] * len(self.rows)
+        self.group = _group(self.work)
 
     @property
     def all_taken(self) -> bool:
+        """Whether the engine has taken every sequence."""
         return self.taken == len(self.rows)
 
 
-def run_pass(parts: Sequence[tuple[Job, int]]) -> None:
-    """Compute sequences of jobs of one group in one call, and give each job its own.
+# A sequence of a job, by its index. The sequences of a job are computed in order.
+Part: TypeAlias = tuple[Job, int]
 
-    Parameters
-    ----------
-    parts : sequence of (job, index of the sequence in the job)
+
+def _group(work: Work) -> Hashable:
+    """Tell what may share a pass: what equal groups compute together costs little more than what each of them needs."""
+    if work.action != "encode":
+        return (work.served.slug, work.action, work.positions)
+    include = set(work.outputs.include)
+    depth = max(work.outputs.by_layer, default=0)
+    if include & {"logits", "attentions"}:
+        depth = work.served.model.config.num_layers
+    # Attention maps are slow and rows of every residue are large: only requests that want the same ones share them.
+    costly = frozenset(include & {"contacts", "attentions", "per_token"})
+    return (work.served.slug, work.action, depth, costly, work.outputs.layers if "per_token" in costly else ())
+
+
+def compute(parts: Sequence[Part]) -> None:
+    """Compute one pass and give each job its results; if the pass fails, each job on its own.
+
+    So no job suffers from another. This is what the engine's thread does.
     """
-    first = parts[0][0].work
-    model = first.served.model
-    sequences = [job.work.sequences[index] for job, index in parts]
-    computed: Sequence[Result]
-    if first.action == "encode":
-        works = {id(job): job.work for job, _ in parts}.values()
-        layers = sorted({layer for work in works if work.by_layer for layer in work.layers})
-        computed = model.encode(sequences, layers, frozenset().union(*(work.include for work in works)))
-        computed = [_own_share(job.work, result) for (job, _), result in zip(parts, computed, strict=True)]
-    elif first.action == "predict":
-        computed = model.predict(sequences, first.positions)
-    else:
-        computed = model.log_prob(sequences).tolist()
+    jobs = list(dict.fromkeys(job for job, _ in parts))
+    try:
+        _run_pass(parts)
+    except Exception as error:
+        if len(jobs) == 1:
+            jobs[0].error = _as_api_error(error)
+            return
+        log.warning("a shared pass failed; its jobs run one by one", exc_info=error)
+        for job in jobs:
+            compute([part for part in parts if part[0] is job])
+
+
+def _run_pass(parts: Sequence[Part]) -> None:
+    jobs = list(dict.fromkeys(job for job, _ in parts))
+    outputs = [job.work.outputs for job in jobs]
+    shared = Outputs(
+        tuple(name for name in INCLUDES if any(name in one.include for one in outputs)),
+        tuple(sorted({layer for one in outputs for layer in one.by_layer})),
+    )
+    tokens = tuple(job.work.tokens[index] for job, index in parts)
+    computed = list(replace(jobs[0].work, tokens=tokens, outputs=shared).compute())
     for (job, index), result in zip(parts, computed, strict=True):
-        job.results[index] = result if isinstance(result, float) else replace(result, sequence_index=index)
+        job.results.append(_share(job.work.outputs, result, index))
 
 
-def _own_share(work: Work, result: Result) -> EncodeResult:
-    """Of what the pass computed, what this job asked for."""
-    assert isinstance(result, EncodeResult)
+def _share(outputs: Outputs, result: Result, index: int) -> Result:
+    """Of what the pass computed for a sequence, what its job wants."""
+    if isinstance(result, float):
+        return result
+    if not isinstance(result, EncodeResult):
+        return replace(result, sequence_index=index)
 
     def layers(name: str, values: dict[int, Any] | None) -> dict[int, Any] | None:
-        return {n: v for n, v in (values or {}).items() if n in work.layers} if name in work.include else None
+        return {n: v for n, v in (values or {}).items() if n in outputs.layers} if name in outputs.include else None
 
     return EncodeResult(
-        result.sequence_index,
+        index,
         embeddings=layers("mean", result.embeddings),
         bos_embeddings=layers("bos", result.bos_embeddings),
         per_token_embeddings=layers("per_token", result.per_token_embeddings),
-        contacts=result.contacts if "contacts" in work.include else None,
-        logits=result.logits if "logits" in work.include else None,
-        attentions=result.attentions if "attentions" in work.include else None,
+        contacts=result.contacts if "contacts" in outputs.include else None,
+        logits=result.logits if "logits" in outputs.include else None,
+        attentions=result.attentions if "attentions" in outputs.include else None,
     )
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    """What a client may know of a failure inside; the rest is in the log."""
+    log.error("a computation failed", exc_info=error)
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MemoryError):
+        return ApiError(503, "not enough memory just now", code="server.memory", headers={"Retry-After": "10"})
+    if isinstance(error, NumpyesmError):
+        return ApiError(500, "the model could not compute this request")
+    return ApiError(500, "internal error")

@@ -12,7 +12,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """What the service counts."""
+    """What the service counts, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -38,12 +38,12 @@ class Metrics:
         self._hung_up = Counter("numpyesm_hang_ups", "Clients that left before their answer", registry=self.registry)
 
     def watch(self, engine: Engine) -> None:
-        """Show the engine's queue."""
+        """Show the queue of an engine and the memory that it has given out."""
         self._queued.set_function(lambda: engine.waiting)
-        self._held.set_function(lambda: engine.budget.held)
+        self._held.set_function(lambda: engine.admission.held)
 
     def request(self, route: str, slug: str, status: int, seconds: float, sent: int) -> None:
-        """One request is over."""
+        """Count a request that is over."""
         self._requests.labels(route, slug, str(status)).inc()
         self._seconds.labels(route, slug).observe(seconds)
         self._sent.inc(sent)
@@ -51,14 +51,14 @@ class Metrics:
             self._hung_up.inc()
 
     def forward_pass(self, slug: str, sequences: int, rows: int, seconds: float) -> None:
-        """One pass is over."""
+        """Count a pass that is over."""
         self._passes.labels(slug).inc()
         self._sequences.labels(slug).inc(sequences)
         self._residues.labels(slug).inc(rows)
         self._busy.labels(slug).inc(seconds)
 
     def page(self) -> bytes:
-        """The exposition text."""
+        """Write all counters as Prometheus reads them."""
         return generate_latest(self.registry)
 
 

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,25 +18,21 @@ log = logging.getLogger("numpyesm.service")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address that `host` means; port 0 takes a free one.
+    """Listen on every address that `host` means; port 0 takes a free one.
 
     Raises
     ------
     InvalidOption
-        If the host is unknown, or the address is taken.
+        The host is unknown, or the address is taken.
     """
     if not 0 <= port <= 65535:
         raise InvalidOption(f"--port {port}: expected 0 to 65535")
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise InvalidOption(f"--host {host}: {error}") from None
     sockets: list[socket.socket] = []
     failure: OSError | None = None
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    for family, address in _resolve(host, port):
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
-        made = socket.socket(family, kind, protocol)
+        made = socket.socket(family, socket.SOCK_STREAM)
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
@@ -55,15 +52,22 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def addresses(host: str) -> list[str]:
     """IP addresses that a host name means."""
+    return sorted({str(address[0]) for _, address in _resolve(host, 0)})
+
+
+def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     try:
-        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise InvalidOption(f"--host {host}: {error}") from None
-    return sorted({str(entry[4][0]) for entry in found})
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
 class Server(uvicorn.Server):
-    """Leaves in two steps: first nothing new is taken and what was accepted finishes, then connections close."""
+    """Leaves in two steps: first nothing new is taken and what was accepted finishes, then connections close.
+
+    The second signal ends the first step at once: who waits is told so.
+    """
 
     def __init__(self, service: Service, trusted_proxies: str = "") -> None:
         settings = service.settings
@@ -83,21 +87,23 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
-        self._leaving = False
+        self._signals = 0
         self._leave_by = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: leave in good order; second: at once."""
-        if self._leaving:
-            self.should_exit = self.force_exit = True
-        self._leaving = True
+        """Count signals; what they mean is done in the event loop."""
+        self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        engine, settings = self._service.engine, self._service.settings
-        if self._leaving and not engine.draining:
+        """Leave, if a signal has come."""
+        engine = self._service.engine
+        if self._signals and not engine.draining:
             log.warning("leaving: nothing new is taken, %d requests finish", self._service.gate.active)
             engine.draining = True
-            self._leave_by = time.monotonic() + settings.grace
+            self._leave_by = time.monotonic() + self._service.settings.grace
+        if self._signals > 1:
+            self._leave_by = 0.0
+            self.config.timeout_graceful_shutdown = 1
         if engine.draining and not self.should_exit:
             late = time.monotonic() > self._leave_by
             if late:

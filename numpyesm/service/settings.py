@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..memory import memory_limit
 
-MEBIBYTE = 2**20
-GIBIBYTE = 2**30
+_GIBIBYTE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -19,13 +18,13 @@ class Settings:
     queue_size : int
         Requests that may wait for the engine; more are refused with 503.
     client_share : float
-        Share of the queue that one client (API key, else address) may fill; more are refused with 429.
+        Share of the queue that one client (API key, or address) may fill; more is refused with 429.
     deadline : float
         Seconds from a request's arrival to its results.
     max_memory : int
         Bytes that the whole process may take.
     max_body, max_decompressed : int
-        Bytes of a body as sent, and after gzip.
+        Bytes of a body as sent, and once unpacked.
     head_timeout, body_timeout, write_timeout, idle_timeout : float
         Seconds for the headers; for the body; for the client to take a piece of the answer; between requests.
     max_connections : int
@@ -41,9 +40,9 @@ class Settings:
     queue_size: int = 512
     client_share: float = 0.75
     deadline: float = 300.0
-    max_memory: int = 8 * GIBIBYTE
-    max_body: int = MEBIBYTE
-    max_decompressed: int = 2 * MEBIBYTE
+    max_memory: int = 8 * _GIBIBYTE
+    max_body: int = 1 << 20
+    max_decompressed: int = 2 << 20
     head_timeout: float = 10.0
     body_timeout: float = 30.0
     write_timeout: float = 60.0
@@ -61,4 +60,4 @@ class Settings:
 
 def default_max_memory() -> int:
     """80 % of what the process can have, at most 8 GiB."""
-    return min(8 * GIBIBYTE, int(0.8 * (memory_limit() or 10 * GIBIBYTE)))
+    return min(8 * _GIBIBYTE, int(0.8 * (memory_limit() or 10 * _GIBIBYTE)))

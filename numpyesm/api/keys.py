@@ -1,4 +1,4 @@
-"""`Authorization: Token KEY`: where keys come from and how they are compared."""
+"""`Authorization: Token KEY`: where keys come from, and how they are compared."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ ENVIRONMENT = "NUMPYESM_API_KEYS"
 
 
 class KeyRing:
-    """The keys that are let in; none: everybody is."""
+    """The keys that are let in; if there are none, everybody is."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        # Digests have one length, so that the comparison tells nothing about a key's own.
+        # Digests are of one length, so the time of a comparison says nothing about a key's.
         self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def identify(self, authorization: Sequence[bytes]) -> str | None:
-        """Which key the header names, as `key-1`; None without keys.
+        """Name the key in the header, as `key-1`; None if this ring has no keys.
 
         Raises
         ------
         ApiError
-            401 if the header is absent or its key unknown.
+            401 if the header is absent, malformed, or its key unknown.
         """
         if not self._digests:
             return None
@@ -58,12 +58,12 @@ def _refusal(message: str) -> ApiError:
 
 
 def read_keys(path: str | Path | None) -> list[str]:
-    """Keys from a file (one a line, `#` for comments) and from `NUMPYESM_API_KEYS` (split at commas and blanks).
+    """Read keys from a file (one per line, `#` for comments) and from `NUMPYESM_API_KEYS` (split at commas, blanks).
 
     Raises
     ------
     InvalidOption
-        If the file cannot be read, or either is there and has no key: a service must not open up by accident.
+        The file cannot be read, or either is there without a key in it: a service must not open up by accident.
     """
     keys: list[str] = []
     if path is not None:
@@ -71,12 +71,11 @@ def read_keys(path: str | Path | None) -> list[str]:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidOption(f"the file of API keys {path} cannot be read: {error}") from None
-        found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        if not found:
+        keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
             raise InvalidOption(f"the file of API keys {path} has no key in it")
-        if bad := next((number for number, key in enumerate(found, start=1) if re.search(r"\s", key)), None):
-            raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key a line")
-        keys += found
+        if bad := next((number for number, key in enumerate(keys, start=1) if re.search(r"\s", key)), None):
+            raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key per line")
     if setting := os.environ.get(ENVIRONMENT):
         found = [key for key in re.split(r"[,\s]+", setting) if key]
         if not found:

@@ -1,4 +1,4 @@
-"""What a client's headers ask for: the form of the answer, and its coding."""
+"""What a client's headers say: how its body is coded, and which form of answer it wants."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from .errors import ApiError
 
 JSON_TYPE = "application/json"
 NPZ_TYPE = "application/x-npz"
+# Shorter answers are not worth compressing.
+GZIP_FROM = 256
 
 
 def answer_form(accept: str | None) -> str:
-    """`application/x-npz` for who prefers it by name, else JSON."""
-    weights = _weights(accept or "")
+    """Return `application/x-npz` if it is preferred by name, otherwise JSON."""
+    weights = _weights(accept)
     npz = max(weights.get(NPZ_TYPE, 0.0), weights.get("application/npz", 0.0))
     return NPZ_TYPE if npz > 0 and npz >= weights.get(JSON_TYPE, 0.0) else JSON_TYPE
 
 
 def wants_gzip(accept_encoding: str | None) -> bool:
-    """Whether the answer may come gzipped."""
-    weights = _weights(accept_encoding or "")
-    return max(weights.get("gzip", -1.0), weights.get("x-gzip", -1.0), 0.0) > 0 or (
-        "gzip" not in weights and weights.get("*", 0.0) > 0
-    )
+    """Tell whether the answer may be gzipped."""
+    weights = _weights(accept_encoding)
+    named = [weights[name] for name in ("gzip", "x-gzip") if name in weights]
+    return max(named or [weights.get("*", 0.0)]) > 0
 
 
 def is_gzipped(content_encoding: str | None) -> bool:
-    """Whether the body comes gzipped; ApiError 415 for another coding."""
+    """Tell whether the body is gzipped; ApiError 415 for any other coding."""
     coding = (content_encoding or "").strip().lower()
     if coding in ("", "identity"):
         return False
@@ -36,7 +37,7 @@ def is_gzipped(content_encoding: str | None) -> bool:
 
 
 def check_json_type(content_type: str | None) -> None:
-    """ApiError 415 unless the body says that it is JSON."""
+    """ApiError 415 unless the body is declared to be JSON in UTF-8."""
     media, _, parameters = (content_type or "").partition(";")
     if media.strip().lower() != JSON_TYPE:
         got = f"not {content_type[:80]!r}" if content_type else "and none was sent"
@@ -47,10 +48,10 @@ def check_json_type(content_type: str | None) -> None:
             raise ApiError(415, f"the charset must be UTF-8, not {value.strip()[:40]!r}")
 
 
-def _weights(header: str) -> dict[str, float]:
-    """`{"gzip": 1.0, "*": 0.5}` for `gzip, *;q=0.5`."""
+def _weights(header: str | None) -> dict[str, float]:
+    """Read quality values: `gzip, *;q=0.5` is `{"gzip": 1.0, "*": 0.5}`."""
     weights: dict[str, float] = {}
-    for part in header.split(","):
+    for part in (header or "").split(","):
         name, *parameters = part.split(";")
         weight = 1.0
         for parameter in parameters:

@@ -1,0 +1,128 @@
+"""The models that are served: their names in addresses, what they can do, how they are described."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._version import __version__
+from ..config import MAX_RESIDUES
+from ..errors import InvalidOption
+from ..model import ESM2
+from ..weights.checkpoint import Checkpoint
+from .errors import ApiError
+
+ACTIONS = ("encode", "predict", "log_prob")
+# Items of one request, as in the hosted API.
+MAX_ITEMS = 8
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RESERVED = ("models", "schema")
+
+
+def check_slug(slug: str) -> str:
+    """Return a slug that can stand in a path, or raise InvalidOption."""
+    if not _SLUG.fullmatch(slug) or slug in _RESERVED:
+        raise InvalidOption(
+            f"{slug[:80]!r} cannot be a model's slug: it has lower-case letters, digits, dots, dashes and underscores, "
+            f"and {' and '.join(_RESERVED)} are reserved"
+        )
+    return slug
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model under its slug."""
+
+    slug: str
+    model: ESM2
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's weights."""
+        return self.model.checkpoint
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """What the weights can do: without an LM head, embeddings only."""
+        return ACTIONS if self.checkpoint.has_lm_head else ACTIONS[:1]
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the model, also in the words that the `biolmai` SDK looks for."""
+        config = self.model.config
+        return {
+            "slug": self.slug,
+            "name": self.model.name,
+            "layers": config.num_layers,
+            "width": config.embed_dim,
+            "heads": config.num_heads,
+            "max_length": MAX_RESIDUES,
+            "max_items": MAX_ITEMS,
+            "actions": list(self.actions),
+            "contacts": self.checkpoint.has_contact_head,
+            "synthetic": self.checkpoint.synthetic,
+            # Of random weights only: another source may be a path on this machine.
+            "source": self.checkpoint.source if self.checkpoint.synthetic else None,
+            "precision": self.model.precision,
+            "backend": self.model.backend,
+            "version": __version__,
+        }
+
+    def describe_for_sdk(self) -> dict[str, Any]:
+        """Describe the model as the hosted API's list does, which `biolmai model list` and `show` read."""
+        synthetic = ", SYNTHETIC random weights" if self.checkpoint.synthetic else ""
+        return {
+            "model_name": self.model.name,
+            "model_slug": self.slug,
+            "actions": list(self.actions),
+            "encoder": True,
+            "predictor": "predict" in self.actions,
+            "generator": False,
+            "description": f"{self.model.config.num_layers} layers, served by numpyesm {__version__}{synthetic}",
+            "tags": ["protein", "ESM-2"],
+        }
+
+
+class Catalog:
+    """All served models.
+
+    Parameters
+    ----------
+    models : mapping of str to ESM2
+        By slug.
+
+    Raises
+    ------
+    InvalidOption
+        There is no model, or a slug cannot stand in a path.
+    """
+
+    def __init__(self, models: Mapping[str, ESM2]) -> None:
+        if not models:
+            raise InvalidOption("no model to serve")
+        self._models = {check_slug(slug): ServedModel(slug, model) for slug, model in models.items()}
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    @property
+    def slugs(self) -> list[str]:
+        """All slugs."""
+        return list(self._models)
+
+    def get(self, slug: str) -> ServedModel:
+        """Find a model; ApiError 404 says what there is."""
+        served = self._models.get(slug)
+        if served is None:
+            raise ApiError(404, f"there is no model {slug[:80]!r} here; there are {', '.join(self._models)}")
+        return served
+
+    def find(self, slug: str, action: str) -> ServedModel:
+        """Find a model that can do `action`; ApiError 404 says what there is."""
+        served = self.get(slug)
+        if action not in served.actions:
+            reason = ": its weights have no LM head" if action in ACTIONS else ""
+            raise ApiError(404, f"{slug} has no action {action[:80]!r}{reason}; it has {', '.join(served.actions)}")
+        return served

@@ -1,0 +1,116 @@
+"""The one shape of every error that a client gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from ..formats import json_bytes
+
+# Where a problem is, such as ("items", 0, "sequence"), and what it is.
+Place: TypeAlias = tuple[str | int, ...]
+Problem: TypeAlias = tuple[Place, str]
+
+# More would help nobody, and a hostile body could cause a hundred thousand.
+_MAX_PROBLEMS = 64
+_MAX_TEXT = 1000
+_MAX_NAME = 100
+
+# The kind of failure, for programs: `user.*` is for the client to mend, `server.*` for the operator or for time.
+_CODES = {
+    400: "user.bad_request",
+    401: "user.authentication",
+    403: "user.forbidden",
+    404: "user.not_found",
+    405: "user.method_not_allowed",
+    408: "user.timeout",
+    413: "user.too_large",
+    415: "user.media_type",
+    422: "user.validation",
+    429: "user.rate",
+    500: "server.internal",
+    503: "server.unavailable",
+}
+
+
+class ApiError(Exception):
+    """An answer that is not a result.
+
+    Parameters
+    ----------
+    status : int
+        HTTP status code.
+    detail : str
+        One sentence for people.
+    problems : sequence of (place, message), optional
+        What is wrong where; a place is a path such as `("items", 0, "sequence")`.
+    code : str, optional
+        For programs; chosen by the status if absent.
+    headers : mapping, optional
+        Further headers, such as `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        problems: Sequence[Problem] = (),
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.problems = list(problems)
+        self.code = code or _CODES.get(status, "user.bad_request" if status < 500 else "server.internal")
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """Return the JSON document that the client gets."""
+        problems = _first_of_each(self.problems)[:_MAX_PROBLEMS] or [((), self.detail)]
+        by_field: dict[str, list[str]] = {}
+        for place, message in problems:
+            by_field.setdefault(field_name(place), []).append(_clean(message))
+        document: dict[str, Any] = {
+            "detail": _clean(self.detail),
+            "errors": [
+                {"loc": list(map(_clean_part, place)), "field": field_name(place), "msg": _clean(message)}
+                for place, message in problems
+            ],
+            "status_code": self.status,
+            "code": self.code,
+            "error": by_field,
+        }
+        return json_bytes(document)
+
+
+def invalid(problems: Sequence[Problem]) -> ApiError:
+    """Make the 422 that names every problem."""
+    place, message = problems[0]
+    where = f"{field_name(place)}: " if place else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return ApiError(422, f"{where}{message}{more}", problems=problems)
+
+
+def field_name(place: Place) -> str:
+    """Write a place as one name: `items__0__sequence`; `__all__` is the request as a whole."""
+    return "__".join(str(_clean_part(part)) for part in place) or "__all__"
+
+
+def _first_of_each(problems: list[Problem]) -> list[Problem]:
+    """Put the first problem of every item and parameter in front: if not all can be named, each of them still is."""
+    if len(problems) <= _MAX_PROBLEMS:
+        return problems
+    first: dict[Place, Problem] = {}
+    others = [problem for problem in problems if first.setdefault(problem[0][:2], problem) is not problem]
+    return [*first.values(), *others]
+
+
+def _clean_part(part: str | int) -> str | int:
+    return part if isinstance(part, int) else _clean(part, _MAX_NAME)
+
+
+def _clean(text: str, limit: int = _MAX_TEXT) -> str:
+    """Shorten text that came from a client, and replace lone surrogates."""
+    return (text if len(text) <= limit else text[:limit] + "…").encode("utf-8", "backslashreplace").decode()

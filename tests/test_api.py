@@ -1,0 +1,449 @@
+"""The API through both doors, the HTTP service and the Lambda function: one table of requests, equal answers."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import random_sequence
+from jsonschema import Draft202012Validator
+from running_service import check_error, items, same
+
+from numpyesm import ESM2
+from numpyesm.api.bodies import Gunzip
+from numpyesm.api.catalog import Catalog
+from numpyesm.api.errors import ApiError
+from numpyesm.config import ModelConfig
+from numpyesm.serverless.function import Function
+from numpyesm.weights.synthetic import random_checkpoint
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+from numpyesm.service.app import Service
+
+pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+
+NAMES = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
+JSON = {"content-type": "application/json"}
+GZIP = {**JSON, "content-encoding": "gzip"}
+
+
+class Answer(NamedTuple):
+    """What came back, whichever door."""
+
+    status_code: int
+    headers: dict[str, str]
+    content: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def library() -> ESM2:
+    return ESM2(random_checkpoint(ModelConfig(3, 32, 4, 64), 1), backend="numpy", threads=1)
+
+
+@pytest.fixture(scope="module")
+def catalog(library: ESM2) -> Catalog:
+    headless = random_checkpoint(ModelConfig(2, 32, 4, 64), 1)
+    for name in [name for name in headless.tensors if name.startswith(("lm_head", "contact_head"))]:
+        del headless.tensors[name]
+    return Catalog({"esm2-35m": library, "headless": ESM2(headless, backend="numpy", threads=1)})
+
+
+@pytest.fixture(scope="module")
+def http(catalog: Catalog) -> Iterator[Ask]:
+    service = Service(catalog)
+    service.prepare()
+    with TestClient(service.gate, base_url="http://localhost") as client:
+
+        def ask(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+            client.headers = {"accept-encoding": "identity"}
+            with client.stream(method, path, content=body, headers=headers, follow_redirects=False) as response:
+                return Answer(response.status_code, dict(response.headers), b"".join(response.iter_raw()))
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def aws(catalog: Catalog) -> Ask:
+    function = Function(catalog)
+
+    def ask(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+        event = {
+            "version": "2.0",
+            "rawPath": path,
+            "headers": headers or {},
+            "requestContext": {"http": {"method": method, "path": path}},
+            "body": base64.b64encode(body).decode(),
+            "isBase64Encoded": True,
+        }
+        answer = json.loads(json.dumps(function.handle(event)))
+        content = answer["body"].encode()
+        content = base64.b64decode(content) if answer["isBase64Encoded"] else content
+        return Answer(answer["statusCode"], answer["headers"], content)
+
+    return ask
+
+
+@pytest.fixture(params=["http", "aws"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Each door in turn."""
+    door: Ask = request.getfixturevalue(request.param)
+    return door
+
+
+def post(ask: Ask, action: str, document: Any, **headers: str) -> Answer:
+    return ask("POST", f"/api/v3/esm2-35m/{action}", json.dumps(document).encode(), JSON | headers)
+
+
+# -- what is answered --------------------------------------------------------------------------------------------------
+
+SEQUENCES = ["MKTFFVLVLLLSGALAAPVA", "M", random_sequence(60), "MKBXZUO-A"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        None,
+        {},
+        {"repr_layers": [0]},
+        {"repr_layers": [-4, 3, -1, 1]},
+        *({"include": [name]} for name in NAMES),
+        {"include": NAMES, "repr_layers": [0, -1]},
+        {"include": ["logits", "logits"], "repr_layers": []},
+    ],
+)
+def test_encode(ask: Ask, library: ESM2, params: dict[str, Any] | None) -> None:
+    document = {"items": items(*SEQUENCES)} | ({} if params is None else {"params": params})
+    expected = [result.to_dict() for result in library.encode(SEQUENCES, **(params or {}))]
+    same(post(ask, "encode", document).json(), {"results": expected})
+
+
+def test_per_residue_is_per_token(ask: Ask) -> None:
+    first, second = (
+        post(ask, "encode", {"params": {"include": [name]}, "items": items("MK")}).json()
+        for name in ("per_residue", "per_token")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("params", "keys"),
+    [
+        ({"include": []}, set()),
+        ({"include": [], "repr_layers": []}, set()),
+        ({"repr_layers": []}, set()),
+        ({"repr_layers": [], "include": ["mean", "bos", "per_token"]}, set()),
+        ({"repr_layers": [], "include": ["mean", "contacts"]}, {"contacts"}),
+    ],
+)
+def test_nothing_may_be_asked_for(ask: Ask, params: dict[str, Any], keys: set[str]) -> None:
+    """As in the hosted API."""
+    results = post(ask, "encode", {"params": params, "items": items("MKT", "MK")}).json()["results"]
+    assert [result.pop("sequence_index") for result in results] == [0, 1]
+    assert [set(result) for result in results] == [keys, keys]
+
+
+@pytest.mark.parametrize("params", [None, {}, {"positions": "all"}, {"positions": "masked"}])
+def test_predict(ask: Ask, library: ESM2, params: dict[str, str] | None) -> None:
+    sequences = ["MKTFFV<mask>LVLLLSG<mask>", "<mask>", "BXZUO<mask><mask>"]
+    document = {"items": items(*sequences)} | ({} if params is None else {"params": params})
+    expected = [result.to_dict() for result in library.predict(sequences, **(params or {}))]
+    same(post(ask, "predict", document).json(), {"results": expected})
+
+
+def test_log_prob(ask: Ask, library: ESM2) -> None:
+    answer = post(ask, "log_prob", {"params": {}, "items": items(*SEQUENCES)}).json()
+    same(answer, {"results": [{"log_prob": score} for score in library.log_prob(SEQUENCES).tolist()]})
+
+
+def test_no_letters_no_log_prob(ask: Ask) -> None:
+    results = post(ask, "log_prob", {"items": items("XXXX", "----", "MK")}).json()["results"]
+    assert [result["log_prob"] is None for result in results] == [True, True, False]
+
+
+def test_npz(ask: Ask, library: ESM2) -> None:
+    document = {"params": {"include": NAMES, "repr_layers": [1, -1]}, "items": items(*SEQUENCES)}
+    answer = post(ask, "encode", document, accept="application/x-npz")
+    assert answer.headers["content-type"] == "application/x-npz"
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        for i, result in enumerate(library.encode(SEQUENCES, [1, -1], NAMES)):
+            np.testing.assert_allclose(arrays["mean_1"][i], result.embeddings[1], atol=1e-6)  # type: ignore[index]
+            np.testing.assert_allclose(arrays[f"contacts_{i}"], result.contacts, atol=1e-6)
+            np.testing.assert_allclose(arrays[f"per_token_3_{i}"], result.per_token_embeddings[3], atol=1e-5)  # type: ignore[index]
+    answer = post(ask, "predict", {"items": items("MK<mask>")}, accept="application/json;q=0.1, application/npz")
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        assert arrays["mask_positions_0"].tolist() == [2]
+    for accept in ("*/*", "application/json, application/x-npz;q=0.5", "text/html"):
+        assert post(ask, "log_prob", {"items": items("M")}, accept=accept).headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("coding", "gzipped"),
+    [
+        ("gzip", True),
+        ("deflate, gzip;q=0.5", True),
+        ("*", True),
+        ("identity", False),
+        ("br", False),
+        ("gzip;q=0", False),
+    ],
+)
+def test_gzipped_answers(ask: Ask, coding: str, gzipped: bool) -> None:
+    answer = post(ask, "encode", {"items": items("MKT")}, **{"accept-encoding": coding})
+    assert answer.headers.get("content-encoding") == ("gzip" if gzipped else None)
+    content = gzip.decompress(answer.content) if gzipped else answer.content
+    assert len(json.loads(content)["results"]) == 1
+
+
+def test_gzipped_bodies(ask: Ask) -> None:
+    body = json.dumps({"items": items("MKT")}).encode()
+    for packed in (gzip.compress(body), gzip.compress(body[:10]) + gzip.compress(body[10:])):
+        assert ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/api/v3/{}", "/api/v3/{}/", "/api/v1/{}", "/api/v1/{}/"])
+def test_what_there_is_to_read(ask: Ask, catalog: Catalog, path: str) -> None:
+    models = ask("GET", path.format("models")).json()["models"]
+    assert [(model["slug"], model["actions"]) for model in models] == [
+        ("esm2-35m", ["encode", "predict", "log_prob"]),
+        ("headless", ["encode"]),
+    ]
+    assert models[0]["source"].startswith("synthetic")
+    assert (models[0]["layers"], models[0]["width"], models[0]["max_items"], models[0]["max_length"]) == (
+        3,
+        32,
+        8,
+        2048,
+    )
+    for action in ("encode", "predict", "log_prob"):
+        schema = ask("GET", path.format(f"schema/esm2-35m/{action}")).json()
+        Draft202012Validator.check_schema(schema)
+        assert schema["properties"]["items"]["maxItems"] == 8
+        assert schema["throttle_rate"].partition("/")[2] in ("second", "minute")  # all that the SDK can read
+
+
+@pytest.mark.parametrize("prefix", ["/api/ui", "/ui"])
+def test_where_the_sdk_looks_for_models(ask: Ask, prefix: str) -> None:
+    models = ask("GET", f"{prefix}/community-api-models/").json()["models"]
+    assert [model["model_slug"] for model in models] == ["esm2-35m", "headless"]
+    assert (models[1]["encoder"], models[1]["predictor"]) == (True, False)
+    assert ask("GET", f"{prefix}/community-api-models/headless/").json() == models[1]
+    check_error(ask("GET", f"{prefix}/community-api-models/other/"), 404)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+ONE, MASKED = items("MKT"), items("MK<mask>T")
+
+
+def at(name: str, *indices: int) -> list[str]:
+    """`items__0__sequence`, or `params__include__0`."""
+    return [f"items__{i}__sequence" if name == "items" else f"params__{name}__{i}" for i in indices]
+
+
+# (action, document, every field that is named)
+REFUSED: list[tuple[str, Any, list[str]]] = [
+    *(("encode", document, ["__all__"]) for document in ([], "x", None, 7)),
+    ("encode", {}, ["items"]),
+    *(("encode", {"items": value}, ["items"]) for value in (None, {}, [], "MKT", ONE * 9)),
+    ("encode", {"items": [None, 1, "MKT", []]}, [f"items__{i}" for i in range(4)]),
+    ("encode", {"items": [{}, *items(None, 5, ["M"])]}, at("items", 0, 1, 2, 3)),
+    ("encode", {"items": [{"sequence": "MKT", "id": "x"}], "extra": 1}, ["items__0__id", "extra"]),
+    ("encode", {"items": items("MKT", "mkt", "MK T", "M<mask>", "M*", "M.", "É", "")}, at("items", *range(1, 8))),
+    ("encode", {"items": items("A" * 2049, "A" * 100_000, "M\n", "\ud800")}, at("items", 0, 1, 2, 3)),
+    ("encode", {"items": ONE, "params": None}, ["params"]),
+    ("encode", {"items": ONE, "params": []}, ["params"]),
+    ("encode", {"items": ONE, "params": {"positions": "all"}}, ["params__positions"]),
+    *(("encode", {"items": ONE, "params": {"repr_layers": v}}, ["params__repr_layers"]) for v in (-1, None, [0] * 257)),
+    (
+        "encode",
+        {"items": ONE, "params": {"repr_layers": [True, 1.0, "1", None, [], 10**60, -5, 4, 3, -4]}},
+        at("repr_layers", *range(8)),
+    ),
+    ("encode", {"items": ONE, "params": {"include": "mean"}}, ["params__include"]),
+    ("encode", {"items": ONE, "params": {"include": ["mean", "sum", 1, None]}}, at("include", 1, 2, 3)),
+    ("encode", {"items": items("M1", 2), "params": {"include": ["x"]}}, [*at("items", 0, 1), *at("include", 0)]),
+    ("predict", {"items": [*ONE, *MASKED, *items("-<mask>", "<mask", "<MASK>")]}, at("items", 0, 2, 3, 4)),
+    ("predict", {"items": items("<mask>" * 2049)}, at("items", 0)),
+    ("predict", {"items": MASKED, "params": {"positions": "ALL"}}, ["params__positions"]),
+    (
+        "predict",
+        {"items": MASKED, "params": {"positions": None, "include": []}},
+        ["params__positions", "params__include"],
+    ),
+    ("log_prob", {"items": ONE, "params": {"x": 1}}, ["params__x"]),
+    ("log_prob", {"items": MASKED}, at("items", 0)),
+]
+
+
+@pytest.mark.parametrize(("action", "document", "fields"), REFUSED, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSED)])
+def test_every_fault_is_named(http: Ask, aws: Ask, action: str, document: Any, fields: list[str]) -> None:
+    answers = [post(ask, action, document) for ask in (http, aws)]
+    check_error(answers[0], 422, *fields)
+    assert answers[0].json() == answers[1].json()
+
+
+def test_the_schema_refuses_what_the_service_refuses(http: Ask) -> None:
+    schemas = {
+        action: Draft202012Validator(http("GET", f"/api/v3/schema/esm2-35m/{action}").json())
+        for action in ("encode", "predict", "log_prob")
+    }
+    for action, document, _ in REFUSED:
+        too_many_masks = action == "predict" and "<mask>" * 2049 in str(document)  # which a pattern cannot count
+        assert too_many_masks or not schemas[action].is_valid(document), document
+    assert schemas["encode"].is_valid({"items": ONE, "params": {"include": [], "repr_layers": []}})
+
+
+def test_messages_say_which_position_and_what_is_meant(ask: Ask) -> None:
+    document = check_error(post(ask, "encode", {"items": items("MKTJ", "MK<mask>")}), 422)
+    assert "'J' at position 4" in document["error"]["items__0__sequence"][0]
+    assert document["detail"].startswith("items__0__sequence: ")
+    assert document["detail"].endswith("(and 1 more)")
+    assert "predict" in document["error"]["items__1__sequence"][0]
+
+
+def test_heads_that_the_weights_lack(ask: Ask) -> None:
+    body = json.dumps({"items": ONE, "params": {"include": ["logits", "mean", "contacts"]}}).encode()
+    document = check_error(ask("POST", "/api/v3/headless/encode", body, JSON), 422, "params__include")
+    assert len(document["error"]["params__include"]) == 2
+    check_error(ask("POST", "/api/v3/headless/log_prob", json.dumps({"items": ONE}).encode(), JSON), 404)
+
+
+GOOD = json.dumps({"items": ONE}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "empty"),
+        (b"  \n", "empty"),
+        (b"{", "not JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"items":' * 100_000, "nested too deeply"),
+        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [NaN]}}', "NaN"),
+        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [-Infinity]}}', "Infinity"),
+        (b'{"items": [{"sequence": "MKT"}], "items": [{"sequence": "MKT"}]}', "'items' stands twice"),
+        (b'{"items": [{"sequence": "MKT", "sequence": "MKT"}]}', "'sequence' stands twice"),
+        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [' + b"9" * 100_000 + b"]}}", "digits"),
+        (GOOD + b" x", "not JSON"),
+        (b'{"items": [{"sequence": "MKT"}],}', "not JSON"),
+        (b"{'items': []}", "not JSON"),
+        (b'{"items": [{"sequence": "M\xff"}]}', "UTF-8"),
+        (GOOD.decode().encode("utf-16"), "UTF-8"),
+        (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
+        (b'{"items": [{"sequence": "M\nK"}]}', "not JSON"),
+        *((b'{"items": [' + values + b"1]}", "more than 20000 values") for values in (b"[]," * 30_000, b"1," * 30_000)),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_not_quite_json(http: Ask, aws: Ask, body: bytes, reason: str) -> None:
+    answers = [ask("POST", "/api/v3/esm2-35m/encode", body, JSON) for ask in (http, aws)]
+    assert reason in check_error(answers[0], 422, "__all__")["detail"]
+    assert answers[0].json() == answers[1].json()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},
+        {"content-type": "multipart/form-data; boundary=x"},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-type": "application/jsonp"},
+        {},
+        {**JSON, "content-encoding": "br"},
+        {**JSON, "content-encoding": "gzip, gzip"},
+    ],
+)
+def test_media_types(http: Ask, aws: Ask, headers: dict[str, str]) -> None:
+    answers = [ask("POST", "/api/v3/esm2-35m/encode", GOOD, headers) for ask in (http, aws)]
+    check_error(answers[0], 415)
+    assert answers[0].json() == answers[1].json()
+    for media in ("application/json; charset=UTF-8", "Application/JSON", 'application/json;charset="utf-8"'):
+        assert http("POST", "/api/v3/esm2-35m/encode", GOOD, {"content-type": media}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("packed", "status"),
+    [
+        (b"not gzip", 422),
+        (gzip.compress(GOOD)[:-4], 422),
+        (gzip.compress(GOOD)[:10], 422),
+        (gzip.compress(GOOD) + b"rubbish", 422),
+        (gzip.compress(GOOD)[:-5] + b"\0\0\0\0\0", 422),
+        (zlib.compress(GOOD), 422),
+        (gzip.compress(gzip.compress(GOOD)), 422),
+        (gzip.compress(b"") * 5000, 422),
+        (gzip.compress(b" " * (3 << 20)), 413),
+    ],
+)
+def test_damaged_gzip(http: Ask, aws: Ask, packed: bytes, status: int) -> None:
+    answers = [ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP) for ask in (http, aws)]
+    check_error(answers[0], status, "__all__")
+    assert answers[0].json() == answers[1].json()
+
+
+def test_gunzip_takes_pieces_of_any_size() -> None:
+    packed = gzip.compress(b"one") + gzip.compress(b"two")
+    for size in (1, 7, 100):
+        unpack = Gunzip(6)
+        assert b"".join(unpack.feed(packed[i : i + size]) for i in range(0, len(packed), size)) == b"onetwo"
+        unpack.finish()
+    with pytest.raises(ApiError, match="larger than 5 bytes"):
+        Gunzip(5).feed(packed)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/api/v3/esm2-3b/encode/", 404),
+        ("POST", "/api/v3/esm2-35m/fold/", 404),
+        ("POST", "/api/v2/esm2-35m/encode/", 404),
+        ("POST", "/api/v3/esm2-35m/encode//", 404),
+        ("GET", "/nowhere", 404),
+        ("GET", "/api/v3/schema/esm2-35m/fold/", 404),
+        ("GET", "/api/v3/schema/headless/predict/", 404),
+        ("GET", "/api/v3/esm2-35m/encode/", 405),
+        ("DELETE", "/api/v3/esm2-35m/encode", 405),
+        ("OPTIONS", "/api/v3/esm2-35m/encode", 405),
+        ("POST", "/healthz", 405),
+        ("POST", "/api/v3/models", 405),
+    ],
+)
+def test_wrong_addresses_and_methods(ask: Ask, method: str, path: str, status: int) -> None:
+    answer = ask(method, path, GOOD if method == "POST" else b"", JSON)
+    check_error(answer, status)
+    assert "access-control-allow-origin" not in answer.headers
+    assert (status == 405) == ("allow" in {name.lower() for name in answer.headers})
+
+
+def test_hostile_text_comes_back_tame(ask: Ask) -> None:
+    body = json.dumps({"\ud800" + "k" * 5000: 1, "items": items("\udfff")}).encode()
+    answer = ask("POST", "/api/v3/esm2-35m/encode", body, JSON)
+    check_error(answer, 422)
+    assert len(answer.content) < 5000
+    answer = post(ask, "encode", {"items": items("M"), **{f"x{i}": 1 for i in range(5_000)}})
+    check_error(answer, 422)
+    assert len(answer.content) < 50_000
+
+
+def test_every_item_is_named_however_many_problems_another_has() -> None:
+    problems: list[Any] = [(("params", "repr_layers", i), "no such layer") for i in range(256)]
+    problems += [(("items", 0, f"x{i}"), "unknown") for i in range(70)]
+    problems += [(("items", i, "sequence"), "wrong") for i in range(1, 8)]
+    document = json.loads(ApiError(422, "x", problems=problems).body())
+    assert len(document["errors"]) == 64
+    assert {f"items__{i}__sequence" for i in range(1, 8)} | {"items__0__x0"} <= set(document["error"])

@@ -1,0 +1,330 @@
+"""The HTTP service as a process: its pages, its log, and hostile or odd connections."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from conftest import random_sequence
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running_service import RunningService, check_error, items, load_quietly, receive_all, same, serving, small_weights
+
+JSON = {"Content-Type": "application/json"}
+GOOD = {"items": items("MKT")}
+ENCODE = "esm2-35m/encode/"
+HEAD = "POST /api/v3/esm2-35m/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_weights(tmp_path_factory.mktemp("weights")))
+
+
+@pytest.fixture(scope="module")
+def service(weights: str) -> Iterator[RunningService]:
+    limits = ("--head-timeout", "1.5", "--body-timeout", "1.5", "--write-timeout", "2")
+    with serving("--model", f"esm2-35m={weights}", "--backend", "numpy", "--threads", "1", *limits) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _it_lives_on(service: RunningService) -> Iterator[None]:
+    yield
+    assert service.post(ENCODE, GOOD).status_code == 200
+
+
+# -- what people and monitors read -------------------------------------------------------------------------------------
+
+
+def test_pages(service: RunningService) -> None:
+    page = requests.get(f"{service.url}/", timeout=60)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    again = requests.get(f"{service.url}/", headers={"If-None-Match": page.headers["etag"]}, timeout=60)
+    assert again.status_code == 304
+    docs = requests.get(f"{service.url}/docs", timeout=60)
+    assert docs.headers["content-security-policy"] == policy
+    assert "https://" not in docs.text
+    paths = requests.get(f"{service.url}/openapi.json", timeout=60).json()["paths"]
+    for path in paths:
+        assert path.rstrip("/") in docs.text
+    script = requests.get(f"{service.url}/page/main.js", timeout=60)
+    assert script.headers["content-type"].startswith("text/javascript")
+    head = requests.head(f"{service.url}/healthz", timeout=60)
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize("path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page/", "/page/nothing.js", "/nowhere"])
+def test_nothing_else_is_to_be_had(service: RunningService, path: str) -> None:
+    with requests.Session() as session:
+        prepared = requests.Request("GET", service.url).prepare()
+        prepared.url = service.url + path
+        check_error(session.send(prepared, timeout=60), 404)
+
+
+def test_request_id_and_log_line(service: RunningService) -> None:
+    response = service.post(ENCODE, GOOD, headers={"X-Request-ID": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.headers["cache-control"] == "no-store"
+    bad = service.post(ENCODE, GOOD, headers={"X-Request-ID": "no blanks\tplease"})
+    assert bad.headers["x-request-id"] != "no blanks\tplease"
+    requests.get(f"{service.url}/healthz?token=secret", headers={"X-Request-ID": "mine-2"}, timeout=60)
+    service.wait_until(lambda: any(entry["id"] == "mine-2" for entry in service.entries()))
+    entry = next(entry for entry in service.entries() if entry["id"] == "mine-1")
+    assert (entry["status"], entry["slug"], entry["action"], entry["items"]) == (200, "esm2-35m", "encode", 1)
+    assert (entry["residues"], entry["client"]) == (3, "127.0.0.1")
+    assert {"ms", "bytes", "queue_ms", "compute_ms"} <= set(entry)
+    assert "secret" not in "".join(service.log)
+
+
+def test_metrics(service: RunningService) -> None:
+    service.post(ENCODE, GOOD)
+    service.post("made-up-slug/encode", GOOD)
+    text = requests.get(f"{service.url}/metrics", timeout=60).text
+    assert 'numpyesm_requests_total{route="encode",slug="esm2-35m",status="200"}' in text
+    assert "numpyesm_queue_length 0.0" in text
+    assert "made-up-slug" not in text
+
+
+@pytest.mark.slow
+def test_longest_items(service: RunningService, weights: str) -> None:
+    library, longest = load_quietly(weights, backend="numpy", threads=1), random_sequence(2048)
+    answer = service.post(ENCODE, {"items": items(longest)}).json()
+    same(answer, {"results": [library.encode([longest])[0].to_dict()]})
+    (result,) = service.post("esm2-35m/predict/", {"items": items("<mask>" * 2048)}).json()["results"]
+    assert len(result["logits"]) == 2048
+
+
+@pytest.mark.slow
+def test_schemathesis(service: RunningService, tmp_path: Path) -> None:
+    """All its checks: status codes, answers' schemas, refusal of bad data, acceptance of good, wrong methods."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", "all"]
+    command += ["--max-examples", "15", "--seed", "1", "--suppress-health-check", "all", "--no-color"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+def test_large_bodies(service: RunningService) -> None:
+    large = json.dumps(GOOD).encode() + b" " * 2**20
+    check_error(service.post(ENCODE, data=large, headers=JSON), 413)
+    check_error(service.post(ENCODE, data=iter([large[:1000], large[1000:]]), headers=JSON), 413)  # chunked
+    assert service.post(ENCODE, data=large[: 2**20], headers=JSON).status_code == 200
+    assert service.post(ENCODE, data=iter([large[:1000], large[1000 : 2**20]]), headers=JSON).status_code == 200
+
+
+def test_said_to_be_huge_is_refused_before_it_is_sent(service: RunningService) -> None:
+    for length in ("999999999999", "9" * 5000, "1048577"):
+        with service.connect() as connection:
+            connection.sendall(f"{HEAD}Content-Length: {length}\r\n\r\n".encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+
+
+@pytest.mark.parametrize("first_line", [HEAD.splitlines()[0], "GET /healthz HTTP/1.1"])
+def test_endless_rest_of_a_body_that_nobody_reads(service: RunningService, first_line: str) -> None:
+    """The client is told, and cut off when it goes on."""
+    with service.connect() as connection:
+        connection.sendall(f"{first_line}\r\nHost: localhost\r\nContent-Length: 999999999999\r\n\r\n".encode())
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 10**9:
+                sent += connection.send(b"x" * 65536)
+        assert sent < 10**8
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_refusal_reaches_a_client_that_closes_after_it(service: RunningService, version: str) -> None:
+    """urllib and proxies send everything and only then read: a connection closed meanwhile is an error to them."""
+    large = b"x" * 5_000_000
+    first_line = f"POST /api/v3/esm2-35m/encode HTTP/{version}\r\nHost: localhost\r\nConnection: TE, Close\r\n"
+    with service.connect() as connection:
+        head = f"{first_line}Content-Type: application/json\r\nContent-Length: {len(large)}\r\n\r\n"
+        connection.sendall(head.encode() + large)
+        assert receive_all(connection).startswith(b"HTTP/1.1 413")
+    with service.connect() as connection:  # refused before the body begins
+        connection.sendall(f"{first_line}Content-Length: 2000\r\n\r\n".encode())
+        answer = connection.recv(65536)
+        for _ in range(20):
+            connection.sendall(b"x" * 100)
+        assert (answer + receive_all(connection)).startswith(b"HTTP/1.1 415")
+
+
+def test_who_asks_before_sending_is_answered_at_once(service: RunningService) -> None:
+    with service.connect() as connection:
+        head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
+        connection.sendall(f"{head}Content-Length: 2000\r\n\r\n".encode())
+        connection.settimeout(1)
+        assert receive_all(connection).startswith(b"HTTP/1.1 404")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Content-Length: {}", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked", "Content-Length: {}")],
+)
+def test_two_lengths_close_the_connection(service: RunningService, names: tuple[str, str]) -> None:
+    """A proxy in front may have believed the other length: what follows would be another client's request."""
+    body = json.dumps(GOOD).encode()
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    lengths = "\r\n".join(names).format(len(chunked))
+    smuggled = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with service.connect() as connection:
+        connection.sendall(f"{HEAD}{lengths}\r\n\r\n".encode() + chunked + smuggled)
+        answer = receive_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.slow
+def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join(compressor.compress(b" " * 2**20) for _ in range(900)) + compressor.flush()
+    assert len(bomb) < 2**20
+    before = service.status("VmHWM")
+    headers = {**JSON, "Content-Encoding": "gzip"}
+    check_error(service.post(ENCODE, data=bomb, headers=headers), 413)
+    assert service.status("VmHWM") - before < 30_000  # kB
+    # Few bytes that unpack to a million values: those are not even decoded.
+    for values in (b"[]," * 600_000, b"[" * 900 + b"]" * 600_000, b"{}," * 600_000, b"1," * 900_000):
+        packed = gzip.compress(b'{"items": [' + values + b"1]}")
+        document = check_error(service.post(ENCODE, data=packed, headers=headers), 422)
+        assert document["detail"] == "the JSON has more than 20000 values"
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "",
+        HEAD[:60],
+        f"{HEAD}Content-Length: 100\r\n\r\n{{",
+        "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\n",  # a second request, half
+    ],
+)
+def test_what_does_not_come_in_time(service: RunningService, sent: str) -> None:
+    with service.connect() as connection:
+        connection.sendall(sent.encode())
+        answer = receive_all(connection)
+        assert b"HTTP/1.1 408" in answer
+        assert answer.endswith(b"}")
+        assert b'"status_code":408' in answer
+
+
+@pytest.mark.slow
+def test_a_head_that_trickles(service: RunningService) -> None:
+    with service.connect() as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            for sent in range(300):
+                connection.sendall(f"X-{sent}: 1\r\n".encode())
+                time.sleep(0.1)
+        assert sent < 200
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read(service: RunningService) -> None:
+    """It is cut off, and its memory is free again."""
+    params = {"include": ["per_token"], "repr_layers": [0, 1, 2, 3]}
+    body = json.dumps({"params": params, "items": items(*["A" * 2000] * 8)})
+    before = service.open_files()
+    with service.connect() as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        service.wait_until(lambda: any(e.get("reason") == "the client does not read" for e in service.entries()))
+        service.wait_until(lambda: service.open_files() <= before + 1)
+    assert "numpyesm_result_bytes 0.0" in requests.get(f"{service.url}/metrics", timeout=60).text
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50,
+        b"G\xffT / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    ],
+)
+def test_not_http(service: RunningService, sent: bytes) -> None:
+    with service.connect() as connection:
+        connection.sendall(sent)
+        answer = receive_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert json.loads(body)["status_code"] == 400
+    request_id = re.search(rb"x-request-id: (\w+)", head)
+    assert request_id is not None
+    told = request_id[1].decode()
+    service.wait_until(lambda: any(e["id"] == told and e["status"] == 400 for e in service.entries()))
+
+
+def test_requests_one_behind_the_other_on_one_connection(service: RunningService) -> None:
+    body = json.dumps(GOOD).encode()
+    with service.connect() as connection:
+        connection.sendall((HEAD.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 5)
+        got = b""
+        while got.count(b'"results"') < 5:
+            got += connection.recv(65536)
+        assert got.count(b"HTTP/1.1 200") == 5
+
+
+# -- whatever comes ----------------------------------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+DOCUMENTS = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | SCALARS})
+PARAMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "repr_layers": st.lists(st.integers(-6, 6) | SCALARS, max_size=4) | DOCUMENTS,
+        "include": st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3) | DOCUMENTS,
+    },
+)
+NEARLY = st.fixed_dictionaries(
+    {"items": st.lists(ITEM, max_size=10) | DOCUMENTS}, optional={"params": PARAMS | DOCUMENTS, "other": DOCUMENTS}
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(document=NEARLY | DOCUMENTS, action=st.sampled_from(["encode", "predict", "log_prob"]))
+def test_any_document(service: RunningService, document: Any, action: str) -> None:
+    response = service.post(f"esm2-35m/{action}", data=json.dumps(document), headers=JSON)
+    if response.status_code == 200:
+        assert len(response.json()["results"]) == len(document["items"])
+    else:
+        check_error(response, 422)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=300), gzipped=st.booleans())
+def test_any_bytes(service: RunningService, data: bytes, gzipped: bool) -> None:
+    headers = {**JSON, "Content-Encoding": "gzip"} if gzipped else JSON
+    check_error(service.post(ENCODE, data=data, headers=headers), 422)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import mmap
 import struct
 
 import numpy as np
@@ -114,7 +116,7 @@ def test_every_truncation_is_an_error(tmp_path, written):
         with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
             read_safetensors(cut)
     cut.write_bytes(whole + b"\0")
-    with pytest.raises(CheckpointError, match="belong to nothing"):
+    with pytest.raises(CheckpointError, match="damaged, truncated"):
         read_safetensors(cut)
 
 
@@ -128,7 +130,6 @@ def test_every_truncation_is_an_error(tmp_path, written):
         (b'{"a":' + b"9" * 10_000 + b"}", b""),
         ({"x": 1}, b""),
         ({"x": {"dtype": "F32"}}, b""),
-        ({"x": entry([1], 0, 4) | {"more": 1}}, b"1234"),
         ({"x": entry([2], 0, 4)}, b"1234"),
         ({"x": entry([-1], 0, 4)}, b"1234"),
         ({"x": entry([1.0], 0, 4)}, b"1234"),
@@ -136,15 +137,17 @@ def test_every_truncation_is_an_error(tmp_path, written):
         ({"x": entry("1", 0, 4)}, b"1234"),
         ({"x": entry([1], 4, 0)}, b"1234"),
         ({"x": entry([1], -4, 0)}, b"1234"),
-        ({"x": entry([1], 0, 4, "F8_E4M3")}, b"1234"),
+        ({"x": entry([1], 0, 1, "F8_E4M3")}, b"1"),
         ({"x": entry([1], 0, 4, ["F32"])}, b"1234"),
         ({"x": entry([1 << 62, 1 << 62], 0, 4)}, b"1234"),
         ({"x": entry([1 << 40], 0, 1 << 42)}, b"1234"),
         ({"x": entry([1] * 100, 0, 4)}, b"1234"),
-        ({"x": entry([0, 1 << 62], 0, 0)}, b""),
         ({"x": entry([1], 4, 8)}, b"12345678"),  # a hole
         ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, b"1234"),  # an overlap
         ({"__metadata__": {"a": 1}}, b""),
+        (b'{"__metadata__":{"a":NaN}}', b""),
+        (b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+        (b'{"x":' + b"[" * 100_000 + b"}", b""),
         ({"__metadata__": []}, b""),
         (b'{"x":%b,"x":%b}' % ((json.dumps(entry([1], 0, 4)).encode(),) * 2), b"1234"),  # a name twice
     ],
@@ -163,6 +166,27 @@ def test_impossible_header_lengths(tmp_path, length):
         read_safetensors(path)
 
 
+def test_a_long_header_in_a_small_file_is_refused(tmp_path):
+    header = {f"t{i}": entry([0], 0, 0) for i in range(10_000)}
+    with pytest.raises(CheckpointError, match="too long"):
+        read_safetensors(raw_file(tmp_path / "long.safetensors", header))
+
+
+def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENODEV, "no such device")
+
+    expected, _ = read_safetensors(written)
+    monkeypatch.setattr(mmap, "mmap", type("NoMap", (mmap.mmap,), {"__new__": refuse}))
+    tensors, metadata = read_safetensors(written)
+    assert metadata["who"] == "me"
+    np.testing.assert_array_equal(tensors["b.second"].raw, expected["b.second"].raw)
+    content = bytearray(written.read_bytes())
+    written.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="damaged, truncated"):
+        read_safetensors(written)
+
+
 def test_absent_and_empty_files(tmp_path):
     with pytest.raises(WeightsNotFound, match="does not exist"):
         read_safetensors(tmp_path / "none.safetensors")
@@ -171,7 +195,7 @@ def test_absent_and_empty_files(tmp_path):
         read_safetensors(tmp_path / "empty.safetensors")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_bytes_never_do_anything_else(tmp_path, data):
     path = tmp_path / "fuzz.safetensors"
@@ -190,7 +214,7 @@ def test_damaged_bytes_never_do_anything_else(tmp_path, data):
     assert all(isinstance(value, str) for value in metadata.values())
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(["x", "y", "__metadata__"]),

@@ -17,7 +17,7 @@ from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from .checkpoint import DECODER, FREQUENCIES, computed_frequencies
 from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
-from .safetensors_file import shorten
+from ..text import quoted
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
 
@@ -63,10 +63,10 @@ def _deduced_heads(model: Model, layers: int, width: int) -> int | None:
 
 def _matrix_shape(tensors: Tensors, name: str, origin: str) -> tuple[int, int]:
     if name not in tensors:
-        raise CheckpointError(f"{origin} is incomplete: tensor {shorten(name)} is missing")
+        raise CheckpointError(f"{origin} is incomplete: tensor {quoted(name)} is missing")
     shape = tensors[name].shape
     if len(shape) != 2:
-        raise CheckpointError(f"{origin} has tensor {shorten(name)} of shape {shape}, expected a matrix")
+        raise CheckpointError(f"{origin} has tensor {quoted(name)} of shape {shape}, expected a matrix")
     return shape
 
 
@@ -169,18 +169,18 @@ class _Assembler:
         without = [layer for layer in layers if not any(name.startswith(layer) for name in present)]
         if 0 < len(without) < len(layers):
             raise CheckpointError(
-                f"{self.origin} is incomplete: it has {shorten(present[0])}, but none under {shorten(without[0])}"
+                f"{self.origin} is incomplete: it has {quoted(present[0])}, but none under {quoted(without[0])}"
             )
         first, *others = (self.array(name, (self.config.head_dim // 2,), "F32") for name in present)
         for name, values in zip(present[1:], others, strict=True):
             if not np.array_equal(values, first):
                 raise CheckpointError(
-                    f"{self.origin} has different rotary frequencies in {shorten(present[0])} and {shorten(name)}"
+                    f"{self.origin} has different rotary frequencies in {quoted(present[0])} and {quoted(name)}"
                 )
         outside = first[(first <= 0) | (first > 1)]
         if len(outside):
             raise CheckpointError(
-                f"{self.origin} has a rotary frequency of {outside[0]:g} in {shorten(present[0])}, expected (0, 1]"
+                f"{self.origin} has a rotary frequency of {outside[0]:g} in {quoted(present[0])}, expected (0, 1]"
             )
         return np.ascontiguousarray(first)
 
@@ -204,24 +204,24 @@ class _Assembler:
     def array(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
         """One tensor of theirs as it is, checked, in the storage dtype."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.origin} is incomplete: tensor {shorten(name)} is missing")
+            raise CheckpointError(f"{self.origin} is incomplete: tensor {quoted(name)} is missing")
         tensor = self.tensors[name]
         refuse_quantised_storage(name, tensor, self.origin)
         if tensor.shape != shape:
-            raise CheckpointError(f"{self.origin} has tensor {shorten(name)} of shape {tensor.shape}, expected {shape}")
+            raise CheckpointError(f"{self.origin} has tensor {quoted(name)} of shape {tensor.shape}, expected {shape}")
         if tensor.dtype not in STORAGE_DTYPES:
-            raise CheckpointError(f"{self.origin} has tensor {shorten(name)} stored as {tensor.dtype}, not as a float")
+            raise CheckpointError(f"{self.origin} has tensor {quoted(name)} stored as {tensor.dtype}, not as a float")
         self.used.add(name)
         if not is_finite(tensor):
-            raise CheckpointError(f"{self.origin} has NaN or infinite numbers in tensor {shorten(name)}")
+            raise CheckpointError(f"{self.origin} has NaN or infinite numbers in tensor {quoted(name)}")
         try:
             stored = tensor.stored_as(storage or self.storage)
         except OverflowError as error:
             raise CheckpointError(
-                f"{self.origin} has tensor {shorten(name)} with too large numbers: {error}"
+                f"{self.origin} has tensor {quoted(name)} with too large numbers: {error}"
             ) from error
         if not is_finite(stored):  # float64 beyond float32
-            raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {shorten(name)}")
+            raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {quoted(name)}")
         return stored.raw
 
     def check_unused(self) -> None:
@@ -229,7 +229,7 @@ class _Assembler:
         for name in self.tensors:
             if name not in self.used and not name.endswith(self.naming.ignored):
                 raise CheckpointError(
-                    f"{self.origin} is not a plain ESM-2 model: tensor {shorten(name)} is not part of one"
+                    f"{self.origin} is not a plain ESM-2 model: tensor {quoted(name)} is not part of one"
                 )
 
 

@@ -247,9 +247,9 @@ def _note(message: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    from .safetensors_file import shorten
+    from ..text import quoted
 
-    return ", ".join(shorten(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+    return ", ".join(quoted(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
 
 
 def _without_tensors(content: Any) -> str:

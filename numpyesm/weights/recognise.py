@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import VOCAB_SIZE
 from ..errors import CheckpointError
-from .safetensors_file import shorten
+from ..text import quoted
 from .tensor import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -127,7 +127,7 @@ def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
             name = _PRIVATE.sub("", path).removeprefix(".")
             name = re.sub(r"(?<=Norm\.)gamma$", "weight", re.sub(r"(?<=Norm\.)beta$", "bias", name))  # TensorFlow's
             if found.setdefault(name, value) is not value:
-                raise CheckpointError(f"{origin} has tensor {shorten(name)} twice")
+                raise CheckpointError(f"{origin} has tensor {quoted(name)} twice")
             continue
         items = value if isinstance(value, dict) else getattr(value, "entries", None)  # of a dict of unknown class
         if isinstance(items, dict) and depth < _MAX_NESTING and id(items) not in seen:
@@ -230,11 +230,11 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
             return f"is {_OTHER_VOCABULARIES[rows]} and numpyesm runs ESM-2 of {VOCAB_SIZE} tokens only"
         if rows is not None:
             return f"is not an ESM-2 checkpoint: it knows {rows} tokens, ESM-2 has {VOCAB_SIZE}"
-        return f"is incomplete: tensor {shorten(trunk[1] + trunk[0].embedding)} is missing"
+        return f"is incomplete: tensor {quoted(trunk[1] + trunk[0].embedding)} is missing"
     if not tensors:
         return "holds no named tensors"
     return (
-        f"is not an ESM-2 checkpoint: none of its {len(tensors)} tensors ({shorten(min(tensors))}) is of an ESM-2 layer"
+        f"is not an ESM-2 checkpoint: none of its {len(tensors)} tensors ({quoted(min(tensors))}) is of an ESM-2 layer"
     )
 
 
@@ -270,4 +270,4 @@ def refuse_learned_positions(model: Model, position_type: object, origin: str) -
 def refuse_quantised_storage(name: str, tensor: StoredTensor, origin: str) -> None:
     """Refuse a matrix stored in integers or in floats of eight bits."""
     if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
-        raise CheckpointError(f"{origin} {_quantised_sentence(f'{shorten(name)} is stored as {tensor.dtype}')}")
+        raise CheckpointError(f"{origin} {_quantised_sentence(f'{quoted(name)} is stored as {tensor.dtype}')}")

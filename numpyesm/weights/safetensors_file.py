@@ -1,7 +1,8 @@
-"""Read and write safetensors files: a length, a JSON header, then the tensors' bytes one behind the other.
+"""Safetensors files: opened and validated by the library of that name, mapped and written here.
 
-The reader is our own, because a file from anywhere may be handed in: everything in the header is checked against the
-file before it is believed, and the tensors are views of the mapped file, so nothing is read before it is used.
+The library gives copies of tensors and none of bfloat16 to NumPy; here they are views of the mapped file. Its writer
+is not used: the order of metadata differs from run to run, a file is readable by its owner only, devices are replaced
+by files, and the interface that takes bfloat16 changed in version 0.8.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy.typing as npt
 
 from ..errors import CheckpointError, WeightsNotFound
 from ..files import atomic_write
+from ..text import quoted
 from .tensor import STORAGE_DTYPES, StoredTensor
 
-# Not weights, but found beside them (position_ids); carried along so that a reader can ignore them by name.
+# Found beside weights (position_ids), and carried along so that a reader can ignore them by name.
 OTHER_DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
@@ -39,13 +41,13 @@ OTHER_DTYPES: dict[str, np.dtype] = {
 }
 _DTYPES = STORAGE_DTYPES | OTHER_DTYPES
 _MAX_HEADER = 16 << 20
-# A header takes 25 times its size when it is taken apart: a large one must go with a large file. ESM-2 15B has 150 kB.
+# Parsing a header takes 25 times its size: a long one must go with a large file. That of ESM-2 15B has 150 kB.
 _FREE_HEADER = 256 << 10
 _HEADER_SHARE = 8
 _MAX_DIMENSIONS = 8
 # Of file systems and sandboxes that have no maps.
 _CANNOT_MAP = {errno.ENODEV, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}
-_ALIGNMENT = 64  # a cache line, and the widest SIMD load
+_ALIGNMENT = 64  # bytes: a cache line, and the widest SIMD load
 
 
 def looks_like_safetensors(head: bytes) -> bool:
@@ -56,11 +58,6 @@ def looks_like_safetensors(head: bytes) -> bool:
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Map a safetensors file.
 
-    Parameters
-    ----------
-    path : str or path
-        The file.
-
     Returns
     -------
     tensors : dict of str to StoredTensor
@@ -70,26 +67,28 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTens
     Raises
     ------
     CheckpointError
-        If the file is truncated, corrupted or no safetensors file.
+        If the file is truncated, corrupted, no safetensors file, or holds numbers of a kind that NumPy lacks.
     """
     path = Path(path)
-    mapped = map_file(path)
-    try:
-        header, data_start = _read_header(mapped)
-        metadata = _metadata(header.pop("__metadata__", {}))
-        return _tensors(header, mapped, data_start), metadata
-    except _Malformed as error:
-        raise CheckpointError(f"{path} is not an intact safetensors file: {error}") from error
+    mapped, header, start = _open(path)
+    metadata = header.pop("__metadata__", None) or {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{path} has tensor {quoted(name)} stored as {quoted(dtype)}, as quantised models are; "
+                "save the model as float32, float16 or bfloat16"
+            )
+        if len(shape) > _MAX_DIMENSIONS:
+            raise CheckpointError(f"{path} has tensor {quoted(name)} of {len(shape)} dimensions")
+        tensors[name] = StoredTensor(_view(mapped, start + entry["data_offsets"][0], _DTYPES[dtype], shape), dtype)
+    return tensors, metadata
 
 
 def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Only the metadata, for looking at a file without opening its tensors."""
-    path = Path(path)
-    try:
-        header, _ = _read_header(map_file(path))
-        return _metadata(header.get("__metadata__", {}))
-    except _Malformed as error:
-        raise CheckpointError(f"{path} is not an intact safetensors file: {error}") from error
+    """Only the metadata, for a look at a file without its tensors."""
+    return _open(Path(path))[1].get("__metadata__") or {}
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
@@ -113,22 +112,32 @@ def map_file(path: Path) -> mmap.mmap | bytes:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors in the order given; equal input gives equal bytes, and the file appears whole or not at all.
+    """Write tensors in the given order, whole or not at all; equal input gives equal bytes.
 
     Parameters
     ----------
     path : str or path
         The file to make or replace.
     tensors : mapping of str to StoredTensor
-        Streamed one by one: no second copy of everything is made.
+        Streamed one by one, without a second copy of them all.
     metadata : mapping of str to str
         Goes into the header, sorted by key.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
+    position = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.raw.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        size = tensor.raw.size * _DTYPES[tensor.dtype].itemsize
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     with atomic_write(path) as file:
@@ -144,81 +153,36 @@ def tensor_bytes(tensor: StoredTensor) -> npt.NDArray[np.uint8]:
     return raw.reshape(-1).view(np.uint8)
 
 
-class _Malformed(Exception):
-    """What is wrong with a file, without its name."""
+def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:
+    """The mapped file, its validated header, and where the tensors' bytes begin."""
+    from safetensors import SafetensorError, deserialize, safe_open  # half a millisecond: not at import
 
-
-def _read_header(mapped: mmap.mmap | bytes) -> tuple[dict[str, Any], int]:
+    mapped = map_file(path)
     size = len(mapped)
-    if size < 8:
-        raise _Malformed(f"it has {size} bytes")
-    (length,) = struct.unpack("<Q", mapped[:8])
-    if length > size - 8:
-        raise _Malformed(f"its header should have {length} bytes but the file has {size} (truncated?)")
+    length = int.from_bytes(mapped[:8], "little")
+    if size < 8 or length > size - 8:
+        raise CheckpointError(f"{path} is no safetensors file, or truncated: its header is longer than the file")
     if length > max(_FREE_HEADER, min(_MAX_HEADER, size // _HEADER_SHARE)):
-        raise _Malformed(f"its header of {length} bytes is implausibly long")
+        raise CheckpointError(f"{path} is no intact safetensors file: its header of {length} bytes is too long")
     try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _Malformed("its header is not valid JSON") from error
-    if not isinstance(header, dict):
-        raise _Malformed("its header is not a JSON object")
-    return header, 8 + length
+        if isinstance(mapped, bytes):
+            deserialize(mapped)  # type: ignore[no-untyped-call]
+        else:
+            with safe_open(path, framework="np"):
+                pass
+        header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_without_duplicates)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).removeprefix("Error while deserializing").removeprefix(" header").lstrip(": ")[:200]
+        raise CheckpointError(f"{path} is damaged, truncated or no safetensors file: {reason}") from error
+    return mapped, header, 8 + length
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # JSON lets a name stand twice and readers then differ in which one counts.
+    # JSON lets a name stand twice, the library takes the last, and other readers the first.
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
-        raise _Malformed("a name stands twice in its header")
+        raise ValueError("a name stands twice in its header")
     return mapping
-
-
-def _metadata(metadata: object) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Malformed("its metadata is not a mapping of strings")
-    return metadata
-
-
-def _tensors(header: dict[str, Any], mapped: mmap.mmap | bytes, data_start: int) -> dict[str, StoredTensor]:
-    entries = sorted(
-        (begin, end, name, dtype, shape)
-        for name, (begin, end, dtype, shape) in ((name, _entry(name, entry)) for name, entry in header.items())
-    )
-    tensors: dict[str, StoredTensor] = {}
-    position = 0
-    for begin, end, name, dtype, shape in entries:
-        # The format forbids holes and overlaps, so a lost or doubled piece cannot hide.
-        if begin != position:
-            raise _Malformed(f"tensor {shorten(name)} does not begin where the one before it ends")
-        if end > len(mapped) - data_start:
-            raise _Malformed(f"tensor {shorten(name)} ends beyond the end of the file (truncated?)")
-        position = end
-        tensors[name] = StoredTensor(_view(mapped, data_start + begin, _DTYPES[dtype], shape), dtype)
-    if position != len(mapped) - data_start:
-        raise _Malformed(f"{len(mapped) - data_start - position} bytes behind its last tensor belong to nothing")
-    return tensors
-
-
-def _entry(name: str, entry: object) -> tuple[int, int, str, tuple[int, ...]]:
-    """(begin, end, dtype, shape) of one header entry, consistent in itself."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Malformed(f"the entry of tensor {shorten(name)} is not dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _Malformed(f"tensor {shorten(name)} is stored as {shorten(dtype)}, which cannot be read")
-    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or any(extent >= 1 << 48 for extent in shape):
-        raise _Malformed(f"the shape of tensor {shorten(name)} is impossible")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _Malformed(f"the offsets of tensor {shorten(name)} are impossible")
-    begin, end = offsets
-    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
-        raise _Malformed(f"tensor {shorten(name)} has {end - begin} bytes, which its shape {shape} does not need")
-    return begin, end, dtype, tuple(shape)
-
-
-def _naturals(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _view(mapped: mmap.mmap | bytes, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -230,9 +194,3 @@ def _view(mapped: mmap.mmap | bytes, start: int, dtype: np.dtype, shape: tuple[i
         flat = flat.copy()
         flat.flags.writeable = False
     return flat.reshape(shape)
-
-
-def shorten(value: object) -> str:
-    """A name from a file, fit for an error message."""
-    text = repr(value) if isinstance(value, str | int) else type(value).__name__
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
+from ..text import quoted
 from .safe_pickle import Inert, Name, builder, read_pickle
-from .safetensors_file import OTHER_DTYPES, shorten
+from .safetensors_file import OTHER_DTYPES
 from .tensor import STORAGE_DTYPES, StoredTensor
 from .zip_entries import ZipEntries
 
@@ -184,16 +185,16 @@ class _TorchArchive:
             self.storages[key, dtype] = self.read_storage(key, dtype)
         storage = self.storages[key, dtype]
         if storage.values.size != count:
-            raise self.corrupted(f"storage {shorten(key)} has another size than its tensors need")
+            raise self.corrupted(f"storage {quoted(key)} has another size than its tensors need")
         return storage
 
     def read_storage(self, key: str, dtype: str) -> _Storage:
         name = f"{self.prefix}data/{key}"
         if name not in self.names:
-            raise self.corrupted(f"storage {shorten(key)} is missing")
+            raise self.corrupted(f"storage {quoted(key)} is missing")
         data = self.entries.read(name)
         if len(data) % _DTYPES[dtype].itemsize:
-            raise self.corrupted(f"storage {shorten(key)} has another size than its tensors need")
+            raise self.corrupted(f"storage {quoted(key)} has another size than its tensors need")
         values = np.frombuffer(data, _DTYPES[dtype])
         if not values.flags.aligned:
             values = values.copy()

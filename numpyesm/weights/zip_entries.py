@@ -13,7 +13,8 @@ import zlib
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .safetensors_file import map_file, shorten
+from ..text import quoted
+from .safetensors_file import map_file
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHLLLHH")
 _MAX_DEFLATE_RATIO = 1032  # of the format itself: more is a lie
@@ -75,9 +76,7 @@ class ZipEntries:
             raise CheckpointError(f"{self.path} is encrypted")
         start = self._data_start(info)
         if start + info.compress_size > len(self._map):
-            raise CheckpointError(
-                f"{self.path} is truncated: zip entry {shorten(name)} ends beyond the end of the file"
-            )
+            raise CheckpointError(f"{self.path} is truncated: zip entry {quoted(name)} ends beyond the end of the file")
         # Entries inside one another would make a small archive take for ever to check.
         self._unread -= info.compress_size
         if self._unread < 0:
@@ -86,9 +85,9 @@ class ZipEntries:
         if info.compress_type == zipfile.ZIP_DEFLATED:
             data = self._inflate(name, data, info.file_size)
         elif info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path} has zip entry {shorten(name)} packed with an unusual method")
+            raise CheckpointError(f"{self.path} has zip entry {quoted(name)} packed with an unusual method")
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
-            raise CheckpointError(f"{self.path} is corrupted: zip entry {shorten(name)} has a wrong checksum")
+            raise CheckpointError(f"{self.path} is corrupted: zip entry {quoted(name)} has a wrong checksum")
         return data
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
@@ -106,13 +105,13 @@ class ZipEntries:
 
     def _inflate(self, name: str, data: memoryview, size: int) -> memoryview:
         if size > _MAX_DEFLATE_RATIO * len(data) + 64 or size > self._inflatable:
-            raise CheckpointError(f"{self.path} has zip entry {shorten(name)} of an implausible size ({size} bytes)")
+            raise CheckpointError(f"{self.path} has zip entry {quoted(name)} of an implausible size ({size} bytes)")
         self._inflatable -= size
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             inflated = machine.decompress(data, size + 1)  # the limit holds even if the header lied
         except zlib.error as error:
-            raise CheckpointError(f"{self.path} is corrupted: zip entry {shorten(name)} cannot be unpacked") from error
+            raise CheckpointError(f"{self.path} is corrupted: zip entry {quoted(name)} cannot be unpacked") from error
         return memoryview(inflated)
 
 

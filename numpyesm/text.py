@@ -1,0 +1,20 @@
+"""Text from files of others, made fit for messages and terminals."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Replace what is not text (control characters, halves of surrogate pairs) by its escape, such as `\\x1b`.
+
+    Line ends and tabs stay. A terminal obeys control characters: one could hide or forge what is printed.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value from a file in quotes, without control characters, and cut to at most `limit` characters."""
+    text = repr(value[: limit + 1] if isinstance(value, str) else value) if isinstance(value, str | int) else ""
+    text = text or type(value).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -10,8 +10,10 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..errors import InvalidOption, NumpyesmError
+from ..printable import printable
 from .parser import build_parser
 
 
@@ -19,8 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for a failure, 2 for wrong use."""
     arguments = build_parser().parse_args(argv)
     warnings.showwarning = _show_warning
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller (>&-): nobody listens
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets ? for what it cannot show
     if threading.current_thread() is threading.main_thread():
         # As an exception, so that half-written files are removed on the way out.
@@ -29,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # The reader (head, less) has gone; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _silence_stdout()
         return 1
     except KeyboardInterrupt:
         print("numpyesm: interrupted", file=sys.stderr)
@@ -39,9 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NumpyesmError, OSError, MemoryError) as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"numpyesm: error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"numpyesm: error: {printable(_describe(error))}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is None:
+            _silence_stdout()
         return 2 if isinstance(error, InvalidOption) else 1
 
 
+def _describe(error: Exception) -> str:
+    """An error in words, without Python's `[Errno 28]`."""
+    if type(error).__str__ is OSError.__str__ and isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return f"standard output or an open file cannot be used ({error.strerror})"
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining at exit about what could not be written."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor, as in notebooks and tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"numpyesm: warning: {message}", file=sys.stderr)
+    print(f"numpyesm: warning: {printable(str(message))}", file=sys.stderr)

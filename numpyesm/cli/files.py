@@ -15,6 +15,7 @@ import numpy as np
 from .._version import __version__
 from ..config import PRESETS
 from ..errors import InvalidOption, MissingExtra, NumpyesmError, WeightsNotFound
+from ..printable import printable
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
 from ..weights import cache_dir, check_data, find_local, open_weights, resolve
@@ -132,7 +133,7 @@ def info(arguments: argparse.Namespace) -> int:
             rows.append((name, find_local(name) or "not on this machine (numpyesm fetch)"))
         except NumpyesmError as error:
             rows.append((name, error))
-    print(table(("", ""), rows).lstrip(), end="")
+    print(printable(table(("", ""), rows)).lstrip(), end="")
     spec = arguments.weights or "esm2-35m"
     try:
         checkpoint = open_weights(spec, allow_download=False)
@@ -149,7 +150,7 @@ def info(arguments: argparse.Namespace) -> int:
         ("source", checkpoint.source + (" (SYNTHETIC: the numbers mean nothing)" if checkpoint.synthetic else "")),
         ("source sha256", checkpoint.source_sha256 or "none"),
     ]
-    print("\n" + table(("", ""), described).lstrip(), end="")
+    print("\n" + printable(table(("", ""), described)).lstrip(), end="")
     return 0
 
 

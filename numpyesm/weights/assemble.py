@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
+from ..printable import quoted
 from .checkpoint import DECODER, FREQUENCIES, computed_frequencies
 from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
-from ..text import quoted
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
 
@@ -217,9 +217,7 @@ class _Assembler:
         try:
             stored = tensor.stored_as(storage or self.storage)
         except OverflowError as error:
-            raise CheckpointError(
-                f"{self.origin} has tensor {quoted(name)} with too large numbers: {error}"
-            ) from error
+            raise CheckpointError(f"{self.origin} has tensor {quoted(name)} with too large numbers: {error}") from error
         if not is_finite(stored):  # float64 beyond float32
             raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {quoted(name)}")
         return stored.raw

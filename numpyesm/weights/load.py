@@ -247,7 +247,7 @@ def _note(message: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    from ..text import quoted
+    from ..printable import quoted
 
     return ", ".join(quoted(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
 

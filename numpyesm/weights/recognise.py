@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import VOCAB_SIZE
 from ..errors import CheckpointError
-from ..text import quoted
+from ..printable import quoted
 from .tensor import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]

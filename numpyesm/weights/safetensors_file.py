@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..errors import CheckpointError, WeightsNotFound
 from ..files import atomic_write
-from ..text import quoted
+from ..printable import quoted
 from .tensor import STORAGE_DTYPES, StoredTensor
 
 # Found beside weights (position_ids), and carried along so that a reader can ignore them by name.

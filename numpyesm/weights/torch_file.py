@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
-from ..text import quoted
+from ..printable import quoted
 from .safe_pickle import Inert, Name, builder, read_pickle
 from .safetensors_file import OTHER_DTYPES
 from .tensor import STORAGE_DTYPES, StoredTensor

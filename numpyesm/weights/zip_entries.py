@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..text import quoted
+from ..printable import quoted
 from .safetensors_file import map_file
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHLLLHH")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
+from numpyesm.cli import main
 from numpyesm.config import PRESETS
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import cache_dir, find_local, open_weights, resolve, save_canonical
@@ -27,8 +30,11 @@ def models(tmp_path_factory):
 def clean(tmp_path, monkeypatch):
     """An empty machine: no weights anywhere, no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NUMPYESM_WEIGHTS", raising=False)
+    for variable in ("NUMPYESM_WEIGHTS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NUMPYESM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("NUMPYESM_OFFLINE", "1")
     monkeypatch.setattr("numpyesm.weights.locate._checkout_weights", list)
 
@@ -69,20 +75,52 @@ def test_subfolders(tmp_path, models, name):
 
 
 def test_variable_that_names_a_folder(tmp_path, models, monkeypatch):
+    put(models, tmp_path / "cache" / "esm2-8m.safetensors")  # never used instead
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "all"))
-    with pytest.raises(WeightsNotFound, match="NUMPYESM_WEIGHTS points to"):
+    with pytest.raises(WeightsNotFound, match=r"NUMPYESM_WEIGHTS points to .*all, which does not exist"):
         find_local("esm2-8m")
     (tmp_path / "all").mkdir()
-    assert find_local("esm2-8m") is None
+    with pytest.raises(WeightsNotFound, match=r"NUMPYESM_WEIGHTS points to the folder .*all, which holds no weights"):
+        find_local("esm2-8m")
+    checkpoint = put(models, tmp_path / "all" / "last.ckpt")
+    assert find_local("esm2-8m") == checkpoint
+    assert open_weights("esm2-8m").source == "official"
+    put(models, tmp_path / "all" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"NUMPYESM_WEIGHTS: .*several checkpoints \(best\.ckpt, last\.ckpt\)"):
+        find_local("esm2-8m")
     found = put(models, tmp_path / "all" / "esm2-8m.safetensors")
     assert find_local("esm2-8m") == found
 
 
+def test_variable_that_is_empty(monkeypatch, models, tmp_path):
+    put(models, tmp_path / "cache" / "esm2-8m.safetensors")
+    monkeypatch.setenv("NUMPYESM_WEIGHTS", "")
+    for use in (find_local, resolve, open_weights):
+        with pytest.raises(InvalidOption, match="NUMPYESM_WEIGHTS is set but empty"):
+            use("esm2-8m")
+
+
+@pytest.mark.parametrize("arguments", [["encode", "MKT"], ["verify"], ["info"], ["score", "MKT", "x.csv"]])
+def test_weights_option_that_is_empty(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--weights", ""])
+    assert caught.value.code == 2
+    assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["encode", "MKT"], ["info"], ["verify"]])
+def test_no_command_passes_over_the_variable(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "none"))
+    assert main(command) == 1
+    assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
+
+
 def test_variable_that_names_another_model(models, monkeypatch):
-    monkeypatch.setenv("NUMPYESM_WEIGHTS", str(models / "real.safetensors"))
-    for ask in (resolve, open_weights):
-        with pytest.raises(CheckpointError, match=r"from NUMPYESM_WEIGHTS.*holds esm2-8m, not the esm2-35m"):
-            ask("esm2-35m")
+    for chosen in ("real.safetensors", "."):
+        monkeypatch.setenv("NUMPYESM_WEIGHTS", str(models / chosen))
+        for ask in (resolve, open_weights):
+            with pytest.raises(CheckpointError, match="NUMPYESM_WEIGHTS"):
+                ask("esm2-35m")
 
 
 def test_another_model_under_a_wrong_name(tmp_path, models):
@@ -138,6 +176,75 @@ def test_nothing_found_names_the_ways_out(name, download):
     if name == "esm2-35m":
         assert "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t12_35M_UR50D.pt" in text
         assert "regression/esm2_t12_35M_UR50D-contact-regression.pt" in text
+
+
+def hub_download(folder, commit, content, main=True):
+    """What huggingface-hub leaves: blobs named by their SHA-256, links to them by commit."""
+    snapshot = folder / "models--facebook--esm2_t6_8M_UR50D" / "snapshots" / commit
+    blob = snapshot.parents[1] / "blobs" / hashlib.sha256(content).hexdigest()
+    for path in (blob, snapshot / "x", snapshot.parents[1] / "refs" / "main"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
+    (snapshot / "config.json").write_text(json.dumps(HUGGING_FACE_8M))
+    if main:
+        (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+HUGGING_FACE_8M = {"hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 20, "intermediate_size": 1280}
+PINNED = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """(bytes of a model.safetensors, bytes of an `esm2_t6_8M_UR50D.pt`, its regression), of one model."""
+    mk = pytest.importorskip("make_checkpoints")
+    folder = tmp_path_factory.mktemp("official")
+    model = mk.fair_esm_model(PRESETS["esm2-8m"])
+    mk.write_hugging_face(folder, mk.hugging_face_state(model))
+    mk.write_fair_esm(folder / "m.pt", model)
+    names = ("model.safetensors", "m.pt", "m-contact-regression.pt")
+    return model, *((folder / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("variable", "below"), [("HF_HOME", "hub"), ("HF_HUB_CACHE", ""), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, variable, below):
+    mk = pytest.importorskip("make_checkpoints")
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, str(tmp_path / "theirs"))
+    other = hub_download(tmp_path / "theirs" / below, "1" * 40, official[1])
+    assert find_local("esm2-8m") == other
+    pinned = hub_download(tmp_path / "theirs" / below, PINNED, official[1], main=False)
+    assert find_local("esm2-8m") == pinned
+    assert find_local("esm2-35m") is None
+    mk.expect_same_model(open_weights("esm2-8m"), official[0])
+    assert resolve("facebook/esm2_t6_8M_UR50D") == pinned
+    blob = (pinned / "model.safetensors").resolve()
+    blob.write_bytes(official[1][:-4] + b"\0\0\0\0")
+    with pytest.raises(CheckpointError, match="is corrupted: it has another checksum"):
+        open_weights("esm2-8m")
+    blob.unlink()  # interrupted: the links stand there, or only the configuration
+    assert find_local("esm2-8m") is None
+    ours = put(models, tmp_path / "cache" / "esm2-8m.safetensors")
+    assert find_local("esm2-8m") == ours
+
+
+@pytest.mark.parametrize(("variable", "below"), [("TORCH_HOME", ""), ("XDG_CACHE_HOME", "torch")])
+def test_cache_of_torch_hub(tmp_path, monkeypatch, official, variable, below):
+    mk = pytest.importorskip("make_checkpoints")
+    monkeypatch.setenv(variable, str(tmp_path / "theirs"))
+    folder = tmp_path / "theirs" / below / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "esm2_t6_8M_UR50D.pt").write_bytes(official[2])
+    (folder / "esm2_t6_8M_UR50D-contact-regression.pt").write_bytes(official[3])
+    assert find_local("esm2-8m") == folder / "esm2_t6_8M_UR50D.pt"
+    mk.expect_same_model(open_weights("esm2-8m"), official[0])
+    (folder / "esm2_t6_8M_UR50D.pt").write_bytes(official[2].replace(official[2][9000:9004], b"\1\2\3\4", 1))
+    with pytest.raises(CheckpointError, match=r"esm2_t6_8M_UR50D\.pt .*corrupted"):
+        open_weights("esm2-8m")
 
 
 def test_cache_folder(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from importlib.resources import files
@@ -78,7 +79,7 @@ def _load(arguments: argparse.Namespace) -> ESM2:
     try:
         return load_model(arguments)
     except WeightsNotFound as error:
-        if arguments.weights:
+        if arguments.weights or "NUMPYESM_WEIGHTS" in os.environ:
             raise
         print(f"numpyesm: {error}\n\n{_BANNER}\n", file=sys.stderr, flush=True)
     arguments.weights = "synthetic:esm2-35m:0"

@@ -85,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
     command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
     command.add_argument("-o", "--output", "--dms-output", help="file (stdout by default); the table and one column")
-    command.add_argument("--model-location", dest="weights", help=argparse.SUPPRESS)  # fair-esm's name of --weights
+    command.add_argument(
+        "--model-location", dest="weights", type=_named, help=argparse.SUPPRESS
+    )  # fair-esm's name of --weights
     command.add_argument("--nogpu", action="store_true", help=argparse.SUPPRESS)  # accepted: there is none
     command.add_argument("--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L (mutant)")
     command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
@@ -153,7 +155,9 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, target: str, text: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.add_argument("--weights", help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
+    command.add_argument(
+        "--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)"
+    )
     command.add_argument(
         "--backend",
         choices=[*BACKENDS, *BACKEND_ALIASES],
@@ -241,3 +245,10 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
         help="seconds to take a piece of an answer (%(default)s)",
     )
     command.add_argument("--grace", type=float, default=30, help="seconds to finish after SIGTERM (%(default)s)")
+
+
+def _named(text: str) -> str:
+    """A name that is not empty: an unset variable in a script must not become the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, not an empty text (an unset variable?)")
+    return text

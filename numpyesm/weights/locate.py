@@ -1,7 +1,8 @@
 """From what a user calls a model to the weights: name, Hub id, path or synthetic.
 
 A published model is looked for in NUMPYESM_WEIGHTS, then `weights/` (of the current folder, then of a source checkout),
-then the cache, then on the Hub. Synthetic weights are never taken for a published name, even if their file lies there.
+then our cache, then the caches of huggingface-hub and torch.hub, then on the Hub. What the user named is used or is an
+error, never passed over. Synthetic weights are not taken for a published model, even if their file bears its name.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from .cache import cache_dir, cached, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
-from .load import find_in_folder, load_checkpoint
+from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
+from .official import check_snapshot, hub_snapshot, official_files
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_VARIABLE = "NUMPYESM_WEIGHTS"
 
 
 def open_weights(
@@ -53,8 +55,10 @@ def load_found(
     spec: str | os.PathLike[str], found: Path | str, *, regression: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
     """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names."""
-    checkpoint = load_checkpoint(found, regression=regression)
     name = preset_name(spec) if isinstance(spec, str) else None
+    if isinstance(found, Path):
+        check_snapshot(found)
+    checkpoint = load_checkpoint(found, regression=regression)
     if name is not None:
         _check_model(checkpoint.config, name, found)
     return checkpoint
@@ -82,9 +86,9 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
             raise WeightsNotFound(f"no weights of {name} were found on this machine; {_ways_out(name)}")
         return _fetch(name, progress=progress)
     path = Path(spec).expanduser()
-    if path.exists() or spec.endswith(_SUFFIXES) or not is_hub_id(spec):
+    if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
         return _existing(path, bare_name=spec)
-    if found := cached(spec):
+    if found := cached(spec) or hub_snapshot(spec):
         return found
     if not allow_download:
         raise WeightsNotFound(f"{spec} is neither a path nor in the cache; {_ways_out(spec)}")
@@ -92,7 +96,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
 
 
 def find_local(name: str) -> Path | None:
-    """Weights of a published model on this machine, or None; never a network call.
+    """Find the weights of a published model on this machine, without a network call; None if there are none.
 
     Parameters
     ----------
@@ -101,25 +105,36 @@ def find_local(name: str) -> Path | None:
 
     Raises
     ------
-    WeightsNotFound
-        If NUMPYESM_WEIGHTS points to nothing.
+    WeightsNotFound, CheckpointError, InvalidOption
+        If this is no published model, or NUMPYESM_WEIGHTS names nothing that can be used: it is never passed over.
     """
     preset = preset_name(name)
     if preset is None:
         raise WeightsNotFound(f"{name!r} is not a published model: {', '.join(PRESETS)}")
-    if chosen := os.environ.get("NUMPYESM_WEIGHTS"):
-        path = Path(chosen).expanduser()
-        if not path.exists():
-            raise WeightsNotFound(f"NUMPYESM_WEIGHTS points to {path}, which does not exist")
-        if path.is_file():
-            return path
-        # A folder of several models, or one model's own folder.
-        if found := _in_folder(path, preset) or _one_in_folder(path):
-            return found
+    if _VARIABLE in os.environ:
+        return _chosen(os.environ[_VARIABLE], preset)
     for folder in (Path.cwd() / "weights", *_checkout_weights(), cache_dir()):
         if found := _in_folder(folder, preset):
             return found
-    return None
+    return official_files(preset)
+
+
+def _chosen(value: str, preset: str) -> Path:
+    """What NUMPYESM_WEIGHTS names: a file, one model's folder, or a folder of several models."""
+    if not value:
+        raise InvalidOption(f"{_VARIABLE} is set but empty: let it name a file or a folder, or unset it")
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise WeightsNotFound(f"{_VARIABLE} points to {path}, which does not exist")
+    if path.is_file():
+        return path
+    try:
+        found = _in_folder(path, preset) or find_in_folder(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_VARIABLE}: {error}, or give one the name {preset}.safetensors") from error
+    if found is None:
+        raise WeightsNotFound(f"{_VARIABLE} points to the folder {path}, which holds no weights")
+    return found
 
 
 def candidate_names(preset: str) -> list[str]:
@@ -129,20 +144,10 @@ def candidate_names(preset: str) -> list[str]:
     return [*exact, *(f"{preset}{precision}.safetensors" for precision in ("-fp16", "-bf16", "-int8"))]
 
 
-def _one_in_folder(folder: Path) -> Path | None:
-    """The one checkpoint in a folder; None if there is none, or several to choose from."""
-    try:
-        return find_in_folder(folder)
-    except CheckpointError:
-        return None
-
-
 def _in_folder(folder: Path, preset: str) -> Path | None:
     for name in candidate_names(preset):
         path = folder / name
-        if path.is_dir() and _one_in_folder(path):
-            return path
-        if path.is_file() and not _is_synthetic(path):
+        if (path.is_dir() and find_in_folder(path)) or (path.is_file() and not _is_synthetic(path)):
             return path
     return None
 
@@ -181,7 +186,7 @@ def _ways_out(name: str) -> str:
 def _existing(path: Path, bare_name: str = "") -> Path:
     if path.exists():
         return path
-    if bare_name and "/" not in bare_name and "\\" not in bare_name and not bare_name.endswith(_SUFFIXES):
+    if bare_name and "/" not in bare_name and "\\" not in bare_name and not bare_name.endswith(WEIGHT_SUFFIXES):
         raise WeightsNotFound(
             f"{bare_name!r} is no known model ({', '.join(PRESETS)}, synthetic), no Hub id and no file or folder"
         )
@@ -191,16 +196,7 @@ def _existing(path: Path, bare_name: str = "") -> Path:
 def _check_model(config: ModelConfig, name: str, found: Path | str) -> None:
     if config == PRESETS[name]:
         return
-    # `find_local` returns the variable's own path or one inside it.
-    chosen = os.environ.get("NUMPYESM_WEIGHTS")
-    where = (
-        f"{found} (from NUMPYESM_WEIGHTS)"
-        if chosen and str(found).startswith(str(Path(chosen).expanduser()))
-        else found
-    )
-    what = (
-        config.name
-        if config.name != "custom"
-        else f"a model of {config.num_layers} layers and width {config.embed_dim}"
-    )
+    where = f"{found} (from {_VARIABLE})" if _VARIABLE in os.environ else found
+    shape = f"a model of {config.num_layers} layers and width {config.embed_dim}"
+    what = shape if config.name == "custom" else config.name
     raise CheckpointError(f"{where} holds {what}, not the {name} that was asked for")

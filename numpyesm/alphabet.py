@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import MAX_RESIDUES
-from .errors import InvalidSequence
+from .errors import InputWarning, InvalidSequence
 
 TOKENS: tuple[str, ...] = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
@@ -28,9 +30,13 @@ ENCODE_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO-"
 PREDICT_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO"
 MASK_TOKEN = "<mask>"
 
-_ENCODE_IDS = {letter: TOKEN_ID[letter] for letter in ENCODE_LETTERS}
-_PREDICT_IDS = {letter: TOKEN_ID[letter] for letter in (*PREDICT_LETTERS, MASK_TOKEN)}
+# The longest beginning of a text that is allowed.
+_ENCODE_BEGINNING = re.compile(f"[{ENCODE_LETTERS}]*")
+_PREDICT_BEGINNING = re.compile(f"(?:[{PREDICT_LETTERS}]+|{MASK_TOKEN})*")
 _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
+# Letters as bytes to token ids; `<mask>` is written as one byte for it.
+_MASK_BYTE = "\0"
+_IDS = bytes([MASK, *(TOKEN_ID.get(chr(byte), 0) for byte in range(1, 256))])
 
 
 def tokenize(sequences: Iterable[str], *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
@@ -80,38 +86,153 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
         raise InvalidSequence(f"the sequence is empty; 1 to {MAX_RESIDUES} residues are allowed", item=item)
     if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # far too long even if all masks: not worth taking apart
         raise InvalidSequence(f"{len(sequence)} characters, at most {MAX_RESIDUES} residues are allowed", item=item)
-    allowed = _PREDICT_IDS if masks else _ENCODE_IDS
-    residues = residue_tokens(sequence)
-    ids = [allowed.get(residue) for residue in residues]
-    if None in ids:
-        index = ids.index(None)
-        raise InvalidSequence(
-            f"{residues[index]!r} at position {index + 1} is not allowed{_hint(residues[index], masks)}; expected "
-            + ("one of ACDEFGHIKLMNPQRSTVWY, BXZUO or <mask>" if masks else "one of ACDEFGHIKLMNPQRSTVWY, BXZUO or -"),
-            item=item,
-            position=index + 1,
-            character=residues[index],
-        )
+    check_letters(sequence, masks=masks, item=item)
+    ids = residue_ids(sequence)
     if len(ids) > MAX_RESIDUES:
         raise InvalidSequence(f"{len(ids)} residues, at most {MAX_RESIDUES} are allowed", item=item)
     if masks and MASK not in ids:
         raise InvalidSequence("no <mask> in the sequence; predict needs at least one", item=item)
-    return np.array([CLS, *ids, EOS], dtype=np.uint8)
+    return frame(ids)
 
 
-def _hint(residue: str, masks: bool) -> str:
-    """What the user probably meant, in brackets; empty if there is no telling."""
-    if residue == MASK_TOKEN:
-        return " (<mask> belongs to predict)"
-    if residue == "-" and masks:
-        return " (gaps are for encode only)"
-    if residue.isspace():
-        return " (a blank)"
-    if residue.islower() and residue.upper() in ENCODE_LETTERS:
-        return " (lower case; write sequences in upper case)"
-    return ""
+def check_letters(sequence: str, *, masks: bool = False, item: int | None = None) -> None:
+    """Raise InvalidSequence at the first letter that `encode`, or with `masks` `predict`, does not take; any length."""
+    end = (_PREDICT_BEGINNING if masks else _ENCODE_BEGINNING).match(sequence).end()  # type: ignore[union-attr]
+    if end == len(sequence):
+        return
+    character = MASK_TOKEN if sequence.startswith(MASK_TOKEN, end) else sequence[end]
+    position = end - sequence.count(MASK_TOKEN, 0, end) * (len(MASK_TOKEN) - 1) + 1
+    raise InvalidSequence(
+        f"{character!r} at position {position} is not allowed{letter_hint(sequence[end : end + 6], masks=masks)}; "
+        f"expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO or {'<mask>' if masks else '-'}",
+        item=item,
+        position=position,
+        character=character,
+    )
 
 
 def residue_tokens(sequence: str) -> list[str]:
     """The residues of a sequence as a list, `<mask>` being one: `M<mask>F` is `["M", "<mask>", "F"]`."""
     return _RESIDUE.findall(sequence)
+
+
+def residue_ids(sequence: str) -> npt.NDArray[np.uint8]:
+    """Token ids (L,) of letters and `<mask>` that have been checked, without `<cls>` and `<eos>`."""
+    letters = sequence.replace(MASK_TOKEN, _MASK_BYTE).encode("ascii")
+    return np.frombuffer(letters.translate(_IDS), np.uint8)
+
+
+def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """`<cls>` in front and `<eos>` behind: (L,) -> (L + 2,), a new array."""
+    framed = np.empty(len(ids) + 2, np.uint8)
+    framed[0], framed[1:-1], framed[-1] = CLS, ids, EOS
+    return framed
+
+
+# -- what people mean by what they write ---------------------------------------------------------------------------
+
+# Capital letters of Cyrillic and Greek that look like Latin ones, and dashes that look like the gap.
+_LOOK_ALIKES = str.maketrans(
+    "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a\u041c\u041e\u0420\u0405\u0422\u0425\u0423\u0474"
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7"
+    "\u2010\u2011\u2012\u2013\u2014\u2212",
+    "ABCEHIJKMOPSTXYVABEZHIKMNOPTYX------",
+)
+_MASK_MEANT = re.compile(r"\[MASK\]|<mask|[_?#\[]|<M", re.IGNORECASE)
+_HINTS = {
+    "*": "a stop codon: end the sequence in front of it",
+    ".": "a stop codon or a gap: end the sequence there, or write the gap as -",
+    "~": "a gap is written -",
+    "J": "leucine or isoleucine: write L, I or X",
+    ">": "the > of a header belongs at the beginning of a line",
+    "<": "<cls> and <eos> are added by the model; the only word in a sequence is <mask>",
+    **dict.fromkeys(":|/", "between chains? give each chain as a sequence of its own, or join them by a linker"),
+    **dict.fromkeys("0123456789", "a number: remove position numbers"),
+    **dict.fromkeys(",;", "a list or a table? give each sequence by itself"),
+    **dict.fromkeys("\"'`", "a quotation mark: remove it"),
+    **dict.fromkeys("({", "a modified residue? write its plain letter"),
+}
+
+
+def letter_hint(text: str, *, masks: bool = False) -> str:
+    """What the user probably meant by the letter that `text` begins with, in brackets; empty if there is no telling.
+
+    Parameters
+    ----------
+    text : str
+        The letter that is not allowed and a few behind it.
+    masks : bool
+        Whether `<mask>` is allowed, and `-` is not.
+    """
+    letter = text[0]
+    if text.startswith(MASK_TOKEN):
+        return " (<mask> belongs to predict)"
+    if letter == "-":
+        return " (gaps are for encode only)"
+    if letter.isspace():
+        return " (a blank)"
+    if _MASK_MEANT.match(text):
+        return " (a mask is written <mask>)" if masks else " (an unknown residue is X; <mask> belongs to predict)"
+    if letter in _HINTS:
+        return f" ({_HINTS[letter]})"
+    if " " < letter <= "~":
+        return (
+            " (lower case; write sequences in upper case)"
+            if letter.islower() and letter.upper() in ENCODE_LETTERS
+            else ""
+        )
+    name = f"U+{ord(letter):04X}{', ' + unicodedata.name(letter) if unicodedata.name(letter, '') else ''}"
+    meant = unicodedata.normalize("NFKC", letter).upper().translate(_LOOK_ALIKES)
+    return f" ({name}{', which looks like ' + meant if meant != letter and meant in ENCODE_LETTERS else ''})"
+
+
+_NUCLEOTIDES = re.compile(r"[ACGTUN-]{10,}")
+_THREE_LETTER_CODES = re.compile(
+    "(?:(?:ALA|ARG|ASN|ASP|CYS|GLN|GLU|GLY|HIS|ILE|LEU|LYS|MET|PHE|PRO|SER|THR|TRP|TYR|VAL)-?){3,}"
+)
+_NOTES = (
+    "{} of nucleotides? ESM-2 reads amino acids: translate them first",
+    "{} in three-letter codes? ESM-2 reads one letter for each residue",
+    "{} with gaps (-), as in an alignment: the model takes them as tokens; remove them unless that is meant",
+)
+
+
+class SequenceNotes:
+    """What is allowed and yet seldom meant: nucleotides, three-letter codes, gaps. One note for each kind, not one
+    for each sequence.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._counts = [0, 0, 0]
+        self._first = ["", "", ""]
+
+    def look(self, sequence: str, name: str = "") -> None:
+        """Take notice of one sequence, which messages call by its name or, without one, by its place from 1."""
+        self._seen += 1
+        found = (
+            _NUCLEOTIDES.fullmatch(sequence) and len(set(sequence) & set("ACGTU")) >= 3,
+            _THREE_LETTER_CODES.fullmatch(sequence),
+            "-" in sequence,
+        )
+        kind = next((kind for kind, yes in enumerate(found) if yes), None)
+        if kind is not None:
+            self._first[kind] = self._first[kind] or name or f"number {self._seen}"
+            self._counts[kind] += 1
+
+    def texts(self) -> list[str]:
+        """The notes, at most three."""
+        return [
+            text.format(f"{count} sequence{'s' if count > 1 else ''} (first: {first[:80]})")
+            for text, count, first in zip(_NOTES, self._counts, self._first, strict=True)
+            if count
+        ]
+
+
+def warn_of_odd_sequences(sequences: Iterable[str]) -> None:
+    """Issue `InputWarning` for sequences that are allowed and yet seldom meant, see `SequenceNotes`."""
+    notes = SequenceNotes()
+    for sequence in sequences:
+        notes.look(sequence)
+    for text in notes.texts():
+        warnings.warn(text, InputWarning, stacklevel=3)

@@ -7,6 +7,10 @@ class NumpyesmError(Exception):
     """Base of all errors that numpyesm raises on purpose."""
 
 
+class InputWarning(UserWarning):
+    """Input that is taken, but perhaps not for what it was meant: nucleotides, `--` lines that were left out."""
+
+
 class InvalidSequence(NumpyesmError, ValueError):
     """A sequence that the model cannot take.
 

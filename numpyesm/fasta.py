@@ -1,33 +1,73 @@
-"""FASTA as people have it: plain or gzip, wrapped lines, CRLF, lower case, a trailing `*`; or one sequence a line."""
+"""The one FASTA reader: files as people have them, and a name for what is no FASTA.
+
+Headers with sequences below them, or sequences alone: one a line, or one that is wrapped at one width. A line counts as
+sequence only if it looks like one.
+"""
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import io
 import re
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from .errors import InvalidSequence
+from .config import MAX_RESIDUES
+from .errors import InputWarning, InvalidSequence
+from .text_input import UnreadableFile, decoded, open_unpacked
 
-_GZIP_MAGIC = b"\x1f\x8b"
 # Of a line or a record. The longest protein known has 46,000 residues; a chromosome or a gzip bomb is no input here.
 MAX_LETTERS = 1_000_000
-# Of these, a trailing `*` taken off leaves more than are allowed.
+# Read of a longer record: a trailing `*` taken off, it is still too long.
 _TOO_MANY = MAX_LETTERS + 2
 _MASK = re.compile("<mask>", re.IGNORECASE)
-_OTHER_FILES = (
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
-    (b"BZh", "compressed with bzip2"),
-    (b"\xfd7zXZ", "compressed with xz"),
-    (b"PK\x03\x04", "a zip archive"),
-)
 # ASCII only: str.upper would make SS of the letter ß.
 _UPPER = str.maketrans(ascii_lowercase, ascii_uppercase)
+
+# A headerless sequence wrapped at one of these is one sequence even if its last line is full, or its only other one.
+_USUAL_WIDTHS = frozenset({40, 50, 60, 70, 72, 75, 76, 80, 100, 120})
+_LEAST_WIDTH = 30  # of any other
+
+# What the first line of a file in another format looks like.
+_FORMATS = (
+    ("SAM", r"@(HD|SQ|RG|PG|CO)\t"),
+    ("FASTQ", "@"),
+    ("GenBank or GenPept", r"LOCUS\s"),
+    ("a flat file of UniProt or EMBL", r"(ID|AC|DT|DE)   "),
+    ("a PDB file", r"(HEADER|TITLE|COMPND|REMARK|ATOM|HETATM|SEQRES|CRYST1|MODEL|EXPDTA|DBREF)\s+\S"),
+    ("mmCIF", r"(data_\S|loop_|_[a-z]\S*\.\S)"),
+    ("a Clustal alignment", r"(CLUSTAL\w?|MUSCLE|PROBCONS|T-?COFFEE|KALIGN)[ (]"),
+    ("a PHYLIP alignment", r"\d+\s+\d+(\s|$)"),
+    ("a Stockholm alignment", "# STOCKHOLM"),
+    ("NEXUS", "#NEXUS"),
+    ("MEGA", "#MEGA"),
+    ("A3M", r"#A3M#|#\d+(,\d+)*\s\d"),
+    ("an MSF alignment", r"!!\w+ALIGNMENT|.*\bMSF:"),
+    ("GFF", "##GFF"),
+    ("VCF", "##FILEFORMAT=VCF"),
+    ("an HMMER profile", r"HMMER\d"),
+    ("a BLAST report", r"#?\s*T?BLAST[NPX]\s"),
+    ("ASN.1", r"[\w-]+ ::="),
+    ("JSON", r"\{|\[(?!MASK\])"),
+    ("HTML or XML", r"<[!?/]|<(?!MASK)[A-Z]\w*[\s>/]"),
+    ("a Newick tree", r"\("),
+    ("RTF", r"\{\\RTF"),
+    ("a Git LFS pointer", "version https://git-lfs"),
+)
+_OTHER_FORMAT = [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _FORMATS]
+_PIR_HEADER = re.compile(r">(P1|F1|D[LC1]|R[LC1]|N[13]|XX);")
+# In capitals only SEQUENCE: PEPTIDE and ID are peptides, too.
+_TITLE = re.compile(
+    r"SEQUENCES?|(([Pp]rotein|[Pp]eptide|[Mm]utated|[Mm]utant|aa|[Ff]ull|wt)[_ -]?)?[Ss]eq(uence)?s?"
+    r"|([Pp]rotein|[Pp]eptide|[Nn]ame|[Ii]d|[Ee]ntry|[Aa]ccession|[Mm]utant)s?"
+)
+_MISSING = frozenset({"nan", "NaN", "none", "None", "null", "Null", "NULL", "N/A", "n/a", "#N/A"})
+_ACCESSION = re.compile(r"(?:gi\|\d+\|)?(?:sp|tr|ref|gb|emb|dbj|lcl|pir|prf)\|([^|\s]+)")
+_TOO_LONG = f"more than {MAX_LETTERS} letters, not read to the end"
+_EXPECTED = "expected FASTA (>name, and the sequence below it) or one sequence a line"
 
 
 class Record(NamedTuple):
@@ -38,127 +78,348 @@ class Record(NamedTuple):
     sequence: str
 
 
-def read_fasta(source: str | Path | io.BufferedReader, *, tolerant: bool = False) -> Iterator[Record]:
+def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Record]:
     """Records of a file, or of an open binary stream, one at a time.
 
-    Lower case is raised (`<mask>` is kept), blanks in sequence lines and one trailing `*` a record are dropped.
-    Letters are not checked here: the model's error names item and position.
+    The file may be compressed (gzip, bzip2, xz, a zip archive of one file) and in UTF-8, UTF-16 or Latin-1, in any
+    locale. Lower case is raised (`<mask>` is kept); blanks between blocks of residues, one trailing `*` a record,
+    comment lines (`;`) and grep's separators (`--`) are dropped. A record without a name is called `sequence_N` by its
+    place. Letters are not checked here: the model's error names item and position.
+
+    Without any header each line is a sequence; lines of one width, the last one shorter, are one wrapped sequence.
 
     Parameters
     ----------
     source : str, path or binary stream
-    tolerant : bool
-        For bulk work, where one odd record must not stop a million others: a record without a sequence is returned
-        as it is, one of more than `MAX_LETTERS` cut to a little more than that, a file without records is no error,
-        and bytes that are not UTF-8 are read as Latin-1.
+    first : int
+        Place of the first record, for names.
 
     Raises
     ------
     InvalidSequence
-        Text before the first header, a record without a sequence or with more than a million letters, no record at
-        all, text that is not UTF-8, or a gzip stream that is damaged.
+        With file and line: another format, text before the first header, a line that is no sequence, a record without
+        a residue or with more than a million letters, no record at all, or compressed data that are damaged.
     OSError
         The file cannot be read.
+
+    Warns
+    -----
+    InputWarning
+        Lines that were dropped or joined; once a file.
     """
-    if isinstance(source, str | Path):
-        with open(source, "rb") as file:
-            yield from _read_stream(file, str(source), tolerant)
-    else:
-        yield from _read_stream(source, getattr(source, "name", "input"), tolerant)
+    place = first
+    for record, problem in scan_fasta(source, first=first, strict=True):
+        if problem is not None:
+            raise InvalidSequence(f"{_name_of(source)}, {problem} (record {record.id[:80]!r})")
+        yield record
+        place += 1
+    if place == first:
+        raise InvalidSequence(f"{_name_of(source)}: no sequences in it")
 
 
-def _read_stream(stream: io.BufferedReader, name: str, tolerant: bool) -> Iterator[Record]:
-    head = stream.peek(64)
-    zipped = head.startswith(_GZIP_MAGIC)
-    if tolerant and not zipped:
-        # Read as Latin-1, any file is text.
-        kind = next((kind for magic, kind in _OTHER_FILES if head.startswith(magic)), None)
-        if kind or b"\0" in head:
-            raise InvalidSequence(f"{name}: not a text file" + (f" ({kind}; only gzip is read)" if kind else ""))
-    binary = gzip.GzipFile(fileobj=stream) if zipped else stream
-    errors = _AS_LATIN_1 if tolerant else "strict"
-    found = tolerant
+def scan_fasta(
+    source: str | Path | BinaryIO, *, first: int = 1, strict: bool = False
+) -> Iterator[tuple[Record, str | None]]:
+    """As `read_fasta`, but a record that is no sequence comes with line and reason and does not end the reading.
+
+    For bulk work, where one odd record must not stop a million others. Of a record that is too long, a little more than
+    `MAX_LETTERS` letters are taken, unless `strict` stops there. A file without records is no error.
+    """
+    name = _name_of(source)
     try:
-        for record in parse_fasta(
-            _lines(io.TextIOWrapper(binary, encoding="utf-8-sig", errors=errors), name, tolerant), tolerant=tolerant
-        ):
-            found = True
-            yield record
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InvalidSequence(f"{name}: the gzip data is damaged or cut short ({error})") from error
-    except UnicodeDecodeError as error:
-        raise InvalidSequence(f"{name}: not a text file (byte {error.start} is not UTF-8)") from error
-    if not found:
-        raise InvalidSequence(f"{name}: no sequences in it")
+        with open_unpacked(source, name) as stream:
+            for draft in split_records(_lines(decoded(stream, name), name, strict), name, strict):
+                yield draft.finish(first)
+                first += 1
+    except UnreadableFile as error:
+        raise InvalidSequence(str(error)) from error
 
 
-def _lines(text: io.TextIOWrapper, name: str, tolerant: bool) -> Iterator[str]:
+def parse_fasta(lines: Iterable[str], name: str = "input") -> Iterator[Record]:
+    """Records from lines of text. See `read_fasta`."""
+    for place, draft in enumerate(split_records(lines, name, strict=True), start=1):
+        record, problem = draft.finish(place)
+        if problem is not None:
+            raise InvalidSequence(f"{name}, {problem} (record {record.id[:80]!r})")
+        yield record
+
+
+def clean_sequence(text: str) -> str:
+    """Upper case (`<mask>` kept), without blanks and without one trailing `*`."""
+    residues = "".join(text.split()).removesuffix("*")
+    residues = residues.upper() if residues.isascii() else residues.translate(_UPPER)
+    return residues.replace("<MASK>", "<mask>")
+
+
+def accession(name: str) -> str:
+    """The accession in a name such as UniProt's `sp|P12345|AATM_RABIT`; other names as they are."""
+    match = _ACCESSION.match(name)
+    return match[1] if match else name
+
+
+class _Source:
+    """The text that is read: its name, whether a record of too many letters ends the reading, what has been told."""
+
+    def __init__(self, name: str, strict: bool) -> None:
+        self.name = name
+        self.strict = strict
+        self._told: set[str] = set()
+
+    def error(self, number: int, what: str) -> InvalidSequence:
+        """The error that names file and line."""
+        return InvalidSequence(f"{self.name}, line {number}: {what}")
+
+    def tell(self, what: str, number: int) -> None:
+        """Warn once for each kind."""
+        if what not in self._told:
+            warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
+        self._told.add(what)
+
+    def is_comment(self, number: int, text: str) -> bool:
+        """Whether a line is dropped: a comment, or the `--` that `grep -A` puts between groups, which is told."""
+        if text == "--":
+            self.tell("lines of -- (grep's separator) are left out, the first in", number)
+            return True
+        return text.startswith(";")
+
+
+@dataclass
+class Draft:
+    """A record as it stands in the file.
+
+    Attributes
+    ----------
+    header : str
+        Without `>`; empty if there is none.
+    line : int
+        Where it begins.
+    parts : list of str
+        Its sequence lines as they are, without blanks at their ends.
+    problem : (int, str) or None
+        Line and reason why it is no sequence.
+    """
+
+    source: _Source
+    header: str
+    line: int
+    parts: list[str] = field(default_factory=list)
+    problem: tuple[int, str] | None = None
+    letters: int = 0
+
+    def add(self, text: str) -> None:
+        """Take in one more line of sequence."""
+        if self.letters >= _TOO_MANY:
+            return
+        if len(self.parts) == 1000:  # a record of a million lines costs no more than its letters
+            self.parts = ["".join(self.parts)]
+        self.parts.append(text)
+        self.letters += len(text)
+        if self.letters > MAX_LETTERS:
+            if self.source.strict:
+                raise self.source.error(self.line, f"{_TOO_LONG} (record {self.header[:80]!r})")
+            self.parts = ["".join("".join(self.parts).split())[:_TOO_MANY]]
+            self.letters = len(self.parts[0])
+
+    def add_checked(self, number: int, text: str, headed: bool) -> None:
+        """Take in one more line, if it is one of sequence."""
+        unlike = _unlike_sequence(text, headed)
+        if unlike is None:
+            self.add(text)
+        else:
+            self.problem = self.problem or (number, unlike)
+
+    def finish(self, place: int) -> tuple[Record, str | None]:
+        """The record, and line and reason if it is no sequence."""
+        sequence = clean_sequence("".join(self.parts))
+        words = self.header.split(maxsplit=1)
+        record = Record(words[0] if words else f"sequence_{place}", self.header, sequence)
+        line, problem = self.problem or (self.line, self._no_residues(sequence))
+        if problem is None and len(sequence) > MAX_LETTERS:
+            problem = _TOO_LONG
+        return record, None if problem is None else f"line {line}: {problem}"
+
+    def _no_residues(self, sequence: str) -> str | None:
+        text = "".join(self.parts)
+        if text in _MISSING:
+            return f"no sequence: {text} stands for a missing value"
+        if sequence.strip("-.*"):
+            return None
+        if sequence:
+            return "no residue, only gaps"
+        return "no sequence" + (" (is it in the header's line?)" if "\t" in self.header else "")
+
+
+def split_records(lines: Iterable[str], name: str, strict: bool = False) -> Iterator[Draft]:
+    """Records as they stand; of a text without headers, single lines or wrapped sequences.
+
+    Raises
+    ------
+    InvalidSequence
+        The text is in another format, or begins before its first header.
+    """
+    numbered = enumerate(map(str.strip, lines), start=1)
+    source = _Source(name, strict)
+    for number, text in numbered:
+        if text.startswith(">"):
+            if _PIR_HEADER.match(text):
+                raise source.error(number, "this is NBRF/PIR, whose second line is a title")
+            yield from _headed(number, text, numbered, source)
+        elif text and not source.is_comment(number, text):
+            _check_format(number, text, source)
+            yield from _headerless(number, text, numbered, source)
+
+
+def _headed(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
+    draft = Draft(source, text[1:].strip(), number)
+    alignment = _InsertionsInLowerCase()
+    for number, text in rest:
+        if text.isalpha():  # as nearly all are
+            draft.add(text)
+        elif text.startswith(">"):
+            alignment.check(draft)
+            yield draft
+            draft = Draft(source, text[1:].strip(), number)
+        elif text and not source.is_comment(number, text):
+            draft.add_checked(number, text, headed=True)
+    alignment.check(draft)
+    yield draft
+
+
+class _InsertionsInLowerCase:
+    """Tells A3M and A2M: without insertions (in lower case, or `.`), every record is as long as the first."""
+
+    def __init__(self) -> None:
+        self._columns: int | None = None
+        self._aligned = True
+
+    def check(self, draft: Draft) -> None:
+        """Look at one more record; InvalidSequence at the first that has insertions."""
+        if not self._aligned:
+            return
+        text = "".join(draft.parts)
+        columns = len(text) - sum(map(text.count, ascii_lowercase + "."))
+        if self._columns is None:
+            self._columns = columns
+            self._aligned = columns == len(text)
+        elif columns != self._columns:
+            self._aligned = False
+        elif columns < len(text):
+            raise draft.source.error(
+                draft.line,
+                f"this is an A3M or A2M alignment (record {draft.header[:80]!r} has insertions in lower case); "
+                "take gaps and insertions out, or write it in upper case",
+            )
+
+
+def _headerless(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
+    """Each paragraph is one wrapped sequence or one sequence a line."""
+    first: tuple[int, str] | None = (number, text)
+    group = _Paragraph(source)
+    yield from group.add(number, text)
+    for number, text in rest:
+        if text.startswith(">"):
+            raise source.error(number, "a FASTA header behind lines that belong to no record")
+        if not text or source.is_comment(number, text):
+            yield from group.end()
+            continue
+        if first is not None and text.isupper() and first[1].isalpha() and not first[1].isupper():
+            raise source.error(first[0], f"{first[1][:40]!r} is a column's title; {_EXPECTED}")
+        first = None
+        yield from group.add(number, text)
+    yield from group.end()
+
+
+class _Paragraph:
+    """Headerless lines up to a blank one, held back as long as they may be one wrapped sequence."""
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self._lines: list[tuple[int, str]] = []
+        self._letters = 0
+        self._one_a_line = False
+
+    def add(self, number: int, text: str) -> Iterator[Draft]:
+        """Take in a line; yield the sequences that are known now."""
+        self._lines.append((number, text))
+        self._letters += len(text)
+        widths = [len(self._lines[0][1]), *(len(text) for _, text in self._lines[-2:-1])]
+        if self._one_a_line or widths[0] != widths[-1] or self._letters > MAX_LETTERS:
+            self._one_a_line = True
+            yield from self._singly()
+
+    def end(self) -> Iterator[Draft]:
+        """Yield what is held back."""
+        if not self._is_wrapped([len(text) for _, text in self._lines]):
+            yield from self._singly()
+        else:
+            first = self._lines[0][0]
+            draft = Draft(self._source, "", first)
+            for number, text in self._lines:
+                draft.add_checked(number, text, headed=False)
+            self._source.tell("lines of one width without a header are read as one sequence, from", first)
+            yield draft
+        self._lines, self._letters, self._one_a_line = [], 0, False
+
+    def _singly(self) -> Iterator[Draft]:
+        for number, text in self._lines:
+            draft = Draft(self._source, "", number)
+            draft.add_checked(number, text, headed=False)
+            yield draft
+        self._lines = []
+
+    def _is_wrapped(self, widths: list[int]) -> bool:
+        if len(widths) < 2 or self._one_a_line or widths[-1] > widths[0]:
+            return False
+        if widths[0] in _USUAL_WIDTHS:  # many lines of one width may be a library of peptides
+            return widths[-1] < widths[0] or sum(widths) <= MAX_RESIDUES
+        return widths[0] >= _LEAST_WIDTH and len(widths) > 2 and widths[-1] < widths[0]
+
+
+def _check_format(number: int, text: str, source: _Source) -> None:
+    """InvalidSequence if the first line of a text without a header shows what else it is."""
+    what = next((f"this is {format}" for format, pattern in _OTHER_FORMAT if pattern.match(text)), None)
+    if what is None and _TITLE.fullmatch(text.strip("\"'")):
+        what = f"{text[:40]!r} is a column's title"
+    if what is None:
+        what = _unlike_sequence(text, headed=False)
+    if what is not None:
+        raise source.error(number, f"{what}; {_EXPECTED}")
+
+
+def _unlike_sequence(text: str, headed: bool = True) -> str | None:
+    """Why a line is no sequence, whatever its letters; None if it may be one."""
+    if text.isalpha():
+        return None
+    for separator, called in (("\t", "tabs"), (",", "commas"), (";", "semicolons")):
+        if separator in text and not (headed and separator == "\t"):
+            return f"this is a table (columns parted by {called})"
+    blocks = _MASK.sub("X", text).split()
+    if len(blocks) == 1 or any(block.isdigit() for block in blocks):  # position numbers: the letters' error says so
+        return None
+    *whole, last = map(len, blocks)
+    regular = whole.count(whole[0]) == len(whole) and last <= whole[0]
+    # Two words are seldom of one length; blocks of ten are UniProt's, single letters ProtBert's.
+    if regular and (whole[0] in (1, 10) or (headed and (len(whole) > 1 or last == whole[0]))):
+        return None
+    return f"{text[:40]!r} is text or a table, not a sequence"
+
+
+def _name_of(source: str | Path | BinaryIO) -> str:
+    name = str(source if isinstance(source, str | Path) else getattr(source, "name", "input"))
+    return "standard input" if name in ("<stdin>", "0") else name
+
+
+def _lines(text: io.TextIOWrapper, name: str, strict: bool) -> Iterator[str]:
     """Lines of text, none of them without end: a small gzip file may hold a line of gigabytes."""
     number = 0
     while line := text.readline(MAX_LETTERS + 1):
         number += 1
         if len(line) > MAX_LETTERS:
-            if not tolerant or line.startswith(">"):
-                raise InvalidSequence(f"{name}: line {number} is longer than {MAX_LETTERS} characters")
+            if strict or line.startswith(">"):
+                raise InvalidSequence(f"{name}, line {number}: a line of more than {MAX_LETTERS} letters")
             letters = "".join(line.split())
             while not line.endswith("\n") and (line := text.readline(MAX_LETTERS)):
                 if len(letters) <= _TOO_MANY:
                     letters += "".join(line.split())
             line = letters[:_TOO_MANY]
         yield line
-
-
-def parse_fasta(lines: Iterable[str], *, tolerant: bool = False) -> Iterator[Record]:
-    """Records from lines of text; without any `>` header each non-empty line is a sequence. See `read_fasta`."""
-    header: str | None = None
-    parts: list[str] = []
-    bare = letters = 0
-    for number, raw in enumerate(lines, start=1):
-        line = raw.strip()
-        if not line or line.startswith(";"):
-            continue
-        if line.startswith(">"):
-            if bare:
-                raise InvalidSequence(f"line {number}: a FASTA header after {bare} lines that belong to no record")
-            if header is not None:
-                yield _record(header, parts, tolerant)
-            header, parts, letters = line[1:].strip(), [], 0
-        elif header is None:
-            bare += 1
-            sequence = clean_sequence(line)
-            if not sequence:
-                raise InvalidSequence(f"line {number} has no letters")
-            yield Record(str(bare), "", sequence)
-        elif letters < _TOO_MANY:
-            letters += len(line)
-            parts.append(line)
-            if letters > MAX_LETTERS:
-                if not tolerant:
-                    raise InvalidSequence(f"record {header[:80]!r} is longer than {MAX_LETTERS} letters")
-                parts = ["".join("".join(parts).split())[:_TOO_MANY]]
-                letters = len(parts[0])
-    if header is not None:
-        yield _record(header, parts, tolerant)
-
-
-def _record(header: str, parts: list[str], tolerant: bool) -> Record:
-    sequence = clean_sequence("".join(parts))
-    if not sequence and not tolerant:
-        raise InvalidSequence(f"record {header[:80]!r} has no sequence")
-    return Record(header.split()[0] if header else "", header, sequence)
-
-
-def clean_sequence(text: str) -> str:
-    """Upper case (`<mask>` kept), without blanks and without one trailing `*`."""
-    residues = "".join(text.split()).removesuffix("*")
-    return "<mask>".join(part.translate(_UPPER) for part in _MASK.split(residues))
-
-
-def _latin_1(error: UnicodeError) -> tuple[str, int]:
-    """Decoding error handler: what is not UTF-8 is Latin-1, as older databases wrote names of species."""
-    assert isinstance(error, UnicodeDecodeError)
-    return error.object[error.start : error.end].decode("latin-1"), error.end
-
-
-_AS_LATIN_1 = "numpyesm-latin-1"
-codecs.register_error(_AS_LATIN_1, _latin_1)

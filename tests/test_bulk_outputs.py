@@ -174,7 +174,7 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     )
     summary = embed_fasta(source, tmp_path / "o.parquet", model, include=["mean"])
     found = rows(tmp_path / "o.parquet")
-    assert [row["id"] for row in found] == ["first", "record_2", "dup", "dup", "Espèce", "é", "last"]
+    assert [row["id"] for row in found] == ["first", "sequence_2", "dup", "dup", "Espèce", "é", "last"]
     assert [row["length"] for row in found] == [6, 4, 6, 6, 3, 3, 1]
     assert [row["record"] for row in found] == [1, 2, 3, 4, 11, 12, 15]
     assert found[4]["description"] == "Espèce in Latin-1"
@@ -186,8 +186,8 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     assert lines[0] == ["record", "id", "description", "length", "reason"]
     reasons = {line[1]: line[4] for line in lines[1:]}
     assert all(len(line) == 5 for line in lines)
-    for id, reason in {"empty": "empty", "star": "empty", "inner": "'*' at position 3", "digit": "'7' at position 3",
-                       "j": "'J' at position 4", "mask": "<mask>", "dot": "'.' at position 3",
+    for id, reason in {"empty": "no sequence", "star": "no sequence", "inner": "'*' at position 3",
+                       "digit": "'7' at position 3", "j": "'J' at position 4", "mask": "<mask>", "dot": "'.' at position 3",
                        "long": "5000 residues, at most 2048"}.items():  # fmt: skip
         assert reason in reasons.pop(id)
     assert not reasons
@@ -218,7 +218,7 @@ def test_all_rejected_is_an_empty_table_and_none_at_all_an_error(model: ESM2, tm
 def test_endless_record_is_rejected_and_the_others_are_embedded(
     model: ESM2, tmp_path: Path, line: int, long: str
 ) -> None:
-    endless = "MK T*" * 400_001
+    endless = "MKTQ*" * 400_001
     wrapped = "\n".join(endless[at : at + line] for at in range(0, len(endless), line))
     source = tmp_path / "in.fasta"
     source.write_text(f">good\nMKT\n>endless\n{wrapped}\n>last\nMK\n")
@@ -423,7 +423,7 @@ def test_wrong_options(model: ESM2, tmp_path: Path, options: dict[str, Any], mes
     [
         (b"\x28\xb5\x2f\xfdabc", "zstd"),
         (b"BZh91AY", "bzip2"),
-        (b"\xff\xfe>\0a\0", "not a text file"),
+        (b"MKT\0\xff\n", "not a text file"),
         (b"\x1f\x8b\x08\0garbage", "gzip"),
         (b"MKT\n>a\nMKT\n", "line 2"),
         (None, "No such file"),

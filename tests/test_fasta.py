@@ -1,86 +1,208 @@
-"""FASTA as people have it."""
+"""FASTA as people have it, and other formats that are named and refused."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from numpyesm import InvalidSequence
-from numpyesm.fasta import Record, clean_sequence, read_fasta
+from numpyesm.errors import InputWarning
+from numpyesm.fasta import MAX_LETTERS, Record, accession, clean_sequence, parse_fasta, read_fasta, scan_fasta
 
-PLAIN = b">a first one\nMKT\nAYI\n\n>b\nMK*\n"
+TEXT = ">a first one\nMKT\nAYI\n\n>b\nMK*\n"
+PLAIN = TEXT.encode()
 RECORDS = [Record("a", "a first one", "MKTAYI"), Record("b", "b", "MK")]
 
 
-def read(data: bytes) -> list[Record]:
-    return list(read_fasta(io.BufferedReader(io.BytesIO(data))))
+def stream(data: bytes) -> io.BufferedReader:
+    return io.BufferedReader(io.BytesIO(data))
+
+
+def read(data: bytes | str) -> list[Record]:
+    return list(read_fasta(stream(data.encode() if isinstance(data, str) else data)))
+
+
+def zipped(**files: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("_", "."), text)
+    return buffer.getvalue()
+
+
+FORMS = {
+    "plain": PLAIN,
+    "CRLF": PLAIN.replace(b"\n", b"\r\n"),
+    "CR": PLAIN.replace(b"\n", b"\r"),
+    "lower case": PLAIN.lower(),
+    "gzip": gzip.compress(PLAIN),
+    "two gzip members": gzip.compress(PLAIN[:15]) + gzip.compress(PLAIN[15:]),
+    "bzip2": bz2.compress(PLAIN),
+    "xz": lzma.compress(PLAIN),
+    "zip": zipped(x_fasta=TEXT, __MACOSX="junk"),
+    "UTF-8 with a mark": TEXT.encode("utf-8-sig"),
+    "UTF-16": TEXT.encode("utf-16"),
+    "UTF-16, big end first, no mark": TEXT.encode("utf-16-be"),
+    "UTF-16 in gzip": gzip.compress(TEXT.encode("utf-16")),
+    "no last line end": PLAIN.rstrip(),
+    "comment": b"; a comment\n" + PLAIN,
+    "blanks": PLAIN.replace(b"MKT\nAYI", b"  MKT AYI  "),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str, tmp_path: Path) -> None:
+    assert read(FORMS[form]) == RECORDS
+    (tmp_path / "x").write_bytes(FORMS[form])
+    assert list(read_fasta(tmp_path / "x")) == RECORDS
+
+
+def test_names() -> None:
+    latin = ">Espèce x\nMK\n>\nMA\n"
+    assert [r.id for r in read(latin.encode("latin-1"))] == ["Espèce", "sequence_2"]
+    assert [r.id for r in read_fasta(stream(b">\nMK\n>x\nMA\n"), first=7)] == ["sequence_7", "x"]
+    assert [r.id for r in parse_fasta(["MKT", "AK"])] == ["sequence_1", "sequence_2"]
+    for name, expected in (
+        ("sp|P12345|AATM_RABIT", "P12345"),
+        ("tr|A0A1-2|X", "A0A1-2"),
+        ("gi|6|ref|NP_1.1|", "NP_1.1"),
+        ("UniRef50_P12345", "UniRef50_P12345"),
+        ("a|b", "a|b"),
+    ):
+        assert accession(name) == expected
+
+
+def test_letters() -> None:
+    assert read(">m\nMK<ma\nsk>T\n")[0].sequence == "MK<mask>T"
+    assert clean_sequence("MK*T*") == "MK*T"  # one trailing star only
+    assert clean_sequence("mkß<MASK>ſt") == "MKß<mask>ſT"  # ASCII alone is raised
+    assert read(">u\nMKTAYIAKQR QISFVKSHFS\nRQLEE\n>p\nK A <mask> I\n")[0].sequence == "MKTAYIAKQRQISFVKSHFSRQLEE"
+
+
+W = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVK"  # 60 letters
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("lines", "lengths"),
     [
-        PLAIN,
-        PLAIN.replace(b"\n", b"\r\n"),
-        PLAIN.lower().replace(b"a first one", b"a first one"),
-        gzip.compress(PLAIN),
-        gzip.compress(PLAIN[:15]) + gzip.compress(PLAIN[15:]),
-        b"\xef\xbb\xbf" + PLAIN,
-        PLAIN.rstrip(),
-        b"; a comment\n" + PLAIN,
-        PLAIN.replace(b"MKT\nAYI", b"  MKT AYI  "),
+        ([W, W, W[:20]], [140]),
+        ([W, W[:9]], [69]),
+        ([W, W], [120]),
+        ([W[:33], W[:33], W[:8]], [74]),
+        ([W, W[:9], "", W, W, W[:5]], [69, 125]),  # paragraphs
+        (["MKT", "AKWY", "MK"], [3, 4, 2]),
+        ([W[:9], W[:9], W[:9]], [9, 9, 9]),  # a list of peptides
+        ([W] * 40, [60] * 40),  # longer than the model takes: a library
+        ([W[:33], W[:8]], [33, 8]),
+        ([W, W[:9], W], [60, 9, 60]),
+        ([W, "AK<mask>Y"], [69]),
     ],
-    ids=["plain", "crlf", "lower", "gzip", "two-gzip-members", "bom", "no-last-newline", "comment", "blanks"],
 )
-def test_forms(data: bytes) -> None:
-    assert read(data) == RECORDS
+@pytest.mark.filterwarnings("ignore::numpyesm.errors.InputWarning")
+def test_without_headers(lines: list[str], lengths: list[int]) -> None:
+    records = read("\n".join(lines))
+    assert [len(r.sequence) for r in records] == lengths
+    assert "".join(r.sequence for r in records) == "".join(lines)
 
 
-def test_file_by_name(tmp_path: Path) -> None:
-    (tmp_path / "x.fasta.gz").write_bytes(gzip.compress(PLAIN))
-    assert list(read_fasta(tmp_path / "x.fasta.gz")) == RECORDS
+def test_what_is_dropped_or_joined_is_told_once() -> None:
+    with pytest.warns(InputWarning, match=r"-- \(grep's separator\) are left out, the first in line 3") as told:
+        assert read(">a\nMKT\n--\n>b\nMKA\n--\n") == [Record("a", "a", "MKT"), Record("b", "b", "MKA")]
+    assert len(told) == 1
+    with pytest.warns(InputWarning, match="read as one sequence, from line 2"):
+        read(f"\n{W}\n{W[:9]}")
 
 
-def test_bare_lines_and_masks() -> None:
-    assert [r.sequence for r in read(b"MKT\nak<mask>y\n")] == ["MKT", "AK<mask>Y"]
-    assert read(b">m\nMK<ma\nsk>T\n")[0].sequence == "MK<mask>T"
+OTHERS = {
+    "FASTQ": "@r1 x\nMKT\n+\nIII\n",
+    "SAM": "@HD\tVN:1.6\n",
+    "GenBank": "LOCUS       NP_000509  147 aa  linear\n",
+    "UniProt": "ID   LYSC_CHICK              Reviewed;         147 AA.\n",
+    "PDB": "ATOM      1  N   MET A   1      27.340  24.430\n",
+    "mmCIF": "data_1AKE\n#\n",
+    "Clustal": "CLUSTAL O(1.2.4) multiple sequence alignment\n\na MKT\n",
+    "PHYLIP": "\n 2 60\nCow       MKT\n",
+    "Stockholm": "# STOCKHOLM 1.0\n",
+    "NEXUS": "#NEXUS\nbegin data;\n",
+    "A3M": "#58\t1\n>q\nMKT\n",
+    "A3M or A2M": ">q\nMKTAY\n>h\nMK-AY\n>i\nMKaTA-\n",
+    "NBRF/PIR": ">P1;CRAB\ntitle of it\nMKT*\n",
+    "JSON": '[{"id": "a"}]',
+    "HTML": "<!DOCTYPE html>",
+    "HTML or XML": "<uniprot xmlns='x'>",
+    "Git LFS": "version https://git-lfs.github.com/spec/v1\n",
+    "table .columns parted by tabs": "LYSC\tKVFGRC\n",
+    "table .columns parted by commas": "id,sequence\na,MKT\n",
+    "'sequence' is a column's title": "sequence\nMKT\n",
+    "'Heavy' is a column's title": "Heavy\nMKT\nMKA\n",
+    "is text or a table": "Cow       MKTAYI\n",
+    "line 2: 'Sequence unavailable' is text": ">a\nSequence unavailable\n",
+    "line 4: .* parted by commas": ">a\nMKT\n>b\nMKT,AYI\n",
+}
 
 
-def test_only_one_trailing_star_is_dropped() -> None:
-    assert clean_sequence("MK*T*") == "MK*T"
+@pytest.mark.parametrize("said", OTHERS)
+def test_what_is_no_fasta_is_named(said: str) -> None:
+    with pytest.raises(InvalidSequence, match=f"input, line [0-9]+: .*{said}|input, {said}"):
+        read(OTHERS[said])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "input: no sequences"),
+        (b"\n\n", "no sequences"),
+        (b">a\n>b\nMK\n", "line 1: no sequence .record 'a'"),
+        (b">a\nMK\n>b\n", "line 3: no sequence .record 'b'"),
+        (b">a\tMKT\n", "is it in the header"),
+        (b">a\n*\n", "no sequence"),
+        (b">a\nMK\n>b\n--.-\n", "no residue, only gaps .record 'b'"),
+        (b">a\nNaN\n", "a missing value"),
+        (b"MK\n>b\nMK\n", "line 2: a FASTA header behind"),
+        (gzip.compress(PLAIN)[:-6], "the gzip data are damaged or cut short"),
+        (gzip.compress(PLAIN) + b"x", "damaged"),
+        (bz2.compress(PLAIN)[:-6], "the bzip2 data are damaged"),
+        (lzma.compress(PLAIN)[:-6], "the xz data are damaged"),
+        (zipped(a="x", b="x"), "a zip archive of 2 files"),
+        (zipped(a=TEXT)[:-30], "the zip archive cannot be read"),
+        (b"\x28\xb5\x2f\xfd??", "zstd|not a text"),
+        (b"PAR1\x15\x04", "Parquet"),
+        (b">a\n\xff\xfe\x00", "not a text file"),
+        (b">" + b"a" * (MAX_LETTERS + 1), "a line of more than"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::numpyesm.errors.InputWarning")
+def test_bad_files(data: bytes, said: str) -> None:
+    with pytest.raises(InvalidSequence, match=said):
+        read(data)
+
+
+def test_one_odd_record_does_not_stop_the_others() -> None:
+    found = list(scan_fasta(stream(b">a\nMKT\n>b\nno such thing\nMK\n>c\n----\n>d\nAK\n")))
+    assert [(record.id, problem is None) for record, problem in found] == [
+        ("a", True), ("b", False), ("c", False), ("d", True),
+    ]  # fmt: skip
+    assert list(scan_fasta(stream(b""))) == []
 
 
 @pytest.mark.parametrize("data", [b">a\n%b\n", b"%b\n", b">a\n%b*\n", b">a\nM\nK%b*\n"])
 def test_records_of_more_than_a_million_letters(data: bytes) -> None:
-    most = data % (b"A" * (1_000_000 - data.count(b"M") - data.count(b"K")))
-    (record,) = read_fasta(io.BufferedReader(io.BytesIO(most)), tolerant=True)
-    assert len(record.sequence) == 1_000_000
-    longer = data % (b"A " * 1_000_001)
-    with pytest.raises(InvalidSequence, match="longer than 1000000"):
+    most = data % (b"A" * (MAX_LETTERS - data.count(b"M") - data.count(b"K")))
+    ((record, problem),) = scan_fasta(stream(most))
+    assert (len(record.sequence), problem) == (MAX_LETTERS, None)
+    longer = data % (b"A " * (MAX_LETTERS + 1))
+    ((record, problem),) = scan_fasta(stream(longer))
+    assert MAX_LETTERS < len(record.sequence) < MAX_LETTERS + 4
+    assert "more than 1000000 letters" in str(problem)
+    with pytest.raises(InvalidSequence, match="more than 1000000"):
         read(longer)
-    (record,) = read_fasta(io.BufferedReader(io.BytesIO(longer)), tolerant=True)
-    assert 1_000_000 < len(record.sequence) < 1_000_004
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "no sequences"),
-        (b"\n\n", "no sequences"),
-        (b">a\n>b\nMK\n", "'a' has no sequence"),
-        (b">a\nMK\n>b\n", "'b' has no sequence"),
-        (b"MK\n>b\nMK\n", "line 2"),
-        (gzip.compress(PLAIN)[:-6], "damaged"),
-        (b"\x1f\x8bnonsense", "damaged"),
-        (b">a\n\xff\xfe\x00", "not a text file"),
-    ],
-)
-def test_bad_files(data: bytes, message: str) -> None:
-    with pytest.raises(InvalidSequence, match=message):
-        read(data)
 
 
 def test_a_gzip_bomb_costs_nothing(tmp_path: Path) -> None:

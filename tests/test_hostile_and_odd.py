@@ -13,7 +13,6 @@ import pytest
 from conftest import SMALL
 
 from numpyesm import ESM2, CheckpointError, InvalidOption, InvalidSequence
-from numpyesm.fasta import clean_sequence
 from numpyesm.threads import check_threads
 from numpyesm.weights import load_checkpoint
 from numpyesm.weights.canonical import save_canonical
@@ -76,10 +75,6 @@ def test_contacts_of_several_to_stdout_have_one_header(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.count(b"residue_i") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_only_ascii_letters_are_raised() -> None:
-    assert clean_sequence("mkß<MASK>ſt") == "MKß<mask>ſT"
 
 
 def test_exact_weights_come_before_those_that_lost_digits() -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from ..alphabet import ENCODE_LETTERS, tokenize
+from ..alphabet import check_letters
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
-from ..fasta import MAX_LETTERS, Record, read_fasta
+from ..fasta import Record, scan_fasta
 from .settings import Settings
 
-_ALLOWED = re.compile(f"[{ENCODE_LETTERS}]+")
-_NOT_ALLOWED = re.compile(f"[^{ENCODE_LETTERS}]")
 # A map of 16,384 by 16,384 is a gigabyte in float32; it is held three times while windows are averaged.
 MOST_RESIDUES_OF_CONTACTS = 16384
 
@@ -31,7 +28,7 @@ class Item(NamedTuple):
     position : int
         Its place in the whole input, from 1.
     id : str
-        The header's first word; `record_<position>` if there is none.
+        The header's first word; `sequence_<position>` if there is none.
     description : str
         The whole header.
     sequence : str
@@ -73,20 +70,14 @@ class Reader:
 
     def __iter__(self) -> Iterator[Item]:
         for name in self._inputs:
-            for record in read_fasta(_source(name), tolerant=True):
+            for record, problem in scan_fasta(_source(name), first=self.records + 1):
                 self.records += 1
                 sequence = record.sequence.encode()
                 digest = hashlib.sha256(sequence).digest()
                 self._fingerprint.update(record.description.encode() + b"\n" + digest)
                 if self._settings.shard.takes(digest):
-                    name_ = record.id or f"record_{self.records}"
-                    too_long = len(sequence) > MAX_LETTERS
-                    reason = (
-                        f"more than {MAX_LETTERS} letters, not read to the end"
-                        if too_long
-                        else why_not(record, self._settings)
-                    )
-                    yield Item(self.records, name_, record.description, record.sequence, digest, reason)
+                    reason = why_not(record, self._settings) if problem is None else problem
+                    yield Item(self.records, record.id, record.description, record.sequence, digest, reason)
         if not self.records:
             raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")
 
@@ -97,28 +88,19 @@ class Reader:
 
 def why_not(record: Record, settings: Settings) -> str | None:
     """Why a record cannot be embedded; None if it can."""
-    sequence = record.sequence
-    length = len(sequence)
-    if length > MAX_RESIDUES and _ALLOWED.fullmatch(sequence):
-        if settings.long == "error":
-            return (
-                f"{length} residues, at most {MAX_RESIDUES} fit the model "
-                "(--long windows averages overlapping windows, --long truncate takes the beginning)"
-            )
-        if settings.long == "windows" and "contacts" in settings.include and length > MOST_RESIDUES_OF_CONTACTS:
-            return f"{length} residues, contact maps end at {MOST_RESIDUES_OF_CONTACTS}"
-        return None
-    if _ALLOWED.fullmatch(sequence):
-        return None
     try:
-        # The whole of what may be one token, and its beginning: the place is what matters, not the length.
-        wrong = _NOT_ALLOWED.search(sequence)
-        tokenize([sequence if length <= MAX_RESIDUES or wrong is None else sequence[wrong.start() : wrong.start() + 6]])
+        check_letters(record.sequence)
     except InvalidSequence as error:
-        if wrong is not None and length > MAX_RESIDUES:
-            return error.reason.replace("at position 1 ", f"at position {wrong.start() + 1} ")
         return error.reason
-    return None
+    length = len(record.sequence)
+    if length > MAX_RESIDUES and settings.long == "error":
+        return (
+            f"{length} residues, at most {MAX_RESIDUES} fit the model "
+            "(--long windows averages overlapping windows, --long truncate takes the beginning)"
+        )
+    if settings.long == "windows" and "contacts" in settings.include and length > MOST_RESIDUES_OF_CONTACTS:
+        return f"{length} residues, contact maps end at {MOST_RESIDUES_OF_CONTACTS}"
+    return "no sequence" if not length else None
 
 
 def _source(name: str | os.PathLike[str]) -> str | Path | io.BufferedReader:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from ..alphabet import MASK_TOKEN, tokenize
 from ..errors import InvalidOption, InvalidSequence
@@ -40,9 +39,9 @@ def read_records(inputs: Sequence[str], output: str | None = None) -> list[Recor
         if output is not None and output != "-" and _is_file(text) and same_file(text, output):
             raise InvalidOption(f"-o {output} is the input itself: choose another output")
         if text == "-":
-            records += read_fasta(cast(io.BufferedReader, sys.stdin.buffer))
+            records += read_fasta(sys.stdin.buffer, first=len(records) + 1)
         elif _is_file(text):
-            records += read_fasta(text)
+            records += read_fasta(text, first=len(records) + 1)
         elif _BARE_SEQUENCE.fullmatch(text):
             records.append(Record(f"sequence_{len(records) + 1}", "", clean_sequence(text)))
         else:

@@ -186,9 +186,17 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     assert lines[0] == ["record", "id", "description", "length", "reason"]
     reasons = {line[1]: line[4] for line in lines[1:]}
     assert all(len(line) == 5 for line in lines)
-    for id, reason in {"empty": "no sequence", "star": "no sequence", "inner": "'*' at position 3",
-                       "digit": "'7' at position 3", "j": "'J' at position 4", "mask": "<mask>", "dot": "'.' at position 3",
-                       "long": "5000 residues, at most 2048"}.items():  # fmt: skip
+    expected_reasons = {
+        "empty": "no sequence",
+        "star": "no sequence",
+        "inner": "'*' at position 3",
+        "digit": "'7' at position 3",
+        "j": "'J' at position 4",
+        "mask": "<mask>",
+        "dot": "'.' at position 3",
+        "long": "5000 residues, at most 2048",
+    }
+    for id, reason in expected_reasons.items():
         assert reason in reasons.pop(id)
     assert not reasons
 

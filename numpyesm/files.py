@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .errors import NumpyesmError
 
@@ -118,6 +119,42 @@ def file_identity(file: _AnyPath | int) -> FileIdentity:
     """Identify the present content of a path or an open file descriptor, without reading it."""
     found = os.stat(file)
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class MappedFile(mmap.mmap):
+    """A file mapped read-only, with what tells whether it was overwritten in place since."""
+
+    path: str
+    identity: FileIdentity
+
+    @classmethod
+    def open(cls, file: BinaryIO) -> MappedFile:
+        """Map an open file."""
+        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.path, mapped.identity = os.path.abspath(file.name), file_identity(file.fileno())
+        return mapped
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the content changed. A file that was removed, or replaced by another, is still mapped as it was."""
+        try:
+            now = file_identity(self.path)
+        except OSError:
+            return False
+        return now != self.identity and now[:2] == self.identity[:2]
+
+
+def overwritten_files(arrays: Iterable[Any]) -> list[str]:
+    """Files that arrays are views of and that were overwritten in place since they were mapped."""
+    files = {mapped for array in arrays if (mapped := _mapped(array)) is not None}
+    return sorted(mapped.path for mapped in files if mapped.overwritten)
+
+
+def _mapped(array: Any) -> MappedFile | None:
+    base = array
+    while base is not None and not isinstance(base, MappedFile):
+        base = getattr(base, "obj", None) if isinstance(base, memoryview) else getattr(base, "base", None)
+    return base
 
 
 def same_file(one: _AnyPath, other: _AnyPath) -> bool:

@@ -18,6 +18,8 @@ from pathlib import Path
 from .batch import BLOCK_ROWS
 from .config import ModelConfig
 from .errors import InvalidOption, NotEnoughMemory
+from .options import Outputs
+from .results import count_numbers
 from .weights.checkpoint import Checkpoint
 
 # K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
@@ -33,6 +35,8 @@ _BLOCK_SIZES = (BLOCK_ROWS, 128, 64)
 _PER_THREAD = 6 << 20
 # The allocator, byte code that is still to be loaded, a thread's stack.
 _MARGIN = 10 << 20
+# A result without its arrays.
+_RESULT_OBJECT = 600
 # Numba, LLVM and the compiled kernels.
 _NUMBA = 330 << 20
 _NUMBA_ADDRESS_SPACE = 900 << 20
@@ -215,13 +219,8 @@ def pass_bytes(
 
 def result_bytes(config: ModelConfig, residues: int, wanted: Collection[str], layers: int) -> int:
     """Memory of the result of one sequence, in bytes, with embeddings of so many layers."""
-    row = config.embed_dim * 4 * layers
-    size = 600  # the object itself
-    size += row * (("mean" in wanted) + ("bos" in wanted) + ("per_token" in wanted) * residues)
-    size += 4 * residues * residues * ("contacts" in wanted)
-    size += 80 * residues * ("logits" in wanted)
-    size += 4 * residues * config.num_layers * ("attentions" in wanted)
-    return size
+    outputs = Outputs(tuple(wanted), tuple(range(layers)))
+    return _RESULT_OBJECT + 4 * count_numbers(outputs, config, residues)
 
 
 @dataclass(frozen=True)

@@ -248,10 +248,10 @@ class ESM2:
         result : EncodeResult
             `sequence_index` is the record's place in the input.
         """
-        from .bulk.stream import embed_iter
+        from .streaming import embed_iter
 
         return embed_iter(
-            self,
+            self.passes,
             records,
             repr_layers,
             include,

@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 from numpyesm import ESM2, InvalidOption
 from numpyesm.bulk.layout import Layout
 from numpyesm.bulk.lock import FolderLock
-from numpyesm.bulk.packing import LOOK_AHEAD_BATCHES, check_budget, pack, token_budget
-from numpyesm.bulk.settings import Settings
-from numpyesm.bulk.shard import Shard
-from numpyesm.bulk.tables import tsv_line
-from numpyesm.bulk.windows import cuts
+from numpyesm.bulk.settings import Settings, Shard
 from numpyesm.bulk.writers import output_format
-from numpyesm.bulk.writers.base import free_name
+from numpyesm.bulk.writers.base import free_name, tsv_line
 from numpyesm.bulk.writers.hdf5 import hdf5_name
 from numpyesm.config import PRESETS
 from numpyesm.errors import BulkError
 from numpyesm.files import safe_stem
+from numpyesm.options import Outputs
+from numpyesm.streaming.packing import LOOK_AHEAD_BATCHES, check_budget, pack, token_budget
+from numpyesm.streaming.windows import cuts
 
 
 @given(st.lists(st.integers(1, 3000), max_size=200), st.integers(1, 5000))
@@ -55,17 +54,20 @@ def test_packing_fills_batches_and_reads_no_further_than_it_must() -> None:
     assert taken <= LOOK_AHEAD_BATCHES * 4096 + 2002
 
 
+MEAN = Outputs(("mean",), (12,))
+
+
 def test_budget_follows_threads_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = PRESETS["esm2-35m"]
-    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 64 << 30)
-    assert token_budget(config, 1) == token_budget(config, 2) == 4096
-    assert token_budget(config, 16) == 32768
-    assert token_budget(config, 1000) == 65536
-    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 1 << 30)
-    assert 2050 <= token_budget(config, 16) < 32768
-    assert token_budget(config, 16, contacts=True) < token_budget(config, 16)
-    monkeypatch.setattr("numpyesm.bulk.packing.available_memory", lambda: 0)
-    assert token_budget(config, 16) == 2050
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 64 << 30)
+    assert token_budget(config, 1, MEAN) == token_budget(config, 2, MEAN) == 4096
+    assert token_budget(config, 16, MEAN) == 32768
+    assert token_budget(config, 1000, MEAN) == 65536
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 1 << 30)
+    assert 2050 <= token_budget(config, 16, MEAN) < 32768
+    assert token_budget(config, 16, Outputs(("contacts",))) < token_budget(config, 16, MEAN)
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 0)
+    assert token_budget(config, 16, MEAN) == 2050
     for wrong in (0, -1, 1.5, "4096", True):
         with pytest.raises(InvalidOption, match="tokens_per_batch"):
             check_budget(wrong)
@@ -97,7 +99,7 @@ def test_shards_are_a_partition_and_keep_twins_together() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_layout_gives_back_what_it_took(model: ESM2, dtype: str) -> None:
     everything = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
-    settings = Settings.check(model, repr_layers=[0, -1], include=everything, dtype=dtype)
+    settings = Settings(Outputs.check(model.checkpoint, [0, -1], everything), dtype=dtype)
     layout = Layout.of(settings, model.config)
     result = model.encode([random_sequence(33)], [0, -1], everything)[0]
     data = layout.pack(result)

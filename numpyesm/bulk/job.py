@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import BulkError, InvalidOption, InvalidSequence
-from ..files import atomic_write, same_file, sync_folder
+from ..files import WriteError, overwritten_files
 from ..model import ESM2
-from .journal import Journal, Rejected, readable_error
+from ..options import Outputs
+from ..streaming.batches import DEFAULT_OVERLAP, LongSequences, encode_batch
+from ..streaming.packing import check_budget, pack, token_budget
+from .journal import FILE, Journal, Rejected, Totals, readable_error
 from .layout import Layout
-from .local import LocalEngine
 from .lock import FolderLock
-from .packing import check_budget
+from .output import Output
 from .progress import Progress
 from .provenance import describe, difference
 from .reader import Item, Reader
-from .settings import DEFAULT_OVERLAP, Settings
-from .shard import Shard
-from .tables import tsv_line
-from .writers import DEFAULT_INCLUDE, ENDINGS, make_writer, output_format
-from .writers.base import Writer
-from .writers.folder import is_ours
+from .settings import Settings, Shard
+from .writers import DEFAULT_INCLUDE
 
 ENGINES = ("local", "ray")
-_REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")
-# The batch in hand and so much more is lost to a `kill -9`, or fifty times what a commit takes where the disk is slow.
+# `kill -9` loses the current batch and at most this many seconds of work. Commits take at most 2 % of the run.
 _COMMIT_SECONDS = 0.5
 _COMMIT_SHARE = 0.02
 _COMMIT_BYTES = 64 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Summary:
     sequences : int
         Distinct sequences among them.
     rejected : int
-        Records that could not be embedded; they stand in `rejected_file`.
+        Records that could not be embedded; they are listed in `rejected_file`.
     rejected_file : Path or None
     computed : int
         Sequences that this run computed; the others were left from a run that was interrupted.
@@ -77,10 +77,27 @@ class Engine(Protocol):
     """Computes what a journal still lacks."""
 
     def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
-        """Number and numbers of each pending sequence, in any order."""
+        """Yield the number and the packed outputs of each pending sequence, in any order."""
 
     def close(self) -> None:
-        """Put away what was started."""
+        """Stop what was started."""
+
+
+class LocalEngine:
+    """Computes in this process, batch by batch."""
+
+    def __init__(self, model: ESM2, layout: Layout, budget: int) -> None:
+        self._passes, self._layout, self._budget = model.passes, layout, budget
+
+    def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the packed outputs of each pending sequence, in any order."""
+        settings = self._layout.settings
+        for batch in pack(journal.pending(), lambda item: len(item.sequence), self._budget):
+            for number, result in encode_batch(self._passes, batch, settings.outputs, settings.long, self._budget):
+                yield number, self._layout.pack(result)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def embed_fasta(
@@ -93,6 +110,7 @@ def embed_fasta(
     dtype: str = "fp32",
     long: str = "error",
     overlap: int = DEFAULT_OVERLAP,
+    ids: str = "first-word",
     tokens_per_batch: int | None = None,
     shard: str | Shard | None = None,
     strict: bool = False,
@@ -106,8 +124,8 @@ def embed_fasta(
 ) -> Summary:
     """Embed all sequences of FASTA files into one Parquet file, HDF5 file or folder.
 
-    Interrupted at any moment, the same call goes on where it stood. Identical sequences are computed once. Memory does
-    not grow with the input; the folder `OUTPUT.partial` beside the output holds what is done until all is.
+    If it is interrupted, at any moment, the same call resumes. Identical sequences are computed once. Memory does not
+    grow with the input; the folder `OUTPUT.partial` beside the output holds what is done until everything is.
 
     Parameters
     ----------
@@ -126,6 +144,8 @@ def embed_fasta(
         Records of more than 2048 residues are rejected, cut, or averaged over overlapping windows.
     overlap : int
         Least number of residues that neighbouring windows share.
+    ids : {"first-word", "accession"}
+        Call records by the first word of their header, or `sp|P12345|NAME` by its accession `P12345`.
     tokens_per_batch : int, optional
         Chosen from threads and free memory by default.
     shard : str, optional
@@ -134,7 +154,7 @@ def embed_fasta(
         Raise at the first record that cannot be embedded; by default they go to `OUTPUT.rejected.tsv`.
     engine : {"local", "ray"}
     address, workers : optional
-        Of the Ray engine: a running cluster (one on this machine by default), and the number of actors.
+        Of the Ray engine: a running cluster (one on this machine by default), and the number of workers.
     threads : int, optional
         Of the model, or of each Ray worker.
     overwrite : bool
@@ -142,7 +162,7 @@ def embed_fasta(
     restart : bool
         Forget what an interrupted run left.
     progress : Progress, optional
-        Hears how far the run is.
+        Is told how far the run is.
 
     Returns
     -------
@@ -154,12 +174,12 @@ def embed_fasta(
         The input cannot be read, or with `strict` a record cannot be embedded.
     InvalidOption, MissingExtra
     BulkError
-        Another run holds the output; or what is there belongs to another run.
+        Another run holds the output; what is there belongs to another run or is damaged; or the weights file was
+        overwritten during the run. What was computed before is kept.
     OSError
         A file cannot be read or written. What was computed is kept.
     """
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    form = output_format(os.fspath(output))
     if engine not in ENGINES:
         raise InvalidOption(f"engine={engine!r}: allowed are {', '.join(ENGINES)}")
     if engine == "local" and (address is not None or workers is not None):
@@ -170,171 +190,110 @@ def embed_fasta(
         from .ray_engine import RayEngine, check_ray
 
         check_ray(address, workers)
-    writer = make_writer(form)
+    target = Output(output, paths)
     if not isinstance(model, ESM2):
         model = ESM2.from_pretrained(model, threads=threads)
-    settings = Settings.check(
-        model,
-        repr_layers=repr_layers,
-        include=DEFAULT_INCLUDE[form] if include is None else include,
-        dtype=dtype,
-        long=long,
-        overlap=overlap,
-        shard=shard,
+    settings = Settings(
+        Outputs.check(model.checkpoint, repr_layers, DEFAULT_INCLUDE[target.form] if include is None else include),
+        LongSequences(long, overlap),
+        dtype,
+        shard if isinstance(shard, Shard) else Shard.parse(shard),
+        ids,
     )
-    target = Path(output)
-    if target.name in ("", ".."):  # "." and the like: a folder all the same, by its name
-        target = Path(os.path.abspath(target))
-        if not target.name:
-            raise InvalidOption(f"output {os.fspath(output)!r}: expected a file or a folder of its own")
-    if target.is_symlink():  # the file behind the link is what is replaced
-        target = target.resolve()
-    job = _Job(paths, target, form, writer, model, settings, strict, progress or Progress())
+    layout = Layout(settings, model.config)
 
     def make_engine() -> Engine:
+        budget = tokens_per_batch or token_budget(model.config, model.threads, settings.outputs)
         if engine == "local":
-            return LocalEngine(model, settings, job.layout, tokens_per_batch)
-        return RayEngine(
-            model, settings, job.layout, tokens_per_batch, address=address, workers=workers, threads=threads
-        )
+            return LocalEngine(model, layout, budget)
+        return RayEngine(model, layout, tokens_per_batch, address=address, workers=workers, threads=threads)
 
+    run = _Run(paths, target, model, layout, strict, progress or Progress())
     try:
-        return job.run(make_engine, overwrite=overwrite, restart=restart)
-    except sqlite3.Error as error:
-        raise readable_error(error, job.folder) from error
+        return run.run(make_engine, overwrite=overwrite, restart=restart)
+    except (sqlite3.Error, OSError) as error:
+        told = run.explained(error)
+        if told is error:
+            raise
+        raise told from error
 
 
-class _Job:
+class _Run:
     """One run on one output."""
 
     def __init__(
         self,
         inputs: Sequence[str | os.PathLike[str]],
-        output: Path,
-        form: str,
-        writer: Writer,
+        output: Output,
         model: ESM2,
-        settings: Settings,
+        layout: Layout,
         strict: bool,
         progress: Progress,
     ) -> None:
-        self.inputs, self.output, self.writer, self.settings = inputs, output, writer, settings
+        self.inputs, self.output, self.layout = inputs, output, layout
         self.strict, self.progress = strict, progress
-        self.layout = Layout.of(settings, model.config)
-        self.about = describe(model, settings, form)
-        self.folder = output.with_name(output.name + ".partial")
-        self.rejected_file = self._rejected_file(form)
-        self._check_paths(form)
+        self.tensors = [tensor.raw for tensor in model.checkpoint.tensors.values()]
+        self.about = describe(model, layout.settings, output.form)
+        self.folder = output.path.with_name(output.path.name + ".partial")
+        self.started = time.monotonic()
 
-    def _check_paths(self, form: str) -> None:
-        for name in self.inputs:
-            if os.fspath(name) != "-" and same_file(name, self.output):
-                raise InvalidOption(f"output {self.output} is the input itself: choose another output")
-        if self.output.exists() and self.output.is_dir() != (form == "folder"):
-            kind = "a folder" if self.output.is_dir() else "a file"
-            raise InvalidOption(f"output {self.output} is {kind}; {form} was asked for")
-        if os.path.ismount(self.output):
-            raise InvalidOption(
-                f"output {self.output} is a mount point, which cannot be replaced as a whole: "
-                f"name a folder in it, {self.output / 'embeddings'}/"
-            )
-
-    def _rejected_file(self, form: str) -> Path:
-        """`OUT.rejected.tsv`; with the form in its name if another output of that stem lies beside it."""
-        stem = self.output.name if form == "folder" else self.output.stem
-        others = {stem, *(stem + ending for ending in ENDINGS)} - {self.output.name}
-        alone = not any(self.output.with_name(name).exists() for name in others)
-        ending = "" if alone else self.output.suffix if form != "folder" else ".folder"
-        return self.output.with_name(f"{stem}{ending}.rejected.tsv")
-
-    def run(self, make_engine: Any, *, overwrite: bool, restart: bool) -> Summary:
+    def run(self, make_engine: Callable[[], Engine], *, overwrite: bool, restart: bool) -> Summary:
         """All of it, or what is left of it."""
-        started = time.monotonic()
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(self.folder)
         try:
             if restart:
-                self._forget()
-            about_there = self._finished()
-            self._take_over_list(about_there or {})
-            if about_there is not None and overwrite and self.output.is_dir():
-                self._check_replaceable(about_there)
-            if about_there is not None and not overwrite:
-                summary = self._already_complete(about_there, started)
+                lock.empty()
+            if self.output.about is not None and not overwrite:
+                summary = self._already_complete(self.output.about)
                 if not self._holds_another_run():
                     lock.remove_folder()
                 return summary
-            with_journal = self._with_journal(make_engine, started)
+            self.output.check_replaceable()
+            summary = self._with_journal(lock, make_engine)
             lock.remove_folder()
-            return with_journal
+            return summary
         finally:
             if lock.held and not any(entry.name != "lock" for entry in self.folder.iterdir()):
                 lock.remove_folder()  # nothing was begun
             lock.release()
 
+    def explained(self, error: Exception) -> Exception:
+        """The error as the user needs it: if a disk is full, with the file's name and the way on."""
+        if isinstance(error, sqlite3.Error):
+            error = readable_error(error, self.folder)
+        if not isinstance(error, OSError) or error.errno not in _FULL:
+            return error
+        told = error if isinstance(error, WriteError) else WriteError(error.errno, error.strerror, str(self.folder))
+        kept = "what is done is kept" if (self.folder / FILE).exists() else "nothing is done yet"
+        return OSError(f"{told}: {kept}, and the same command resumes once there is space")
+
     # -- an output that is there already ------------------------------------------------------------------------
 
-    def _finished(self) -> dict[str, Any] | None:
-        """Metadata of the output, if it is there; {} if it is not ours."""
-        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
-            return None
-        return self.writer.read_about(self.output) or {}
-
-    def _take_over_list(self, about: dict[str, Any]) -> None:
-        """The list of rejected records is where the output that is there says."""
-        name = about.get("rejected_file")
-        self._replaces_list = False
-        if isinstance(name, str) and name and Path(name).name == name:
-            self._replaces_list, self.rejected_file = True, self.output.with_name(name)
-
-    def _check_replaceable(self, about: dict[str, Any]) -> None:
-        """A folder goes with all that is in it: only if we made all of it."""
-        others = [entry.name for entry in self.output.iterdir() if not is_ours(entry)]
-        if others or not about:
-            what = f"holds other files ({others[0]})" if others else "is not of numpyesm embed"
-            raise BulkError(f"{self.output} {what}: it is not replaced, also with --overwrite. Remove it yourself")
-
-    def _already_complete(self, about: dict[str, Any], started: float) -> Summary:
+    def _already_complete(self, about: dict[str, Any]) -> Summary:
         """The finished run, if it is this one; BulkError if not."""
+        output = self.output
         if not about:
             # --overwrite would not replace a folder of others.
-            way_out = "choose another output" if self.output.is_dir() else "--overwrite replaces it"
-            raise BulkError(f"{self.output} exists and is not of numpyesm embed; {way_out}")
-        other = difference(self.about, about)
-        if other:
-            raise BulkError(f"{self.output} exists and is of another run ({other}); --overwrite replaces it")
-        if self._fingerprint() != about["input"]:
-            raise BulkError(f"{self.output} exists and is of another input; --overwrite replaces it")
+            way_out = "choose another output" if output.path.is_dir() else "--overwrite replaces it"
+            raise BulkError(f"{output.path} exists and is not of numpyesm embed; {way_out}")
+        if other := difference(self.about, about):
+            raise BulkError(f"{output.path} exists and is of another run ({other}); --overwrite replaces it")
+        reader = Reader(self.inputs, self.layout)
+        for _ in self._told(reader):
+            pass
+        if reader.fingerprint() != about["input"]:
+            raise BulkError(f"{output.path} exists and is of another input; --overwrite replaces it")
         counts = about["counts"]
-        if counts["rejected"] and not self.rejected_file.exists():
-            reader = Reader(self.inputs, self.settings)
-            self._write_list(rejected_of(item) for item in reader if item.reason is not None)
-        self.progress.note(f"{self.output} is complete already: {counts['records']} records")
-        return Summary(
-            output=self.output,
-            records=counts["records"],
-            sequences=counts["sequences"],
-            rejected=counts["rejected"],
-            rejected_file=self.rejected_file if counts["rejected"] else None,
-            computed=0,
-            residues=0,
-            seconds=time.monotonic() - started,
-            already_complete=True,
-        )
-
-    def _fingerprint(self) -> str:
-        """Of the input as it is now."""
-        reader = Reader(self.inputs, self.settings)
-        for count, _ in enumerate(reader):
-            if count % 1000 == 0:
-                self.progress.reading(reader.records)
-        return reader.fingerprint()
-
-    # -- what an interrupted run left ---------------------------------------------------------------------------
+        if counts["rejected"] and not output.rejected_file.exists():
+            again = self._told(Reader(self.inputs, self.layout))
+            output.write_rejected(rejected_of(item) for item in again if item.reason is not None)
+        self.progress.note(f"{output.path} is complete already: {counts['records']} records")
+        return self._summary(Totals(counts["records"], counts["sequences"], 0), counts["rejected"], complete=True)
 
     def _holds_another_run(self) -> bool:
         """Whether the folder is not what this run left, but one that was to replace the output."""
-        if not (self.folder / "journal.sqlite").exists():
+        if not (self.folder / FILE).exists():
             return False
         journal = Journal(self.folder)
         try:
@@ -343,148 +302,164 @@ class _Job:
             journal.close()
         return about is not None and bool(difference(self.about, json.loads(about)))
 
-    def _forget(self) -> None:
-        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name != "journal.sqlite"):
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    # -- the three stages ---------------------------------------------------------------------------------------
 
-    def _with_journal(self, make_engine: Any, started: float) -> Summary:
+    def _with_journal(self, lock: FolderLock, make_engine: Callable[[], Engine]) -> Summary:
         journal = Journal(self.folder)
         try:
-            try:
-                self._read(journal)
-            except BaseException:
-                if journal.get("input") is None:  # nothing to go on from
+            if journal.read_completely:
+                self._compare(journal)
+            else:
+                try:
+                    self._read(journal)
+                except BaseException:  # nothing to resume from
                     journal.close()
-                    self._forget()
-                raise
-            computed = self._compute(journal, make_engine)
-            return self._write(journal, computed, started)
+                    lock.empty()
+                    raise
+            done = journal.done()
+            if done.sequences < journal.totals().sequences:
+                self._compute(journal, done, make_engine)
+            return self._write(journal, done)
         finally:
             journal.close()
 
-    # -- the three stages ---------------------------------------------------------------------------------------
-
-    def _read(self, journal: Journal) -> None:
-        """Take in the input, or make sure that it is the one which was taken in before."""
-        before = journal.get("about")
-        if before is not None:
-            other = difference(self.about, json.loads(before))
-            if other:
-                raise BulkError(
-                    f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
-                    "or begin anew with --restart"
-                )
-        if journal.read_completely:
-            if self._fingerprint() != journal.get("input"):
-                raise BulkError(
-                    f"{self.folder} holds an interrupted run of another input: the input has changed since. "
-                    "Begin anew with --restart"
-                )
-            if self.strict:
-                for rejected in journal.rejected():
-                    raise self._strict_error(rejected)
-            return
-        journal.begin_reading()
-        reader = Reader(self.inputs, self.settings)
+    def _told(self, reader: Reader) -> Iterator[Item]:
+        """The records of the input, of whose number progress is told."""
         for item in reader:
-            if item.reason is not None:
-                rejected = rejected_of(item)
-                if self.strict:
-                    raise self._strict_error(rejected)
-                journal.add_rejected(rejected)
-            else:
-                journal.add_record(item.position, item.id, item.description, item.sequence, item.digest)
             if item.position % 256 == 0:
                 self.progress.reading(reader.records)
+            yield item
+
+    def _read(self, journal: Journal) -> None:
+        """Take in the input, all of it or nothing."""
+        journal.begin_reading()
+        reader = Reader(self.inputs, self.layout)
+        for item in self._told(reader):
+            if item.reason is not None:
+                if self.strict:
+                    raise _strict_error(rejected_of(item))
+                journal.add_rejected(rejected_of(item))
+            else:
+                journal.add_record(item.position, item.id, item.description, item.sequence, item.digest)
         journal.put("about", json.dumps(self.about))
         journal.finish_reading(reader.fingerprint())
 
-    @staticmethod
-    def _strict_error(rejected: Rejected) -> InvalidSequence:
-        return InvalidSequence(f"record {rejected.position} ({rejected.id}): {rejected.reason}")
+    def _compare(self, journal: Journal) -> None:
+        """Make sure that the journal is of this run, and that it holds the records of the input."""
+        if other := difference(self.about, json.loads(journal.get("about") or "{}")):
+            raise BulkError(
+                f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
+                "or begin anew with --restart"
+            )
+        reader = Reader(self.inputs, self.layout)
+        differing = None
+        for item, record in zip_longest(self._told(reader), journal.records()):
+            if item is None or record != _journalled(item):
+                differing = differing or (record[0] if item is None else item.position)
+        if reader.fingerprint() != journal.get("input"):
+            raise BulkError(
+                f"{self.folder} holds an interrupted run of another input: the input has changed since. "
+                "Begin anew with --restart"
+            )
+        if differing is not None:
+            raise BulkError(
+                f"{journal.path} is damaged: record {differing} is not that of the input. Begin anew with --restart"
+            )
+        if self.strict:
+            for rejected in journal.rejected():
+                raise _strict_error(rejected)
 
-    def _compute(self, journal: Journal, make_engine: Any) -> tuple[int, int]:
-        """Number and residues of the sequences computed here."""
-        journal.begin_computing()
-        totals, done = journal.totals(), journal.done()
-        if done.sequences:
-            self.progress.note(f"going on: {done.records} of {totals.records} records are done")
-        self.progress.start(totals, done)
-        before = done
-        while done.sequences < totals.sequences:
-            engine: Engine = make_engine()
-            due = time.monotonic() + _COMMIT_SECONDS
-            try:
-                for number, data in engine.run(journal):
-                    self.progress.advance(journal.add_result(number, data))
-                    now = time.monotonic()
-                    if now > due or journal.waiting_bytes > _COMMIT_BYTES:
-                        journal.commit()
-                        due = time.monotonic() + max(_COMMIT_SECONDS, (time.monotonic() - now) / _COMMIT_SHARE)
-                journal.commit()
-            except BaseException:
-                with suppress(OSError, sqlite3.Error):  # what is done is done
-                    journal.commit()
-                raise
-            finally:
-                engine.close()
-            previous, done = done, journal.done()
-            if done.sequences == previous.sequences:
-                raise BulkError(f"the engine returned nothing for {totals.sequences - done.sequences} sequences")
-        return done.sequences - before.sequences, done.residues - before.residues
+    def _compute(self, journal: Journal, before: Totals, make_engine: Callable[[], Engine]) -> None:
+        totals = journal.totals()
+        if before.sequences:
+            self.progress.note(f"resuming: {before.records} of {totals.records} records are done")
+        self.progress.start(totals, before)
+        engine = make_engine()
+        due = time.monotonic() + _COMMIT_SECONDS
+        waiting = 0
+        try:
+            for number, data in engine.run(journal):
+                self.progress.advance(journal.add_result(number, data))
+                waiting += len(data)
+                now = time.monotonic()
+                if now > due or waiting > _COMMIT_BYTES:
+                    self._commit(journal)
+                    due = time.monotonic() + max(_COMMIT_SECONDS, (time.monotonic() - now) / _COMMIT_SHARE)
+                    waiting = 0
+            self._commit(journal)
+        except BaseException:
+            with suppress(OSError, sqlite3.Error, BulkError):  # what is done is done
+                self._commit(journal)
+            raise
+        finally:
+            engine.close()
+        missing = totals.sequences - journal.done().sequences
+        if missing:
+            raise BulkError(f"the engine returned nothing for {missing} sequences")
 
-    def _write(self, journal: Journal, computed: tuple[int, int], started: float) -> Summary:
+    def _commit(self, journal: Journal) -> None:
+        """Keep what was added, unless the weights changed under it.
+
+        A file that was replaced by a new one is still there for us, as it was. One that was overwritten in place is
+        not: results since the last commit may mix two models.
+        """
+        changed = overwritten_files(self.tensors)
+        if changed:
+            journal.rollback()
+            raise BulkError(
+                f"{changed[0]} was overwritten during the run: what was computed before is kept in {self.folder}. "
+                "Restore the weights and repeat the command, or begin anew with --restart"
+            )
+        journal.commit()
+
+    def _write(self, journal: Journal, before: Totals) -> Summary:
         self.progress.writing()
-        totals, num_rejected = journal.totals(), journal.num_rejected()
+        totals, done, num_rejected = journal.totals(), journal.done(), journal.num_rejected()
         counts = {"records": totals.records, "sequences": totals.sequences, "rejected": num_rejected}
         about = self.about | {"input": journal.get("input"), "counts": counts}
         if num_rejected:
-            about["rejected_file"] = self.rejected_file.name
-        temporary = self.folder / "output"
+            about["rejected_file"] = self.output.rejected_file.name
+        made = self.folder / "output"
         try:
-            self.writer.write(journal.rows(), self.layout, about, temporary)
-        except OSError:
+            self.output.writer.write(journal.rows(), self.layout, about, made)
+        except OSError as error:
             with suppress(OSError):  # room for others on a full disk
-                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
-            raise
-        self._write_rejected(journal, num_rejected)
-        if self.output.is_dir() and any(self.output.iterdir()):
-            # A folder that is not empty cannot be replaced at once.
-            replaced = self.folder / "replaced"
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(self.output, replaced)
-        os.replace(temporary, self.output)
-        sync_folder(self.output.parent)
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+            raise WriteError(error.errno, error.strerror or str(error), str(made)) from error
+        if num_rejected:
+            self.output.write_rejected(journal.rejected())
+        else:
+            self.output.remove_rejected()
+        self.output.replace(made, self.folder)
+        computed = Totals(*(a - b for a, b in zip(done, before, strict=True)))
+        return self._summary(totals, num_rejected, computed)
+
+    def _summary(
+        self, totals: Totals, rejected: int, computed: Totals | None = None, *, complete: bool = False
+    ) -> Summary:
         return Summary(
-            output=self.output,
+            output=self.output.path,
             records=totals.records,
             sequences=totals.sequences,
-            rejected=num_rejected,
-            rejected_file=self.rejected_file if num_rejected else None,
-            computed=computed[0],
-            residues=computed[1],
-            seconds=time.monotonic() - started,
+            rejected=rejected,
+            rejected_file=self.output.rejected_file if rejected else None,
+            computed=computed.sequences if computed else 0,
+            residues=computed.residues if computed else 0,
+            seconds=time.monotonic() - self.started,
+            already_complete=complete,
         )
-
-    def _write_rejected(self, journal: Journal, count: int) -> None:
-        if count:
-            self._write_list(journal.rejected())
-        elif self._replaces_list and self.rejected_file.is_file():
-            # Of an earlier run on this output; only ever remove what we wrote.
-            with open(self.rejected_file, "rb") as old:
-                ours = old.readline() == _REJECTED_HEADER.encode()
-            if ours:
-                self.rejected_file.unlink()
-
-    def _write_list(self, rejected: Iterable[Rejected]) -> None:
-        with atomic_write(self.rejected_file) as file:
-            file.write(_REJECTED_HEADER.encode())
-            for record in rejected:
-                file.write(tsv_line(*record).encode())
 
 
 def rejected_of(item: Item) -> Rejected:
     """What is kept of a record that cannot be embedded."""
-    assert item.reason is not None
-    return Rejected(item.position, item.id, item.description, len(item.sequence), item.reason)
+    return Rejected(item.position, item.id, item.description, len(item.sequence), item.reason or "")
+
+
+def _strict_error(rejected: Rejected) -> InvalidSequence:
+    return InvalidSequence(f"record {rejected.position} ({rejected.id}): {rejected.reason}")
+
+
+def _journalled(item: Item) -> tuple[int, str, str, int, bytes | None, str | None]:
+    """A record as `Journal.records` has it."""
+    digest = item.digest if item.reason is None else None
+    return item.position, item.id, item.description, len(item.sequence), digest, item.reason

@@ -1,48 +1,41 @@
-"""What a run has read and computed, on disk in `OUT.partial/`: the same command goes on from here.
+"""What a run has read and computed, in one SQLite file in `OUT.partial/`: the same command resumes from here.
 
-Four files. `journal.sqlite` lists the records in input order, the distinct sequences, and where each one's numbers lie;
-`sequences.txt` holds the distinct sequences, one a line; `results.bin` the numbers, one blob behind the other;
-`lock` is held by the run. Nothing of a record is kept in memory, however long the input.
-
-Numbers are appended and synced before the journal names them, in one transaction: what a crash leaves behind the last
-named blob is cut off. The order in which sequences were computed does not matter, and any engine may go on.
+Nothing of a record is kept in memory, however long the input. A result counts once the transaction that holds it is
+committed; a crash loses what was not. The order in which sequences are computed does not matter, and any engine may
+resume. What is read back is compared with the checksum beside it: letters with the SHA-256 of their sequence, numbers
+with a CRC-32, records with the input.
 """
 
 from __future__ import annotations
 
-import os
+import errno
+import hashlib
 import sqlite3
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import BulkError
-from ..files import sync_folder
+from ..files import WriteError, sync_folder
+from ..streaming.batches import Pending
 
+FILE = "journal.sqlite"
+# SQLite's own limit on what one row holds.
+MOST_BYTES = 10**9 - 1000
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sequences (
-    number INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, length INTEGER NOT NULL, copies INTEGER NOT NULL
+    number INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, letters TEXT NOT NULL, copies INTEGER NOT NULL
 );
 CREATE TABLE records (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL, description TEXT NOT NULL, length INTEGER NOT NULL,
     number INTEGER, reason TEXT
 );
-CREATE TABLE results (number INTEGER PRIMARY KEY, offset INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE done (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL);
+CREATE TABLE numbers (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 """
-_CHUNK = 1024
-
-
-class Pending(NamedTuple):
-    """A sequence that has to be computed."""
-
-    number: int
-    sequence: str
 
 
 class Row(NamedTuple):
@@ -57,7 +50,7 @@ class Row(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A record that could not be embedded."""
+    """A record that cannot be embedded."""
 
     position: int
     id: str
@@ -75,42 +68,34 @@ class Totals(NamedTuple):
 
 
 class Journal:
-    """The state of one run in `folder`, which the caller has locked.
-
-    Parameters
-    ----------
-    folder : Path
-    """
+    """The state of one run in `folder`, which the caller has locked."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # We hold the folder's lock; SQLite's own ones are unreliable on network file systems.
-        path = quote(str((folder / "journal.sqlite").absolute()))
-        self._db = sqlite3.connect(f"file:{path}?nolock=1", uri=True, isolation_level=None)
+        self.path = folder / FILE
+        # We hold the folder's lock; SQLite's own locks are unreliable on network file systems. The thread that writes
+        # the output reads from here while the main thread waits for it.
+        name = quote(str(self.path.absolute()))
+        self._db = sqlite3.connect(f"file:{name}?nolock=1", uri=True, isolation_level=None, check_same_thread=False)
         try:
+            # Larger pages carry long rows faster; still larger ones slow down the index of digests.
+            self._db.execute("PRAGMA page_size=16384")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-16000")
             self._db.execute("PRAGMA temp_store=FILE")
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
-        except sqlite3.DatabaseError as error:
+        except sqlite3.DatabaseError:
             self._db.close()
-            raise readable_error(error, folder) from error
-        self._spool: IO[bytes] | None = None
-        self._results: IO[bytes] | None = None
-        self._end = 0
-        self._waiting: list[tuple[int, int, int, int]] = []
-        self.waiting_bytes = 0
-
-    # -- about the run ------------------------------------------------------------------------------------------
+            raise
 
     def get(self, key: str) -> str | None:
-        """Something noted about the run."""
+        """A note about the run."""
         row = self._db.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def put(self, key: str, value: str) -> None:
-        """Note something about the run."""
+        """Make a note about the run."""
         self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
 
     def totals(self) -> Totals:
@@ -119,37 +104,29 @@ class Journal:
 
     def done(self) -> Totals:
         """What of it is computed."""
-        return self._sums("JOIN results USING (number)")
+        return self._sums("JOIN done USING (number)")
 
     def _sums(self, join: str) -> Totals:
-        query = f"SELECT total(copies), count(*), total(length) FROM sequences {join}"
+        query = f"SELECT total(copies), count(*), total(length(letters)) FROM sequences {join}"
         return Totals(*map(int, self._db.execute(query).fetchone()))
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     @property
     def read_completely(self) -> bool:
-        """Whether the whole input has been taken in."""
+        """Whether the whole input has been read."""
         return self.get("input") is not None
 
     def begin_reading(self) -> None:
-        """Start on the input; what an interrupted reading left is dropped."""
+        """Begin with the input, in a transaction that `finish_reading` commits."""
         self._db.execute("BEGIN")
-        for table in ("sequences", "records", "results"):
-            self._db.execute(f"DELETE FROM {table}")
-        self._spool = open(self.folder / "sequences.txt", "wb")  # noqa: SIM115
-        (self.folder / "results.bin").unlink(missing_ok=True)
-        self._next_number = 0
 
     def add_record(self, position: int, id: str, description: str, sequence: str, digest: bytes) -> None:
-        """A record that can be embedded; its sequence is kept if it is new."""
-        assert self._spool is not None
+        """Add a record that can be embedded; its sequence is kept if it is new."""
         found = self._db.execute("SELECT number FROM sequences WHERE digest = ?", (digest,)).fetchone()
         if found is None:
-            number = self._next_number
-            self._next_number += 1
-            self._db.execute("INSERT INTO sequences VALUES (?, ?, ?, 1)", (number, digest, len(sequence)))
-            self._spool.write(sequence.encode("ascii") + b"\n")
+            new = self._db.execute("INSERT INTO sequences VALUES (NULL, ?, ?, 1)", (digest, sequence))
+            number = new.lastrowid
         else:
             number = found[0]
             self._db.execute("UPDATE sequences SET copies = copies + 1 WHERE number = ?", (number,))
@@ -158,110 +135,27 @@ class Journal:
         )
 
     def add_rejected(self, rejected: Rejected) -> None:
-        """A record that cannot be embedded, and why."""
+        """Add a record that cannot be embedded."""
         position, id, description, length, reason = rejected
         self._db.execute(
             "INSERT INTO records VALUES (?, ?, ?, ?, NULL, ?)", (position, id, description, length, reason)
         )
 
     def finish_reading(self, fingerprint: str) -> None:
-        """The input is at its end; `fingerprint` tells it from others."""
-        assert self._spool is not None
-        self._spool.flush()
-        os.fsync(self._spool.fileno())
-        self._spool.close()
-        self._spool = None
-        sync_folder(self.folder)
+        """Commit what was read; `fingerprint` tells this input from others."""
         self.put("input", fingerprint)
         self._db.execute("COMMIT")
+        sync_folder(self.folder)
 
-    # -- computing ----------------------------------------------------------------------------------------------
-
-    def begin_computing(self) -> None:
-        """Open the results, cut to what is named in the journal."""
-        end = self._db.execute("SELECT coalesce(max(offset + size), 0) FROM results").fetchone()[0]
-        path = self.folder / "results.bin"
-        self._results = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
-        size = self._results.seek(0, os.SEEK_END)
-        spool = self.folder / "sequences.txt"
-        if size < end or not spool.exists():
-            raise BulkError(f"{self.folder} is damaged: results are missing. Begin anew with --restart")
-        self._results.truncate(end)
-        self._end = end
-
-    def pending(self) -> Iterator[Pending]:
-        """Sequences that have no result yet, in input order. Results may be added meanwhile."""
-        with open(self.folder / "sequences.txt", "rb") as spool:
-            first = 0
-            while lines := [line for _, line in zip(range(_CHUNK), spool, strict=False)]:
-                done = self._done(first, first + len(lines))
-                for number, line in enumerate(lines, start=first):
-                    if number not in done:
-                        yield Pending(number, line[:-1].decode("ascii"))
-                first += len(lines)
-
-    def _done(self, first: int, last: int) -> set[int]:
-        query = "SELECT number FROM results WHERE number >= ? AND number < ?"
-        return {row[0] for row in self._db.execute(query, (first, last))}
-
-    def done_mask(self) -> npt.NDArray[np.uint8]:
-        """One bit a distinct sequence, set if it has its result: for workers that read `sequences.txt` themselves."""
-        mask = np.zeros(self.totals().sequences, dtype=bool)
-        for (number,) in self._db.execute("SELECT number FROM results"):
-            mask[number] = True
-        return np.packbits(mask)
-
-    def add_result(self, number: int, data: bytes) -> Totals:
-        """Append one sequence's numbers, and say what it stands for. They count once `commit` has returned."""
-        assert self._results is not None
-        self._results.seek(self._end)
-        view = memoryview(data)
-        while view:
-            view = view[self._results.write(view) :]
-        self._waiting.append((number, self._end, len(data), zlib.crc32(data)))
-        self._end += len(data)
-        self.waiting_bytes += len(data)
-        query = "SELECT copies, 1, length FROM sequences WHERE number = ?"
-        return Totals(*self._db.execute(query, (number,)).fetchone())
-
-    def commit(self) -> None:
-        """From here on what was added survives whatever happens."""
-        if not self._waiting or self._results is None:
-            return
-        os.fsync(self._results.fileno())
-        self._db.execute("BEGIN")
-        try:
-            self._db.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?)", self._waiting)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        self._waiting = []
-        self.waiting_bytes = 0
-
-    # -- writing ------------------------------------------------------------------------------------------------
-
-    def rows(self) -> Iterator[Row]:
-        """Records with their numbers, in input order."""
-        # CROSS: SQLite is to keep this order of the tables, so that nothing has to be sorted.
-        query = """
-            SELECT position, id, description, records.length, digest, offset, size, crc
-            FROM records CROSS JOIN sequences USING (number) CROSS JOIN results USING (number) ORDER BY position
-        """
-        with open(self.folder / "results.bin", "rb") as results:
-            for position, id, description, length, digest, offset, size, crc in self._db.execute(query):
-                results.seek(offset)
-                data = results.read(size)
-                if zlib.crc32(data) != crc:
-                    raise BulkError(
-                        f"{self.folder} is damaged: the numbers of {id!r} do not have their checksum. "
-                        "Begin anew with --restart"
-                    )
-                yield Row(position, id, description, length, digest, data)
+    def records(self) -> Iterator[tuple[int, str, str, int, bytes | None, str | None]]:
+        """Position, id, description, length, digest and reason of each record, in input order."""
+        return self._db.execute(
+            "SELECT position, id, description, length, digest, reason FROM records LEFT JOIN sequences USING (number) "
+            "ORDER BY position"
+        )
 
     def rejected(self) -> Iterator[Rejected]:
-        """Records that could not be embedded, in input order."""
+        """Records that cannot be embedded, in input order."""
         query = "SELECT position, id, description, length, reason FROM records WHERE reason NOT NULL ORDER BY position"
         return (Rejected(*row) for row in self._db.execute(query))
 
@@ -269,17 +163,70 @@ class Journal:
         """How many these are."""
         return int(self._db.execute("SELECT count(*) FROM records WHERE reason NOT NULL").fetchone()[0])
 
+    # -- computing ----------------------------------------------------------------------------------------------
+
+    def pending(self) -> Iterator[Pending]:
+        """Sequences that have no result yet, in input order. Results may be added meanwhile."""
+        query = """
+            SELECT number, digest, letters FROM sequences
+            WHERE number NOT IN (SELECT number FROM done) ORDER BY number
+        """
+        for number, digest, letters in self._db.execute(query):
+            if hashlib.sha256(letters.encode()).digest() != digest:
+                raise self._damaged(f"the letters of sequence {number}")
+            yield Pending(number, letters)
+
+    def add_result(self, number: int, data: bytes) -> Totals:
+        """Add the numbers of one sequence, and return what it stands for. They count once `commit` has returned."""
+        query = "SELECT digest, copies, 1, length(letters) FROM sequences WHERE number = ?"
+        digest, *totals = self._db.execute(query, (number,)).fetchone()
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+        self._db.execute("INSERT INTO done VALUES (?, ?)", (number, _crc(digest, data)))
+        self._db.execute("INSERT INTO numbers VALUES (?, ?)", (number, data))
+        return Totals(*totals)
+
+    def commit(self) -> None:
+        """From here on, what was added survives whatever happens."""
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
+
+    def rollback(self) -> None:
+        """Forget what was added since the last commit."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def rows(self) -> Iterator[Row]:
+        """Records with their numbers, in input order."""
+        # CROSS keeps SQLite from another order of the tables, in which it would have to sort.
+        query = """
+            SELECT position, id, description, records.length, digest, crc, data
+            FROM records CROSS JOIN sequences USING (number) CROSS JOIN done USING (number)
+            CROSS JOIN numbers USING (number) ORDER BY position
+        """
+        for position, id, description, length, digest, crc, data in self._db.execute(query):
+            if _crc(digest, data) != crc:
+                raise self._damaged(f"the numbers of {id!r}")
+            yield Row(position, id, description, length, digest, data)
+
+    def _damaged(self, what: str) -> BulkError:
+        return BulkError(f"{self.path} is damaged: {what} do not have their checksum. Begin anew with --restart")
+
     def close(self) -> None:
-        """Close the files; what was not committed is lost."""
-        for file in (self._spool, self._results):
-            if file is not None:
-                file.close()
+        """Close the file; what was not committed is lost."""
         self._db.close()
 
 
+def _crc(digest: bytes, data: bytes) -> int:
+    """Checksum of the numbers of one sequence, which no other sequence's numbers have."""
+    return zlib.crc32(data, zlib.crc32(digest))
+
+
 def readable_error(error: sqlite3.Error, folder: Path) -> Exception:
-    """An SQLite error as what it means to the user."""
+    """Say what an SQLite error means to the user."""
     text = str(error)
     if "disk is full" in text or "disk I/O" in text:
-        return OSError(f"{folder} cannot be written ({text})")
-    return BulkError(f"{folder}/journal.sqlite cannot be used ({text}). Begin anew with --restart")
+        return WriteError(errno.ENOSPC, text, str(folder / FILE))
+    return BulkError(f"{folder / FILE} cannot be used ({text}). Begin anew with --restart")

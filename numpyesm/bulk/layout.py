@@ -1,31 +1,22 @@
-"""One record's outputs as bytes, and back: the arrays one behind the other, in a fixed order and dtype."""
+"""The outputs of one record as bytes, and back: arrays one behind the other, in a fixed order and dtype."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import AMINO_ACIDS
 from ..config import ModelConfig
 from ..errors import BulkError
-from ..options import BY_LAYER
-from ..results import EncodeResult
+from ..results import EncodeResult, Field, count_numbers, fields
 from .settings import Settings
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Field:
-    """One output: `mean_12`, `per_token_6`, `contacts`."""
-
-    name: str
-    kind: str
-    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,48 +25,34 @@ class Layout:
 
     Attributes
     ----------
-    fields : tuple of Field
-    dtype : dtype
+    settings : Settings
     config : ModelConfig
     """
 
-    fields: tuple[Field, ...]
-    dtype: np.dtype[Any]
+    settings: Settings
     config: ModelConfig
 
-    @classmethod
-    def of(cls, settings: Settings, config: ModelConfig) -> Layout:
-        """The outputs that the settings ask for."""
-        fields = tuple(
-            Field(f"{kind}_{layer}" if kind in BY_LAYER else kind, kind, layer)
-            for kind in settings.include
-            for layer in (settings.layers if kind in BY_LAYER else (None,))
-        )
-        return cls(fields, np.dtype({"fp32": "<f4", "fp16": "<f2"}[settings.dtype]), config)
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored numbers."""
+        return np.dtype({"fp32": "<f4", "fp16": "<f2"}[self.settings.dtype])
 
-    def shape(self, field: Field, residues: int) -> tuple[int, ...]:
-        """Shape of an output of a sequence of so many residues."""
-        return {
-            "mean": (self.config.embed_dim,),
-            "bos": (self.config.embed_dim,),
-            "per_token": (residues, self.config.embed_dim),
-            "contacts": (residues, residues),
-            "logits": (residues, len(AMINO_ACIDS)),
-            "attentions": (self.config.num_layers, residues),
-        }[field.kind]
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The arrays of a record, in the order in which they are stored."""
+        return tuple(fields(self.settings.outputs))
 
-    def num_bytes(self, residues: int) -> int:
+    def shape(self, field: Field, length: int) -> tuple[int, ...]:
+        """Shape of an array of a record of `length` residues."""
+        return field.shape(self.config, self.settings.long.residues(length))
+
+    def num_bytes(self, length: int) -> int:
         """Bytes of one record."""
-        return sum(int(np.prod(self.shape(field, residues))) for field in self.fields) * self.dtype.itemsize
+        residues = self.settings.long.residues(length)
+        return count_numbers(self.settings.outputs, self.config, residues) * self.dtype.itemsize
 
     def pack(self, result: EncodeResult) -> bytes:
-        """The arrays of a result as bytes.
-
-        Raises
-        ------
-        BulkError
-            If a number does not fit into float16.
-        """
+        """The arrays of a result as bytes; BulkError if a number does not fit into float16."""
         arrays = result.to_arrays()
         return b"".join(self._stored(field, arrays[field.name]) for field in self.fields)
 
@@ -86,11 +63,11 @@ class Layout:
             raise BulkError(f"{field.name} has {float(np.abs(array).max()):g}, beyond float16: use dtype fp32")
         return stored.tobytes()
 
-    def unpack(self, data: bytes, residues: int) -> Iterator[tuple[Field, Array]]:
+    def unpack(self, data: bytes, length: int) -> Iterator[tuple[Field, Array]]:
         """Each output with its array, a view of `data`."""
         start = 0
         for field in self.fields:
-            shape = self.shape(field, residues)
-            count = int(np.prod(shape))
+            shape = self.shape(field, length)
+            count = math.prod(shape)
             yield field, np.frombuffer(data, self.dtype, count, start).reshape(shape)
             start += count * self.dtype.itemsize

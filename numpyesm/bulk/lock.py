@@ -6,19 +6,20 @@ import os
 import shutil
 import socket
 import stat
-import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
-from ..errors import BulkError
+from ..errors import BulkError, MissingExtra
+from .journal import FILE as JOURNAL
+
+LOCK = "lock"
 
 
 class FolderLock:
     """Holds `folder/lock` for as long as the process lives or until `release`.
 
-    On NFS the lock reaches other machines if the server supports it (Linux does by default). On a file system without
-    locks, such as Lustre mounted without `flock`, a warning says so and nothing is held.
+    On NFS the lock reaches other machines if the server supports it (Linux does by default). On file systems without
+    locks, such as Lustre mounted without `flock`, filelock warns and marks the file instead.
 
     Raises
     ------
@@ -27,11 +28,16 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        try:
+            from filelock import FileLock, Timeout
+        except ImportError as error:
+            raise MissingExtra("bulk embedding needs filelock: pip install 'numpyesm[bulk]'") from error
         self.folder = folder
-        path = folder / "lock"
+        path = folder / LOCK
+        self._lock = FileLock(path, timeout=0)
         while True:
             _refuse_foreign(folder)
-            # A run that just ended may have removed the folder behind any of these steps.
+            # A run that ends now may remove the folder behind any of these steps.
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
@@ -39,44 +45,42 @@ class FolderLock:
                     raise
                 continue
             try:
-                self._file: IO[str] = open(path, "a+")  # noqa: SIM115
-            except FileNotFoundError:
+                self._lock.acquire()
+                break
+            except (FileNotFoundError, FileExistsError):
                 continue
-            try:
-                _lock(self._file)
-            except BlockingIOError:
-                self._file.seek(0)
-                holder = self._file.read(200).strip() or "unknown process"
-                self._file.close()
-                raise BulkError(f"another run is working on this output ({holder}); {folder} is its folder") from None
-            try:
-                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
-                    break
-            except FileNotFoundError:
-                pass
-            self._file.close()  # it was removed between opening and locking: it protects nothing
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+            except Timeout:
+                holder = ""
+                with suppress(OSError):
+                    holder = path.read_text(errors="replace")[:200].strip()
+                raise BulkError(
+                    f"another run is working on this output ({holder or 'unknown process'}); {folder} is its folder"
+                ) from None
+        with suppress(OSError):  # Windows locks the text, too
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     @property
     def held(self) -> bool:
         """Whether the lock is still ours."""
-        return not self._file.closed
+        return bool(self._lock.is_locked)
 
     def release(self) -> None:
         """Let the next run in."""
-        self._file.close()
+        self._lock.release()
+
+    def empty(self) -> None:
+        """Remove what is in the folder but the lock."""
+        # The journal first: without it the rest is nothing, should this be interrupted.
+        for entry in sorted(self.folder.iterdir(), key=lambda entry: not entry.name.startswith(JOURNAL)):
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def remove_folder(self) -> None:
         """Remove the folder and let go: the lock last, so that nobody enters a folder that is going away."""
-        # The journal first: without it the rest is nothing, should this be interrupted.
-        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name != "journal.sqlite"):
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.empty()
         if os.name == "nt":  # an open file cannot be removed there
-            self._file.close()
-        (self.folder / "lock").unlink(missing_ok=True)
+            self.release()
+        (self.folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # another run is already making its lock in it
             self.folder.rmdir()
         self.release()
@@ -86,37 +90,13 @@ def _refuse_foreign(folder: Path) -> None:
     names: set[str] = set()
     with suppress(FileNotFoundError, NotADirectoryError):
         names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {"lock", "journal.sqlite"}:
+    if names and not names & {LOCK, JOURNAL}:
         raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
 
 
 def _is_something_else(folder: Path) -> bool:
-    """Whether the name belongs to a file or to a link that leads nowhere; asked once, as others may change it."""
+    """Whether the name belongs to a file, or to a link that leads nowhere; asked once, as others may change it."""
     try:
         return not stat.S_ISDIR(folder.stat().st_mode)
     except FileNotFoundError:
         return folder.is_symlink()
-
-
-def _lock(file: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            file.seek(1 << 30)  # a byte that nobody reads
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError as error:
-            raise BlockingIOError from error
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        warnings.warn(
-            f"{file.name} cannot be locked on this file system ({error.strerror}): "
-            "take care yourself that no second run has the same output",
-            stacklevel=3,
-        )

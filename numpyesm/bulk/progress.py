@@ -14,7 +14,7 @@ from .journal import Totals
 class Progress:
     """Says nothing; the base of those that do.
 
-    Calls come in this order: `reading` while the input is read, `start`, `advance` a sequence, `writing`, `stop`.
+    Calls come in this order: `reading` while the input is read, `start`, `advance` per sequence, `writing`, `stop`.
     """
 
     def __init__(self) -> None:
@@ -22,39 +22,39 @@ class Progress:
         self._started = time.monotonic()
 
     def note(self, message: str) -> None:
-        """Something that the user should know."""
+        """Tell the user something."""
 
     def reading(self, records: int) -> None:
         """So many records have been read."""
 
     def start(self, totals: Totals, done: Totals) -> None:
-        """Computing begins; `done` is left from before."""
+        """Computing begins; `done` is left from an earlier run."""
         self.totals, self.done, self._at_start = totals, done, done
         self._started = time.monotonic()
 
     def advance(self, step: Totals) -> None:
-        """One more sequence, which is so many records."""
+        """One more sequence is computed, which stands for so many records."""
         self.done = Totals(*(a + b for a, b in zip(self.done, step, strict=True)))
 
     def writing(self) -> None:
-        """All is computed; the output is written."""
+        """Everything is computed; the output is being written."""
 
     def stop(self) -> None:
         """Nothing more will come."""
 
     def residues_per_second(self) -> float:
-        """Computed in this run, since its start."""
+        """Rate of this run, since computing began."""
         seconds = time.monotonic() - self._started
         return (self.done.residues - self._at_start.residues) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self) -> float | None:
-        """By the residues that remain; None as long as there is no telling."""
+        """Estimate from the residues that remain; None as long as there is no telling."""
         rate = self.residues_per_second()
         return (self.totals.residues - self.done.residues) / rate if rate > 0 else None
 
 
 class JsonProgress(Progress):
-    """One JSON object a line: `{"event": "progress", "records": …, "records_total": …, "residues_per_second": …}`.
+    """One JSON object per line: `{"event": "progress", "records": …, "records_total": …, "residues_per_second": …}`.
 
     Parameters
     ----------
@@ -97,14 +97,11 @@ class JsonProgress(Progress):
     def _emit_progress(self) -> None:
         self._next = time.monotonic() + self._every
         left = self.seconds_left()
+        totals = {f"{name}_total": count for name, count in self.totals._asdict().items()}
         self.emit(
             "progress",
-            records=self.done.records,
-            records_total=self.totals.records,
-            sequences=self.done.sequences,
-            sequences_total=self.totals.sequences,
-            residues=self.done.residues,
-            residues_total=self.totals.residues,
+            **self.done._asdict(),
+            **totals,
             residues_per_second=round(self.residues_per_second(), 1),
             seconds_left=None if left is None else round(left, 1),
         )
@@ -116,55 +113,37 @@ class BarProgress(Progress):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
+            from tqdm import tqdm
         except ImportError as error:
-            raise MissingExtra("progress bars need rich: pip install 'numpyesm[bulk]'") from error
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("reading", total=None, text="")
-        self._next = 0.0
-        self._bar.start()
+            raise MissingExtra("progress bars need tqdm: pip install 'numpyesm[bulk]'") from error
+        self._tqdm = tqdm
+        self._bar = tqdm(desc="reading", unit=" records", leave=False)
 
     def note(self, message: str) -> None:
-        self._bar.console.print(f"numpyesm: {message}", markup=False, highlight=False)
+        self._tqdm.write(f"numpyesm: {message}", file=sys.stderr)
 
     def reading(self, records: int) -> None:
-        self._bar.update(self._task, text=f"{records:,} records")
+        self._bar.update(records - self._bar.n)
 
     def start(self, totals: Totals, done: Totals) -> None:
         super().start(totals, done)
-        self._bar.update(self._task, description="embedding", total=max(1, totals.residues), completed=done.residues)
-        self._show()
+        self._bar.close()
+        self._bar = self._tqdm(
+            desc="embedding",
+            total=totals.residues,
+            initial=done.residues,
+            unit=" residues",
+            unit_scale=True,
+            leave=False,
+        )
 
     def advance(self, step: Totals) -> None:
         super().advance(step)
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.1
-            self._show()
+        self._bar.set_postfix_str(f"{self.done.records:,}/{self.totals.records:,} records", refresh=False)
+        self._bar.update(step.residues)
 
     def writing(self) -> None:
-        self._show()
-        self._bar.update(self._task, description="writing")
+        self._bar.set_description("writing")
 
     def stop(self) -> None:
-        self._bar.stop()
-
-    def _show(self) -> None:
-        left = self.seconds_left()
-        text = f"{self.done.records:,}/{self.totals.records:,} records, {self.residues_per_second():,.0f} residues/s"
-        text += "" if left is None else f", {_duration(left)} left"
-        self._bar.update(self._task, completed=self.done.residues, text=text)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{seconds:02}"
+        self._bar.close()

@@ -17,7 +17,7 @@ _NAMES = ("source", "source_sha256")
 
 
 def weights_sha256(model: ESM2) -> str:
-    """SHA-256 of the tensors as they are used, by name: the same for any file that holds the same numbers."""
+    """SHA-256 of the tensors by name, as they are used: the same for every file that holds the same numbers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
@@ -28,7 +28,7 @@ def weights_sha256(model: ESM2) -> str:
 
 
 def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, Any]:
-    """All that the numbers depend on but the input; two runs with the same description give the same numbers."""
+    """Everything that the output depends on but the input; runs of equal descriptions give equal outputs."""
     checkpoint = model.checkpoint
     return {
         "version": __version__,

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import MAX_RESIDUES
-from ..errors import InvalidOption, MissingHead
-from ..model import ESM2
-from ..options import BY_LAYER, INCLUDES, check_includes, check_layers
-from .shard import Shard
+from ..errors import InvalidOption
+from ..fasta import accession
+from ..options import Outputs
+from ..streaming.batches import LongSequences
 
 DTYPES = ("fp32", "fp16")
-LONG = ("error", "truncate", "windows")
-DEFAULT_OVERLAP = 512
+IDS = ("first-word", "accession")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share `index` (from 1) of `count`: the records that one task of a job array takes.
+
+    A record's share follows from the hash of its sequence, not from its place: identical sequences are in the same
+    share, so that they are computed once over all shares, and nothing depends on what stands before a record.
+    """
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> Shard:
+        """Read `3/8`; None is the whole."""
+        if text is None:
+            return cls()
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text) if isinstance(text, str) else None
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise InvalidOption(f"shard={text!r}: expected i/n with i from 1 to n, such as 3/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def takes(self, digest: bytes) -> bool:
+        """Whether the sequence with this SHA-256 digest is in the share."""
+        return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)
@@ -23,68 +50,38 @@ class Settings:
 
     Attributes
     ----------
-    layers : tuple of int
-        Ascending, 0 to the number of layers.
-    include : tuple of str
-        In the order of `options.INCLUDES`.
+    outputs : Outputs
+    long : LongSequences
     dtype : {"fp32", "fp16"}
-        How embeddings are stored.
-    long : {"error", "truncate", "windows"}
-        What becomes of sequences of more than 2048 residues.
-    overlap : int
-        Least number of residues that neighbouring windows share.
+        How numbers are stored.
     shard : Shard
+    ids : {"first-word", "accession"}
+        How records are called: by the first word of their header, or by the accession in it (`fasta.accession`).
     """
 
-    layers: tuple[int, ...]
-    include: tuple[str, ...]
-    dtype: str
-    long: str
-    overlap: int
-    shard: Shard
+    outputs: Outputs
+    long: LongSequences = field(default_factory=LongSequences)
+    dtype: str = "fp32"
+    shard: Shard = field(default_factory=Shard)
+    ids: str = "first-word"
 
-    @classmethod
-    def check(
-        cls,
-        model: ESM2,
-        *,
-        repr_layers: Iterable[int],
-        include: Iterable[str],
-        dtype: str = "fp32",
-        long: str = "error",
-        overlap: int = DEFAULT_OVERLAP,
-        shard: str | Shard | None = None,
-    ) -> Settings:
-        """The options as `encode` would read them for this model; InvalidOption or MissingHead if it cannot."""
-        wanted = check_includes(include)
-        layers = check_layers(repr_layers, model.config.num_layers)
-        if not layers and wanted & BY_LAYER:
-            raise InvalidOption(f"repr_layers is empty, but include asks for {', '.join(sorted(wanted & BY_LAYER))}")
-        if "logits" in wanted and not model.checkpoint.has_lm_head:
-            raise MissingHead(f"logits: the weights ({model.checkpoint.source}) have no LM head")
-        if "contacts" in wanted and not model.checkpoint.has_contact_head:
-            raise MissingHead(f"contacts: the weights ({model.checkpoint.source}) have no contact head")
-        for name, value, allowed in (("dtype", dtype, DTYPES), ("long", long, LONG)):
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("dtype", self.dtype, DTYPES), ("ids", self.ids, IDS)):
             if value not in allowed:
                 raise InvalidOption(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-        if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= MAX_RESIDUES // 2:
-            raise InvalidOption(f"overlap={overlap!r}: expected a whole number from 0 to {MAX_RESIDUES // 2}")
-        return cls(
-            layers=tuple(layers),
-            include=tuple(name for name in INCLUDES if name in wanted),
-            dtype=dtype,
-            long=long,
-            overlap=overlap,
-            shard=shard if isinstance(shard, Shard) else Shard.parse(shard),
-        )
+
+    def record_id(self, first_word: str) -> str:
+        """The id of a record: of `sp|P12345|NAME_HUMAN` either the whole or `P12345`."""
+        return accession(first_word) if self.ids == "accession" else first_word
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the output's metadata."""
         return {
-            "repr_layers": list(self.layers),
-            "include": list(self.include),
+            "repr_layers": list(self.outputs.layers),
+            "include": list(self.outputs.include),
             "dtype": self.dtype,
-            "long": self.long,
-            "overlap": self.overlap if self.long == "windows" else None,
+            "long": self.long.rule,
+            "overlap": self.long.overlap if self.long.rule == "windows" else None,
             "shard": str(self.shard),
+            "ids": self.ids,
         }

@@ -101,6 +101,7 @@ def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
             dtype=arguments.dtype,
             long=arguments.long,
             overlap=arguments.overlap,
+            ids=arguments.ids,
             tokens_per_batch=arguments.tokens_per_batch,
             shard=arguments.shard,
             strict=arguments.strict,

@@ -140,6 +140,12 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--overlap", type=int, default=512, metavar="N", help="residues that windows share at least (%(default)s)"
     )
     command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(from cores and free memory)")
+    command.add_argument(
+        "--ids",
+        choices=["first-word", "accession"],
+        default="first-word",
+        help="call sp|P12345|NAME so, or P12345 (%(default)s)",
+    )
     command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")

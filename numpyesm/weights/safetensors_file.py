@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, WeightsNotFound
-from ..files import atomic_write
+from ..files import MappedFile, atomic_write
 from ..printable import quoted
 from .tensor import STORAGE_DTYPES, StoredTensor
 
@@ -98,7 +98,7 @@ def map_file(path: Path) -> mmap.mmap | bytes:
             if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
                 raise CheckpointError(f"{path} is empty")
             try:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return MappedFile.open(file)
             except OSError as error:
                 if error.errno not in _CANNOT_MAP:
                     raise

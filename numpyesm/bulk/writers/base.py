@@ -1,7 +1,8 @@
-"""What a writer of a format provides, and names that every format can bear."""
+"""What a writer of a format provides, and names and lines that every format can hold."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..journal import Row
 from ..layout import Layout
 
 METADATA_KEY = "numpyesm"
+_BREAKS = re.compile(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029\0]")
 
 
 class Writer(ABC):
@@ -24,22 +26,22 @@ class Writer(ABC):
     def read_about(self, path: Path) -> dict[str, Any] | None:
         """The metadata of a finished output; None if it is not numpyesm's."""
 
-    def residues(self, row: Row, about: dict[str, Any]) -> int:
-        """How many residues of a record its numbers are of."""
-        from ...config import MAX_RESIDUES
-
-        return min(row.length, MAX_RESIDUES) if about["parameters"]["long"] == "truncate" else row.length
-
 
 def missing_bulk(what: str, library: str) -> str:
     """Message of a missing library."""
     return f"{what} needs {library}: pip install 'numpyesm[bulk]'"
 
 
+def tsv_line(*cells: object) -> str:
+    """One line of a table; what would break it within a cell becomes a blank."""
+    return "\t".join(_BREAKS.sub(" ", str(cell)) for cell in cells) + "\n"
+
+
 def free_name(taken: Callable[[str], bool], name: str, mark: str) -> str:
     """The name, or `name#2`, `name#3` … (with `mark` for `#`) if it is taken.
 
-    Doubling and halving: of a million records with one id each would otherwise try all names before its own.
+    Searched by doubling and halving: of a million records with one id, each would otherwise try all names before its
+    own.
     """
     if not taken(name):
         return name

@@ -1,4 +1,4 @@
-"""A folder with one `.npz` a record, and an index."""
+"""A folder with one `.npz` file per record, and an index."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import numpy as np
 from ...files import safe_stem
 from ..journal import Row
 from ..layout import Layout
-from ..tables import tsv_line
-from .base import METADATA_KEY, Writer, free_name
+from .base import METADATA_KEY, Writer, free_name, tsv_line
 
 ABOUT = "numpyesm.json"
 INDEX = "index.tsv"
@@ -36,15 +35,18 @@ class FolderWriter(Writer):
         path.mkdir()
         names = path.with_name(path.name + ".names.sqlite")
         names.unlink(missing_ok=True)
-        with closing(sqlite3.connect(names, isolation_level=None)) as taken, open(path / INDEX, "w") as index:
+        with (
+            closing(sqlite3.connect(names, isolation_level=None)) as taken,
+            open(path / INDEX, "w", encoding="utf-8") as index,
+        ):
             taken.executescript(
                 "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
             )
             index.write(tsv_line("record", "id", "file", "length", "residues", "sequence_hash"))
             for row in rows:
                 name = _take_name(taken, safe_stem(row.id)) + ".npz"
-                residues = self.residues(row, about)
-                arrays = {field.name: array for field, array in layout.unpack(row.data, residues)}
+                residues = layout.settings.long.residues(row.length)
+                arrays = {field.name: array for field, array in layout.unpack(row.data, row.length)}
                 texts = {"id": np.array(row.id), "description": np.array(row.description)}
                 with open(path / name, "wb") as file:
                     np.savez(file, **texts, length=np.int64(row.length), **arrays)  # type: ignore[arg-type]

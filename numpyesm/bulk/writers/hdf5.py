@@ -1,8 +1,9 @@
-"""HDF5 in the layout of UniProt's embedding downloads: one dataset an id."""
+"""HDF5 in the layout of UniProt's embedding downloads: one dataset per id."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,21 +12,24 @@ from typing import Any
 import numpy as np
 
 from ...errors import MissingExtra
+from ...results import Field
+from ...threads import WorkerPool
 from ..journal import Row
-from ..layout import Field, Layout
+from ..layout import Layout
 from .base import METADATA_KEY, Writer, free_name, missing_bulk
-from .unfailing import HeldSignals, UnfailingFile
+from .unfailing import UnfailingFile
 
-# What is a dataset of its own, and in this order of precedence the one that bears the id alone.
+# Which output is the dataset that bears the id alone: the first of these that is there.
 _MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions")
 
 
 class Hdf5Writer(Writer):
-    """`file["P12345"]` is what UniProt's file has there: (L, D) a residue, or (D,) if only `mean` was asked for.
+    """`file["P12345"]` is what UniProt's file has there: (L, D) per residue, or (D,) if only `mean` was asked for.
 
     Beside it, as attributes of the dataset: `mean_12`, `bos_12`, `original_id`, `description`, `length`, `residues`,
     `sequence_hash`, `record`. Further arrays (more layers, contacts, logits, attentions) lie in groups of their own:
-    `file["contacts/P12345"]`. In names `/` is written `%2F`; a second record of the same id is `id#2`.
+    `file["contacts/P12345"]`, which also have `original_id`. In names `/` is written `%2F`; a second record of the
+    same id is `id#2`. The file's attribute `model_name` is what protspace calls the embedding.
     """
 
     def __init__(self) -> None:
@@ -36,30 +40,40 @@ class Hdf5Writer(Writer):
         self._h5py: Any = h5py
 
     def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
+        # Signal handlers run, and raise, in the main thread only: HDF5 calls our `write`, and must not see that.
+        stop = threading.Event()
+        WorkerPool(1).run_together(lambda _: self._write(rows, layout, about, path, stop), 1, stop.set)
+
+    def _write(
+        self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path, stop: threading.Event
+    ) -> None:
         main, others, attributes = _places(layout)
-        with HeldSignals() as signals, closing(UnfailingFile(path)) as disk:
+        with closing(UnfailingFile(path)) as disk:
             # 1.8 is old enough for every reader and has no limit on the size of an attribute.
             file = self._h5py.File(disk, "w", libver=("v108", "v110"))
             try:
+                file.attrs["model_name"] = about["model"]
                 file.attrs[METADATA_KEY] = json.dumps(about)
                 for field in others:
                     file.create_group(field.name)
                 for row in rows:
                     name = free_name(lambda name: name in file, hdf5_name(row.id), "#")
-                    arrays = dict(layout.unpack(row.data, self.residues(row, about)))
+                    arrays = dict(layout.unpack(row.data, row.length))
                     dataset = file.create_dataset(name, data=arrays[main])
                     dataset.attrs["original_id"] = _text(row.id)
                     dataset.attrs["description"] = _text(row.description)
                     dataset.attrs["sequence_hash"] = row.digest.hex()
                     dataset.attrs["length"] = np.int64(row.length)
-                    dataset.attrs["residues"] = np.int64(self.residues(row, about))
+                    dataset.attrs["residues"] = np.int64(layout.settings.long.residues(row.length))
                     dataset.attrs["record"] = np.int64(row.position)
                     for field in attributes:
                         dataset.attrs[field.name] = arrays[field]
                     for field in others:
-                        file[field.name].create_dataset(name, data=arrays[field])
+                        beside = file[field.name].create_dataset(name, data=arrays[field])
+                        beside.attrs["original_id"] = _text(row.id)
                     disk.check()
-                    signals.check()
+                    if stop.is_set():
+                        return
             finally:
                 file.close()
             disk.check()
@@ -89,4 +103,4 @@ def hdf5_name(id: str) -> str:
 
 def _text(text: str) -> str:
     """HDF5's strings end at a NUL."""
-    return text.replace("\0", "�")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -1,4 +1,4 @@
-"""One table: a row a record, in the order of the input."""
+"""One table with one row per record, in the order of the input."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import MissingExtra
+from ...results import Field
 from ..journal import Row
-from ..layout import Field, Layout
+from ..layout import Layout
 from .base import METADATA_KEY, Writer, missing_bulk
 
 # A row group: small enough that writing adds little to the memory of the model, large enough to scan quickly.
@@ -21,7 +22,7 @@ _GROUP_ROWS = 2048
 
 
 class ParquetWriter(Writer):
-    """Columns `record`, `id`, `description`, `length`, `residues`, `sequence_hash`, and one an output.
+    """Columns `record`, `id`, `description`, `length`, `residues`, `sequence_hash`, and one for each output.
 
     `mean_12` and `bos_12` are fixed-size lists. What depends on the length is a flat list with its shape beside it:
     `per_token_12` and `per_token_12_shape`, so that `numpy.reshape(value, shape)` is the array.
@@ -54,10 +55,10 @@ class ParquetWriter(Writer):
                     group.append(row)
                     size += len(row.data)
                     if size >= _GROUP_BYTES or len(group) >= _GROUP_ROWS:
-                        writer.write_batch(self._batch(group, layout, about, schema))
+                        writer.write_batch(self._batch(group, layout, schema))
                         group, size = [], 0
                 if group:
-                    writer.write_batch(self._batch(group, layout, about, schema))
+                    writer.write_batch(self._batch(group, layout, schema))
             file.flush()
             os.fsync(file.fileno())
 
@@ -96,29 +97,29 @@ class ParquetWriter(Writer):
             f"{field.name}.list.element" if any(test(field.type) for test in nested) else field.name for field in schema
         ]
 
-    def _batch(self, group: list[Row], layout: Layout, about: dict[str, Any], schema: Any) -> Any:
+    def _batch(self, group: list[Row], layout: Layout, schema: Any) -> Any:
         pa = self._pa
-        residues = [self.residues(row, about) for row in group]
+        lengths = [row.length for row in group]
         arrays: dict[str, list[Any]] = {field.name: [] for field in layout.fields}
-        for row, count in zip(group, residues, strict=True):
-            for field, array in layout.unpack(row.data, count):
+        for row in group:
+            for field, array in layout.unpack(row.data, row.length):
                 arrays[field.name].append(array.reshape(-1))
         columns = [
             pa.array([row.position for row in group], pa.int64()),
             pa.array([row.id for row in group], pa.string()),
             pa.array([row.description for row in group], pa.string()),
-            pa.array([row.length for row in group], pa.int32()),
-            pa.array(residues, pa.int32()),
+            pa.array(lengths, pa.int32()),
+            pa.array([layout.settings.long.residues(length) for length in lengths], pa.int32()),
             pa.array([row.digest.hex() for row in group], pa.string()),
         ]
         for field in layout.fields:
-            columns += self._columns(field, arrays[field.name], residues, layout)
+            columns += self._columns(field, arrays[field.name], lengths, layout)
         return pa.record_batch(columns, schema=schema)
 
-    def _columns(self, field: Field, arrays: list[Any], residues: list[int], layout: Layout) -> list[Any]:
+    def _columns(self, field: Field, arrays: list[Any], lengths: list[int], layout: Layout) -> list[Any]:
         pa = self._pa
         values = pa.array(np.concatenate(arrays))
-        shapes = [layout.shape(field, count) for count in residues]
+        shapes = [layout.shape(field, length) for length in lengths]
         if len(shapes[0]) == 1:
             return [pa.FixedSizeListArray.from_arrays(values, shapes[0][0])]
         offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)

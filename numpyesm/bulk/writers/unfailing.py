@@ -1,26 +1,18 @@
-"""What HDF5 needs where a disk may be full and Ctrl-C may come: neither may reach it while it writes."""
+"""What HDF5 needs where a disk may be full: a file whose writes do not fail while it is written."""
 
 from __future__ import annotations
 
 import io
 import os
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 
 class UnfailingFile(io.RawIOBase):
     """A new file whose writes always succeed; `check` says whether they did.
 
-    HDF5 crashes, or leaves tracebacks, when it cannot write while it closes. From the first failure on, what it writes
+    HDF5 crashes, or prints tracebacks, if it cannot write while it closes. From the first failure on, what it writes
     is therefore kept in memory: little, if `check` is called between records.
-
-    Parameters
-    ----------
-    path : Path
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,8 +54,7 @@ class UnfailingFile(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         start, stop = self._at, max(self._at, min(self._at + len(view), self._end))
         self._file.seek(start)
-        found = self._file.read(stop - start)
-        view[: stop - start] = found.ljust(stop - start, b"\0")
+        view[: stop - start] = self._file.read(stop - start).ljust(stop - start, b"\0")
         for at, data in self._kept:
             low, high = max(at, start), min(at + len(data), stop)
             if low < high:
@@ -81,50 +72,9 @@ class UnfailingFile(io.RawIOBase):
         return self._end
 
     def sync(self) -> None:
-        """Onto the disk with it."""
+        """Wait until everything is on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
         super().close()
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
-class HeldSignals:
-    """While it is entered, what Python does on a signal waits for `check`, or for the end.
-
-    A handler may run, and raise, wherever Python code runs: also in the file's own `write`, called by the library.
-    """
-
-    def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, Any], Any]] = {}
-        self._came: list[int] = []
-
-    def __enter__(self) -> HeldSignals:
-        if threading.current_thread() is threading.main_thread():  # handlers run in no other
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    self._handlers[number] = handler
-                    signal.signal(number, lambda number, _: self._came.append(number))
-        return self
-
-    def check(self) -> None:
-        """Do what was to be done on the signals that came."""
-        while self._came:
-            number = self._came.pop(0)
-            self._handlers[number](number, None)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if error is None:
-            self.check()

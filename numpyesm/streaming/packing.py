@@ -1,4 +1,4 @@
-"""Which sequences share a pass: packed by length to a budget of tokens, within a bounded look-ahead."""
+"""Decide which sequences share a batch: sort by length within a bounded look-ahead, and fill a budget of tokens."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ from typing import TypeVar
 from ..config import MAX_RESIDUES, ModelConfig
 from ..errors import InvalidOption
 from ..memory import available_memory
+from ..options import Outputs
 
 Item = TypeVar("Item")
 
-# How many batches are read ahead: sorting among these fills them and keeps like with like.
+# Batches that are read ahead: sorting among these fills them and keeps similar lengths together.
 LOOK_AHEAD_BATCHES = 16
-_LEAST_TOKENS = 4096
+_FEWEST_TOKENS = 4096
 _MOST_TOKENS = 65536
-# Two thousand rows a thread: ten blocks of work for each between two barriers.
+# About ten blocks of work per thread between two barriers.
 _TOKENS_PER_THREAD = 2048
 
 
-def token_budget(config: ModelConfig, threads: int, *, layers: int = 1, contacts: bool = False) -> int:
-    """Tokens of one batch, from the threads that share it and the memory that is free.
-
-    Enough rows to keep all threads busy between two barriers; at most an eighth of the memory that is available.
-    """
-    wanted = max(_LEAST_TOKENS, _TOKENS_PER_THREAD * threads)
-    # x, context, query, key and value, and each representation that is asked for, twice while it is copied out.
-    per_token = 4 * config.embed_dim * (6 + 2 * layers) + (12 * MAX_RESIDUES if contacts else 0)
+def token_budget(config: ModelConfig, threads: int, outputs: Outputs) -> int:
+    """Choose the tokens of a batch: enough to keep all threads busy, in at most an eighth of the available memory."""
+    wanted = max(_FEWEST_TOKENS, _TOKENS_PER_THREAD * threads)
+    # x, context, query, key and value, and each representation, twice while it is copied out.
+    per_token = 4 * config.embed_dim * (6 + 2 * max(1, len(outputs.layers)))
+    per_token += 12 * MAX_RESIDUES * ("contacts" in outputs.include)
     affordable = available_memory() // 8 // per_token
     return int(max(MAX_RESIDUES + 2, min(wanted, affordable, _MOST_TOKENS)))
 
 
 def check_budget(tokens: object) -> int:
-    """A positive number of tokens, or InvalidOption."""
+    """Return a positive number of tokens, or raise InvalidOption."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= 1 << 24:
         raise InvalidOption(f"tokens_per_batch={tokens!r}: expected a whole number from 1 to {1 << 24}")
     return tokens
 
 
 def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
-    """Batches of at most `budget` tokens (or one item), longest first within each stretch of the look-ahead.
+    """Yield batches of at most `budget` tokens (or one item), the longest first within each look-ahead.
 
     Parameters
     ----------
@@ -47,11 +46,6 @@ def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> I
     length : callable
         Residues of an item; it takes two tokens more.
     budget : int
-
-    Yields
-    ------
-    list
-        Every item once.
     """
     waiting: list[Item] = []
     tokens = 0
@@ -65,7 +59,7 @@ def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> I
 
 
 def _filled(items: list[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
-    """Sorted by length and cut; the share of each batch is set so that none is left nearly empty."""
+    """Sort by length and cut into batches of nearly equal size, so that none is left almost empty."""
     total = sum(length(item) + 2 for item in items)
     if not items:
         return

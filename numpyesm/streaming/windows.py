@@ -1,4 +1,4 @@
-"""Sequences of more than 2048 residues: cut into overlapping windows, and the windows' results averaged."""
+"""Sequences of more than 2048 residues: overlapping windows, and the averages of their results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import MAX_RESIDUES
+from ..options import Outputs
 from ..results import EncodeResult
 
 Array = npt.NDArray[Any]
 
 
 def cuts(length: int, overlap: int, size: int = MAX_RESIDUES) -> list[tuple[int, int]]:
-    """Spans (start, stop) of windows of `size` residues that cover `length`, spread evenly.
+    """Cover `length` residues with evenly spread windows (start, stop) of `size` residues.
 
     Neighbours share at least `overlap` residues; a sequence that fits is one window.
     """
@@ -26,25 +27,23 @@ def cuts(length: int, overlap: int, size: int = MAX_RESIDUES) -> list[tuple[int,
 
 
 class WindowAverage:
-    """Gathers the results of one sequence's windows; every window counts the same where several meet.
+    """The average over the windows of one sequence; every window counts the same where several overlap.
 
-    Rows of residues (`per_token`, `logits`, `attentions`) are averaged over the windows that see the residue; `mean` is
-    taken over these averaged rows; `bos` is averaged over the windows. A pair of residues that no window sees together
-    has no contact probability: NaN.
+    Rows of residues (`per_token`, `logits`, `attentions`) are averaged over the windows that contain the residue;
+    `mean` is taken over these averaged rows; `bos` is averaged over the windows. A pair of residues that no window
+    contains has no contact probability: NaN.
 
     Parameters
     ----------
     length : int
         Residues of the whole sequence.
-    layers : list of int
-    include : collection of str
-        What the result has to hold; the windows must be encoded with `needed(include)`.
+    outputs : Outputs
+        What the result has to hold; the windows must be encoded with `needed(outputs)`.
     """
 
-    def __init__(self, length: int, layers: tuple[int, ...], include: tuple[str, ...]) -> None:
+    def __init__(self, length: int, outputs: Outputs) -> None:
         self._length = length
-        self._layers = layers
-        self._include = include
+        self._outputs = outputs
         self._windows = 0
         self._seen = np.zeros(length)
         self._rows: dict[int | str, Array] = {}
@@ -53,12 +52,13 @@ class WindowAverage:
         self._pairs: Array | None = None
 
     @staticmethod
-    def needed(include: tuple[str, ...]) -> tuple[str, ...]:
+    def needed(outputs: Outputs) -> Outputs:
         """Outputs that the windows are encoded with: a mean over all residues needs their rows."""
-        return tuple(dict.fromkeys("per_token" if name == "mean" else name for name in include))
+        include = dict.fromkeys("per_token" if name == "mean" else name for name in outputs.include)
+        return Outputs(tuple(include), outputs.layers)
 
     def add(self, start: int, result: EncodeResult) -> None:
-        """Take in the result of the window that begins at residue `start`."""
+        """Add the result of the window that begins at residue `start`."""
         self._windows += 1
         for layer, rows in (result.per_token_embeddings or {}).items():
             self._add_rows(layer, start, rows)
@@ -69,10 +69,9 @@ class WindowAverage:
         if result.attentions is not None:
             self._add_rows("attentions", start, result.attentions.T)
         if result.contacts is not None:
-            if self._contacts is None:
+            if self._contacts is None or self._pairs is None:
                 self._contacts = np.zeros((self._length, self._length), np.float32)
                 self._pairs = np.zeros((self._length, self._length), np.uint8)
-            assert self._pairs is not None
             stop = start + len(result.contacts)
             self._contacts[start:stop, start:stop] += result.contacts
             self._pairs[start:stop, start:stop] += 1
@@ -84,23 +83,22 @@ class WindowAverage:
         self._rows[name][start : start + len(rows)] += rows
 
     def result(self, index: int) -> EncodeResult:
-        """The averages, once all windows are in."""
+        """The averages, once all windows have been added."""
+        include, layers = self._outputs.include, self._outputs.layers
         out = EncodeResult(index)
         rows = {name: (total / self._seen[:, None]).astype(np.float32) for name, total in self._rows.items()}
-        if "mean" in self._include:
-            out.embeddings = {layer: rows[layer].mean(axis=0) for layer in self._layers}
-        if "per_token" in self._include:
-            out.per_token_embeddings = {layer: rows[layer] for layer in self._layers}
-        if "bos" in self._include:
-            out.bos_embeddings = {
-                layer: (self._bos[layer] / self._windows).astype(np.float32) for layer in self._layers
-            }
-        if "logits" in self._include:
+        if "mean" in include:
+            out.embeddings = {layer: rows[layer].mean(axis=0) for layer in layers}
+        if "per_token" in include:
+            out.per_token_embeddings = {layer: rows[layer] for layer in layers}
+        if "bos" in include:
+            out.bos_embeddings = {layer: (self._bos[layer] / self._windows).astype(np.float32) for layer in layers}
+        if "logits" in include:
             out.logits = rows["logits"]
-        if "attentions" in self._include:
+        if "attentions" in include:
             out.attentions = np.ascontiguousarray(rows["attentions"].T)
         if self._contacts is not None and self._pairs is not None:
             with np.errstate(invalid="ignore"):
-                # 0 / 0 where no window sees the pair.
+                # 0 / 0 where no window contains the pair.
                 out.contacts = np.divide(self._contacts, self._pairs, out=self._contacts, dtype=np.float32)
         return out

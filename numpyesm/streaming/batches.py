@@ -1,0 +1,94 @@
+"""A batch of checked sequences through the model, long ones window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..alphabet import check_letters, frame, residue_ids
+from ..config import MAX_RESIDUES
+from ..errors import InvalidOption, InvalidSequence
+from ..options import Outputs
+from ..passes import Passes
+from ..results import EncodeResult
+from .windows import WindowAverage, cuts
+
+LONG_RULES = ("error", "truncate", "windows")
+DEFAULT_OVERLAP = 512
+# A map of 16,384 by 16,384 is a gigabyte in float32; it is held three times while windows are averaged.
+_MOST_RESIDUES_OF_CONTACTS = 16384
+
+
+class Pending(NamedTuple):
+    """A sequence that is to be computed."""
+
+    number: int
+    sequence: str
+
+
+@dataclass(frozen=True)
+class LongSequences:
+    """What is done with sequences of more than 2048 residues.
+
+    Attributes
+    ----------
+    rule : {"error", "truncate", "windows"}
+        Refuse them, take the first 2048 residues, or average overlapping windows.
+    overlap : int
+        Residues that neighbouring windows share, at least.
+    """
+
+    rule: str = "error"
+    overlap: int = DEFAULT_OVERLAP
+
+    def __post_init__(self) -> None:
+        if self.rule not in LONG_RULES:
+            raise InvalidOption(f"long={self.rule!r}: allowed are {', '.join(LONG_RULES)}")
+        overlap = self.overlap
+        if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= MAX_RESIDUES // 2:
+            raise InvalidOption(f"overlap={overlap!r}: expected a whole number from 0 to {MAX_RESIDUES // 2}")
+
+    def residues(self, length: int) -> int:
+        """How many residues of a sequence its outputs cover."""
+        return min(length, MAX_RESIDUES) if self.rule == "truncate" else length
+
+    def check(self, sequence: str, outputs: Outputs) -> None:
+        """Raise InvalidSequence if the outputs of this sequence cannot be computed."""
+        if not sequence:
+            raise InvalidSequence("the sequence is empty")
+        check_letters(sequence)
+        length = len(sequence)
+        if length > MAX_RESIDUES and self.rule == "error":
+            raise InvalidSequence(
+                f"{length} residues, at most {MAX_RESIDUES} fit the model "
+                "(--long windows averages overlapping windows, --long truncate takes the beginning)"
+            )
+        if "contacts" in outputs.include and self.residues(length) > _MOST_RESIDUES_OF_CONTACTS:
+            raise InvalidSequence(f"{length} residues, contact maps end at {_MOST_RESIDUES_OF_CONTACTS}")
+
+
+def encode_batch(
+    passes: Passes, batch: Sequence[Pending], outputs: Outputs, long: LongSequences, budget: int
+) -> Iterator[tuple[int, EncodeResult]]:
+    """Yield the number and the result of each sequence of a batch of checked sequences, in any order."""
+    short = [item for item in batch if long.residues(len(item.sequence)) <= MAX_RESIDUES]
+    if short:
+        tokens = [frame(residue_ids(item.sequence[:MAX_RESIDUES])) for item in short]
+        yield from zip((item.number for item in short), passes.encode(tokens, outputs, budget), strict=True)
+    for item in batch:
+        if long.residues(len(item.sequence)) > MAX_RESIDUES:
+            yield item.number, _encode_windows(passes, item, outputs, long.overlap, budget)
+
+
+def _encode_windows(passes: Passes, item: Pending, outputs: Outputs, overlap: int, budget: int) -> EncodeResult:
+    average = WindowAverage(len(item.sequence), outputs)
+    needed = average.needed(outputs)
+    windows = cuts(len(item.sequence), overlap)
+    at_once = max(1, budget // (MAX_RESIDUES + 2))
+    for first in range(0, len(windows), at_once):
+        few = windows[first : first + at_once]
+        tokens = [frame(residue_ids(item.sequence[start:stop])) for start, stop in few]
+        for (start, _), result in zip(few, passes.encode(tokens, needed, budget), strict=True):
+            average.add(start, result)
+    return average.result(item.number)

@@ -1,0 +1,109 @@
+"""`ESM2.embed_iter`: records in, results out, in order and lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from ..errors import InvalidSequence
+from ..fasta import Record
+from ..options import Outputs
+from ..passes import Passes
+from ..results import EncodeResult
+from .batches import LongSequences, Pending, encode_batch
+from .packing import check_budget, pack, token_budget
+
+# Results wait for those before them, so fewer batches are read ahead than when they are written to disk in any order.
+_LOOK_AHEAD_BATCHES = 4
+
+Given = str | tuple[str, str] | Record
+
+
+def embed_iter(
+    passes: Passes,
+    records: Iterable[Given],
+    repr_layers: Iterable[int],
+    include: Iterable[str],
+    *,
+    long: str,
+    overlap: int,
+    tokens_per_batch: int | None,
+    rejected: Callable[[Record, InvalidSequence], None] | None,
+) -> Iterator[tuple[Record, EncodeResult]]:
+    """See `ESM2.embed_iter`. Options are checked at once, each record when its turn comes."""
+    outputs, rule = Outputs.check(passes.checkpoint, repr_layers, include), LongSequences(long, overlap)
+    if tokens_per_batch is None:
+        budget = token_budget(passes.config, passes.pool.threads, outputs)
+    else:
+        budget = check_budget(tokens_per_batch)
+    if isinstance(records, str | bytes):
+        raise InvalidSequence(f"expected records, got one {type(records).__name__}; put it into a list: [sequence]")
+    return _stream(passes, records, outputs, rule, budget, rejected)
+
+
+def _stream(
+    passes: Passes,
+    records: Iterable[Given],
+    outputs: Outputs,
+    long: LongSequences,
+    budget: int,
+    rejected: Callable[[Record, InvalidSequence], None] | None,
+) -> Iterator[tuple[Record, EncodeResult]]:
+    window: list[tuple[int, Record]] = []
+    tokens = 0
+    for index, given in enumerate(records):
+        record = _record(given, index)
+        try:
+            _check(record, index, outputs, long)
+        except InvalidSequence as error:
+            if rejected is None:
+                # The results of the records before it are not lost.
+                yield from _results(passes, window, outputs, long, budget)
+                raise
+            rejected(record, error)
+            continue
+        window.append((index, record))
+        tokens += len(record.sequence) + 2
+        if tokens >= _LOOK_AHEAD_BATCHES * budget:
+            yield from _results(passes, window, outputs, long, budget)
+            window, tokens = [], 0
+    yield from _results(passes, window, outputs, long, budget)
+
+
+def _results(
+    passes: Passes, window: list[tuple[int, Record]], outputs: Outputs, long: LongSequences, budget: int
+) -> Iterator[tuple[Record, EncodeResult]]:
+    """Results of the records of one look-ahead, each distinct sequence computed once."""
+    numbers: dict[str, int] = {}
+    for _, record in window:
+        numbers.setdefault(record.sequence, len(numbers))
+    distinct = [Pending(number, sequence) for sequence, number in numbers.items()]
+    found: dict[int, EncodeResult] = {}
+    for batch in pack(distinct, lambda item: len(item.sequence), budget):
+        found.update(encode_batch(passes, batch, outputs, long, budget))
+    for index, record in window:
+        yield record, replace(found[numbers[record.sequence]], sequence_index=index)
+
+
+def _record(given: object, index: int) -> Record:
+    if isinstance(given, str):
+        return Record(f"sequence_{index + 1}", "", given)
+    if isinstance(given, tuple) and len(given) == 3:
+        return Record(*given)
+    if isinstance(given, tuple) and len(given) == 2:
+        return Record(given[0], str(given[0]), given[1])
+    raise InvalidSequence(
+        f"expected a Record, a pair (id, sequence) or a string, got {type(given).__name__}", item=index
+    )
+
+
+def _check(record: Record, index: int, outputs: Outputs, long: LongSequences) -> None:
+    """Raise InvalidSequence, with the record's id and place, if it cannot be embedded."""
+    try:
+        if not isinstance(record.sequence, str):
+            raise InvalidSequence(f"expected a string, got {type(record.sequence).__name__}")
+        long.check(record.sequence, outputs)
+    except InvalidSequence as error:
+        raise InvalidSequence(
+            f"{record.id}: {error.reason}", item=index, position=error.position, character=error.character
+        ) from None

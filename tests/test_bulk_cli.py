@@ -81,7 +81,7 @@ def test_the_limit_of_memory_is_obeyed(weights: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 def test_a_bar_on_a_terminal(weights: Path, tmp_path: Path) -> None:
-    pytest.importorskip("rich")
+    pytest.importorskip("tqdm")
     import pty
 
     source = write_fasta(tmp_path / "in.fasta", 60)
@@ -102,7 +102,7 @@ def test_a_bar_on_a_terminal(weights: Path, tmp_path: Path) -> None:
     assert process.wait() == 0
     text = shown.decode()
     assert "residues/s" in text
-    assert "60/60 records" in text or "60 records in" in text
+    assert "60 records in" in text
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_shards_are_a_partition_and_keep_twins_together() -> None:
 def test_layout_gives_back_what_it_took(model: ESM2, dtype: str) -> None:
     everything = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
     settings = Settings(Outputs.check(model.checkpoint, [0, -1], everything), dtype=dtype)
-    layout = Layout.of(settings, model.config)
+    layout = Layout(settings, model.config)
     result = model.encode([random_sequence(33)], [0, -1], everything)[0]
     data = layout.pack(result)
     assert len(data) == layout.num_bytes(33)

@@ -33,9 +33,9 @@ from .writers import DEFAULT_INCLUDE
 
 ENGINES = ("local", "ray")
 # `kill -9` loses the current batch and at most this many seconds of work. Commits take at most 2 % of the run.
-_COMMIT_SECONDS = 0.5
-_COMMIT_SHARE = 0.02
-_COMMIT_BYTES = 64 << 20
+COMMIT_SECONDS = 0.5
+COMMIT_SHARE = 0.02
+COMMIT_BYTES = 64 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -375,16 +375,16 @@ class _Run:
             self.progress.note(f"resuming: {before.records} of {totals.records} records are done")
         self.progress.start(totals, before)
         engine = make_engine()
-        due = time.monotonic() + _COMMIT_SECONDS
+        due = time.monotonic() + COMMIT_SECONDS
         waiting = 0
         try:
             for number, data in engine.run(journal):
                 self.progress.advance(journal.add_result(number, data))
                 waiting += len(data)
                 now = time.monotonic()
-                if now > due or waiting > _COMMIT_BYTES:
+                if now > due or waiting > COMMIT_BYTES:
                     self._commit(journal)
-                    due = time.monotonic() + max(_COMMIT_SECONDS, (time.monotonic() - now) / _COMMIT_SHARE)
+                    due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - now) / COMMIT_SHARE)
                     waiting = 0
             self._commit(journal)
         except BaseException:

@@ -49,11 +49,10 @@ def no_process(*args, **kwargs):
     raise OSError(138, "emscripten does not support processes.")
 subprocess.Popen.__init__ = no_process
 os.fork = no_process
-class NoMap:
-    ACCESS_READ = mmap.ACCESS_READ
-    def mmap(*args, **kwargs):
+class NoMap(mmap.mmap):
+    def __new__(cls, *args, **kwargs):
         raise OSError(19, "No such device")
-mmap.mmap = NoMap.mmap
+mmap.mmap = NoMap
 if hasattr(os, "sched_getaffinity"):
     del os.sched_getaffinity
 real_open = open

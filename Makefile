@@ -37,7 +37,7 @@ audit:
 	.venv-audit/bin/pip-audit --local --skip-editable
 
 # The API reference as HTML, from the docstrings.
-PUBLIC = numpyesm numpyesm.errors numpyesm.weights numpyesm.bulk numpyesm.sklearn numpyesm.compat.fair_esm \
+PUBLIC = numpyesm numpyesm.errors numpyesm.bulk numpyesm.sklearn numpyesm.compat.fair_esm \
   numpyesm.serverless
 api:
 	$(PYTHON) -m venv .venv-api

@@ -1,10 +1,11 @@
-"""One small class an engine: open the weights, run a workload, give its outputs for comparison.
+"""One small class for each engine: open the weights, run a workload, return outputs for comparison.
 
-These run inside the workers, each in its own environment, so every library is imported when its adapter is made.
+These run inside the workers, each in its own environment, so each library is imported when its adapter is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,16 +20,11 @@ import numpy.typing as npt
 from .workloads import LETTERS, encode, pad, padded_batches, residues
 
 Array = npt.NDArray[Any]
+SCANNED = "ACDEFGHIKLMNPQRSTVWY"
 
 
 class Adapter(ABC):
-    """An engine with its weights opened.
-
-    Attributes
-    ----------
-    packages : tuple of str
-        Distributions whose versions are reported.
-    """
+    """An engine with its weights opened. `packages` are the distributions whose versions are reported."""
 
     packages: tuple[str, ...] = ()
 
@@ -38,62 +34,51 @@ class Adapter(ABC):
 
     @abstractmethod
     def outputs(self, batch: Sequence[str]) -> list[tuple[Array, Array]]:
-        """Mean embedding (D,) of the last layer and logits (L, 20) of each sequence."""
+        """Last representation of each residue (L, D) and logits (L, 20) of each sequence."""
 
     def contacts(self, sequence: str) -> Array:
         """Contact map (L, L)."""
         raise NotImplementedError("no contact maps")
 
+    def scan(self, sequence: str) -> Array:
+        """Masked marginals (L, 20) of every substitution, columns in the order of `SCANNED`."""
+        raise NotImplementedError("no scans")
+
     def versions(self) -> dict[str, str]:
-        """Of the packages that do the work."""
+        """Versions of the packages that do the work."""
         found = {}
         for package in (*self.packages, "numpy"):
-            try:
+            with contextlib.suppress(PackageNotFoundError):
                 found[package] = version(package)
-            except PackageNotFoundError:
-                found[package] = "source"
         return found
 
 
 class Numpyesm(Adapter):
     """This package: packed rows, no padding."""
 
-    packages = ("numba", "llvmlite")
+    packages = ("numpyesm", "numba", "llvmlite")
 
     def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
-        from numpyesm import ESM2, SyntheticWeightsWarning, __version__
+        from numpyesm import ESM2, SyntheticWeightsWarning
 
         warnings.simplefilter("ignore", SyntheticWeightsWarning)
-        self.version = __version__
         self.model = ESM2.from_pretrained(path, backend=backend, precision=precision, threads=threads)
-        got = (self.model.backend, self.model.precision)
-        if got != (backend, precision):
-            raise RuntimeError(f"asked for {backend} {precision} and got {' '.join(got)}")
+        if (self.model.backend, self.model.precision) != (backend, precision):
+            raise RuntimeError(f"asked for {backend} {precision}, got {self.model.backend} {self.model.precision}")
 
     def run(self, batch: Sequence[str], outputs: str) -> None:
         self.model.encode(batch, include=["mean"] if outputs == "mean" else ["mean", "logits"])
 
     def outputs(self, batch: Sequence[str]) -> list[tuple[Array, Array]]:
-        last = self.model.config.num_layers
-        found = []
-        for result in self.model.encode(batch, include=["mean", "logits"]):
-            assert result.embeddings is not None
-            assert result.logits is not None
-            found.append((result.embeddings[last], result.logits))
-        return found
+        arrays = [r.to_arrays() for r in self.model.encode(batch, include=["per_token", "logits"])]
+        last = f"per_token_{self.model.config.num_layers}"
+        return [(found[last], found["logits"]) for found in arrays]
 
     def contacts(self, sequence: str) -> Array:
-        contacts = self.model.encode([sequence], include=["contacts"])[0].contacts
-        assert contacts is not None
-        return contacts
+        return self.model.encode([sequence], include=["contacts"])[0].to_arrays()["contacts"]
 
-    def versions(self) -> dict[str, str]:
-        found = {"numpyesm": self.version, "numpy": np.__version__}
-        if self.model.backend != "compiled":
-            return found
-        from numpyesm.kernels.numba_.isa import host_isa
-
-        return found | super().versions() | {"instructions": host_isa().name}
+    def scan(self, sequence: str) -> Array:
+        return self.model.scan_mutations(sequence).scores
 
 
 class Padded(Adapter):
@@ -108,11 +93,11 @@ class Padded(Adapter):
             self.forward(*pad([batch[i] for i in indices]))
 
     def outputs(self, batch: Sequence[str]) -> list[tuple[Array, Array]]:
-        last, logits = self.forward(*pad(batch))
-        return [
-            (residues(batch, row, last).mean(axis=0), residues(batch, row, logits)[:, LETTERS])
-            for row in range(len(batch))
-        ]
+        found = []
+        for sequence in batch:
+            last, logits = self.forward(*pad([sequence]))
+            found.append((residues([sequence], 0, last), residues([sequence], 0, logits)[:, LETTERS]))
+        return found
 
 
 class FairEsm(Padded):
@@ -120,7 +105,7 @@ class FairEsm(Padded):
 
     packages = ("fair-esm", "torch")
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
         self.torch: Any = import_module("torch")
         self.torch.set_num_threads(threads)
         esm2: Any = import_module("esm.model.esm2")
@@ -142,18 +127,33 @@ class FairEsm(Padded):
             out = self.model(self.torch.tensor([encode(sequence)]), repr_layers=[self.last], return_contacts=True)
         return np.asarray(out["contacts"][0].numpy())
 
+    def scan(self, sequence: str) -> Array:
+        """The loop of fair-esm's examples/variant-prediction/predict.py: a pass per token, of which it keeps a row."""
+        torch, alphabet = self.torch, self.model.alphabet
+        _, _, tokens = alphabet.get_batch_converter()([("protein1", sequence)])
+        rows = []
+        for i in range(tokens.size(1)):
+            masked = tokens.clone()
+            masked[0, i] = alphabet.mask_idx
+            with torch.no_grad():
+                rows.append(torch.log_softmax(self.model(masked)["logits"], dim=-1)[:, i])
+        found: Array = torch.cat(rows, dim=0)[1:-1].numpy()
+        own = found[np.arange(len(sequence)), [alphabet.get_idx(letter) for letter in sequence]]
+        return found[:, [alphabet.get_idx(letter) for letter in SCANNED]] - own[:, None]
+
 
 class Transformers(Padded):
     """Hugging Face transformers, scaled-dot-product attention."""
 
     packages = ("transformers", "torch")
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
         self.torch: Any = import_module("torch")
         self.torch.set_num_threads(threads)
         transformers: Any = import_module("transformers")
-        model = transformers.EsmForMaskedLM.from_pretrained(path, attn_implementation="sdpa").eval()
-        self.model = model.to(self.torch.bfloat16) if precision == "bf16" else model
+        # Not model.to(bfloat16), which rounds the rotary frequencies too and costs much accuracy.
+        dtype = self.torch.bfloat16 if precision == "bf16" else self.torch.float32
+        self.model = transformers.EsmForMaskedLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
 
     def forward(self, tokens: Array, mask: Array) -> tuple[Array, Array]:
         torch = self.torch
@@ -168,7 +168,7 @@ class OnnxRuntime(Padded):
 
     packages = ("onnxruntime",)
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
         runtime: Any = import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -185,7 +185,7 @@ class OpenVino(Padded):
 
     packages = ("openvino",)
 
-    def __init__(self, path: Path, precision: str, threads: int, backend: str = "") -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
         openvino: Any = import_module("openvino")
         core = openvino.Core()
         hint = "bf16" if precision == "bf16" or backend == "mixed" else "f32"
@@ -209,7 +209,7 @@ class EsmCpp(Adapter):
 
     packages = ("esm-cpp",)
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, backend: str) -> None:
         esm_cpp: Any = import_module("esm_cpp")
         self.model = esm_cpp.Model.load_from_safetensors(str(path))
         if precision == "int8":
@@ -228,23 +228,15 @@ class EsmCpp(Adapter):
         found = []
         for sequence in batch:
             logits, hidden = self.model.forward_with_hidden_states(np.array(encode(sequence), np.int32))
-            found.append((np.asarray(hidden[-1])[1:-1].mean(axis=0), np.asarray(logits)[1:-1, LETTERS]))
+            found.append((np.asarray(hidden[-1])[1:-1], np.asarray(logits)[1:-1, LETTERS]))
         return found
 
 
-_PEERS: dict[str, Any] = {
+ADAPTERS: dict[str, Any] = {
+    "numpyesm": Numpyesm,
     "fair-esm": FairEsm,
     "transformers": Transformers,
     "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
     "esm-cpp": EsmCpp,
 }
-
-
-def make_adapter(family: str, backend: str, precision: str, path: Path, threads: int) -> Adapter:
-    """The engine with its weights opened."""
-    if family == "numpyesm":
-        return Numpyesm(path, precision, threads, backend)
-    if family == "openvino":
-        return OpenVino(path, precision, threads, backend)
-    adapter: Adapter = _PEERS[family](path, precision, threads)
-    return adapter

@@ -1,16 +1,8 @@
-"""Bulk embedding: `numpyesm embed`, fair-esm's esm-extract and a plain onnxruntime script, in turn.
+"""`python -m bench.bulk`: `numpyesm embed` against fair-esm's esm-extract and a plain onnxruntime script, in turn.
 
-`python -m bench.bulk` takes 20,000 sequences of proteome-like lengths; `--records 500 --model esm2-8m` is a quick look.
-All engines run on the same random weights, each in a process of its own, start and weights included. Written to
-`bench/results/bulk.json` and `bulk.md`:
-
-- numpyesm embed (Parquet, mean and bos), its residues a second, and what `ESM2.encode` alone reaches on the same
-  sequences in batches of the same size;
-- fair-esm: the body of its scripts/extract.py (`esm-extract --toks_per_batch 4096 --include mean bos`), which writes
-  one `.pt` a sequence (see `bulk_peers`);
-- onnxruntime: sorted by length, padded, at most 4096 tokens a batch, mean and bos into one `.npz`;
-- peak memory of `numpyesm embed` at several numbers of records;
-- the Ray engine with one worker of all threads and with two workers that share them, against the local engine.
+20,000 sequences of proteome-like lengths by default (hours); `--records 500 --model esm2-8m` is a quick look. All run
+on the same random weights, each in a process of its own, start-up and weights included. `embed` writes mean and bos to
+Parquet; `encode` computes the same and writes nothing; `ray` is `embed` on Ray, with a worker per thread.
 """
 
 from __future__ import annotations
@@ -23,173 +15,158 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .engines import CACHE, ROOT, Environments, select
-from .weights import make_weights
-from .workloads import AMINO_ACIDS
+import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+from .adapters import FairEsm, OnnxRuntime
+from .client import child_environment
+from .engines import BY_NAME, CACHE, RESULTS, ROOT, interpreters
+from .report import table_of
+from .weights import make_weights
+from .workloads import AMINO_ACIDS, MAX_BATCH_TOKENS, pad, padded_batches, read_fasta, residues
+
 # Of a log-normal: half of a proteome's proteins are shorter than 300 residues, one in a hundred is longer than 1500.
 MEDIAN, SIGMA, SHORTEST, LONGEST = 300, 0.7, 30, 2000
+RUNS = ("embed", "encode", "fair-esm", "onnxruntime", "ray")
 
 
-def proteome(count: int, seed: int = 0) -> list[str]:
-    """Random sequences of proteome-like lengths, always the same."""
-    rng = random.Random(seed)
-    lengths = (int(min(LONGEST, max(SHORTEST, rng.lognormvariate(0, SIGMA) * MEDIAN))) for _ in range(count))
-    return ["".join(rng.choices(AMINO_ACIDS, k=length)) for length in lengths]
+def write_proteome(path: Path, count: int) -> int:
+    """Write random sequences of proteome-like lengths, always the same. Returns their residues."""
+    rng = random.Random(0)
+    lengths = [int(min(LONGEST, max(SHORTEST, rng.lognormvariate(0, SIGMA) * MEDIAN))) for _ in range(count)]
+    records = (f">P{i}\n{''.join(rng.choices(AMINO_ACIDS, k=length))}\n" for i, length in enumerate(lengths))
+    path.write_text("".join(records))
+    return sum(lengths)
 
 
-def write_fasta(path: Path, sequences: Sequence[str]) -> Path:
-    """Records `P0`, `P1`, …"""
-    path.write_text("".join(f">P{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
-    return path
+# -- inside the processes: `python -m bench.bulk --inside NAME FASTA WEIGHTS THREADS OUTPUT` ------------------------
 
 
-def timed(name: str, command: Sequence[str], threads: int) -> dict[str, Any]:
-    """Seconds, processor seconds and peak memory of a process and all that it starts."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMPYESM_THREADS": str(threads)}
+def encode(fasta: Path, weights: Path, threads: int, _: Path) -> None:
+    """`ESM2.encode` alone, 64 sequences at a time: what writing and keeping a journal are measured by."""
+    warnings.simplefilter("ignore")
+    model = import_module("numpyesm").ESM2.from_pretrained(weights, threads=threads)
+    sequences = list(read_fasta(fasta).values())
+    for start in range(0, len(sequences), 64):
+        model.encode(sequences[start : start + 64], include=["mean", "bos"])
+
+
+def fair_esm(fasta: Path, weights: Path, threads: int, output: Path) -> None:
+    """The body of fair-esm's scripts/extract.py with `--include mean bos`, for up to 2048 residues.
+
+    The script itself is not in the package on PyPI, and loads its weights by a name that must be on the network.
+    """
+    torch, data = import_module("torch"), import_module("esm.data")
+    adapter = FairEsm(weights, "fp32", threads, "")
+    model, layer = adapter.model, adapter.last
+    output.mkdir(parents=True, exist_ok=True)
+    dataset = data.FastaBatchedDataset.from_file(str(fasta))
+    batches = dataset.get_batch_indices(MAX_BATCH_TOKENS, extra_toks_per_seq=1)
+    converter = model.alphabet.get_batch_converter(2048)
+    with torch.no_grad():
+        for labels, texts, tokens in torch.utils.data.DataLoader(dataset, collate_fn=converter, batch_sampler=batches):
+            rows = model(tokens, repr_layers=[layer], return_contacts=False)["representations"][layer]
+            for i, label in enumerate(labels):
+                mean = rows[i, 1 : min(2048, len(texts[i])) + 1].mean(0).clone()
+                result = {"label": label, "mean_representations": {layer: mean}}
+                torch.save(result | {"bos_representations": {layer: rows[i, 0].clone()}}, output / f"{label}.pt")
+
+
+def onnxruntime(fasta: Path, weights: Path, threads: int, output: Path) -> None:
+    """A plain script: sorted by length, padded, pooled, one `.npz` at the end."""
+    adapter = OnnxRuntime(weights, "fp32", threads, "")
+    sequences = list(read_fasta(fasta).values())
+    means: dict[int, Any] = {}
+    firsts: dict[int, Any] = {}
+    for indices in padded_batches(sequences):
+        batch = [sequences[i] for i in indices]
+        last, _ = adapter.forward(*pad(batch))
+        for row, index in enumerate(indices):
+            means[index], firsts[index] = residues(batch, row, last).mean(axis=0), last[row, 0].copy()
+    order = range(len(sequences))
+    np.savez(output.with_suffix(".npz"), mean=np.stack([means[i] for i in order]), bos=[firsts[i] for i in order])
+
+
+INSIDE = {"encode": encode, "fair-esm": fair_esm, "onnxruntime": onnxruntime}
+
+# -- the driver ---------------------------------------------------------------------------------------------------
+
+# A parent of its own reads what its children used: GNU time is not everywhere.
+_WRAPPER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print("USAGE", used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def timed(command: Sequence[str], threads: int) -> dict[str, Any]:
+    """Seconds, processor seconds and peak memory of a process and all that it starts; or its `error`."""
     start = time.perf_counter()
-    # GNU time is not everywhere: a small parent of its own reads the children's usage.
-    wrapper = (
-        "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
-        "r = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "print('USAGE', r.ru_maxrss, r.ru_utime + r.ru_stime, file=sys.stderr); sys.exit(code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", wrapper, *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    wrapped, environment = [sys.executable, "-c", _WRAPPER, *command], child_environment(threads)
+    done = subprocess.run(wrapped, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     usage = re.search(r"USAGE (\d+) ([\d.]+)", done.stderr)
     if done.returncode or usage is None:
-        return {"name": name, "error": " ".join(done.stderr.split())[-400:]}
-    print(f"  {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    # What a peer prints, or the last event of our own command: seconds without the start of the process.
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if '"seconds": ' in line or "inner" in line]
-    said = json.loads(lines[-1])
-    inner = {"inner_seconds": said.get("inner_seconds", said.get("seconds"))}
-    return {
-        "name": name,
-        "seconds": seconds,
-        "cpu_seconds": float(usage[2]),
-        "peak_mb": int(usage[1]) / 1024,
-        **inner,
-    }
-
-
-def embed_command(python: Path, fasta: Path, output: Path, weights: Path, threads: int, *more: str) -> list[str]:
-    """The command line that is measured."""
-    return [
-        *(str(python), "-W", "ignore", "-m", "numpyesm", "embed", str(fasta), "-o", str(output)),
-        *("--weights", str(weights), "--threads", str(threads), "--overwrite", "--restart", "--json-progress", *more),
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__.partition("\n")[0])
-    parser.add_argument("--records", type=int, default=20_000)
-    parser.add_argument("--memory-records", type=int, nargs="*", help="(1,000 and all)")
-    parser.add_argument("--model", default="esm2-35m")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--skip", default="", help="of encode,fair-esm,onnxruntime,memory,ray")
-    parser.add_argument("--peer-records", type=int, help="fewer records for the peers, from the same distribution")
-    parser.add_argument("--python", type=Path, help="interpreter of all engines (the benchmark's environments)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bulk.json")
-    arguments = parser.parse_args()
-    skip = set(filter(None, arguments.skip.split(",")))
-    environments = Environments.find(arguments.python, arguments.python)
-    engines = select(["numpyesm", *sorted({"fair-esm", "onnxruntime"} - skip)])
-    weights, problems = make_weights(arguments.model, 0, engines, environments)
-    work = CACHE / "bulk"
-    work.mkdir(parents=True, exist_ok=True)
-    sequences = proteome(arguments.records)
-    peer_sequences = sequences[: arguments.peer_records] if arguments.peer_records else sequences
-    fasta = write_fasta(work / "proteome.fasta", sequences)
-    peer_fasta = write_fasta(work / "peers.fasta", peer_sequences)
-    ours = weights / "canonical.safetensors"
-    python, threads = Path(sys.executable), arguments.threads
-    everything, peers = sum(map(len, sequences)), sum(map(len, peer_sequences))
-
-    plan: list[tuple[str, list[str], int]] = [
-        ("numpyesm embed", embed_command(python, fasta, work / "out.parquet", ours, threads), everything)
-    ]
-    script = [str(environments.peers), "-m", "bench.bulk_peers"]
-    if "encode" not in skip:
-        command = [str(python), *script[1:], "encode", str(fasta), str(ours), str(threads)]
-        plan.append(("ESM2.encode alone", command, everything))
-    for name, file in (("fair-esm", "fair-esm.pt"), ("onnxruntime", "model.onnx")):
-        if name not in skip:
-            command = [*script, name, str(peer_fasta), str(weights / file), str(threads), str(work / name)]
-            plan.append((name, command, peers))
-    if "ray" not in skip:
-        for workers in (1, 2):
-            each = max(1, threads // workers)
-            ray = ["--engine", "ray", "--workers", str(workers)]
-            command = embed_command(python, fasta, work / f"ray{workers}.parquet", ours, each, *ray)
-            plan.append((f"numpyesm embed on Ray, {workers} × {each} threads", command, everything))
-
-    runs: list[dict[str, Any]] = []
-    for repeat in range(arguments.repeats):
-        turn = repeat % len(plan)
-        for name, command, residues in plan[turn:] + plan[:turn]:
-            result = timed(name, command, threads)
-            if "seconds" in result:
-                result["residues_per_second"] = residues / result.get("inner_seconds", result["seconds"])
-                result["residues_per_second_with_start"] = residues / result["seconds"]
-            runs.append(result | {"residues": residues, "repeat": repeat})
-    memory = {}
-    if "memory" not in skip:
-        for count in arguments.memory_records or sorted({min(1000, arguments.records), arguments.records}):
-            few = write_fasta(work / "few.fasta", sequences[:count])
-            command = embed_command(python, few, work / "few.parquet", ours, threads)
-            result = timed(f"memory, {count} records", command, threads)
-            memory[count] = result.get("peak_mb")
-    report = {
-        "records": arguments.records,
-        "residues": everything,
-        "peer_records": len(peer_sequences),
-        "model": arguments.model,
-        "threads": threads,
-        "problems": problems,
-        "runs": runs,
-        "peak_mb": memory,
-        "load": os.getloadavg(),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    page = markdown(report)
-    arguments.output.with_suffix(".md").write_text(page)
-    print(page)
+        return {"error": " ".join(done.stderr.split())[-400:]}
+    return {"seconds": seconds, "cpu_seconds": float(usage[2]), "peak_mb": int(usage[1]) / 1024}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    lines = [
-        f"# Bulk embedding, {report['model']}, {report['threads']} threads",
-        f"{report['records']:,} sequences, {report['residues']:,} residues; peers {report['peer_records']:,} records. "
-        f"Load average at the end: {report['load'][0]:.1f}.",
-        "",
-        "| | residues/s | with start-up | seconds | processor seconds | peak MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in dict.fromkeys(run["name"] for run in report["runs"]):
-        runs = [run for run in report["runs"] if run["name"] == name]
-        good = sorted((run for run in runs if "seconds" in run), key=lambda run: run["seconds"])
-        if not good:
-            lines.append(f"| {name} | failed: {runs[0]['error'][-200:]} | | | | |")
-            continue
-        run = good[len(good) // 2]
-        lines.append(
-            f"| {name} | {run['residues_per_second']:,.0f} | {run['residues_per_second_with_start']:,.0f} | "
-            f"{run['seconds']:.1f} | {run['cpu_seconds']:.1f} | {run['peak_mb']:.0f} |"
-        )
-    memory = ", ".join(f"{count} records: {peak and round(peak)} MB" for count, peak in report["peak_mb"].items())
-    return "\n".join(lines) + (f"\n\nPeak memory of numpyesm embed: {memory}.\n" if memory else "\n")
+    rows = []
+    for name, run in report["runs"].items():
+        figures = [report["residues"] / run["seconds"], *run.values()] if "seconds" in run else [run["error"]]
+        rows.append([name, *(f"{value:,.0f}" if isinstance(value, float) else value for value in figures)])
+    return (
+        f"# Bulk embedding, {report['model']}, {report['threads']} threads\n"
+        f"{report['records']:,} sequences, {report['residues']:,} residues, start-up included. Load average: "
+        f"{report['load']:.1f}.\n\n" + table_of(["", "residues/s", "seconds", "processor seconds", "peak MB"], rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.bulk", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--records", type=int, default=20_000, help="(%(default)s)")
+    parser.add_argument("--model", default="esm2-35m", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
+    parser.add_argument("--only", default=",".join(RUNS), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bulk.json", help="(%(default)s)")
+    parser.add_argument("--inside", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        name, fasta, weights, threads, output = options.inside
+        INSIDE[name](Path(fasta), Path(weights), int(threads), Path(output))
+        return
+    pythons, threads = interpreters(), str(options.threads)
+    peers = {"fair-esm": BY_NAME["fair-esm-fp32"], "onnxruntime": BY_NAME["onnxruntime-fp32"]}
+    folder = make_weights(options.model, list(peers.values()), pythons["peers"], CACHE)
+    weights = {name: str(folder / engine.file) for name, engine in peers.items()}
+    ours = str(folder / "canonical.safetensors")
+    (CACHE / "bulk").mkdir(exist_ok=True)
+    fasta = CACHE / "bulk" / "proteome.fasta"
+    total = write_proteome(fasta, options.records)
+    embed = ["-m", "numpyesm", "embed", str(fasta), "--weights", ours, "--overwrite", "--restart"]
+    ray = ["--engine", "ray", "--workers", threads, "--threads", "1"]
+    runs = {}
+    for name in options.only.split(","):
+        output = str(CACHE / "bulk" / name)
+        command = ["-m", "bench.bulk", "--inside", name, str(fasta), weights.get(name, ours), threads, output]
+        if name not in INSIDE:
+            command = [*embed, "-o", f"{output}.parquet", *(ray if name == "ray" else ["--threads", threads])]
+        runs[name] = timed([str(pythons["peers" if name in peers else "own"]), *command], options.threads)
+        print(f"{name}: {runs[name]}", file=sys.stderr, flush=True)
+    sizes = {"records": options.records, "residues": total, "threads": options.threads}
+    report = {"model": options.model, **sizes, "runs": runs, "load": os.getloadavg()[0]}
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(report) + "\n")
+    print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""The machine's own peak: loops of fused multiply-adds that never leave the registers, one thread and N threads.
+"""The machine's own peak: loops of multiply-adds that never leave the registers, on one thread and on several.
 
-`python -m bench.peaks PRECISION THREADS` prints one JSON object, whose `method` names the instruction: Intel's AMX
-tiles where the CPU has them and the system grants them, else the widest vectors. Each precision runs in a process of
-its own: LLVM ends the process when a CPU has no such instruction.
+`python -m bench.peaks PRECISION THREADS` prints one JSON object whose `method` names the instruction: Intel's AMX tiles
+where the CPU has them and the system grants them, else the widest vectors. Each precision runs in a process of its own:
+LLVM ends the process if a CPU lacks an instruction.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,35 +27,20 @@ from .engines import ROOT
 
 PRECISIONS = ("fp32", "bf16", "int8")
 _SECONDS = 0.1  # of one timed stretch
-_STRETCHES = 10  # short and many: the best of them is undisturbed even on a busy machine
+_STRETCHES = 20  # short and many: the best of them is undisturbed even on a busy machine
 _ONE: dict[str, np.generic] = {"fp32": np.float32(1), "bf16": np.uint16(0x3F80), "int8": np.uint8(1)}
 _TILE = "tile"  # AMX: 16 rows of 64 bytes
 _TILE_ROWS, _TILE_ROW_BYTES, _TILES = 16, 64, 8
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One multiply-add instruction.
+class Instruction(NamedTuple):
+    """One multiply-add instruction."""
 
-    Attributes
-    ----------
-    name : str
-        LLVM's intrinsic.
-    lanes : int
-        32-bit accumulators in a register.
-    per_lane : int
-        Products that each accumulator takes up: 1 for fp32, 2 for bf16, 4 for int8; 16 times as many in a tile.
-    registers : int
-        Accumulators in flight: enough to hide the latency, and two registers left for the factors.
-    factor : str
-        LLVM type of both factors, or `tile`.
-    """
-
-    name: str
-    lanes: int
-    per_lane: int
-    registers: int
-    factor: str
+    name: str  # LLVM's intrinsic
+    lanes: int  # 32-bit accumulators in a register
+    per_lane: int  # products that each accumulator takes up
+    registers: int  # accumulators in flight: enough to hide the latency, two registers left for the factors
+    factor: str  # LLVM type of both factors, or `tile`
 
     @property
     def operations(self) -> int:
@@ -65,106 +48,107 @@ class Instruction:
         return 2 * self.lanes * self.per_lane * self.registers
 
 
-def instruction(precision: str, features: set[str]) -> Instruction | None:
-    """The widest instruction of the CPU for a precision; None if it has none."""
-    x86_512 = "avx512f" in features
-    by_precision: dict[str, list[tuple[bool, Instruction]]] = {
+def instructions() -> dict[str, list[tuple[set[str], Instruction]]]:
+    """Features that each instruction needs, by precision, widest first."""
+    avx512_bf16, neon_bf16 = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.aarch64.neon.bfdot.v4f32.v8bf16"
+    return {
         "fp32": [
-            (x86_512, Instruction("llvm.fma.v16f32", 16, 1, 24, "<16 x float>")),
-            ("fma" in features, Instruction("llvm.fma.v8f32", 8, 1, 12, "<8 x float>")),
-            ("neon" in features, Instruction("llvm.fma.v4f32", 4, 1, 24, "<4 x float>")),
+            ({"avx512f"}, Instruction("llvm.fma.v16f32", 16, 1, 24, "<16 x float>")),
+            ({"fma"}, Instruction("llvm.fma.v8f32", 8, 1, 12, "<8 x float>")),
+            ({"neon"}, Instruction("llvm.fma.v4f32", 4, 1, 24, "<4 x float>")),
         ],
         "bf16": [
-            ({"amx-tile", "amx-bf16"} <= features, Instruction("llvm.x86.tdpbf16ps", 256, 32, _TILES - 2, _TILE)),
-            (
-                x86_512 and "avx512bf16" in features,
-                Instruction("llvm.x86.avx512bf16.dpbf16ps.512", 16, 2, 24, "<32 x bfloat>"),
-            ),
-            (
-                "neon" in features and "bf16" in features,
-                Instruction("llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, 2, 24, "<8 x bfloat>"),
-            ),
+            ({"amx-tile", "amx-bf16"}, Instruction("llvm.x86.tdpbf16ps", 256, 32, _TILES - 2, _TILE)),
+            ({"avx512f", "avx512bf16"}, Instruction(avx512_bf16, 16, 2, 24, "<32 x bfloat>")),
+            ({"neon", "bf16"}, Instruction(neon_bf16, 4, 2, 24, "<8 x bfloat>")),
         ],
         "int8": [
-            ({"amx-tile", "amx-int8"} <= features, Instruction("llvm.x86.tdpbusd", 256, 64, _TILES - 2, _TILE)),
-            (
-                x86_512 and "avx512vnni" in features,
-                Instruction("llvm.x86.avx512.vpdpbusd.512", 16, 4, 24, _vnni_factor(16)),
-            ),
-            ("avxvnni" in features, Instruction("llvm.x86.avx512.vpdpbusd.256", 8, 4, 12, _vnni_factor(8))),
-            (
-                "neon" in features and "dotprod" in features,
-                Instruction("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, 4, 24, "<16 x i8>"),
-            ),
+            ({"amx-tile", "amx-int8"}, Instruction("llvm.x86.tdpbusd", 256, 64, _TILES - 2, _TILE)),
+            ({"avx512f", "avx512vnni"}, Instruction("llvm.x86.avx512.vpdpbusd.512", 16, 4, 24, "<64 x i8>")),
+            ({"avxvnni"}, Instruction("llvm.x86.avx512.vpdpbusd.256", 8, 4, 12, "<32 x i8>")),
+            ({"neon", "dotprod"}, Instruction("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, 4, 24, "<16 x i8>")),
         ],
     }
-    return next((found for possible, found in by_precision[precision] if possible), None)
 
 
-def _vnni_factor(lanes: int) -> str:
-    """LLVM 22 changed the type of vpdpbusd's factors from 32-bit integers to bytes."""
-    binding: Any = import_module("llvmlite.binding")
-    return f"<{4 * lanes} x i8>" if binding.llvm_version_info[0] >= 22 else f"<{lanes} x i32>"
+def instruction(precision: str, features: set[str]) -> Instruction | None:
+    """The widest instruction of the CPU for a precision; None if it has none."""
+    return next((found for needed, found in instructions()[precision] if needed <= features), None)
 
 
 def ir_of(chosen: Instruction) -> str:
     """LLVM IR of `void loop(i64 turns, float or i32 *sink, i8 *factors)`."""
-    if chosen.factor == _TILE:
-        return _ir_of_tiles(chosen)
-    integer = "i8" in chosen.factor or "i32" in chosen.factor
-    element = "i32" if integer else "float"
-    vector = f"<{chosen.lanes} x {element}>"
-    zero = "zeroinitializer"
-    # LLVM's fma takes (a, b, accumulator), the dot products take (accumulator, a, b).
-    fma = chosen.name.startswith("llvm.fma")
-    order = [chosen.factor, chosen.factor, vector] if fma else [vector, chosen.factor, chosen.factor]
-    lines = [f"declare {vector} @{chosen.name}({', '.join(order)})"]
-    lines += ["define void @loop(i64 %turns, ptr %sink, ptr %factors) {", "entry:"]
-    lines += [
-        f"  %a = load {chosen.factor}, ptr %factors, align 4",
-        f"  %b = load {chosen.factor}, ptr %factors, align 4",
-    ]
-    lines += ["  br label %body", "body:", "  %i = phi i64 [0, %entry], [%next, %body]"]
-    registers = range(chosen.registers)
-    lines += [f"  %acc{r} = phi {vector} [{zero}, %entry], [%new{r}, %body]" for r in registers]
-    for r in registers:
-        a, b, acc = f"{chosen.factor} %a", f"{chosen.factor} %b", f"{vector} %acc{r}"
-        arguments = ", ".join([a, b, acc] if fma else [acc, a, b])
-        lines.append(f"  %new{r} = call {vector} @{chosen.name}({arguments})")
-    lines += ["  %next = add i64 %i, 1", "  %more = icmp slt i64 %next, %turns"]
-    lines += ["  br i1 %more, label %body, label %done", "done:"]
-    for r in registers:
-        lines.append(f"  %p{r} = getelementptr {vector}, ptr %sink, i64 {r}")
-        lines.append(f"  store {vector} %new{r}, ptr %p{r}, align 4")
-    return "\n".join([*lines, "  ret void", "}"])
+    declarations, before, phis, turn, after = (_tile_loop if chosen.factor == _TILE else _vector_loop)(chosen)
+    return f"""
+{declarations}
+define void @loop(i64 %turns, ptr %sink, ptr %factors) {{
+entry:
+{before}
+  br label %body
+body:
+  %i = phi i64 [0, %entry], [%next, %body]
+{phis}
+{turn}
+  %next = add i64 %i, 1
+  %more = icmp slt i64 %next, %turns
+  br i1 %more, label %body, label %done
+done:
+{after}
+  ret void
+}}
+"""
 
 
-def _ir_of_tiles(chosen: Instruction) -> str:
+def _each(template: str, chosen: Instruction) -> str:
+    """The template for each accumulator R, whose results are BYTES apart."""
+    lines = (template.replace("BYTES", str(4 * chosen.lanes * r)).replace("R", str(r)) for r in range(chosen.registers))
+    return "\n".join(lines)
+
+
+def _vector_loop(chosen: Instruction) -> tuple[str, ...]:
+    """Declarations, and the lines before, at the head of, inside and after the loop."""
+    name, factor = chosen.name, chosen.factor
+    vector = f"<{chosen.lanes} x {'i32' if 'i8' in factor or 'i32' in factor else 'float'}>"
+    types, values = [factor, factor, vector], [f"{factor} %a", f"{factor} %b", f"{vector} %accR"]
+    if not name.startswith("llvm.fma"):  # the dot products take the accumulator first
+        types, values = [types[2], *types[:2]], [values[2], *values[:2]]
+    return (
+        f"declare {vector} @{name}({', '.join(types)})",
+        "\n".join(f"%{letter} = load {factor}, ptr %factors, align 4" for letter in "ab"),
+        _each(f"%accR = phi {vector} [zeroinitializer, %entry], [%newR, %body]", chosen),
+        _each(f"%newR = call {vector} @{name}({', '.join(values)})", chosen),
+        _each(f"%pR = getelementptr i8, ptr %sink, i64 BYTES\nstore {vector} %newR, ptr %pR, align 4", chosen),
+    )
+
+
+def _tile_loop(chosen: Instruction) -> tuple[str, ...]:
     """The same on tiles: accumulators are tiles 0 to n - 1, the factors the two after them.
 
-    The state of the tiles belongs to a thread: whoever calls the loop gets it configured, and released again.
+    The tiles' state belongs to a thread: whoever calls the loop gets it configured, and released again.
     """
-    accumulators, row = range(chosen.registers), _TILE_ROW_BYTES
-    a, b = chosen.registers, chosen.registers + 1
+    row, a, b = _TILE_ROW_BYTES, chosen.registers, chosen.registers + 1
     # Palette 1, then from byte 16 the bytes of a row and from byte 48 the rows of each tile.
     shape = bytes([1, *[0] * 15, *[row, 0] * _TILES, *[0] * 16, *[_TILE_ROWS] * _TILES, *[0] * 8])
-    lines = ["declare void @llvm.x86.ldtilecfg(ptr)", "declare void @llvm.x86.tilerelease()"]
-    lines += ["declare void @llvm.x86.tilezero(i8 immarg)"]
-    lines += [f"declare void @llvm.x86.tile{do}64(i8 immarg, ptr, i64)" for do in ("loadd", "stored")]
-    lines += [f"declare void @{chosen.name}(i8 immarg, i8 immarg, i8 immarg)"]
-    lines += [f"@shape = private constant [64 x i8] [{', '.join(f'i8 {byte}' for byte in shape)}], align 64"]
-    lines += ["define void @loop(i64 %turns, ptr %sink, ptr %factors) {", "entry:"]
-    lines += ["  call void @llvm.x86.ldtilecfg(ptr @shape)"]
-    lines += [f"  call void @llvm.x86.tilezero(i8 {r})" for r in accumulators]
-    lines += [f"  call void @llvm.x86.tileloadd64(i8 {r}, ptr %factors, i64 {row})" for r in (a, b)]
-    lines += ["  br label %body", "body:", "  %i = phi i64 [0, %entry], [%next, %body]"]
-    lines += [f"  call void @{chosen.name}(i8 {r}, i8 {a}, i8 {b})" for r in accumulators]
-    lines += ["  %next = add i64 %i, 1", "  %more = icmp slt i64 %next, %turns"]
-    lines += ["  br i1 %more, label %body, label %done", "done:"]
-    for r in accumulators:
-        lines.append(f"  %p{r} = getelementptr i8, ptr %sink, i64 {4 * chosen.lanes * r}")
-        lines.append(f"  call void @llvm.x86.tilestored64(i8 {r}, ptr %p{r}, i64 {row})")
-    return "\n".join([*lines, "  call void @llvm.x86.tilerelease()", "  ret void", "}"])
+    return (
+        f"""
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @{chosen.name}(i8 immarg, i8 immarg, i8 immarg)
+@shape = private constant [64 x i8] [{", ".join(f"i8 {byte}" for byte in shape)}], align 64""",
+        "call void @llvm.x86.ldtilecfg(ptr @shape)\n"
+        + _each("call void @llvm.x86.tilezero(i8 R)\n", chosen)
+        + "\n".join(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr %factors, i64 {row})" for tile in (a, b)),
+        "",
+        _each(f"call void @{chosen.name}(i8 R, i8 {a}, i8 {b})", chosen),
+        _each(
+            f"%pR = getelementptr i8, ptr %sink, i64 BYTES\ncall void @llvm.x86.tilestored64(i8 R, ptr %pR, i64 {row})",
+            chosen,
+        )
+        + "\ncall void @llvm.x86.tilerelease()",
+    )
 
 
 def tiles_granted() -> bool:
@@ -213,12 +197,8 @@ def compiled_loop(precision: str, chosen: Instruction) -> tuple[Callable[[int], 
     return loop, (engine, call)
 
 
-def measure_instruction(precision: str, threads: int) -> dict[str, Any]:
-    """Operations a second of the widest instruction, in billions."""
-    llvm: Any = import_module("llvmlite.binding")
-    if hasattr(llvm, "initialize"):
-        with contextlib.suppress(RuntimeError):  # newer llvmlite does it by itself
-            llvm.initialize()
+def measure(precision: str, threads: int) -> dict[str, Any]:
+    """Billions of operations per second of the widest instruction, by number of threads."""
     chosen = instruction(precision, host_features())
     if chosen is None:
         return {"missing": f"this CPU has no {precision} multiply-add"}
@@ -227,78 +207,31 @@ def measure_instruction(precision: str, threads: int) -> dict[str, Any]:
     while (seconds := _timed(loop, turns, 1)) < _SECONDS / 4:
         turns *= 4
     turns = int(turns * _SECONDS / seconds)
-    samples = {
-        str(count): [count * turns * chosen.operations / _timed(loop, turns, count) / 1e9 for _ in range(_STRETCHES)]
+    gops = {
+        str(count): count * turns * chosen.operations / min(_timed(loop, turns, count) for _ in range(_STRETCHES)) / 1e9
         for count in sorted({1, threads})
     }
-    return {"method": chosen.name, "samples": samples, "gops": {count: max(found) for count, found in samples.items()}}
+    return {"method": chosen.name, "gops": gops}
 
 
 def _timed(loop: Callable[[int], Any], turns: int, threads: int) -> float:
-    workers = [threading.Thread(target=loop, args=(turns,)) for _ in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - start
-
-
-def measure_sgemm(threads: int) -> dict[str, Any]:
-    """Without llvmlite: a large product in NumPy's BLAS, a lower bound; the environment sets its threads."""
-    a = np.random.default_rng(0).random((2048, 2048), np.float32)
-    a @ a
-    samples = []
-    for _ in range(_STRETCHES):
+    with ThreadPoolExecutor(threads) as pool:
         start = time.perf_counter()
-        a @ a
-        samples.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
-    return {"method": "NumPy sgemm 2048", "samples": {str(threads): samples}, "gops": {str(threads): max(samples)}}
+        list(pool.map(loop, [turns] * threads))
+        return time.perf_counter() - start
 
 
 def machine_peaks(python: Path, threads: int) -> dict[str, dict[str, Any]]:
-    """All precisions, each in a process of its own: `{precision: {method, samples, gops: {threads: peak}}}`."""
+    """All precisions, each in a process of its own: `{precision: {method, gops: {threads: peak}}}`."""
     found: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
-        run = subprocess.run(
-            [str(python), "-m", "bench.peaks", precision, str(threads)],
-            cwd=ROOT,
-            env=child_environment(threads),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode:
-            lines = run.stderr.strip().splitlines()
-            found[precision] = {"missing": lines[-1][:200] if lines else f"exit code {run.returncode}"}
-        else:
-            found[precision] = json.loads(run.stdout)
+        command = [str(python), "-m", "bench.peaks", precision, str(threads)]
+        environment = child_environment(threads)
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1][:200]
+        found[precision] = json.loads(run.stdout) if run.returncode == 0 else {"missing": reason}
     return found
 
 
-def best_of(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Two measurements of the same run, before and after: the samples of both, the better peak."""
-    merged = {}
-    for precision, one in first.items():
-        other = second.get(precision, {})
-        if "gops" not in one or "gops" not in other:
-            merged[precision] = one if "gops" in one else other or one
-            continue
-        samples = {count: one["samples"][count] + other["samples"][count] for count in one["samples"]}
-        gops = {count: max(values) for count, values in samples.items()}
-        merged[precision] = {"method": one["method"], "samples": samples, "gops": gops}
-    return merged
-
-
-def main() -> None:
-    precision, threads = sys.argv[1], int(sys.argv[2])
-    try:
-        result = measure_instruction(precision, threads)
-    except ImportError:
-        missing = {"missing": "needs llvmlite (it comes with numba)"}
-        result = measure_sgemm(threads) if precision == "fp32" else missing
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))

@@ -1,43 +1,31 @@
-"""One engine in a process of its own: reads JSON lines on stdin, answers each with one on stdout.
+"""One engine in a process of its own: reads JSON lines on stdin and answers each with one on stdout.
 
 `python -m bench.worker` runs in the engine's environment. Whatever a library prints goes to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .adapters import Adapter, make_adapter
+from .adapters import ADAPTERS, Adapter
 
 
 def peak_memory_mb() -> float:
-    """Largest resident size of this process so far.
+    """Largest resident size of this process so far; 0 where there is no /proc.
 
-    From /proc where there is one: `ru_maxrss` also counts what the parent held when it started this process.
+    Not `ru_maxrss`, which also counts what the parent held when it started this process.
     """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (1024**2 if sys.platform == "darwin" else 1024)
-
-
-def load(request: dict[str, Any]) -> Adapter:
-    """The adapter that a request names."""
-    return make_adapter(
-        request["family"], request["backend"], request["precision"], Path(request["path"]), request["threads"]
-    )
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return 0.0
 
 
 class Session:
@@ -46,51 +34,42 @@ class Session:
     def __init__(self) -> None:
         self.adapter: Adapter | None = None
         self.workloads: dict[str, list[str]] = {}
-        self.sabotage = 0.0
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what is asked."""
-        do = request["do"]
+    def answer(self, do: str, **request: Any) -> dict[str, Any]:
+        """Answer one request: `load`, `workload`, `run`, `outputs`, `contacts` or `scan`."""
+        start = time.perf_counter()
         if do == "load":
-            start = time.perf_counter()
-            self.adapter = load(request)
-            self.sabotage = request["sabotage"]
-            return {"seconds": time.perf_counter() - start, "versions": self.adapter.versions()}
+            options = (request[name] for name in ("precision", "threads", "backend"))
+            self.adapter = ADAPTERS[request["family"]](Path(request["path"]), *options)
+            assert self.adapter is not None
+            return {"versions": self.adapter.versions()}
         if do == "workload":
             self.workloads[request["name"]] = request["sequences"]
             return {}
         assert self.adapter is not None
-        if do == "outputs":
-            return {"outputs": self._outputs(self.adapter, request["sequences"])}
         if do == "run":
-            batch = self.workloads[request["name"]]
-            start = time.perf_counter()
-            self.adapter.run(batch, request["outputs"])
-            return {"seconds": time.perf_counter() - start, "peak_mb": peak_memory_mb()}
-        raise ValueError(f"unknown request {do!r}")
-
-    def _outputs(self, adapter: Adapter, batch: Sequence[str]) -> list[dict[str, Any]]:
-        found = []
-        for mean, logits in adapter.outputs(batch):
-            # Only when the check itself is checked.
-            noise = self.sabotage * np.random.default_rng(0).standard_normal(logits.shape)
-            found.append({"mean": np.asarray(mean).tolist(), "logits": (np.asarray(logits) + noise).tolist()})
-        return found
-
-
-def private_stdout() -> Any:
-    """A stream on the real stdout, while everything else that is printed goes to stderr."""
-    stream = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return stream
+            self.adapter.run(self.workloads[request["name"]], request["outputs"])
+        elif do == "outputs":
+            arrays: dict[str, Any] = {}
+            for i, (rows, logits) in enumerate(self.adapter.outputs(request["sequences"])):
+                arrays |= {f"rows{i}": rows, f"logits{i}": logits}
+            np.savez(request["file"], **arrays)
+        else:
+            values = getattr(self.adapter, do)(request["sequence"])
+            seconds = time.perf_counter() - start
+            np.savez(request["file"], values=values)
+            return {"seconds": seconds, "peak_mb": peak_memory_mb()}
+        return {"seconds": time.perf_counter() - start, "peak_mb": peak_memory_mb()}
 
 
 def main() -> None:
-    out = private_stdout()
+    # The real stdout is for answers alone; everything else that is printed goes to stderr.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     session = Session()
     for line in sys.stdin:
         try:
-            answer = session.answer(json.loads(line))
+            answer = session.answer(**json.loads(line))
         except Exception as error:
             message = " ".join(str(error).split())[:400]
             answer = {"error": f"{type(error).__name__}: {message}"}

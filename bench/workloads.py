@@ -1,11 +1,12 @@
-"""What is computed: the sequences of each workload, padded batches for the engines that need them, and the arithmetic.
+"""What is computed: the sequences of each workload, padded batches, and the arithmetic of a pass.
 
-Everything here runs in every engine's environment: NumPy and the standard library only.
+Runs in every engine's environment: NumPy and the standard library only.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,42 +20,41 @@ _INDEX = {token: index for index, token in enumerate(_VOCABULARY)}
 LETTERS = slice(4, 24)  # columns of the 20 amino acids in all logits
 MAX_BATCH_TOKENS = 4096
 VARLEN = Path(__file__).parent / "data" / "varlen256.fasta"
+REAL_PROTEINS = Path(__file__).parents[1] / "tests" / "data" / "real_proteins.fasta"
 
 QUICK = ("1x100", "1x512", "8x256", "1x2048", "varlen256")
 FULL = (*QUICK, "8x2048")
 CONTACT_LENGTHS = (512, 1022)
-GROWTH_LENGTHS = (64, 128, 256, 512, 1024, 2048)
-GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-GROWTH_BATCH_LENGTH = 128
-
-# Short, of mixed length: what the outputs are compared on. Deterministic, as all else here.
-CHECK_LENGTHS = (33, 20, 57)
+CHECK_LENGTHS = (33, 20, 57)  # of the sequences on which outputs are compared
 
 
 def random_sequence(length: int, seed: int) -> str:
-    """`length` amino acids, always the same for the same seed."""
+    """Return `length` amino acids, always the same for the same seed."""
     return "".join(random.Random(seed).choices(AMINO_ACIDS, k=length))
 
 
-def read_fasta(path: Path) -> list[str]:
-    """Sequences of a FASTA file, in order."""
-    records = path.read_text().split(">")[1:]
-    return ["".join(record.splitlines()[1:]) for record in records]
+def read_fasta(path: Path) -> dict[str, str]:
+    """Return the sequences of a FASTA file by the first word of their headers, in order."""
+    records = [record.splitlines() for record in path.read_text().split(">")[1:]]
+    return {header.split()[0]: "".join(lines) for header, *lines in records}
 
 
 def sequences(name: str) -> list[str]:
-    """The sequences of a workload: `varlen256`, or `NxL`, N sequences of L residues.
+    """Return the sequences of a workload: `varlen256`, or `NxL` for N sequences of L residues.
 
-    2048 stands for 2048 tokens, as in PERFORMANCE.md: 2046 residues, `<cls>` and `<eos>`.
+    2048 stands for 2048 tokens: 2046 residues, `<cls>` and `<eos>`.
     """
     if name == "varlen256":
-        return read_fasta(VARLEN)
-    count, length = map(int, name.split("x"))
+        return list(read_fasta(VARLEN).values())
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if match is None:
+        raise ValueError(f"workload {name!r}: expected varlen256, or NxL for N sequences of L residues")
+    count, length = map(int, match.groups())
     return [random_sequence(2046 if length == 2048 else length, seed + 1) for seed in range(count)]
 
 
 def check_sequences() -> list[str]:
-    """What outputs are compared on."""
+    """Return three short sequences on which the engines' outputs are compared."""
     return [random_sequence(length, 1000 + length) for length in CHECK_LENGTHS]
 
 
@@ -64,7 +64,7 @@ def encode(sequence: str) -> list[int]:
 
 
 def padded_batches(batch: Sequence[str]) -> list[list[int]]:
-    """Indices of the sequences, shortest first, in batches of at most 4096 tokens counting padding."""
+    """Indices of the sequences, shortest first, in batches of at most 4096 tokens, padding included."""
     batches: list[list[int]] = []
     current: list[int] = []
     for index in sorted(range(len(batch)), key=lambda i: len(batch[i])):
@@ -92,7 +92,7 @@ def residues(batch: Sequence[str], row: int, values: npt.NDArray[Any]) -> npt.ND
 
 
 def flops(batch: Sequence[str], config: dict[str, int]) -> float:
-    """Arithmetic of one pass with logits: linears and LM head per token, attention per token and length."""
+    """Operations of one pass with logits: linear layers and LM head per token, attention per pair of tokens."""
     width, layers = config["embed_dim"], config["num_layers"]
     linears = 2 * layers * (4 * width**2 + 2 * width * config["ffn_dim"])
     head = 2 * width**2 + 2 * width * len(_VOCABULARY)

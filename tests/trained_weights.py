@@ -119,9 +119,7 @@ def transformers_model(dtype: torch.dtype | None = None, random_contacts: bool =
     import transformers
 
     config = transformers.EsmConfig(**json.loads((folder() / "config.json").read_text()))
-    config.torch_dtype = torch.float32
     model = transformers.EsmForMaskedLM._from_config(config, attn_implementation="eager").eval()
-    # Not from_pretrained: transformers 5 initialises buffers again after loading. load_state_dict calls its load_hook.
     tensors = hugging_face_tensors(random_contacts)
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     assert all("position" in name for name in unexpected), unexpected
@@ -136,16 +134,15 @@ def fair_esm_model(dtype: torch.dtype | None = None, random_contacts: bool = Fal
     import torch
 
     model = esm.model.esm2.ESM2(LAYERS, WIDTH, 20, esm.data.Alphabet.from_architecture("ESM-1b"), True).eval()
-    state = fair_esm_tensors(random_contacts)
+    state = fair_esm_tensors(hugging_face_tensors(random_contacts), LAYERS)
     missing = model.load_state_dict(state, strict=False)
     assert not missing.missing_keys
     assert not missing.unexpected_keys
     return model.to(dtype or torch.float64)
 
 
-def fair_esm_tensors(random_contacts: bool = False) -> dict[str, torch.Tensor]:
-    """`hugging_face_tensors` under fair-esm's names."""
-    theirs = hugging_face_tensors(random_contacts)
+def fair_esm_tensors(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """Tensors of an EsmForMaskedLM under fair-esm's names."""
     state = {
         "embed_tokens.weight": theirs["esm.embeddings.word_embeddings.weight"],
         "emb_layer_norm_after.weight": theirs["esm.encoder.emb_layer_norm_after.weight"],
@@ -164,7 +161,7 @@ def fair_esm_tensors(random_contacts: bool = False) -> dict[str, torch.Tensor]:
         "intermediate.dense": "fc1",
         "output.dense": "fc2",
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         name = f"{PREFIX}{layer}.attention.self.rotary_embeddings.inv_freq"
         state[f"layers.{layer}.self_attn.rot_emb.inv_freq"] = theirs[name]
         for part, ours in parts.items():

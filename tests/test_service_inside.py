@@ -8,7 +8,6 @@ import json
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ pytest.importorskip("starlette")
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.catalog import Catalog
 from numpyesm.api.keys import read_keys
-from numpyesm.api.requests import check_request
+from numpyesm.api.requests import Work, check_request
 from numpyesm.config import ModelConfig
 from numpyesm.model import ESM2
 from numpyesm.passes import Passes
@@ -40,8 +39,8 @@ ROWS = 100
 
 def job(client: str, lengths: list[int], group: str = "mean") -> Job:
     """A job whose sequences take as many rows as said."""
-    served, residues = SimpleNamespace(slug="m"), [length - 2 for length in lengths]
-    work: Any = SimpleNamespace(action="predict", positions=group, served=served, lengths=residues)
+    tokens = tuple(np.zeros(length, np.uint8) for length in lengths)
+    work = Work(cast(Any, "a model"), "predict", tokens, positions=group)
     return Job(work, client, 0, cast(Any, None))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from ..errors import NotEnoughMemory, NumpyesmError
 from ..formats import json_bytes
 
 # Where a problem is, such as ("items", 0, "sequence"), and what it is.
@@ -91,6 +92,18 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
     where = f"{field_name(place)}: " if place else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return ApiError(422, f"{where}{message}{more}", problems=problems)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Say what a client may know of a failure inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NotEnoughMemory):
+        return ApiError(413, str(error), code="user.memory")
+    if isinstance(error, MemoryError):
+        return ApiError(503, "not enough memory just now", code="server.memory", headers={"Retry-After": "10"})
+    known = isinstance(error, NumpyesmError)
+    return ApiError(500, "the model could not compute this request" if known else "internal error")
 
 
 def field_name(place: Place) -> str:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..alphabet import MASK
 from ..api.bodies import parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
-from ..api.errors import ApiError
+from ..api.errors import ApiError, as_api_error
 from ..api.media import GZIP_FROM, JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
 from ..api.requests import Work, check_request
-from ..errors import InvalidOption, NotEnoughMemory, NumpyesmError
+from ..errors import InvalidOption, NotEnoughMemory
 from ..formats import Result, gzip_pieces, json_bytes, json_results, npz_results
 from ..model import ESM2
 from ..results import count_numbers
@@ -108,7 +108,9 @@ class Function:
             facts |= {"method": request.method, "path": request.path[:200]}
             answer = self._answer(request, Deadline(context), facts)
         except Exception as error:
-            refusal = _as_api_error(error, request_id)
+            refusal = _refusal(error)
+            if refusal.status == 500:
+                log.error("request %s failed", request_id, exc_info=error)
             facts["reason"] = refusal.detail[:300]
             headers = {name.lower(): value for name, value in refusal.headers.items()}
             answer = _Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
@@ -257,14 +259,10 @@ def _too_large(size: str, form: str) -> ApiError:
     )
 
 
-def _as_api_error(error: Exception, request_id: str) -> ApiError:
-    """What a client may know of a failure; the rest is in the log."""
-    if isinstance(error, ApiError):
-        return error
+def _refusal(error: Exception) -> ApiError:
+    """What a client may know of a failure."""
     if isinstance(error, NotARequest):
         return ApiError(400, str(error))
-    if isinstance(error, NotEnoughMemory):
-        return ApiError(413, str(error), code="user.memory")
     if isinstance(error, DeadlinePassed):
         return ApiError(
             503,
@@ -273,11 +271,7 @@ def _as_api_error(error: Exception, request_id: str) -> ApiError:
             code="server.deadline",
             headers={"Retry-After": "1"},
         )
-    if isinstance(error, MemoryError):
-        return ApiError(503, "not enough memory just now", code="server.memory")
-    log.error("request %s failed", request_id, exc_info=error)
-    known = isinstance(error, NumpyesmError)
-    return ApiError(500, "the model could not compute this request" if known else "internal error")
+    return as_api_error(error)
 
 
 def _json(document: dict[str, Any]) -> _Answer:

@@ -7,14 +7,11 @@ import logging
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from ..api.errors import ApiError
+from ..api.errors import ApiError, as_api_error
 from ..api.requests import Work
-from ..errors import NumpyesmError
 from ..formats import Result
-from ..options import INCLUDES, Outputs
-from ..results import EncodeResult
 
 log = logging.getLogger("numpyesm.service")
 
@@ -47,11 +44,14 @@ class Job:
     error: ApiError | None = None
     results: list[Result] = field(default_factory=list)
     rows: list[int] = field(init=False)
-    group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [length + 2 for length in self.work.lengths]
-        self.group = _group(self.work)
+
+    @property
+    def group(self) -> Hashable:
+        """What may share a pass: sequences of which the same is wanted."""
+        return replace(self.work, tokens=())
 
     @property
     def all_taken(self) -> bool:
@@ -61,19 +61,6 @@ class Job:
 
 # A sequence of a job, by its index. The sequences of a job are computed in order.
 Part: TypeAlias = tuple[Job, int]
-
-
-def _group(work: Work) -> Hashable:
-    """Tell what may share a pass: what equal groups compute together costs little more than what each of them needs."""
-    if work.action != "encode":
-        return (work.served.slug, work.action, work.positions)
-    include = set(work.outputs.include)
-    depth = max(work.outputs.by_layer, default=0)
-    if include & {"logits", "attentions"}:
-        depth = work.served.model.config.num_layers
-    # Attention maps are slow and rows of every residue are large: only requests that want the same ones share them.
-    costly = frozenset(include & {"contacts", "attentions", "per_token"})
-    return (work.served.slug, work.action, depth, costly, work.outputs.layers if "per_token" in costly else ())
 
 
 def compute(parts: Sequence[Part]) -> None:
@@ -86,7 +73,8 @@ def compute(parts: Sequence[Part]) -> None:
         _run_pass(parts)
     except Exception as error:
         if len(jobs) == 1:
-            jobs[0].error = _as_api_error(error)
+            log.error("a computation failed", exc_info=error)
+            jobs[0].error = as_api_error(error)
             return
         log.warning("a shared pass failed; its jobs run one by one", exc_info=error)
         for job in jobs:
@@ -94,46 +82,8 @@ def compute(parts: Sequence[Part]) -> None:
 
 
 def _run_pass(parts: Sequence[Part]) -> None:
-    jobs = list(dict.fromkeys(job for job, _ in parts))
-    outputs = [job.work.outputs for job in jobs]
-    shared = Outputs(
-        tuple(name for name in INCLUDES if any(name in one.include for one in outputs)),
-        tuple(sorted({layer for one in outputs for layer in one.by_layer})),
-    )
-    tokens = tuple(job.work.tokens[index] for job, index in parts)
-    computed = list(replace(jobs[0].work, tokens=tokens, outputs=shared).compute())
-    for (job, index), result in zip(parts, computed, strict=True):
-        job.results.append(_share(job.work.outputs, result, index))
-
-
-def _share(outputs: Outputs, result: Result, index: int) -> Result:
-    """Of what the pass computed for a sequence, what its job wants."""
-    if isinstance(result, float):
-        return result
-    if not isinstance(result, EncodeResult):
-        return replace(result, sequence_index=index)
-
-    def layers(name: str, values: dict[int, Any] | None) -> dict[int, Any] | None:
-        return {n: v for n, v in (values or {}).items() if n in outputs.layers} if name in outputs.include else None
-
-    return EncodeResult(
-        index,
-        embeddings=layers("mean", result.embeddings),
-        bos_embeddings=layers("bos", result.bos_embeddings),
-        per_token_embeddings=layers("per_token", result.per_token_embeddings),
-        contacts=result.contacts if "contacts" in outputs.include else None,
-        logits=result.logits if "logits" in outputs.include else None,
-        attentions=result.attentions if "attentions" in outputs.include else None,
-    )
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """What a client may know of a failure inside; the rest is in the log."""
-    log.error("a computation failed", exc_info=error)
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, MemoryError):
-        return ApiError(503, "not enough memory just now", code="server.memory", headers={"Retry-After": "10"})
-    if isinstance(error, NumpyesmError):
-        return ApiError(500, "the model could not compute this request")
-    return ApiError(500, "internal error")
+    work = parts[0][0].work
+    shared = replace(work, tokens=tuple(job.work.tokens[index] for job, index in parts))
+    results = list(shared.compute())
+    for (job, index), result in zip(parts, results, strict=True):
+        job.results.append(result if isinstance(result, float) else replace(result, sequence_index=index))

@@ -226,8 +226,11 @@ def test_info_and_verify(weights: str, tmp_path: Path) -> None:
     for part in ("esm2-8m: 6 layers", "NUMPYESM_WEIGHTS", "threads"):
         assert part in done.stdout.decode()
     done = numpyesm("verify", "--weights", weights)
+    assert done.returncode == 1
+    assert "synthetic weights cannot reproduce" in done.stderr.decode()
+    done = numpyesm("verify", "--weights", "synthetic:esm2-150m")
     assert done.returncode == 2
-    assert "reference numbers for esm2-35m only" in done.stderr.decode()
+    assert "reference numbers for esm2-8m and esm2-35m only" in done.stderr.decode()
     done = numpyesm("verify", "--weights", "synthetic")
     assert done.returncode == 1
     assert "DIFFERS" in done.stdout.decode()

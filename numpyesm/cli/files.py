@@ -86,10 +86,11 @@ def verify(arguments: argparse.Namespace) -> int:
     print(f"{path}: {checked}", file=sys.stderr)
     comparisons = compare_with_reference(model)
     rows = [
-        (c.sequence, c.output, f"{c.deviation:.1e}", f"{c.tolerance:.0e}", "ok" if c.passed else "DIFFERS")
+        (c.sequence, c.output, f"{c.expected:.6g}", f"{c.found:.6g}", f"{c.deviation:.1e}", f"{c.tolerance:.0e}",
+         "ok" if c.passed else "DIFFERS")
         for c in comparisons
-    ]
-    print(table(("sequence", "output", "deviation", "allowed", ""), rows), end="")
+    ]  # fmt: skip
+    print(table(("sequence", "output", "expected", "found", "deviation", "allowed", ""), rows), end="")
     failed = sum(not c.passed for c in comparisons)
     if failed:
         print(

@@ -1,0 +1,94 @@
+"""`verify` finds a model that is wrong in one point, and says what differs and by how much."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from numpyesm import ESM2
+from numpyesm.cli import main
+from numpyesm.config import ModelConfig
+from numpyesm.errors import InvalidOption
+from numpyesm.verification import compare_with_reference, published_numbers
+from numpyesm.weights import save_canonical
+from numpyesm.weights.checkpoint import FREQUENCIES, Checkpoint, computed_frequencies
+from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import StoredTensor
+
+SHAPE = ModelConfig(num_layers=3, embed_dim=64, num_heads=4, ffn_dim=256)
+SEQUENCES = ["MKTFFVLVLLLSGALAAPVA" * 4, "GLDALQITV"]
+OUTPUTS = {"mean": "embeddings", "bos": "bos_embeddings", "per_token": "per_token_embeddings"}
+
+
+@pytest.fixture(scope="module")
+def right() -> Checkpoint:
+    return replace(random_checkpoint(SHAPE, 2), synthetic=False, source="the right one")
+
+
+@pytest.fixture(scope="module")
+def wrong(right: Checkpoint) -> Checkpoint:
+    """The same weights, the frequencies computed instead of as stored."""
+    return replace(right, tensors=right.tensors | {FREQUENCIES: StoredTensor(computed_frequencies(SHAPE.head_dim))})
+
+
+@pytest.fixture(scope="module")
+def numbers(right: Checkpoint) -> dict[str, Any]:
+    """What the right model computes in float64, in the form of the published numbers."""
+    model = ESM2(right, backend="numpy", precision="fp64")
+    cases = []
+    for result, sequence in zip(model.encode(SEQUENCES, [1, 3], [*OUTPUTS, "contacts"]), SEQUENCES, strict=True):
+        found = {name: getattr(result, field) for name, field in OUTPUTS.items()}
+        first = {name: {str(n): rows[..., :2].tolist() for n, rows in by.items()} for name, by in found.items()}
+        cases.append({"sequence": sequence, "contacts": result.contacts.tolist(), **first})
+    masked = SEQUENCES[0][:5] + "<mask>" + SEQUENCES[0][6:]
+    logits = model.predict([masked])[0].logits.tolist()
+    return {"encode": cases, "predict": [{"sequence": masked, "logits": logits}]}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_wrong_frequencies_alone_are_found(
+    right: Checkpoint, wrong: Checkpoint, numbers: dict[str, Any], backend: str
+) -> None:
+    pytest.importorskip(backend)
+    good = compare_with_reference(ESM2(right, backend=backend), numbers)
+    assert [comparison for comparison in good if not comparison.passed] == []
+    assert len(good) == 2 * (3 * 2 + 1) + 1
+    bad = [found for found in compare_with_reference(ESM2(wrong, backend=backend), numbers) if not found.passed]
+    assert {found.output for found in bad} >= {"per_token, layer 3", "logits"}
+    assert all(found.deviation > found.tolerance and found.expected != found.found for found in bad)
+
+
+def test_the_command_prints_what_differs(
+    right: Checkpoint,
+    wrong: Checkpoint,
+    numbers: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("numpyesm.verification.published_numbers", lambda name: numbers)
+    for name, checkpoint, code in (("right", right, 0), ("wrong", wrong, 1)):
+        save_canonical(tmp_path / f"{name}.safetensors", checkpoint)
+        assert main(["verify", "--weights", str(tmp_path / f"{name}.safetensors"), "--backend", "numpy"]) == code
+    streams = capsys.readouterr()
+    worst = [line for line in streams.out.splitlines() if line.endswith("DIFFERS") and "per_token, layer 3" in line]
+    expected, found, deviation = (float(text) for text in worst[0].split()[4:7])
+    assert abs(found - expected) / max(1, abs(expected)) == pytest.approx(deviation, rel=0.1)
+    assert "reference values differ: not the official weights" in streams.err
+
+
+def test_a_model_of_nan_fails(right: Checkpoint, numbers: dict[str, Any]) -> None:
+    broken = right.tensors | {"final_norm.bias": StoredTensor(np.full(64, np.nan, np.float32))}
+    found = compare_with_reference(ESM2(replace(right, tensors=broken), backend="numpy"), numbers)
+    assert not any(one.passed for one in found if "layer 3" in one.output)
+
+
+def test_published_numbers() -> None:
+    assert published_numbers("esm2-8m")["encode"][0]["bos"]["6"] == [0.1444, 0.5413, 0.3248]
+    assert len(published_numbers("esm2-35m")["encode"]) == 2
+    with pytest.raises(InvalidOption, match="esm2-8m and esm2-35m only, these weights are esm2-150m"):
+        published_numbers("esm2-150m")

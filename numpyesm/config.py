@@ -1,4 +1,4 @@
-"""Model shapes: one small dataclass and the four published ESM-2 sizes."""
+"""Model shapes: one small dataclass and the published ESM-2 sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelConfig:
     Attributes
     ----------
     num_layers, embed_dim, num_heads, ffn_dim : int
-        Number of layers, width, attention heads a layer, feed-forward width.
+        Number of layers, width, attention heads per layer, feed-forward width.
     """
 
     num_layers: int
@@ -34,17 +34,17 @@ class ModelConfig:
         if self.embed_dim % (2 * self.num_heads):
             raise CheckpointError(
                 f"the model configuration has embed_dim={self.embed_dim} and num_heads={self.num_heads}: "
-                "rotary attention needs an even number of channels a head"
+                "rotary attention needs an even number of channels per head"
             )
 
     @property
     def head_dim(self) -> int:
-        """Channels a head."""
+        """Channels per head."""
         return self.embed_dim // self.num_heads
 
     @property
     def num_representations(self) -> int:
-        """Representations that can be asked for: the embedding (0) and every layer."""
+        """Number of representations: the embedding (0) and one per layer."""
         return self.num_layers + 1
 
     @property
@@ -53,12 +53,12 @@ class ModelConfig:
         return next((name for name, preset in PRESETS.items() if preset == self), "custom")
 
     def to_json(self) -> str:
-        """The fields as a JSON object with sorted keys, as it stands in a canonical file."""
+        """Return the fields as a JSON object with sorted keys, as canonical files store it."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """The inverse of `to_json`; CheckpointError if the text is no such object."""
+        """Parse what `to_json` returns; CheckpointError if the text is something else."""
         try:
             fields: dict[str, Any] = json.loads(text)
             return cls(**{key: fields[key] for key in ("num_layers", "embed_dim", "num_heads", "ffn_dim")})
@@ -75,7 +75,7 @@ PRESETS: dict[str, ModelConfig] = {
     "esm2-650m": ModelConfig(33, 1280, 20, 5120),
 }
 
-# The name of each preset at fair-esm; on the Hugging Face Hub it lives under "facebook/".
+# What fair-esm calls each preset; on the Hugging Face Hub the same name follows "facebook/".
 OFFICIAL_NAMES: dict[str, str] = {
     "esm2-8m": "esm2_t6_8M_UR50D",
     "esm2-35m": "esm2_t12_35M_UR50D",
@@ -85,7 +85,7 @@ OFFICIAL_NAMES: dict[str, str] = {
 
 
 def preset_name(name: str) -> str | None:
-    """`esm2-35m` for `esm2-35m`, `ESM2-35M`, `esm2_t12_35M_UR50D` or `facebook/esm2_t12_35M_UR50D`; else None."""
+    """Return `esm2-35m` for that name in any case, `esm2_t12_35M_UR50D` or `facebook/esm2_t12_35M_UR50D`; else None."""
     if name.lower() in PRESETS:
         return name.lower()
     bare = name.removeprefix("facebook/")

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     ),
     "ESM-1v": (LEARNED, r"an ESM-1v checkpoint \(learned positions\)"),
     "a part that ESM-2 lacks": (fair_esm() | {"layers.0.adapter.weight": torch.ones(2)}, "'layers.0.adapter.weight'"),
-    "no model": ({"a.weight": torch.ones(2, 2)}, r"none of its 1 tensors \('a.weight'\) is of an ESM-2 layer"),
+    "no model": ({"a.weight": torch.ones(2, 2)}, r"none of its 1 tensors \('a.weight'\) belongs to an ESM-2 layer"),
     "no names": ({1: torch.ones(2), 2: torch.ones(3)}, "holds no named tensors"),
     "missing layer": ({k: v for k, v in fair_esm().items() if "layers.0." not in k}, "layer 0 is missing"),
     "layers without bound": (fair_esm() | {"layers.999999.fc1.bias": torch.ones(1)}, "layer 2 is missing"),

@@ -1,7 +1,7 @@
 """Where tensors come from: readers of every format, one canonical layout, the search for weights.
 
-The names here are the package's surface; each is imported from its module when first asked for, so that opening a
-canonical file never loads the readers of the other formats.
+Each name is imported from its module when it is first used, so that opening a canonical file does not load the readers
+of the other formats.
 """
 
 from __future__ import annotations
@@ -10,53 +10,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import cache_dir
-    from .canonical import check_data, load_canonical, save_canonical
-    from .checkpoint import Checkpoint
-    from .conversion import Conversion, convert
-    from .hub import fetch
-    from .load import load_checkpoint
-    from .locate import find_local, open_weights, resolve
-    from .synthetic import SyntheticSpec, parse_synthetic, synthetic_checkpoint
+    from .cache import cache_dir as cache_dir
+    from .canonical import check_data as check_data
+    from .canonical import load_canonical as load_canonical
+    from .canonical import save_canonical as save_canonical
+    from .checkpoint import Checkpoint as Checkpoint
+    from .conversion import Conversion as Conversion
+    from .conversion import convert as convert
+    from .hub import fetch as fetch
+    from .load import load_checkpoint as load_checkpoint
+    from .locate import find_local as find_local
+    from .locate import open_weights as open_weights
+    from .locate import resolve as resolve
+    from .synthetic import parse_synthetic as parse_synthetic
+    from .synthetic import synthetic_checkpoint as synthetic_checkpoint
 
-_HOMES = {
-    "Checkpoint": "checkpoint",
-    "Conversion": "conversion",
-    "SyntheticSpec": "synthetic",
-    "cache_dir": "cache",
-    "check_data": "canonical",
-    "convert": "conversion",
-    "fetch": "hub",
-    "find_local": "locate",
-    "load_canonical": "canonical",
-    "load_checkpoint": "load",
-    "open_weights": "locate",
-    "parse_synthetic": "synthetic",
-    "resolve": "locate",
-    "save_canonical": "canonical",
-    "synthetic_checkpoint": "synthetic",
+_NAMES = {
+    "cache": ("cache_dir",),
+    "canonical": ("check_data", "load_canonical", "save_canonical"),
+    "checkpoint": ("Checkpoint",),
+    "conversion": ("Conversion", "convert"),
+    "hub": ("fetch",),
+    "load": ("load_checkpoint",),
+    "locate": ("find_local", "open_weights", "resolve"),
+    "synthetic": ("parse_synthetic", "synthetic_checkpoint"),
 }
-
-__all__ = [
-    "Checkpoint",
-    "Conversion",
-    "SyntheticSpec",
-    "cache_dir",
-    "check_data",
-    "convert",
-    "fetch",
-    "find_local",
-    "load_canonical",
-    "load_checkpoint",
-    "open_weights",
-    "parse_synthetic",
-    "resolve",
-    "save_canonical",
-    "synthetic_checkpoint",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = next((module for module, names in _NAMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{home}", __name__), name)

@@ -79,7 +79,7 @@ class Assembled:
 
 
 def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
-    """Every tensor of the canonical layout that the model has.
+    """Convert all tensors of a model to the canonical layout.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
 
 
 class _Assembler:
-    """Takes tensors out of a checkpoint one by one, checked; knows at the end which it did not take."""
+    """Takes tensors out of a checkpoint one by one, checks them, and knows at the end which it did not take."""
 
     def __init__(self, model: Model, config: ModelConfig, origin: str) -> None:
         self.tensors = model.tensors
@@ -137,7 +137,7 @@ class _Assembler:
         return result
 
     def embedding_name(self) -> str:
-        """Of the embedding, or of the decoder tied to it where a writer dropped what was stored twice."""
+        """The embedding, or the decoder tied to it where a writer has dropped the second of two equal tensors."""
         name, decoder = self.naming.embedding, self.naming.decoder
         return decoder if name not in self.tensors and decoder in self.tensors else name
 
@@ -185,7 +185,7 @@ class _Assembler:
         return np.ascontiguousarray(first)
 
     def linear(self, ours: str, theirs: list[str], inputs: int, outputs: int) -> dict[str, StoredTensor]:
-        """One linear step of ours from one or (query, key, value) three of theirs."""
+        """Convert one linear map, or the three of query, key and value as one."""
         weight = np.empty((inputs, outputs * len(theirs)), STORAGE_DTYPES[self.storage])
         bias = np.empty(outputs * len(theirs), np.float32)
         for part, name in enumerate(theirs):
@@ -202,7 +202,7 @@ class _Assembler:
         return StoredTensor(np.ascontiguousarray(self.array(name, (length,), "F32")))
 
     def array(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
-        """One tensor of theirs as it is, checked, in the storage dtype."""
+        """Return one tensor, checked, in the storage dtype."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.origin} is incomplete: tensor {quoted(name)} is missing")
         tensor = self.tensors[name]

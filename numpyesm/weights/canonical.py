@@ -1,4 +1,4 @@
-"""numpyesm's own file: safetensors in the canonical layout, with metadata that say what it is."""
+"""numpyesm's own file format: safetensors in the canonical layout, described by its metadata."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SCALE = ".scale"  # of the int8 matrix before the dot
 def save_canonical(
     path: str | os.PathLike[str], checkpoint: Checkpoint, *, precision: str | None = None
 ) -> dict[str, str]:
-    """Write a canonical file, whole or not at all; returns its metadata.
+    """Write a canonical file atomically and return its metadata.
 
     Parameters
     ----------
     path : str or path
     checkpoint : Checkpoint
     precision : {'fp32', 'fp16', 'bf16', 'int8'}, optional
-        Of the matrices; norms, biases and the contact head stay float32, being small and sensitive. With int8 so do
-        the embedding and the LM head. By default as the checkpoint has it.
+        Storage of the matrices; the default is the checkpoint's own. Norms, biases, rotary frequencies and the contact
+        head are always float32, being small and sensitive; with int8 so are the embedding and the LM head.
     """
     precision = precision or checkpoint.precision
     if precision not in PRECISION_DTYPES:
@@ -60,7 +60,7 @@ def save_canonical(
 
 
 def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
-    """Map a canonical file, its checksums verified as `integrity` has it; no number is read before it is used."""
+    """Map a canonical file; numbers are read when they are used, apart from the checksums that `integrity` verifies."""
     path = Path(path)
     tensors, metadata = read_safetensors(path)
     checkpoint = checkpoint_from(tensors, metadata, path)
@@ -70,12 +70,12 @@ def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def is_canonical(metadata: dict[str, str]) -> bool:
-    """Whether a safetensors file with these metadata is numpyesm's own."""
+    """Whether a safetensors file with this metadata is numpyesm's own."""
     return metadata.get("format") == FORMAT
 
 
 def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], path: Path) -> Checkpoint:
-    """The checkpoint in an opened canonical file."""
+    """Return the checkpoint in an opened canonical file."""
     if not is_canonical(metadata):
         raise CheckpointError(f"{path} is not a numpyesm file; `numpyesm convert` makes one from it")
     version = metadata.get("format_version")
@@ -106,26 +106,26 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
 
 
 def check_data(path: str | os.PathLike[str]) -> None:
-    """Verify every byte of a canonical file's tensors against the checksum in it.
+    """Verify the tensors of a canonical file against the checksum in its metadata.
 
     Raises
     ------
     CheckpointError
-        If they differ, or the file has no checksum.
+        If they differ, or there is no checksum.
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("data_sha256") != _data_sha256(tensors):
-        raise CheckpointError(f"{path} is corrupted: its tensors do not have the checksum that it states")
+        raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
 
 
 def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:
-    """Dtype of a tensor in a file of this precision."""
+    """Return the dtype of a tensor in a file of this precision."""
     narrow = len(shape) == 2 and (precision != "int8" or name.startswith("layers."))
     return PRECISION_DTYPES[precision] if narrow else "F32"
 
 
 def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Each int8 matrix together with its scales."""
+    """Join each int8 matrix with its scales."""
     joined = {name: tensor for name, tensor in tensors.items() if not name.endswith(_SCALE)}
     for name, tensor in joined.items():
         if tensor.dtype == "I8":

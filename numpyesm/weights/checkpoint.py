@@ -1,9 +1,8 @@
-"""The one canonical layout that every reader produces and the encoder takes.
+"""The canonical layout, which every reader produces and every backend takes.
 
-Matrices are stored as (in_features, out_features), so that a layer is `rows @ weight` with no transposition:
-OpenBLAS runs this form up to twice as fast as `rows @ weight.T` at the 16 to 100 rows of a short protein.
-Query, key and value are one matrix, in this order. Nothing is scaled or folded: a converted file holds the
-checkpoint's own numbers.
+Matrices are (in_features, out_features), so a layer is `rows @ weight`: OpenBLAS runs this up to twice as fast as
+`rows @ weight.T` at the 16 to 100 rows of a short protein. Query, key and value are one matrix, in this order. Nothing
+is scaled or folded: a converted file holds the checkpoint's own numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def computed_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the canonical layout, heads included, in file order."""
+    """Return name and shape of every tensor that a canonical file may hold, in file order."""
     width, ffn = config.embed_dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB_SIZE, width)}
     for layer in range(config.num_layers):
@@ -71,7 +70,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights in the canonical layout, with where they came from.
+    """Weights in the canonical layout, and where they came from.
 
     Attributes
     ----------
@@ -98,7 +97,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Before the names of all layers are made: a damaged file may state a billion.
+        # First, because the names of all layers are made next, and a damaged file may state a billion.
         if self.config.num_layers > len(self.tensors):
             raise CheckpointError(
                 f"the configuration states {self.config.num_layers} layers, but there are {len(self.tensors)} tensors"
@@ -138,11 +137,11 @@ class Checkpoint:
         return sum(int(np.prod(tensor.shape)) for name, tensor in self.tensors.items() if name != FREQUENCIES)
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
-        """One tensor as `dtype`; a view of the file where it is stored so."""
+        """Return one tensor as `dtype`: a view of the file if it is stored so."""
         return self.tensors[name].astype(dtype)
 
     def vocabulary(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
-        """The last matrix of the LM head: the embedding, unless fine-tuning untied the two: (D, V), contiguous."""
+        """Return the last matrix of the LM head, contiguous: (D, V). The embedding, unless fine-tuning untied it."""
         tied = DECODER not in self.tensors
         matrix = self.array("embed_tokens.weight", dtype).T if tied else self.array(DECODER, dtype)
         return np.ascontiguousarray(matrix)

@@ -1,4 +1,4 @@
-"""Any weights in, one canonical file out."""
+"""Convert any weights to one canonical file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .tensor import PRECISION_DTYPES
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` made.
+    """The result of `convert`.
 
     Attributes
     ----------
     path : Path
         The canonical file.
     checkpoint : Checkpoint
-        Opened from it.
+        The file, opened.
     """
 
     path: Path
@@ -38,30 +38,30 @@ def convert(
     dtype: str = "fp32",
     regression: str | os.PathLike[str] | None = None,
 ) -> Conversion:
-    """Write the canonical file of some weights.
+    """Convert weights to a canonical file.
 
     Parameters
     ----------
     source : str or path
         Whatever `load_checkpoint` opens, also a canonical file to change its dtype, or `synthetic[:name[:seed]]`.
     output : str or path
-        A `.safetensors` file, or a folder that gets `<model>.safetensors`. It appears whole or not at all.
+        A `.safetensors` file, or a folder for `<model>.safetensors`. Written atomically.
     dtype : {'fp32', 'fp16', 'bf16', 'int8'}
-        Of the matrices; all else stays float32.
+        Storage of the matrices; everything else is float32.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
 
     Raises
     ------
     CheckpointError, WeightsNotFound, InvalidOption
-        If the source cannot be read, the numbers do not fit the dtype, or the output would replace the source.
+        If the source cannot be read, its numbers do not fit the dtype, or the output would replace the source.
     """
     if dtype not in PRECISION_DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
     _check_suffix(output)
     if isinstance(source, str) and is_synthetic_spec(source):
         if regression is not None:
-            raise InvalidOption("synthetic weights have their own contact head: a regression does not go with them")
+            raise InvalidOption("synthetic weights have a contact head of their own: a regression cannot be given")
         opened = Opened(synthetic_from_spec(source), (), ())
     else:
         opened = open_checkpoint(source, regression=regression)
@@ -74,7 +74,7 @@ def convert(
 
 
 def canonical_name(checkpoint: Checkpoint, dtype: str) -> str:
-    """`esm2-35m.safetensors`, `esm2-35m-fp16.safetensors`; never the name of a real model for synthetic weights."""
+    """Return `esm2-35m.safetensors` or `esm2-35m-fp16.safetensors`; `synthetic-...` for synthetic weights."""
     name = checkpoint.config.name
     if checkpoint.synthetic:
         name = f"synthetic-{name}"
@@ -82,13 +82,13 @@ def canonical_name(checkpoint: Checkpoint, dtype: str) -> str:
 
 
 def output_path(output: str | os.PathLike[str], checkpoint: Checkpoint, dtype: str) -> Path:
-    """The file to write for an output that may be a folder."""
+    """Return the file to write, given an output that may be a folder."""
     path = Path(output)
     return path if path.suffix == ".safetensors" and not path.is_dir() else path / canonical_name(checkpoint, dtype)
 
 
 def with_provenance(opened: Opened) -> Checkpoint:
-    """The checkpoint with the SHA-256 of its source; what a canonical file says of its own source is kept."""
+    """Add the SHA-256 of the source files; a canonical source keeps the provenance that it states."""
     checkpoint = opened.checkpoint
     if checkpoint.metadata or not opened.weight_files:
         narrow = checkpoint.precision != "fp32" and checkpoint.metadata

@@ -53,9 +53,9 @@ class Opened:
     ----------
     checkpoint : Checkpoint
     files : tuple of Path
-        All files that were read; the first are the weights.
+        Every file that was read, the weights first.
     weight_files : tuple of Path
-        Those among them whose content the checkpoint's provenance is the hash of.
+        Those of the weights, whose SHA-256 is the provenance of the checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -93,7 +93,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Opened:
-    """Do what `load_checkpoint` does, and say which files were read."""
+    """Load a checkpoint from a path, and say which files were read."""
     place = Path(path)
     if regression is not None and not Path(regression).is_file():
         raise WeightsNotFound(f"the contact regression {regression} does not exist")
@@ -115,7 +115,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
 
 
 def checkpoint_of(content: Any, path: Path) -> Checkpoint:
-    """The canonical checkpoint from the object in a weights file; `path` is where it would lie."""
+    """Return the canonical checkpoint of an object in memory; `path` is the file that errors name."""
     return _convert(path, [path], [content], None)[0]
 
 
@@ -144,7 +144,7 @@ def find_in_folder(folder: Path) -> Path | None:
 
 
 def _in_folder(folder: Path) -> Path:
-    """As `find_in_folder`; WeightsNotFound, with what is there instead, if there is nothing to open."""
+    """Do as `find_in_folder`; if there is nothing to open, raise WeightsNotFound that says what is there instead."""
     if found := find_in_folder(folder):
         return found
     names = sorted(entry.name for entry in folder.iterdir())
@@ -162,7 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
-    """The object in a weights file and its metadata, whatever its format."""
+    """Read a weights file of any format: its object, and its metadata if it has any."""
     head = _head(path)
     try:
         verify_file(path)
@@ -182,7 +182,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
 def _convert(
     place: Path, files: Sequence[Path], contents: Sequence[Any], regression: str | os.PathLike[str] | None
 ) -> tuple[Checkpoint, list[Path]]:
-    """The canonical checkpoint from what foreign files hold, and which files beside them were read."""
+    """Convert the objects of foreign files; also return which files beside them were read."""
     from . import fair_esm, hugging_face
     from .assemble import assemble, deduce_config
     from .recognise import find_model, refuse_learned_positions
@@ -225,7 +225,7 @@ def _convert(
 
 
 def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict[str, StoredTensor]:
-    """The named tensors of one file, or of all shards."""
+    """Return the named tensors of one file, or of all shards."""
     from .hugging_face import check_complete
     from .recognise import named_tensors
 

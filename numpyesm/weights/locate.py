@@ -30,14 +30,14 @@ def open_weights(
     regression: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Checkpoint:
-    """The weights that `spec` means.
+    """Load the weights that `spec` names, wherever they are.
 
     Parameters
     ----------
     spec : str or path
         A preset name, a Hub id, a path, or `synthetic[:name[:seed]]`.
     allow_download : bool
-        Whether the Hub may be asked.
+        Whether to ask the Hub for what is not on this machine.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
     progress : bool
@@ -46,7 +46,7 @@ def open_weights(
     Raises
     ------
     WeightsNotFound, CheckpointError, InvalidOption
-        One sentence each; the first names the ways out.
+        One sentence each; WeightsNotFound says what to do.
     """
     return load_found(spec, resolve(spec, allow_download=allow_download, progress=progress), regression=regression)
 
@@ -65,9 +65,12 @@ def load_found(
 
 
 def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progress: bool = True) -> Path | str:
-    """Where the weights that `spec` means are, for `load_checkpoint`: downloaded if need be.
+    """Find the weights that `spec` names, downloading them if need be.
 
-    A path, or the string `synthetic:name:seed` if `spec` asks for that.
+    Returns
+    -------
+    Path or str
+        For `load_checkpoint`: a path, or `synthetic:name:seed`.
     """
     if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
         raise InvalidOption(f"{spec!r} names no weights: expected a model name, a Hub id, a file or a folder")
@@ -120,7 +123,7 @@ def find_local(name: str) -> Path | None:
 
 
 def _chosen(value: str, preset: str) -> Path:
-    """What NUMPYESM_WEIGHTS names: a file, one model's folder, or a folder of several models."""
+    """Return what NUMPYESM_WEIGHTS names: a file, the folder of a model, or one of several models."""
     if not value:
         raise InvalidOption(f"{_VARIABLE} is set but empty: let it name a file or a folder, or unset it")
     path = Path(value).expanduser()
@@ -138,7 +141,7 @@ def _chosen(value: str, preset: str) -> Path:
 
 
 def candidate_names(preset: str) -> list[str]:
-    """What the weights of a published model may be called; exact ones before those that lost digits."""
+    """Return the file names to look for: those of exact weights before those of rounded ones."""
     official = OFFICIAL_NAMES[preset]
     exact = [f"{preset}.safetensors", f"{official}.safetensors", f"{official}.pt", official, preset]
     return [*exact, *(f"{preset}{precision}.safetensors" for precision in ("-fp16", "-bf16", "-int8"))]
@@ -168,7 +171,7 @@ def _checkout_weights() -> list[Path]:
     return [root / "weights"] if (root / "pyproject.toml").is_file() else []
 
 
-# The Hub's module loads every reader: only imported when it comes to that.
+# The Hub's module loads every reader, so it is imported only when it is needed.
 
 
 def _fetch(name: str, *, progress: bool) -> Path:

@@ -1,7 +1,7 @@
-"""Official files that other programs left on this machine: the caches of huggingface-hub and of torch.hub.
+"""Find official files that other programs have downloaded, in the caches of huggingface-hub and torch.hub.
 
-huggingface-hub names each large file by its SHA-256, so what is found there is checked; torch.hub states no checksum,
-but the archive of a `.pt` file carries one of each tensor, which its reader verifies.
+huggingface-hub names each large file by its SHA-256, which is verified. torch.hub states no checksum, but a `.pt` file
+contains one for each tensor, which its reader verifies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def official_files(preset: str) -> Path | None:
-    """The official checkpoint of a preset that another program downloaded, or None."""
+    """Return the official checkpoint of a preset, if another program has downloaded it."""
     name = OFFICIAL_NAMES[preset]
     found = hub_snapshot(f"facebook/{name}", PINNED_COMMITS.get(preset))
     if found is None and (path := torch_hub_folder() / f"{name}.pt").is_file():
@@ -30,21 +30,21 @@ def official_files(preset: str) -> Path | None:
 
 
 def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
-    """The folder of a repository in the cache of huggingface-hub, if it holds weights and a configuration.
+    """Return the folder of a repository in the cache of huggingface-hub, if it holds weights and a configuration.
 
     Parameters
     ----------
     repository : str
         `organisation/name`.
     commit : str, optional
-        The one to prefer. Then comes what `main` was when it was last downloaded, then any other.
+        The preferred one. Next comes what `main` was at the last download, then any other.
     """
     folder = hub_folder() / f"models--{repository.replace('/', '--')}"
     return next((snapshot for snapshot in _snapshots(folder, commit) if _is_whole(snapshot)), None)
 
 
 def check_snapshot(place: Path) -> None:
-    """Compare the weights in a snapshot with the SHA-256 that they are named by.
+    """Verify the weights in a snapshot against the SHA-256 in their names.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def check_snapshot(place: Path) -> None:
 
 
 def hub_folder() -> Path:
-    """Where huggingface-hub keeps its downloads, by its own variables."""
+    """Return the cache of huggingface-hub, as its own variables place it."""
     for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if chosen := os.environ.get(variable):
             return Path(os.path.expandvars(chosen)).expanduser() / below
@@ -66,7 +66,7 @@ def hub_folder() -> Path:
 
 
 def torch_hub_folder() -> Path:
-    """Where torch.hub keeps checkpoints, by its own variables."""
+    """Return where torch.hub keeps checkpoints, as its own variables place it."""
     chosen = os.environ.get("TORCH_HOME")
     return (Path(chosen).expanduser() if chosen else _user_cache() / "torch") / "hub" / "checkpoints"
 
@@ -86,7 +86,7 @@ def _snapshots(folder: Path, commit: str | None) -> Iterator[Path]:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    """Whether all files are there: a download of the tokenizer alone, or half of the shards, is no model."""
+    """Whether all files are there, not only the tokenizer or some of the shards."""
     try:
         return (snapshot / "config.json").is_file() and bool(weight_files(snapshot))
     except CheckpointError:

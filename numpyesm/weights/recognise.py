@@ -1,7 +1,7 @@
 """Find the ESM-2 model among the tensors of a checkpoint, by names and shapes alone.
 
-A trunk is recognised by its layers, under whatever prefix wrappers and training scripts put in front of them. The LM
-head and the contact head stand inside it or beside it. Everything else is left out, and said to be.
+A trunk is recognised by its layers, under whatever prefix wrappers and training scripts have put in front of them. The
+LM head and the contact head are inside or beside it. Everything else is left out, and the caller told what.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _QUANTISED = (
     (".weight_packed", "compressed-tensors"),
     (".zero_point", "torch.ao"),
 )
-# Part of a name that only another family has, and that family. Asked only of files without an ESM-2 trunk.
+# Part of a name that only another family has, and that family. Looked for in files without an ESM-2 trunk only.
 _OTHER_MODELS = (
     ("row_self_attention", "an MSA Transformer"),
     ("gvp_encoder", "an ESM-IF1 checkpoint"),
@@ -105,7 +105,7 @@ class Model:
     tensors : dict of str to StoredTensor
         Of the trunk and its heads, under `naming`'s names; those of the heads begin with `lm_head.`, `contact_head.`.
     left_out : tuple of str
-        What else the checkpoint holds, by the first distinct part of its names.
+        What else the checkpoint holds, by the beginnings of its names.
     """
 
     naming: Naming
@@ -114,9 +114,9 @@ class Model:
 
 
 def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
-    """Every tensor in the object of a checkpoint, under the keys that lead to it, joined by dots.
+    """Return every tensor in the object of a checkpoint, named by the keys that lead to it, joined by dots.
 
-    Keys that are no strings belong to no state dict (those of an optimiser's state are numbers): they are passed over.
+    Keys that are not strings belong to no state dict (an optimiser's are numbers) and are skipped.
     """
     found: dict[str, StoredTensor] = {}
     seen: set[int] = set()
@@ -139,12 +139,12 @@ def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
 
 
 def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Model:
-    """The one ESM-2 model among `tensors`.
+    """Find the one ESM-2 model among `tensors`.
 
     Raises
     ------
     CheckpointError
-        If there is none, or a model of another kind: the message says which. If there are two that differ.
+        If there is none, in which case the message says what there is instead, or if there are two that differ.
     """
     for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, _quantised_sentence)):
         for part, kind in table:
@@ -168,7 +168,7 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
 
 
 def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, StoredTensor]:
-    """The tensors of the trunk under `prefix`, of its LM head and of its contact head, without prefixes."""
+    """Return the tensors of the trunk under `prefix` and of its two heads, without prefixes."""
     found = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -183,14 +183,14 @@ def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, Stored
 
 
 def _parents(prefix: str) -> Iterator[str]:
-    """`a.b.`, `a.` and the empty prefix, for `a.b.`."""
+    """Yield `a.b.`, `a.` and the empty prefix for `a.b.`."""
     parts = prefix.split(".")[:-1]
     for count in range(len(parts), -1, -1):
         yield "".join(part + "." for part in parts[:count])
 
 
 def _vocabulary(tensors: Tensors, naming: Naming, prefix: str) -> int | None:
-    """Rows of the embedding, or of the decoder that is tied to it where only that was saved."""
+    """Return the rows of the embedding, or of the decoder tied to it if only that was saved."""
     names = [prefix + naming.embedding, *(parent + naming.decoder for parent in _parents(prefix))]
     return next((tensors[name].shape[0] for name in names if name in tensors and tensors[name].shape), None)
 
@@ -207,7 +207,7 @@ def _same_trunk(first: Model, second: Model) -> bool:
 
 
 def _groups(names: list[str], prefix: str) -> Iterator[str]:
-    """What `names` have in common: each up to its first part that is not also of the trunk's prefix."""
+    """Shorten each name to its first part that is not also one of the trunk's prefix."""
     ours = prefix.split(".")
     for name in names:
         if _OPTIMISER.search(name):
@@ -218,7 +218,7 @@ def _groups(names: list[str], prefix: str) -> Iterator[str]:
 
 
 def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
-    """What a file without an ESM-2 trunk is, as the end of a sentence."""
+    """Say what a file without an ESM-2 trunk is, as the end of a sentence."""
     for part, family in _OTHER_MODELS:
         if any(part in name for name in tensors):
             return f"is {family}; numpyesm runs ESM-2 only"
@@ -233,9 +233,8 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
         return f"is incomplete: tensor {quoted(trunk[1] + trunk[0].embedding)} is missing"
     if not tensors:
         return "holds no named tensors"
-    return (
-        f"is not an ESM-2 checkpoint: none of its {len(tensors)} tensors ({quoted(min(tensors))}) is of an ESM-2 layer"
-    )
+    count, example = len(tensors), quoted(min(tensors))
+    return f"is not an ESM-2 checkpoint: none of its {count} tensors ({example}) belongs to an ESM-2 layer"
 
 
 def _adapter_sentence(kind: str) -> str:

@@ -1,7 +1,7 @@
-"""Seeded random weights of the right shape, for timing and for trying things out. Their outputs mean nothing.
+"""Seeded random weights of the right shape, for timing and trying things out. Their outputs mean nothing.
 
 The scales are chosen so that the numbers behave like a trained model's: attention is neither uniform nor one-hot, no
-activation explodes, a contact map has a few bright spots on a dark ground. So timings and tolerances carry over.
+activation explodes, and a contact map has a few bright spots. So timings and tolerances carry over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .checkpoint import DECODER, FREQUENCIES, Checkpoint, canonical_shapes, comp
 from .tensor import StoredTensor
 
 _QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
-_BRANCH_STD = 0.15  # of what one block adds to the residual stream, against an embedding of 0.1
+_BRANCH_STD = 0.15  # of what one block adds to the residual stream; the embedding has 0.1
 _EMBEDDING_STD = 0.1  # of the tied embedding: logits then have a standard deviation of about 2
 _CONTACT_NONZERO = 0.25  # of the coefficients; 61 of 240 in the real 35M
 _CONTACT_BIAS = -4.0
@@ -27,12 +27,12 @@ _CONTACT_STD = 90.0
 
 @dataclass(frozen=True)
 class SyntheticSpec:
-    """Which synthetic weights are meant.
+    """What a `synthetic:name:seed` means.
 
     Attributes
     ----------
     name : str
-        A preset name, as `esm2-35m`.
+        A preset name, such as `esm2-35m`.
     seed : int
     """
 
@@ -49,12 +49,12 @@ def is_synthetic_spec(spec: str) -> bool:
 
 
 def parse_synthetic(spec: str) -> SyntheticSpec:
-    """`synthetic[:name[:seed]]` taken apart.
+    """Parse `synthetic[:name[:seed]]`.
 
     Raises
     ------
     InvalidOption
-        If it is something else.
+        If `spec` is anything else.
     """
     parts = spec.split(":")
     name = preset_name(parts[1]) if len(parts) > 1 else "esm2-35m"
@@ -62,20 +62,20 @@ def parse_synthetic(spec: str) -> SyntheticSpec:
     plain = seed.isascii() and seed.isdigit() and len(seed) <= 18
     if parts[0] != "synthetic" or len(parts) > 3 or name is None or not plain:
         raise InvalidOption(
-            f"{spec!r} names no synthetic weights, expected synthetic[:name[:seed]] with name one of "
-            f"{', '.join(PRESETS)} and a natural number as seed"
+            f"{spec!r} is not synthetic[:name[:seed]] with a name of "
+            f"{', '.join(PRESETS)} and a natural number as the seed"
         )
     return SyntheticSpec(name, int(seed))
 
 
 def synthetic_from_spec(spec: str) -> Checkpoint:
-    """The weights that `synthetic[:name[:seed]]` means."""
+    """Make the weights that `synthetic[:name[:seed]]` names."""
     parsed = parse_synthetic(spec)
     return random_checkpoint(PRESETS[parsed.name], parsed.seed, source=str(parsed))
 
 
 def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
-    """Random weights of a published shape.
+    """Make random weights of a published shape.
 
     Parameters
     ----------
@@ -88,12 +88,12 @@ def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:
-    """Random weights of any shape, flagged synthetic."""
+    """Make random weights of any shape, flagged synthetic."""
     tensors = {}
     for number, (name, shape) in enumerate(canonical_shapes(config).items()):
         if name == DECODER:  # tied, as in ESM-2
             continue
-        # A stream for each tensor: one more tensor in the layout would not change the others.
+        # One stream per tensor, so that a tensor added at the end of the layout changes no other.
         stream = np.random.Generator(np.random.PCG64([seed, number]))
         tensors[name] = StoredTensor(_random_tensor(name, shape, config, stream))
     source = source or f"synthetic:custom:{seed}"
@@ -110,7 +110,7 @@ def _random_tensor(
         return np.full(shape, _CONTACT_BIAS, np.float32)
     values = stream.standard_normal(shape, np.float32)
     if name == "contact_head.weight":
-        # More maps, less weight each: the sum over them keeps its spread.
+        # The more maps are used, the less each weighs, so that their sum keeps its spread.
         used = stream.random(shape) < _CONTACT_NONZERO
         scale = _CONTACT_STD / math.sqrt(max(1, int(used.sum())))
         return np.where(used, np.abs(values) * np.float32(scale), np.float32(0))

@@ -1,4 +1,4 @@
-"""A tensor as it lies in a file: float32 ready to use, or float16, bfloat16, float64, int8 to be widened on demand."""
+"""A tensor as a file stores it: float32, or float16, bfloat16, float64 or int8, to be widened on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# safetensors' dtype names; NumPy has no bfloat16, so its bits travel as uint16.
+# safetensors' dtype names. NumPy has no bfloat16: its bits are held as uint16.
 STORAGE_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -21,7 +21,7 @@ PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Raw storage and what it means.
+    """Stored numbers and their meaning.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class StoredTensor:
     dtype : str
         `F32`, `F16`, `BF16`, `F64`, or `I8` with a scale.
     scale : ndarray (N,) float32, optional
-        Of an int8 matrix (K, N): what one level of each column (output channel) is worth.
+        Of an int8 matrix (K, N): the step size of each column (output channel).
     """
 
     raw: npt.NDArray[Any]
@@ -42,7 +42,7 @@ class StoredTensor:
         return tuple(self.raw.shape)
 
     def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
-        """The numbers as `dtype`, without a copy where they are stored so."""
+        """Return the numbers as `dtype`, without a copy if they are stored so."""
         values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
         if self.scale is not None:
             values = values * self.scale
@@ -76,16 +76,16 @@ class StoredTensor:
 
 
 def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """float32 from bfloat16 bit patterns: exact, bfloat16 is float32's upper half."""
+    """Convert bfloat16 bit patterns to float32, exactly: bfloat16 is the upper half of float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# Numbers that stay in a cache while they are rounded: a fifth of the time of whole matrices.
+# Numbers rounded at a time, so that they stay in cache: five times as fast as whole matrices.
 _ROUNDED_AT_ONCE = 1 << 15
 
 
 def round_to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """bfloat16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    """Round to bfloat16 bit patterns, to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
     rounded = np.empty(values.shape, np.uint16)
     flat = rounded.reshape(-1)

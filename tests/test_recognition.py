@@ -82,12 +82,14 @@ def within(state: State, old: str, new: str) -> State:
     return {name.replace(old, new): tensor for name, tensor in state.items()}
 
 
-ALIASES: dict[str, State] = {
+ALIASES: dict[str, Any] = {
     "compiled layers": within(fair_esm(), "layers.0.", "layers.0._orig_mod."),
     "sharded layers": within(hugging_face(), "encoder.layer.1.", "encoder.layer.1._fsdp_wrapped_module."),
     "the same trunk twice": fair_esm("model.esm.") | fair_esm("esm."),
     "a trunk beside its language model": hugging_face("model.") | hugging_face("", trunk="backbone."),
     "tied, saved once": {name: t for name, t in fair_esm("encoder.").items() if "embed_tokens" not in name},
+    "moments by name": {"model": fair_esm(), "optimizer": {"exp_avg": fair_esm("", OTHER)}},
+    "in a tuple": (3, {"state": hugging_face("net.")}),
     "bias of the decoder": within(hugging_face(), "lm_head.bias", "lm_head.decoder.bias"),
     "a text model beside it": hugging_face("protein.")
     | within(hugging_face("text."), "contact_head", "head")

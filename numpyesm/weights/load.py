@@ -253,9 +253,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _without_tensors(content: Any) -> str:
-    if isinstance(content, dict | list | tuple):
+    from .safe_pickle import Inert
+
+    if isinstance(content, dict | list | tuple | StoredTensor):
         return "holds no named tensors"
-    kind = repr(content)[:80].removeprefix("<inert ").removesuffix(">")
+    kind = str(type(content))[:80] if isinstance(content, Inert) else type(content).__name__
     return f"holds a pickled Python object ({kind}), not a checkpoint; save its state_dict() instead"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..config import VOCAB_SIZE
 from ..errors import CheckpointError
 from ..printable import quoted
-from .tensor import StoredTensor
+from .tensor import STORAGE_DTYPES, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -123,13 +123,15 @@ def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
     todo = deque([("", content, 0)])
     while todo:
         path, value, depth = todo.popleft()
-        if isinstance(value, StoredTensor):
+        if isinstance(value, StoredTensor) and path:
             name = _PRIVATE.sub("", path).removeprefix(".")
             name = re.sub(r"(?<=Norm\.)gamma$", "weight", re.sub(r"(?<=Norm\.)beta$", "bias", name))  # TensorFlow's
             if found.setdefault(name, value) is not value:
                 raise CheckpointError(f"{origin} has tensor {quoted(name)} twice")
             continue
         items = value if isinstance(value, dict) else getattr(value, "entries", None)  # of a dict of unknown class
+        if isinstance(value, list | tuple) and depth == 0:
+            items = {str(index): item for index, item in enumerate(value)}
         if isinstance(items, dict) and depth < _MAX_NESTING and id(items) not in seen:
             seen.add(id(items))
             for key, item in items.items():
@@ -152,6 +154,8 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
                 raise CheckpointError(f"{origin} {sentence(kind)}")
     trunks = [(naming, prefix) for naming in namings for prefix in naming.trunks(tensors)]
     fitting = [trunk for trunk in trunks if _vocabulary(tensors, *trunk) == VOCAB_SIZE]
+    # Moments that an optimiser keeps by the names of parameters look like a model.
+    fitting = [trunk for trunk in fitting if not _OPTIMISER.search(trunk[1])] or fitting
     if not fitting or any("trunk.blocks.0." in name for name in tensors):
         raise CheckpointError(f"{origin} {_what_else(tensors, trunks)}")
     candidates = [Model(naming, _of_model(tensors, naming, prefix), ()) for naming, prefix in fitting]
@@ -163,7 +167,8 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
     model = max(candidates, key=lambda candidate: len(candidate.tensors))
     naming, prefix = fitting[candidates.index(model)]
     taken = {id(tensor) for candidate in candidates for tensor in candidate.tensors.values()}
-    rest = [name for name, tensor in tensors.items() if id(tensor) not in taken and tensor.shape]
+    others = ((name, t) for name, t in tensors.items() if id(t) not in taken)
+    rest = [name for name, t in others if t.shape and t.dtype in STORAGE_DTYPES]  # no counters, no generator's state
     return Model(naming, model.tensors, tuple(dict.fromkeys(_groups(rest, prefix))))
 
 

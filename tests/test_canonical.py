@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -52,16 +51,9 @@ def test_heads_may_be_absent(tmp_path, tiny):
     assert "synthetic" not in loaded.metadata
 
 
-def test_a_35m_file_opens_at_once_and_without_copies(tmp_path):
-    path = tmp_path / "x.safetensors"
-    save_canonical(path, synthetic_checkpoint())
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        loaded = load_canonical(path)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.01
-    array = loaded.array("layers.3.fc1.weight")
+def test_a_file_is_mapped_not_copied(tmp_path, tiny):
+    save_canonical(tmp_path / "x.safetensors", tiny)
+    array = load_canonical(tmp_path / "x.safetensors").array("layers.1.fc1.weight")
     assert not array.flags.owndata
     assert array.ctypes.data % 64 == 0
     assert array.flags.c_contiguous

@@ -184,7 +184,7 @@ def test_without_weights_the_ways_out_are_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"gone.safetensors" in done.stderr
     if not list((Path(__file__).parents[1] / "weights").glob("esm2*")):
-        done = numpyesm("encode", "MKT", cwd=tmp_path)
+        done = numpyesm("encode", "MKT", cwd=tmp_path, HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
         assert done.returncode == 1
         for way in (b"numpyesm fetch", b"NUMPYESM_WEIGHTS", b"weights/", b"synthetic", b"fbaipublicfiles"):
             assert way in done.stderr

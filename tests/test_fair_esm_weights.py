@@ -44,13 +44,6 @@ def test_fair_esm_itself_reads_our_test_file(tmp_path, model):
     mk.expect_same_model(load_checkpoint(path), loaded)
 
 
-def test_without_regression_a_warning_and_no_contact_head(tmp_path, model):
-    path = mk.write_fair_esm(tmp_path / "m.pt", model, regression=False)
-    with pytest.warns(UserWarning, match="no contact regression"):
-        checkpoint = load_checkpoint(path)
-    mk.expect_same_model(checkpoint, model, contact_head=False)
-
-
 @pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32")])
 def test_storage_dtypes(tmp_path, dtype, precision):
     model = mk.fair_esm_model().to(getattr(torch, dtype))

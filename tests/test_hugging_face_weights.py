@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from numpyesm.config import PRESETS
 from numpyesm.errors import CheckpointError
 from numpyesm.weights.load import load_checkpoint
 
@@ -32,15 +31,6 @@ def test_masked_lm(tmp_path, model, binary, gamma, writer):
     assert checkpoint.config == mk.TINY
     mk.expect_same_model(checkpoint, model)
     mk.expect_same_model(load_checkpoint(folder / ("pytorch_model.bin" if binary else "model.safetensors")), model)
-
-
-def test_true_35m_shape_without_config(tmp_path):
-    model = mk.fair_esm_model(PRESETS["esm2-35m"])
-    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model))
-    (folder / "config.json").unlink()
-    checkpoint = load_checkpoint(folder / "model.safetensors")
-    assert checkpoint.config.name == "esm2-35m"
-    mk.expect_same_model(checkpoint, model)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +79,6 @@ def test_shards(tmp_path, model, binary):
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=r"is incomplete: .*, which .* names, is missing"):
         load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_files(tmp_path, dtype):
-    model = mk.fair_esm_model().to(getattr(torch, dtype))
-    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(model)))
-    assert checkpoint.precision == {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-    mk.expect_same_model(checkpoint, model.float())
 
 
 def test_mixed_dtypes_are_widened(tmp_path, model):

@@ -36,7 +36,7 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("NUMPYESM_OFFLINE", "1")
-    monkeypatch.setattr("numpyesm.weights.locate._checkout_weights", list)
+    monkeypatch.setattr("numpyesm.weights.locate.checkout_folders", list)
 
 
 def put(models, path, kind="real"):
@@ -49,7 +49,7 @@ def test_order_of_places(tmp_path, models, monkeypatch):
     cache = put(models, tmp_path / "cache" / "esm2-8m.safetensors")
     assert find_local("esm2-8m") == cache
     checkout = put(models, tmp_path / "checkout" / "esm2-8m.safetensors")
-    monkeypatch.setattr("numpyesm.weights.locate._checkout_weights", lambda: [checkout.parent])
+    monkeypatch.setattr("numpyesm.weights.locate.checkout_folders", lambda: [checkout.parent])
     assert find_local("esm2-8m") == checkout
     local = put(models, tmp_path / "weights" / "esm2-8m.safetensors")
     assert find_local("esm2-8m") == local

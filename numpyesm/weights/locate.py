@@ -116,7 +116,7 @@ def find_local(name: str) -> Path | None:
         raise WeightsNotFound(f"{name!r} is not a published model: {', '.join(PRESETS)}")
     if _VARIABLE in os.environ:
         return _chosen(os.environ[_VARIABLE], preset)
-    for folder in (Path.cwd() / "weights", *_checkout_weights(), cache_dir()):
+    for folder in (Path.cwd() / "weights", *checkout_folders(), cache_dir()):
         if found := _in_folder(folder, preset):
             return found
     return official_files(preset)
@@ -165,7 +165,7 @@ def _is_synthetic(path: Path) -> bool:
     return is_canonical(metadata) and metadata.get("synthetic") == "true"
 
 
-def _checkout_weights() -> list[Path]:
+def checkout_folders() -> list[Path]:
     """`weights/` beside the package, if this is a source checkout and not an installed package."""
     root = Path(__file__).resolve().parents[2]
     return [root / "weights"] if (root / "pyproject.toml").is_file() else []

@@ -227,6 +227,8 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
     for part, family in _OTHER_MODELS:
         if any(part in name for name in tensors):
             return f"is {family}; numpyesm runs ESM-2 only"
+    if tensors and all(name.startswith("base_model.") for name in tensors):
+        return _adapter_sentence("an adapter of peft")
     if tensors and all(CONTACT_REGRESSION in name for name in tensors):
         return "is only a contact regression; name the model's checkpoint instead"
     for trunk in trunks:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import formats
 from ..files import atomic_write
 
 
@@ -38,51 +37,19 @@ def write(data: bytes | Iterable[bytes], output: str | Path | None) -> None:
 
 
 def json_pieces(document: Any) -> Iterator[bytes]:
-    """Compact JSON and a line end, piece by piece: as text, a contact map has six times its size in memory.
-
-    Arrays may stand in it, and are written as the lists that they would be.
-    """
-    yield from _json_value(document)
+    """Write JSON and a line end, piece by piece; arrays may stand in it for lists of numbers."""
+    yield from formats.json_pieces(document)
     yield b"\n"
 
 
-def _json_value(value: Any) -> Iterator[bytes]:
-    if isinstance(value, np.ndarray) and value.ndim < 2:
-        yield json.dumps(value.tolist(), separators=(",", ":")).encode()
-    elif isinstance(value, dict):
-        opening = b"{"
-        for key, inner in value.items():
-            yield opening + json.dumps(key).encode() + b":"
-            yield from _json_value(inner)
-            opening = b","
-        yield b"}" if value else b"{}"
-    elif isinstance(value, np.ndarray) or (
-        isinstance(value, list) and any(isinstance(inner, dict | np.ndarray) for inner in value)
-    ):
-        opening = b"["
-        for inner in value:
-            yield opening
-            yield from _json_value(inner)
-            opening = b","
-        yield b"]" if len(value) else b"[]"
-    else:
-        yield json.dumps(value, separators=(",", ":")).encode()
-
-
 def write_npz(arrays: Mapping[str, npt.NDArray[Any]], output: str | Path | None) -> None:
-    """An `.npz` file, for `numpy.load`; into a file directly, never a second copy in memory."""
-    if output is None or str(output) == "-" or (Path(output).exists() and not Path(output).is_file()):
-        write(npz_bytes(arrays), output)
-        return
-    with atomic_write(output) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    """Write an `.npz` file for `numpy.load`, without a second copy in memory."""
+    write(formats.npz_pieces(arrays), output)
 
 
 def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """An `.npz` file, for `numpy.load`."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    """Return an `.npz` file for `numpy.load`."""
+    return b"".join(formats.npz_pieces(arrays))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -242,6 +242,9 @@ def test_cache_of_torch_hub(tmp_path, monkeypatch, official, variable, below):
     (folder / "esm2_t6_8M_UR50D-contact-regression.pt").write_bytes(official[3])
     assert find_local("esm2-8m") == folder / "esm2_t6_8M_UR50D.pt"
     mk.expect_same_model(open_weights("esm2-8m"), official[0])
+    (folder / "esm2_t12_35M_UR50D.pt").write_bytes(official[2])
+    with pytest.warns(UserWarning, match="another SHA-256 than the published"), pytest.raises(CheckpointError):
+        open_weights("esm2-35m")  # an 8M model under that name
     (folder / "esm2_t6_8M_UR50D.pt").write_bytes(official[2].replace(official[2][9000:9004], b"\1\2\3\4", 1))
     with pytest.raises(CheckpointError, match=r"esm2_t6_8M_UR50D\.pt .*corrupted"):
         open_weights("esm2-8m")

@@ -16,7 +16,7 @@ from .cache import cache_dir, cached, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
-from .official import check_snapshot, hub_snapshot, official_files
+from .official import check_official, hub_snapshot, official_files
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 
@@ -57,7 +57,7 @@ def load_found(
     """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names."""
     name = preset_name(spec) if isinstance(spec, str) else None
     if isinstance(found, Path):
-        check_snapshot(found)
+        check_official(found)
     checkpoint = load_checkpoint(found, regression=regression)
     if name is not None:
         _check_model(checkpoint.config, name, found)

@@ -1,13 +1,14 @@
 """Find official files that other programs have downloaded, in the caches of huggingface-hub and torch.hub.
 
-huggingface-hub names each large file by its SHA-256, which is verified. torch.hub states no checksum, but a `.pt` file
-contains one for each tensor, which its reader verifies.
+huggingface-hub names each large file by its SHA-256, which is verified. torch.hub states none, but a `.pt` file
+contains a checksum of each tensor, which its reader verifies; that of 35M is compared with the published one.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .cache import PINNED_COMMITS
 from .hugging_face import weight_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Of fair-esm's files; those of the other models were not to be had when this was written.
+_PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
 
 
 def official_files(preset: str) -> Path | None:
@@ -43,14 +46,22 @@ def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
     return next((snapshot for snapshot in _snapshots(folder, commit) if _is_whole(snapshot)), None)
 
 
-def check_snapshot(place: Path) -> None:
-    """Verify the weights in a snapshot against the SHA-256 in their names.
+def check_official(place: Path) -> None:
+    """Verify weights in the cache of huggingface-hub or torch.hub, if their SHA-256 is known.
 
     Raises
     ------
     CheckpointError
-        If they differ.
+        If a file of huggingface-hub differs from the SHA-256 that it is named by.
+
+    Warns
+    -----
+    UserWarning
+        If a file of torch.hub is not the published one, though it bears its name.
     """
+    published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
+    if published is not None and file_sha256(place) != published:
+        warnings.warn(f"{place} has another SHA-256 than the published file of this name", stacklevel=4)
     for file in weight_files(place) if place.is_dir() else [place]:
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:

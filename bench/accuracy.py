@@ -57,11 +57,8 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
 def measure_accuracy(bench: Bench, engines: Sequence[Engine]) -> dict[str, dict[str, Any]]:
     """Each engine's last representation of real proteins against float64, on trained weights.
 
-    Returns
-    -------
-    dict of str to dict
-        By engine: smallest cosine of a residue and its 1st percentile, smallest cosine of a mean embedding, and the
-        largest error as a share of the largest number; or `missing` with the reason.
+    By engine: smallest cosine of a residue and its 1st percentile, smallest cosine of a mean embedding, and the largest
+    error as a share of the largest number; or `missing` with the reason.
     """
     proteins = list(read_fasta(REAL_PROTEINS).values())
     truths = float64_representations(bench, proteins)

@@ -81,13 +81,7 @@ class Worker:
             )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send one request, wait for its answer.
-
-        Raises
-        ------
-        EngineFailed
-            If the engine says so, or its process ends.
-        """
+        """Send one request, wait for its answer; EngineFailed if the engine says so or its process ends."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         line = ""

@@ -1,4 +1,4 @@
-"""From a run's JSON to Markdown: `python -m bench.report [RESULT.json]` writes its page and the README's table."""
+"""From a run's JSON to Markdown: `python -m bench.report [RESULT.json]` writes its page and the tables in the docs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .engines import OURS, REFERENCE, RESULTS, ROOT
 
 Result = dict[str, Any]
 NOISY = 0.05  # share of the machine that others may take before the page says so
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"  # around the README's table
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"  # around the tables in README.md and docs/backends.md
 
 
 def write_all(result: Result, folder: Path) -> Path:
@@ -222,9 +222,9 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "latest.json"
     result = json.loads(path.read_text())
     path.with_suffix(".md").write_text(markdown(result))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n{summary_table(result)}\n{END}{rest.split(END)[1]}")
+    for page, table in (("README.md", summary_table(result)), ("docs/backends.md", _accuracy(result))):
+        before, rest = (ROOT / page).read_text().split(START)
+        (ROOT / page).write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pages of documentation: their Python runs, their commands run or exist, their links lead somewhere."""
+"""README and the pages of documentation: their Python runs, their commands exist, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from pathlib import Path
 
 import pytest
 
-from numpyesm import ESM2
+from numpyesm import ESM2, weights
 from numpyesm.cli import main
 from numpyesm.cli.parser import build_parser
 from numpyesm.compat.extract import create_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["tutorial.md", "scoring.md", "from-fair-esm.md", "service.md"]
+WITH_PYTHON = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "scoring", "from-fair-esm", "service"))]
+WITH_COMMANDS = [*WITH_PYTHON, *(f"docs/{name}.md" for name in ("scaling", "lambda", "small-machines"))]
+WITH_COMMANDS += ["weights/README.md"]
 HOST = "http://127.0.0.1:8000"
 NEEDS = {
-    "tutorial.md": ["starlette", "requests"],
-    "service.md": ["starlette", "requests"],
-    "from-fair-esm.md": ["sklearn"],
+    "docs/tutorial.md": ["starlette", "requests"],
+    "docs/service.md": ["starlette", "requests"],
+    "docs/from-fair-esm.md": ["sklearn"],
 }
 
 
 def blocks(page: str, kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def commands(page: str) -> list[list[str]]:
     """Words of each command, continued lines joined."""
     lines = "\n".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
-    return [shlex.split(re.split(r"\s+# ", line)[0]) for line in lines if line.strip()]
+    return [shlex.split(re.split(r"\s+# ", line)[0]) for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("requests")
     from running_service import serving, small_weights
 
-    weights = small_weights(tmp_path_factory.mktemp("weights"))
-    with serving("--model", f"esm2-35m={weights}") as running:
+    small = small_weights(tmp_path_factory.mktemp("weights"))
+    with serving("--model", f"esm2-35m={small}") as running:
         yield running.url
 
 
@@ -63,7 +65,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, request: pytest.FixtureRequest) -> None:
     """As written, but for the weights, which are synthetic here, and the port of the service."""
     for module in NEEDS.get(page, []):
@@ -72,6 +75,7 @@ def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, r
     monkeypatch.setattr(
         ESM2, "from_pretrained", classmethod(lambda cls, _, **options: original(cls, "synthetic:esm2-35m", **options))
     )
+    monkeypatch.setattr(weights, "open_weights", lambda _: weights.synthetic_checkpoint("esm2-35m"), raising=False)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         if HOST in block:
@@ -79,13 +83,16 @@ def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, r
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile(block, page, "exec"), names)
-    if page == "scoring.md":
+    if page == "README.md":
+        assert names["outputs"]["representations"].shape == (13, 22, 480)  # type: ignore[index]
+        assert names["r"].per_token_embeddings[6].shape == (20, 480)  # type: ignore[attr-defined]
+    elif page == "docs/scoring.md":
         assert names["scan"].scores.shape == (33, 20)  # type: ignore[attr-defined]
         assert names["scores"].shape == (3,)  # type: ignore[attr-defined]
-    elif page == "from-fair-esm.md":
+    elif page == "docs/from-fair-esm.md":
         assert names["results"]["contacts"].shape == (4, 71, 71)  # type: ignore[index]
         assert len(names["sequence_representations"]) == 4  # type: ignore[arg-type]
-    elif page == "tutorial.md":
+    elif page == "docs/tutorial.md":
         assert names["mean"].shape == (480,)  # type: ignore[attr-defined]
         assert names["residues"].shape == (76, 480)  # type: ignore[attr-defined]
         assert -1 <= names["similarity"] <= 1  # type: ignore[operator]
@@ -97,7 +104,7 @@ def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, r
         assert len(names["answer"][0]["embedding"]) == 80  # type: ignore[index]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_exist(page: str) -> None:
     extras = re.search(r"\[project.optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert extras is not None
@@ -106,10 +113,12 @@ def test_commands_exist(page: str) -> None:
     for words in found:
         while re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
-        if words[0] == "numpyesm":
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif words[0] == "numpyesm":
             build_parser().parse_args(words[1:])
         elif words[:2] == ["pip", "install"]:
-            for extra in re.findall(r"[\w]+", words[2])[1:]:
+            for extra in re.findall(r"[\w]+", words[2]):
                 assert re.search(rf"^{extra} = ", extras[1], re.MULTILINE), extra
         elif words[:3] == ["python", "-m", "numpyesm.compat.extract"]:
             create_parser().parse_args(words[3:])
@@ -123,26 +132,27 @@ def test_commands_exist(page: str) -> None:
             assert words[0] in ("curl", "docker"), words
 
 
+@pytest.mark.slow
 def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """All that need neither the network nor another program."""
     from running_service import small_weights
 
     pytest.importorskip("pyarrow")
     pytest.importorskip("matplotlib")
-    weights = ["--weights", str(small_weights(folder))]
+    chosen = ["--weights", str(small_weights(folder))]
     runnable = {"encode", "embed", "predict", "contacts", "score", "scan"}
-    found = [words[1:] for words in commands("tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
+    found = [words[1:] for words in commands("docs/tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
     found = [words for words in found if "--weights" not in words]
     assert {words[0] for words in found} == runnable
     for words in found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert main([*words, *weights]) == 0, words
+            assert main([*words, *chosen]) == 0, words
         if "-o" in words:
             assert (folder / words[words.index("-o") + 1]).stat().st_size > 0
 
 
-@pytest.mark.parametrize("page", ["tutorial.md", "service.md"])
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/service.md"])
 def test_curl_runs(page: str, service: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -154,7 +164,7 @@ def test_curl_runs(page: str, service: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*DOCS.glob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
             name = (target[0] or target[1]).partition("#")[0]
             if name and not name.startswith(("http:", "https:")):

@@ -23,6 +23,7 @@ from numpyesm import ESM2, InvalidSequence
 from numpyesm.alphabet import AMINO_ACIDS
 from numpyesm.fasta import parse_fasta, read_fasta
 
+pytestmark = pytest.mark.slow
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 ROWS = "AVILMCFWYGPSTNQHKRDE"
 INCLUDE = ["contacts", "logits", "attentions"]

@@ -19,6 +19,7 @@ from running_service import RunningService, items, load_quietly, same, serving, 
 
 from numpyesm import ESM2
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SDK_VERSION = "0.4.0"
 KEY = "a-key-of-ours"
@@ -98,6 +99,7 @@ def sdk() -> str:
     return str(python)
 
 
+@pytest.mark.network
 def test_sdk(service: RunningService, library: ESM2, sdk: str, tmp_path: Path) -> None:
     sequences = [random_sequence(5 + 3 * i, i) for i in range(40)]
     masked = [sequence[:2] + "<mask>" + sequence[2:] for sequence in sequences[:20]]
@@ -150,6 +152,32 @@ def test_sdk(service: RunningService, library: ESM2, sdk: str, tmp_path: Path) -
             assert list(result["error"]) == ["items__5__sequence"]
     assert [result["status_code"] for result in got["wrong_key"]] == [401, 401]
     assert any(len(entry["id"]) == 32 for entry in service.entries())
+
+
+@pytest.mark.network
+def test_sdk_lists_and_shows_models(service: RunningService, sdk: str, tmp_path: Path) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "BIOLMAI_BASE_DOMAIN": service.url,
+        "BIOLMAI_TOKEN": KEY,
+        "BIOLMAI_THREADS": "1",
+    }
+    for command in (["list"], ["show", "esm2-35m", "--include-schemas"]):
+        done = subprocess.run(
+            [str(Path(sdk).with_name("biolmai")), "model", *command, "--format", "json", "-o", "out.json"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        shown = json.loads((tmp_path / "out.json").read_text())
+        model = shown[0] if command == ["list"] else shown
+        assert model["model_slug"] == "esm2-35m"
+        assert model["actions"] == ["encode", "predict", "log_prob"]
+    assert set(shown["schemas"]) == {"encode", "predict", "log_prob"}
 
 
 # -- curl, requests, R -------------------------------------------------------------------------------------------------

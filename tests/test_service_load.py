@@ -20,6 +20,7 @@ from running_service import RunningService, items, load_quietly, serving, small_
 
 from numpyesm import ESM2
 
+pytestmark = pytest.mark.slow
 CLIENTS = 200
 SECONDS = float(os.environ.get("NUMPYESM_LOAD_SECONDS", "60"))
 

@@ -170,13 +170,14 @@ def _listing(model: RemoteModel) -> _Listing:
 
 
 def _wanted(model: RemoteModel, names: list[str]) -> list[str]:
-    if "adapter_config.json" in names:
-        raise CheckpointError(f"{model.repository} is a PEFT adapter, not a whole model")
     weights = next((name for name in WEIGHT_FILES if name in names), None)
+    adapter = [name for name in names if name == "adapter_config.json"]
+    if adapter and weights is None:
+        raise CheckpointError(f"{model.repository} is a PEFT adapter, not a whole model")
     if weights is None or "config.json" not in names:
         missing = "config.json" if weights else " or ".join(WEIGHT_FILES[::2])
         raise CheckpointError(f"{model.repository} on the Hub has no {missing}")
-    wanted = ["config.json", weights]
+    wanted = ["config.json", weights, *adapter]  # that it is not applied is said where the folder is opened
     if weights.endswith(".index.json"):
         stem, suffix = ("model-", ".safetensors") if "safetensors" in weights else ("pytorch_model-", ".bin")
         wanted += [name for name in names if name.startswith(stem) and name.endswith(suffix) and "/" not in name]

@@ -1,7 +1,7 @@
 """Where Python has no threads, no mmap, no subprocesses: Pyodide (WebAssembly in a browser), and odd sandboxes.
 
 NumPy for Pyodide is on no registry that the tests may ask, so its limits are put on an ordinary Python: the modules
-that it lacks cannot be imported, threads cannot start, files cannot be mapped.
+that it lacks cannot be imported, threads cannot start, files cannot be mapped. `safetensors` is needed there too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ warnings.simplefilter("ignore")
 import numpy, numpy.lib.stride_tricks, numpy.random  # NumPy itself is built for the place
 ABSENT = {"fcntl", "resource", "_multiprocessing", "termios", "pty", "tty", "grp", "pwd", "ssl", "_ssl", "lzma",
           "_lzma", "sqlite3", "curses", "_curses", "readline", "tkinter", "syslog", "dbm", "ctypes", "_ctypes",
-          "multiprocessing", "numba", "safetensors", "huggingface_hub", "requests", "httpx"}
+          "multiprocessing", "numba", "huggingface_hub", "requests", "httpx"}
 for name in list(sys.modules):
     if name.split(".")[0] in ABSENT:
         del sys.modules[name]

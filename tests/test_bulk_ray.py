@@ -11,20 +11,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bulk_runs import command, embed, environment, events, small_weights, write_fasta
 from conftest import SMALL
 
+from numpyesm import InvalidOption
+from numpyesm.bulk.ray_engine import pool_size
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor
 
 pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
-pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.timeout(400),
+]
 
 
 def actors(ancestor: int) -> list[int]:
@@ -40,7 +45,7 @@ def actors(ancestor: int) -> list[int]:
         up: int | None = process
         while up is not None and up != ancestor:
             up = parents.get(up)
-        if up == ancestor and "MapWorker" in name:
+        if up == ancestor and "ray::_Worker" in name:
             found.append(process)
     return found
 
@@ -167,13 +172,8 @@ def test_a_pool_that_fits_the_nodes(
     nodes: list[int], workers: int | None, threads: int | None, pool: tuple[int, int] | None
 ) -> None:
     """What does not fit is refused: Ray would wait for it for ever."""
-    from numpyesm import InvalidOption
-    from numpyesm.bulk.ray_engine import RayEngine
-
-    engine = RayEngine.__new__(RayEngine)
-    engine._ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
     if pool is None:
         with pytest.raises(InvalidOption, match="room for"):
-            engine._pool(workers, threads)
+            pool_size(nodes, workers, threads)
     else:
-        assert engine._pool(workers, threads) == pool
+        assert pool_size(nodes, workers, threads) == pool

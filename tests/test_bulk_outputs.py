@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -531,3 +533,45 @@ def test_embed_iter_and_what_it_refuses(model: ESM2) -> None:
     for wrong in (7, None, ("a", "b", "c", "d"), b"MKT"):
         with pytest.raises(InvalidSequence, match="item 0"):
             list(model.embed_iter([wrong]))  # type: ignore[list-item]
+
+
+# -- who reads it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+def test_protspace_reads_it(model: ESM2, tmp_path: Path) -> None:
+    """Its own loader, from the wheel on PyPI, without its dependencies."""
+    wheel = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "protspace==4.8.2"]
+    if subprocess.run(wheel, capture_output=True, timeout=120).returncode:
+        pytest.skip("needs PyPI: pip download --no-deps protspace==4.8.2")
+    source = fasta(tmp_path / "in.fasta", ("sp|P12345|A_HUMAN one", "MKTAYI"), ("two", "MKT"))
+    embed_fasta(source, tmp_path / "mean.h5", model, include=["mean"], ids="accession")
+    code = """
+import json, sys; from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from protspace.data.loaders.h5 import load_h5
+found = load_h5([Path(sys.argv[2])])
+print(json.dumps([found.name, list(found.headers), found.data.tolist()]))
+"""
+    (package,) = tmp_path.glob("protspace-*.whl")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(package), str(tmp_path / "mean.h5")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    name, headers, data = json.loads(done.stdout)
+    assert (name, headers) == (model.name, ["P12345", "two"])
+    expected = model.encode(["MKTAYI", "MKT"])
+    np.testing.assert_array_equal(np.array(data, np.float32), [r.embeddings[LAST] for r in expected])
+
+
+def test_every_item_of_hdf5_has_an_original_id(model: ESM2, tmp_path: Path) -> None:
+    """As bio_embeddings writes its files, and it and biotrainer read them: `item.attrs["original_id"]` of each."""
+    source = fasta(tmp_path / "in.fasta", ("tr|A0A1|B", "MKTAYI"), ("b/c", "MKT"))
+    embed_fasta(source, tmp_path / "all.h5", model, include=ALL, ids="accession")
+    with h5py.File(tmp_path / "all.h5") as file:
+        assert file.attrs["model_name"] == model.name
+        assert all(item.attrs["original_id"] for item in file.values())
+        for group in (file, file["contacts"]):
+            found = [item for item in group.values() if isinstance(item, h5py.Dataset)]
+            assert {item.attrs["original_id"] for item in found} == {"A0A1", "b/c"}

@@ -55,7 +55,7 @@ class Hdf5Writer(Writer):
                 file.attrs["model_name"] = about["model"]
                 file.attrs[METADATA_KEY] = json.dumps(about)
                 for field in others:
-                    file.create_group(field.name)
+                    file.create_group(field.name).attrs["original_id"] = field.name
                 for row in rows:
                     name = free_name(lambda name: name in file, hdf5_name(row.id), "#")
                     arrays = dict(layout.unpack(row.data, row.length))

@@ -14,6 +14,7 @@ import socket
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BulkError, InvalidOption, MissingExtra, NumpyesmError
@@ -83,7 +84,8 @@ class RayEngine:
             # CPUs that this process may use, not all that the machine has; more only where more are asked for.
             options |= {"num_cpus": max(default_threads(), fewest_cpus), "include_dashboard": False}
         try:
-            self._ray.init(address=address or "local", **options)
+            with _quiet_stderr():
+                self._ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BulkError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
@@ -138,6 +140,23 @@ class _Worker:
             return [(number, self._layout.pack(result)) for number, result in found]
         except NumpyesmError as error:  # an exception would come out in many wrappings
             return str(error)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ part writes to stderr while it starts: a remark on its log level. Failures are raised."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def pool_size(cpus: Sequence[int], workers: int | None, threads: int | None) -> tuple[int, int]:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import io
 import json
 import math
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACIDS
 from .results import EncodeResult, PredictResult, stack_results
+
+if TYPE_CHECKING:
+    import zipfile
 
 orjson: Any
 try:
@@ -130,6 +132,8 @@ def npz_pieces(arrays: Mapping[str, Array], ids: Sequence[str] | None = None) ->
 
 
 def _zip(arrays: Mapping[str, Array], ids: Sequence[str] | None) -> Iterator[bytes]:
+    import zipfile  # with its compressors; JSON does without
+
     written = _Written()
     with zipfile.ZipFile(written, "w") as archive:
         if ids is not None:
@@ -156,6 +160,8 @@ def _entry(
     compression: int,
 ) -> Iterator[bytes]:
     """Write one array; not by NumPy's `write_array`, which hands over 16 MB at a time."""
+    import zipfile
+
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = compression
     header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}

@@ -74,8 +74,10 @@ def measure_accuracy(bench: Bench, engines: Sequence[Engine]) -> dict[str, dict[
     return found
 
 
-def summary(rows: Sequence[npt.NDArray[Any]], truths: Sequence[npt.NDArray[Any]]) -> dict[str, float]:
+def summary(rows: Sequence[npt.NDArray[Any]], truths: Sequence[npt.NDArray[Any]]) -> dict[str, Any]:
     """Figures of `measure_accuracy` from the representations (L, D) of each protein."""
+    if broken := sum(not np.isfinite(values).all() for values in rows):
+        return {"missing": f"gives NaN or infinity for {broken} of {len(rows)} proteins"}
     residues = np.concatenate([cosines(a, b) for a, b in zip(rows, truths, strict=True)])
     means = [cosines(a.astype(np.float64).mean(0), b.mean(0)) for a, b in zip(rows, truths, strict=True)]
     return {

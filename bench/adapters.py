@@ -228,7 +228,7 @@ class EsmCpp(Adapter):
         found = []
         for sequence in batch:
             logits, hidden = self.model.forward_with_hidden_states(np.array(encode(sequence), np.int32))
-            found.append((np.array(hidden[-1])[1:-1], np.array(logits)[1:-1, LETTERS]))  # copies of its buffers
+            found.append((np.asarray(hidden[-1])[1:-1], np.asarray(logits)[1:-1, LETTERS]))
         return found
 
 

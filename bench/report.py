@@ -213,6 +213,8 @@ def _absent(result: Result) -> str:
     lines += [
         f"- {name} peak: {peak['missing']}" for name, peak in result.get("peaks", {}).items() if "missing" in peak
     ]
+    accuracy = result.get("accuracy", {}).items()
+    lines += [f"- {name} on trained weights: {cell['missing']}" for name, cell in accuracy if "missing" in cell]
     for lane, cells in result.get("timings", {}).items():
         lines += [f"- {lane} at {workload} {cell['note']}" for workload, cell in cells.items() if cell["note"]]
     return "**Not measured**\n\n" + "\n".join(lines) if lines else ""

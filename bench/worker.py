@@ -19,10 +19,7 @@ from .adapters import ADAPTERS, Adapter
 
 
 def peak_memory_mb() -> float:
-    """Largest resident size of this process so far; 0 where there is no /proc.
-
-    Not `ru_maxrss`, which also counts what the parent held when it started this process.
-    """
+    """Largest resident size of this process so far; 0 without /proc (`ru_maxrss` counts what the parent held, too)."""
     with contextlib.suppress(OSError, IndexError):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
     return 0.0

@@ -20,6 +20,8 @@ from numpyesm.kernels.numba_.warmup import warmup
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow  # each test compiles in processes of its own
+
 ENCODE = """
 import sys, warnings
 warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ pytest.importorskip("esm")
 
 from fair_esm_models import fair_esm_model, float64_softmax, largest, numpyesm_models, tokens_of  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 ACCURACY = 1.5

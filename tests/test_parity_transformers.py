@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from fair_esm_models import largest, tokens_of  # noqa: E402
 from make_checkpoints import with_half_precision_frequencies  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

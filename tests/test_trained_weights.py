@@ -18,6 +18,7 @@ def test_proteins_are_many_and_of_every_length() -> None:
 
 @pytest.mark.trained_weights
 @pytest.mark.parity
+@pytest.mark.slow
 @pytest.mark.parametrize("random_contacts", [False, True])
 def test_both_references_agree_in_float64(random_contacts: bool) -> None:
     torch = pytest.importorskip("torch")

@@ -148,12 +148,14 @@ def test_cross_validation() -> None:
     np.testing.assert_allclose(scores, cross_val_score(LogisticRegression(), features, LABELS, cv=3))
 
 
+@pytest.mark.slow
 def test_cross_validation_in_several_processes() -> None:
     pipeline = make_pipeline(embedder(), Ridge())
     one, two = (cross_val_score(pipeline, SEQUENCES, TARGETS, cv=2, n_jobs=n) for n in (1, 2))
     np.testing.assert_allclose(one, two)
 
 
+@pytest.mark.slow
 def test_grid_search_over_layers() -> None:
     search = GridSearchCV(
         make_pipeline(embedder(), Ridge()),
@@ -184,6 +186,7 @@ def test_clone_and_pickle_carry_no_weights() -> None:
         np.testing.assert_array_equal(copy.transform(SEQUENCES[:2]), expected)
 
 
+@pytest.mark.slow
 def test_loaded_once_for_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
     original = ESM2.from_pretrained.__func__  # type: ignore[attr-defined]

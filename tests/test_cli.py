@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import signal
@@ -51,9 +54,10 @@ def results(done: Any) -> Any:
     return json.loads(done.stdout)["results"]
 
 
-def as_json(expected: Any) -> Any:
+def as_json(expected: Any, *ids: str) -> Any:
     """Results as they are written: numbers in the fewest digits."""
-    return json.loads(b"".join(json_results(expected)))["results"]
+    names = ids or [f"sequence_{i}" for i in range(1, len(expected) + 1)]
+    return json.loads(b"".join(json_results(expected, names)))["results"]
 
 
 def test_encode_bare_sequences_as_json(weights: str) -> None:
@@ -88,7 +92,7 @@ def test_encode_fasta(weights: str, tmp_path: Path, kind: str) -> None:
         )
     )
     expected = ESM2.from_pretrained(weights, backend="numpy").encode(["MKTAYIAKQR", "MK"])
-    assert found == as_json(expected)
+    assert found == as_json(expected, "one", "two")
 
 
 def test_encode_to_npz_and_table(weights: str, tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ def test_predict_and_log_prob(weights: str) -> None:
     assert results(numpyesm("predict", "M<mask>T", *common)) == as_json(model.predict(["M<mask>T"]))
     masked = results(numpyesm("predict", "M<mask>T", "--positions", "masked", *common))
     assert np.shape(masked[0]["logits"]) == (1, 20)
-    assert results(numpyesm("log-prob", "MKT", *common)) == [{"log_prob": float(model.log_prob(["MKT"])[0])}]
+    assert results(numpyesm("log-prob", "MKT", *common)) == as_json(model.log_prob(["MKT"]).tolist())
     table = numpyesm("predict", "M<mask>T", "--format", "table", *common).stdout.decode()
     assert "position" in table.splitlines()[0]
     assert table.splitlines()[1].split()[1] == "2"
@@ -139,6 +143,90 @@ def test_contacts_as_text_numbers_and_picture(weights: str, tmp_path: Path) -> N
         numpyesm("contacts", sequence, "MKT", "-o", str(tmp_path / "maps"), "--format", "png", *common).returncode == 0
     )
     assert len(list((tmp_path / "maps").glob("*.png"))) == 2
+
+
+READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@pytest.mark.parametrize("compression", READERS)
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_spreadsheets_of_embeddings(weights: str, tmp_path: Path, ending: str, compression: str) -> None:
+    """A row per sequence or per residue, with the very numbers, compressed if the name says so."""
+    name = "a," + "x" * 300
+    fasta, out = tmp_path / "in.fasta", tmp_path / f"out{ending}{compression}"
+    fasta.write_text(f">{name}\nMKT\n>two\nGL\n")
+    model = ESM2.from_pretrained(weights, backend="numpy")
+    for include in (["mean", "bos"], ["per_token", "logits"]):
+        done = numpyesm("encode", str(fasta), "-o", str(out), "--include", *include, "--weights", weights,
+                        "--backend", "numpy")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with READERS[compression](out, "rt") as file:
+            rows = list(csv.reader(file, delimiter="," if ending == ".csv" else "\t"))
+        first, second = model.encode(["MKT", "GL"], include=include)
+        if include == ["mean", "bos"]:
+            assert [row[0] for row in rows] == ["id", name, "two"]
+            assert rows[0][1] == "mean_6_0"
+            expected = [np.concatenate([r.embeddings[6], r.bos_embeddings[6]]) for r in (first, second)]
+            np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), expected)
+        else:
+            assert [row[:3] for row in rows[1:]] == [[name, "1", "M"], [name, "2", "K"], [name, "3", "T"],
+                                                     ["two", "1", "G"], ["two", "2", "L"]]  # fmt: skip
+            assert rows[0][-20:] == [f"logits_{letter}" for letter in first.vocab_tokens]
+            expected = np.concatenate([np.hstack([r.per_token_embeddings[6], r.logits]) for r in (first, second)])
+            np.testing.assert_array_equal(np.array([row[3:] for row in rows[1:]], np.float32), expected)
+
+
+def test_log_prob_and_predict_as_csv(weights: str, tmp_path: Path) -> None:
+    common = ("--weights", weights, "--backend", "numpy")
+    model = ESM2.from_pretrained(weights, backend="numpy")
+    lines = numpyesm("log-prob", "MKT", "--format", "csv", *common).stdout.decode().splitlines()
+    assert lines == ["id,length,log_prob", f"sequence_1,3,{model.log_prob(['MKT']).tolist()[0]!r}"]
+    lines = numpyesm("predict", "M<mask>T", "--format", "tsv", *common).stdout.decode().splitlines()
+    assert [line.split("\t")[:3] for line in lines[1:]] == [
+        ["sequence_1", "1", "M"], ["sequence_1", "2", "<mask>"], ["sequence_1", "3", "T"]]  # fmt: skip
+    found = [line.split("\t")[3:] for line in lines[1:]]
+    np.testing.assert_array_equal(np.array(found, np.float32), model.predict(["M<mask>T"])[0].logits)
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "said"),
+    [
+        (["encode", "MKT"], "x.parquet", ".csv"),
+        (["encode", "MKT"], "x.h5", ".npz"),
+        (["encode", "MKT"], "x", "no ending"),
+        (["encode", "MKT"], "new/", "no name of a file"),
+        (["encode", "MKT"], ".", "no name of a file"),
+        (["encode", "MKT", "--format", "json"], "x.npz", "contradict"),
+        (["encode", "MKT", "--include", "contacts"], "x.csv", "row per residue"),
+        (["encode", "MKT", "--include", "mean", "logits"], "x.tsv.gz", "row per residue"),
+        (["predict", "M<mask>T"], "x.png", ".json"),
+        (["log-prob", "MKT"], "x.xlsx", ".tsv"),
+        (["contacts", "MKT"], "c.pdf", ".png"),
+        (["contacts", "MKT", "GLV"], "c.png", "2 pictures"),
+        (["scan", "MKT"], "s.npz", ".json"),
+        (["embed", str(EXAMPLES)], "-", ".parquet"),
+    ],
+)
+def test_what_the_output_names_is_written_or_refused(
+    tmp_path: Path, command: list[str], output: str, said: str
+) -> None:
+    """Before anything is computed or loaded: the weights do not exist."""
+    done = numpyesm(*command, "-o", output, "--weights", "synthetic:esm2-8m", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr.decode()
+    assert b"SYNTHETIC" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX names")
+def test_outputs_that_are_streams_or_cannot_be_written(weights: str, tmp_path: Path) -> None:
+    common = ("--weights", weights, "--backend", "numpy")
+    done = numpyesm("encode", "MKT", "-o", "/dev/stdout", *common)
+    assert results(done) == results(numpyesm("encode", "MKT", *common))
+    (tmp_path / "file").write_text("")
+    done = numpyesm("encode", "MKT", "-o", str(tmp_path / "file/x.npz"), "--weights", str(tmp_path / "missing"))
+    assert done.returncode == 1
+    assert b"file/x.npz cannot be written" in done.stderr  # and not that the weights are missing
 
 
 def test_picture_without_matplotlib_names_the_extra(weights: str, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +281,22 @@ def test_scan_outputs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 1
     assert "numpyesm[plot]" in err
     assert not Path("c.csv").exists()
+
+
+def test_the_ending_names_the_format(run: Any, eight_m: ESM2) -> None:
+    Path("gym.csv").write_text(GYM)
+    assert run("score", WILD_TYPE, "gym.csv", "-o", "out.csv.gz")[0] == 0
+    packed = gzip.decompress(Path("out.csv.gz").read_bytes())
+    assert run("score", WILD_TYPE, "gym.csv", "-o", "out.tsv")[0] == 0
+    assert added(packed) == added(Path("out.tsv").read_bytes(), "\t")
+    assert Path("out.tsv").read_text().startswith("mutant\tmutated_sequence\t")
+    assert run("scan", WILD_TYPE, "-o", "s.json.xz", "--no-heatmap")[0] == 0
+    document = json.loads(lzma.decompress(Path("s.json.xz").read_bytes()))
+    np.testing.assert_array_equal(document["scores"], eight_m.scan_mutations(WILD_TYPE).scores)
+    for arguments in (["score", WILD_TYPE, "gym.csv"], ["scan", WILD_TYPE]):
+        code, _, err = run(*arguments, "-o", "x.parquet")
+        assert code == 2
+        assert ".csv, .tsv" in err
 
 
 def test_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

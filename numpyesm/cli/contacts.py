@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,54 +15,78 @@ import numpy.typing as npt
 from ..errors import InvalidOption
 from ..fasta import Record
 from ..files import safe_stem
+from ..formats import json_results, npz_results
 from ..model import ESM2
 from .inputs import load_model, on_records, read_records
-from .outputs import chosen_format, json_pieces, write, write_npz
+from .outputs import Destination, check_writable, csv_pieces, destination, write
 from .pictures import figure_class, png_bytes
 
-_ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".txt": "map"}
+_ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "map"}
+_ONE_FILE_EACH = {"png": ".png", "tsv": ".tsv", "csv": ".csv", "map": ".txt"}
 _SHADES = " .:-=+*#%@"
+_COLUMNS = ("id", "i", "residue_i", "j", "residue_j", "probability")
+
+Contacts: TypeAlias = npt.NDArray[np.float32]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """One map a sequence."""
-    if arguments.output == "-":
-        arguments.output = None
-    form = chosen_format(arguments, _ENDINGS, "map", "tsv")
-    records = read_records(arguments.input, arguments.output)
-    if form == "png":
+    """Write one map per sequence: into one file, or into a folder with a file for each."""
+    folder = _folder(arguments)
+    if folder is None:
+        target = destination(arguments, _ENDINGS, terminal="map", otherwise="tsv")
+    else:
+        target = Destination(arguments.format or "tsv", str(folder))
+        check_writable(folder / "map")
+    if target.form == "png":
         figure_class()  # before the model runs: a missing extra should not cost minutes
-        if arguments.output is None:
+        if target.path is None:
             raise InvalidOption("a picture needs a file: -o map.png")
-    folder = Path(arguments.output) if arguments.output and len(records) > 1 and form in ("png", "tsv", "map") else None
-    if folder is not None and (folder.is_file() or folder.suffix.lower() in _ENDINGS):
-        raise InvalidOption(f"{len(records)} sequences give {len(records)} files: -o must be a folder")
+    records = read_records(arguments.input, target.path)
+    if folder is None and target.form == "png" and len(records) > 1:
+        raise InvalidOption(f"{len(records)} sequences give {len(records)} pictures: -o FOLDER/ --format png")
     model = load_model(arguments)
     results = on_records(records, lambda s: model.encode(s, include=["contacts"]))
-    maps = [result.contacts for result in results if result.contacts is not None]
-    if form == "json":
-        write(json_pieces({"results": [result.to_dict(arrays=True) for result in results]}), arguments.output)
+    ids = [record.id for record in records]
+    if target.form == "json":
+        target.write(json_results(results, ids))
         return 0
-    if form == "npz":
-        arrays: dict[str, npt.NDArray[Any]] = {f"contacts_{i}": contacts for i, contacts in enumerate(maps)}
-        write_npz({"ids": np.array([record.id[:200] for record in records])} | arrays, arguments.output)
+    if target.form == "npz":
+        target.write(npz_results(results, ids))
         return 0
-    render: dict[str, Callable[[Record, npt.NDArray[np.float32]], bytes]] = {
-        "tsv": lambda record, c: contact_list(record, c, arguments.threshold, arguments.min_separation).encode(),
-        "map": lambda record, c: contact_text(titled(record, model), c).encode(),
-        "png": lambda record, c: contact_png(titled(record, model), c),
+
+    def listed(record: Record, contacts: Contacts) -> bytes:
+        rows = contact_list(record, contacts, arguments.threshold, arguments.min_separation)
+        return b"".join(csv_pieces(_COLUMNS, rows, "," if target.form == "csv" else "\t"))
+
+    render: dict[str, Callable[[Record, Contacts], bytes]] = {
+        "tsv": listed,
+        "csv": listed,
+        "map": lambda record, contacts: contact_text(titled(record, model), contacts).encode(),
+        "png": lambda record, contacts: contact_png(titled(record, model), contacts),
     }
-    pages = [render[form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
+    maps = [result.contacts for result in results if result.contacts is not None]
+    pages = [render[target.form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
     if folder is None:
-        if form == "tsv":  # one header for all
+        if target.form in ("tsv", "csv"):  # one header for all
             pages[1:] = [page.partition(b"\n")[2] for page in pages[1:]]
-        write(b"".join(pages), arguments.output)
+        target.write(pages)
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    ending = {"map": "txt"}.get(form, form)
     for number, (record, page) in enumerate(zip(records, pages, strict=True), start=1):
-        write(page, folder / f"{number:03d}_{safe_stem(record.id or 'sequence')}.{ending}")
+        write(page, folder / f"{number:03d}_{safe_stem(record.id or 'sequence')}{_ONE_FILE_EACH[target.form]}")
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path | None:
+    """Return the folder that `-o` names: an existing one, a name that ends in a slash, or one without an ending."""
+    output = arguments.output
+    if not output or output == "-" or output.startswith("/dev/"):
+        return None
+    bare = not Path(output).suffix and arguments.format in _ONE_FILE_EACH and not os.path.exists(output)
+    if not (bare or output.endswith(("/", os.sep)) or os.path.isdir(output)):
+        return None
+    if arguments.format in ("npz", "json"):
+        raise InvalidOption(f"-o {output} is a folder, and {arguments.format} holds all maps in one file")
+    return Path(output)
 
 
 def titled(record: Record, model: ESM2) -> Record:
@@ -69,21 +94,21 @@ def titled(record: Record, model: ESM2) -> Record:
     return record._replace(id=f"{record.id} (SYNTHETIC WEIGHTS)") if model.checkpoint.synthetic else record
 
 
-def contact_list(record: Record, contacts: npt.NDArray[np.float32], threshold: float, min_separation: int) -> str:
-    """Tab-separated: id, i, residue, j, residue, probability; most probable first, positions counted from 1."""
+def contact_list(
+    record: Record, contacts: Contacts, threshold: float, min_separation: int
+) -> list[tuple[str, int, str, int, str, str]]:
+    """Return a row per contact, most probable first, positions counted from 1."""
     i, j = np.triu_indices(len(contacts), k=max(1, min_separation))
     keep = contacts[i, j] >= threshold
     i, j = i[keep], j[keep]
     order = np.argsort(-contacts[i, j], kind="stable")
-    lines = ["id\ti\tresidue_i\tj\tresidue_j\tprobability"]
-    lines += [
-        f"{record.id}\t{a + 1}\t{record.sequence[a]}\t{b + 1}\t{record.sequence[b]}\t{contacts[a, b]:.4f}"
+    return [
+        (record.id, a + 1, record.sequence[a], b + 1, record.sequence[b], f"{contacts[a, b]:.4f}")
         for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True)
     ]
-    return "\n".join(lines) + "\n"
 
 
-def contact_text(record: Record, contacts: npt.NDArray[np.float32], width: int | None = None) -> str:
+def contact_text(record: Record, contacts: Contacts, width: int | None = None) -> str:
     """The map in characters, shrunk to the terminal by taking the highest probability of each cell."""
     columns = width or min(120, shutil.get_terminal_size((80, 24)).columns) - 2
     cells = min(len(contacts), max(10, columns // 2))
@@ -95,7 +120,7 @@ def contact_text(record: Record, contacts: npt.NDArray[np.float32], width: int |
     return "\n".join([title, *(f"|{row}|" for row in rows)]) + "\n"
 
 
-def contact_png(record: Record, contacts: npt.NDArray[np.float32]) -> bytes:
+def contact_png(record: Record, contacts: Contacts) -> bytes:
     """The map as a picture."""
     figure = figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from ..errors import MissingExtra, WeightsNotFound
 from ..fasta import Record, parse_fasta
+from ..formats import npz_results
 from ..model import ESM2
-from ..results import EncodeResult, stack_results
+from ..results import EncodeResult
 from .contacts import contact_png, contact_text, titled
-from .inference import predict_table
+from .inference import most_probable
 from .inputs import load_model
-from .outputs import npz_bytes, table, write
+from .outputs import table, write
 
 _BANNER = """\
 ======================================================================
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         mean = result.embeddings[model.config.num_layers]
         rows.append((record.id, len(record.sequence), " ".join(f"{value:8.4f}" for value in mean[:5]) + " …"))
     print(table(("protein", "residues", "mean embedding, last layer"), rows))
-    write(npz_bytes(stack_results(results)), output / "embeddings.npz")
+    write(npz_results(results, [record.id for record in records]), output / "embeddings.npz")
 
     shortest = min(records, key=lambda record: len(record.sequence))
     middle = len(shortest.sequence) // 2
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"What stands at position {middle + 1} of {shortest.id} (really {shortest.sequence[middle]})? "
         f"{time.perf_counter() - start:.3f} s"
     )
-    print(predict_table([shortest], predicted, "masked"))
+    print(table(*most_probable([shortest], predicted, masked_only=True)))
 
     start = time.perf_counter()
     contacts = model.encode([shortest.sequence], include=["contacts"])[0].contacts

@@ -3,94 +3,142 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from ..alphabet import AMINO_ACIDS
+from ..alphabet import AMINO_ACIDS, residue_tokens
+from ..errors import InvalidOption
 from ..fasta import Record
-from ..results import EncodeResult, PredictResult, stack_results
+from ..formats import Result, json_results, npz_results
+from ..heads import log_softmax
+from ..options import check_includes
+from ..results import EncodeResult, PredictResult
 from .inputs import load_model, on_records, read_records
-from .outputs import chosen_format, json_pieces, table, write, write_npz
+from .outputs import Destination, csv_pieces, destination, table
 
-_ID_LENGTH = 200
-_ENDINGS = {".npz": "npz", ".json": "json", ".txt": "table"}
+_ENDINGS = {".json": "json", ".npz": "npz", ".csv": "csv", ".tsv": "tsv", ".txt": "table"}
+# Outputs that a table can hold: a row per sequence, or a row per residue.
+_PER_SEQUENCE, _PER_RESIDUE = {"mean", "bos"}, {"per_token", "logits"}
+
+Table = tuple[Sequence[str], Iterable[Sequence[object]]]
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Embeddings and whatever else `--include` names."""
-    records = read_records(arguments.input, arguments.output)
+    """Write embeddings and whatever else `--include` names."""
+    target = _destination(arguments)
+    wanted = check_includes(arguments.include)
+    if target.form in ("csv", "tsv") and not (wanted <= _PER_SEQUENCE or wanted <= _PER_RESIDUE):
+        raise InvalidOption(
+            f"{target.form} has a row per sequence (mean, bos) or a row per residue (per_token, logits), "
+            f"and --include asks for {', '.join(sorted(wanted))}: write .npz or .json"
+        )
+    records = read_records(arguments.input, target.path)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
-    return _write_results(arguments, records, results, lambda: _encode_table(records, results))
+    spreadsheet = _sequence_rows if wanted <= _PER_SEQUENCE else _residue_rows
+    return _write(target, records, results, lambda: spreadsheet(records, results), lambda: _summary(records, results))
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Logits at the masks or everywhere."""
-    records = read_records(arguments.input, arguments.output)
+    """Write logits at the masks or everywhere."""
+    target = _destination(arguments)
+    records = read_records(arguments.input, target.path)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.predict(s, arguments.positions))
-    return _write_results(arguments, records, results, lambda: predict_table(records, results, arguments.positions))
+    masked_only = arguments.positions == "masked"
+    return _write(
+        target,
+        records,
+        results,
+        lambda: _logit_rows(records, results, masked_only),
+        lambda: most_probable(records, results, masked_only),
+    )
 
 
 def log_prob(arguments: argparse.Namespace) -> int:
-    """One number a sequence."""
-    records = read_records(arguments.input, arguments.output)
+    """Write one number per sequence."""
+    target = _destination(arguments)
+    records = read_records(arguments.input, target.path)
     model = load_model(arguments)
-    scores = on_records(records, model.log_prob)
-    rows = [(r.id, len(r.sequence), float(score)) for r, score in zip(records, scores, strict=True)]
-    return _write(
-        arguments,
-        records,
-        lambda: [{"log_prob": float(score)} for score in scores],
-        lambda: {"log_prob": scores},
-        lambda: table(("id", "length", "log_prob"), rows),
-    )
+    scores = on_records(records, model.log_prob).tolist()
+    rows = [(r.id, len(residue_tokens(r.sequence)), score) for r, score in zip(records, scores, strict=True)]
+    found: Table = (("id", "length", "log_prob"), rows)
+    return _write(target, records, scores, lambda: found, lambda: found)
 
 
-def _write_results(
-    arguments: argparse.Namespace,
-    records: Sequence[Record],
-    results: Sequence[EncodeResult] | Sequence[PredictResult],
-    as_table: Callable[[], str],
-) -> int:
-    """Write model results in the chosen format."""
-    return _write(
-        arguments,
-        records,
-        lambda: [result.to_dict(arrays=True) for result in results],
-        lambda: stack_results(results),
-        as_table,
-    )
+def _destination(arguments: argparse.Namespace) -> Destination:
+    return destination(arguments, _ENDINGS, terminal="table", otherwise="json")
 
 
 def _write(
-    arguments: argparse.Namespace,
+    target: Destination,
     records: Sequence[Record],
-    as_json: Callable[[], list[dict[str, Any]]],
-    as_arrays: Callable[[], dict[str, npt.NDArray[Any]]],
-    as_table: Callable[[], str],
+    results: Sequence[Result],
+    spreadsheet: Callable[[], Table],
+    summary: Callable[[], Table],
 ) -> int:
     """Write whichever form is chosen; the others are not made."""
-    form = chosen_format(arguments, _ENDINGS, "table", "json")
-    if form == "json":
-        write(json_pieces({"results": as_json()}), arguments.output)
-    elif form == "npz":
-        write_npz(_names(records) | as_arrays(), arguments.output)
+    ids = [record.id for record in records]
+    if target.form == "json":
+        target.write(_with_line_end(json_results(results, ids)))
+    elif target.form == "npz":
+        target.write(npz_results(results, ids))
+    elif target.form == "table":
+        target.write(table(*summary()).encode("utf-8", "replace"))
     else:
-        write(as_table().encode(), arguments.output)
+        target.write(csv_pieces(*spreadsheet(), delimiter="," if target.form == "csv" else "\t"))
     return 0
 
 
-def _names(records: Sequence[Record]) -> dict[str, npt.NDArray[Any]]:
-    # A fixed width for all: one header of a megabyte must not cost a megabyte a record.
-    return {"ids": np.array([record.id[:_ID_LENGTH] for record in records])}
+def _with_line_end(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    yield from pieces
+    yield b"\n"
 
 
-def _encode_table(records: Sequence[Record], results: Sequence[EncodeResult]) -> str:
-    """One line a sequence and output: its shape and first values."""
+def _sequence_rows(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
+    """Return a row per sequence, a column per number: `mean_12_0`, `mean_12_1`, …"""
+    arrays = [result.to_arrays() for result in results]
+    header = ["id", *(f"{name}_{i}" for name, array in arrays[0].items() for i in range(array.size))]
+    rows = ([r.id, *np.concatenate(list(a.values())).tolist()] for r, a in zip(records, _shortest(arrays), strict=True))
+    return header, rows
+
+
+def _residue_rows(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
+    """Return a row per residue: id, position (from 1), residue, and a column per number."""
+    arrays = [result.to_arrays() for result in results]
+    header = ["id", "position", "residue"]
+    for name, array in arrays[0].items():
+        header += [f"{name}_{column}" for column in (AMINO_ACIDS if name == "logits" else range(array.shape[1]))]
+    return header, (
+        [record.id, position, residue, *np.concatenate([array[position - 1] for array in one.values()]).tolist()]
+        for record, one in zip(records, _shortest(arrays), strict=True)
+        for position, residue in enumerate(record.sequence, start=1)
+    )
+
+
+def _logit_rows(records: Sequence[Record], results: Sequence[PredictResult], masked_only: bool) -> Table:
+    """Return a row per residue or mask: id, position (from 1), token, and a logit per amino acid."""
+    return ["id", "position", "token", *AMINO_ACIDS], (
+        [record.id, position + 1, result.sequence_tokens[position], *_digits(row).tolist()]
+        for record, result in zip(records, results, strict=True)
+        for position, row in zip(
+            result.mask_positions if masked_only else range(len(result.logits)), result.logits, strict=True
+        )
+    )
+
+
+def _shortest(arrays: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    return ({name: _digits(array) for name, array in one.items()} for one in arrays)
+
+
+def _digits(array: np.ndarray) -> np.ndarray:
+    """Return each float32 as text of the fewest digits that give it back."""
+    return array.astype("U32")
+
+
+def _summary(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
+    """Return a line per sequence and output: its shape and first values."""
     rows = [
         (
             record.id,
@@ -102,17 +150,16 @@ def _encode_table(records: Sequence[Record], results: Sequence[EncodeResult]) ->
         for record, result in zip(records, results, strict=True)
         for name, array in result.to_arrays().items()
     ]
-    return table(("id", "length", "output", "shape", "first values"), rows)
+    return ("id", "length", "output", "shape", "first values"), rows
 
 
-def predict_table(records: Sequence[Record], results: Sequence[PredictResult], positions: str) -> str:
-    """One line a mask: the five most probable amino acids."""
+def most_probable(records: Sequence[Record], results: Sequence[PredictResult], masked_only: bool) -> Table:
+    """Return a line per mask: the five most probable amino acids."""
     rows = []
     for record, result in zip(records, results, strict=True):
         for row, position in enumerate(result.mask_positions):
-            logits = result.logits[row if positions == "masked" else position].astype(np.float64)
-            probability = np.exp(logits - logits.max())
-            probability /= probability.sum()
+            index = row if masked_only else position
+            probability = np.exp(log_softmax(result.logits[index : index + 1]))[0]
             best = np.argsort(-probability)[:5]
             rows.append((record.id, position + 1, "  ".join(f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in best)))
-    return table(("id", "position", "most probable"), rows)
+    return ("id", "position", "most probable"), rows

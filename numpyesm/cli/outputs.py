@@ -1,39 +1,118 @@
-"""Results to stdout or a file: the service's JSON, npz, or a short table for people."""
+"""Where results go and in which format: what the output's name says, or an error before anything is computed."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
+import io
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from .. import formats
-from ..files import atomic_write
+from ..errors import InvalidOption
+from ..files import WriteError, atomic_write
+
+_COMPRESSIONS = (".gz", ".bz2", ".xz")
 
 
-def chosen_format(arguments: argparse.Namespace, by_ending: Mapping[str, str], terminal: str, otherwise: str) -> str:
-    """`--format`, else what the output's ending says, else by whether stdout is a terminal."""
-    if arguments.format:
-        return str(arguments.format)
-    if arguments.output:
-        return by_ending.get(Path(arguments.output).suffix.lower(), otherwise)
-    return terminal if sys.stdout.isatty() else otherwise
+@dataclass(frozen=True)
+class Destination:
+    """Where one result goes.
+
+    Attributes
+    ----------
+    form : str
+        The format, one of the command's own.
+    path : str or None
+        A file; None is standard output.
+    compression : str
+        `.gz`, `.bz2`, `.xz` or nothing.
+    """
+
+    form: str
+    path: str | None
+    compression: str = ""
+
+    def write(self, data: bytes | Iterable[bytes]) -> None:
+        """Write all of `data`, to a file whole or not at all."""
+        pieces = [data] if isinstance(data, bytes) else data
+        if self.path is None:
+            sys.stdout.flush()
+            sys.stdout.buffer.writelines(pieces)
+            sys.stdout.buffer.flush()
+            return
+        with atomic_write(self.path) as file, _compressed(file, self.compression) as target:
+            target.writelines(pieces)
 
 
-def write(data: bytes | Iterable[bytes], output: str | Path | None) -> None:
-    """All of `data` to stdout, or to a file that appears only when complete."""
-    pieces = [data] if isinstance(data, bytes) else data
-    if output is None or str(output) == "-":
-        sys.stdout.flush()
-        sys.stdout.buffer.writelines(pieces)
-        sys.stdout.buffer.flush()
-        return
-    with atomic_write(output) as file:
-        file.writelines(pieces)
+def destination(
+    arguments: argparse.Namespace, endings: Mapping[str, str], *, terminal: str, otherwise: str
+) -> Destination:
+    """Return where `-o` sends the results of a command, and in which format.
+
+    Parameters
+    ----------
+    arguments : Namespace
+        With `output`, and with `format` if the command has that option.
+    endings : mapping of str to str
+        Format of each ending that the command can write, such as `{".csv": "csv"}`.
+    terminal, otherwise : str
+        Formats of standard output, on a terminal and elsewhere.
+
+    Raises
+    ------
+    InvalidOption
+        The name ends in something that the command cannot write, or `--format` contradicts it.
+    WriteError
+        The output cannot be written.
+    """
+    chosen, output = getattr(arguments, "format", None), arguments.output
+    if output in (None, "-"):
+        return Destination(chosen or (terminal if sys.stdout.isatty() else otherwise), None)
+    if _is_stream(output):
+        return Destination(chosen or otherwise, output)
+    can = f"this command writes {', '.join(endings)}, also with {', '.join(_COMPRESSIONS)} behind"
+    if not output or output.endswith(("/", os.sep)) or os.path.isdir(output):
+        raise InvalidOption(f"-o {output!r} is no name of a file; {can}")
+    name = os.path.basename(output).lower()
+    compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
+    ending = os.path.splitext(name.removesuffix(compression))[1]
+    form = endings.get(ending)
+    if form is None and not (chosen and not ending):
+        what = f"ends in {ending}" if ending else "has no ending that names a format"
+        raise InvalidOption(f"-o {output} {what}; {can}")
+    if chosen and form and chosen != form:
+        raise InvalidOption(f"-o {output} and --format {chosen} contradict each other")
+    check_writable(output)
+    return Destination(form or str(chosen), output, compression)
+
+
+def check_writable(output: str | Path) -> None:
+    """Raise WriteError now if a file of this name could not be written later. Missing folders will be made."""
+    path = Path(output).absolute()
+    if path.is_dir():
+        raise WriteError(None, "it is a folder", str(output))
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise WriteError(None, f"{folder} is not a folder", str(output))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WriteError(None, f"no permission to write in {folder}", str(output))
+
+
+def write(data: bytes | Iterable[bytes], output: str | Path) -> None:
+    """Write all of `data` to a file, whole or not at all."""
+    Destination("", str(output)).write(data)
 
 
 def json_pieces(document: Any) -> Iterator[bytes]:
@@ -42,18 +121,19 @@ def json_pieces(document: Any) -> Iterator[bytes]:
     yield b"\n"
 
 
-def write_npz(arrays: Mapping[str, npt.NDArray[Any]], output: str | Path | None) -> None:
-    """Write an `.npz` file for `numpy.load`, without a second copy in memory."""
-    write(formats.npz_pieces(arrays), output)
-
-
-def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return an `.npz` file for `numpy.load`."""
-    return b"".join(formats.npz_pieces(arrays))
+def csv_pieces(header: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterator[bytes]:
+    """Write a table with a header, a row at a time; NaN is an empty field."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
+    for row in chain([header], rows):
+        writer.writerow(["" if isinstance(cell, float) and cell != cell else cell for cell in row])
+        yield buffer.getvalue().encode("utf-8", "backslashreplace")
+        buffer.seek(0)
+        buffer.truncate()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns padded with blanks, numbers to the right."""
+    """Columns padded with blanks."""
     cells = [list(map(str, header)), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "".join(
@@ -63,3 +143,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _is_stream(output: str) -> bool:
+    """Whether a name means a pipe or device, which has no ending to go by: /dev/stdout, /dev/null, a FIFO."""
+    return output.startswith(("/dev/", "/proc/self/fd/")) or (
+        os.path.exists(output) and not os.path.isfile(output) and not os.path.isdir(output)
+    )
+
+
+def _compressed(file: BinaryIO, compression: str) -> Any:
+    """A file object that compresses into `file`, and leaves it open."""
+    if compression == ".gz":
+        return gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+    if compression == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(file, "wb")
+    if compression == ".xz":
+        import lzma
+
+        return lzma.LZMAFile(file, "wb")
+    return nullcontext(file)

@@ -72,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "contacts", "contacts", "contact map as text, picture or numbers")
     command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
-    command.add_argument("-o", "--output", help=".png, .npz, .json, .tsv or .txt; a folder for several sequences")
+    command.add_argument("-o", "--output", help=".tsv, .csv, .png, .npz, .json or .txt; FOLDER/ for a file each")
     command.add_argument(
-        "--format", choices=["tsv", "map", "png", "npz", "json"], help="by the output's ending, else tsv"
+        "--format", choices=["tsv", "csv", "map", "png", "npz", "json"], help="by the output's ending, else tsv"
     )
     command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
     command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add_scoring(commands, "scan", "scan", "score every substitution of a protein", SCAN_METHODS)
     command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
     command.add_argument(
-        "-o", "--output", help=".csv, .tsv or a folder (stdout by default); with it, a heat map .png beside it"
+        "-o", "--output", help=".csv, .tsv, .json or a folder (stdout by default); with it, a heat map .png beside it"
     )
     command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output by default)")
     command.add_argument("--no-heatmap", action="store_true", help="the table alone")
@@ -213,9 +213,11 @@ def _add_inference(
 ) -> argparse.ArgumentParser:
     command = _add(commands, name, target, text)
     command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
-    command.add_argument("-o", "--output", help="file (stdout by default); .npz and .json choose the format")
+    command.add_argument("-o", "--output", help="file: .json, .npz, .csv, .tsv or .txt, also .gz (stdout by default)")
     command.add_argument(
-        "--format", choices=["json", "npz", "table"], help="by the output's ending, else table on a terminal and json"
+        "--format",
+        choices=["json", "npz", "csv", "tsv", "table"],
+        help="by the output's ending, else table on a terminal and json",
     )
     return command
 

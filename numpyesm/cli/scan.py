@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from ..errors import InvalidOption, MissingExtra
 from ..files import same_file
 from ..scoring.scan import MutationScan
 from .inputs import load_model
-from .outputs import write
+from .outputs import Destination, check_writable, csv_pieces, destination, json_pieces, write
 from .pictures import figure_class, png_bytes
 from .score import progress_line, read_wild_type
 
+_ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json"}
 # Positions in one strip of the heat map.
 _STRIP = 100
 # More would be higher than a picture can be.
@@ -23,9 +26,9 @@ _MOST_STRIPS = 150
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The matrix, and the picture beside it."""
-    output, picture = _outputs(arguments)
-    wild_type = read_wild_type(arguments.input, output)
+    """Write the matrix, and the picture beside it."""
+    target, picture = _outputs(arguments)
+    wild_type = read_wild_type(arguments.input, target.path)
     if picture is not None and same_file(arguments.input, str(picture)):
         raise InvalidOption(f"--heatmap {picture} is the input itself: choose another output")
     if picture is not None:
@@ -44,37 +47,49 @@ def run(arguments: argparse.Namespace) -> int:
         window=arguments.window,
         progress=progress_line("positions"),
     )
-    delimiter = "\t" if output and Path(output).suffix.lower() in (".tsv", ".tab") else ","
-    write(scan_table(scan, delimiter).encode(), output)
+    if target.form == "json":
+        target.write(json_pieces(_document(scan)))
+    else:
+        target.write(scan_table(scan, "," if target.form == "csv" else "\t"))
     if picture is not None:
         write(scan_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
     return 0
 
 
-def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-    """Where table and heat map go: by default the picture lies beside the table."""
-    output = None if arguments.output == "-" else arguments.output
-    if output and (output.endswith(("/", "\\")) or Path(output).is_dir()):
-        output = str(Path(output) / "scan.csv")
-    if arguments.no_heatmap:
-        if arguments.heatmap:
-            raise InvalidOption("--heatmap and --no-heatmap exclude each other")
-        return output, None
-    if output and Path(output).suffix.lower() == ".png":
-        raise InvalidOption(f"-o {output}: the table is CSV or TSV; the picture is --heatmap")
+def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
+    """Return where table and heat map go: by default the picture lies beside the table."""
+    output = arguments.output
+    if output and output != "-" and (output.endswith(("/", os.sep)) or os.path.isdir(output)):
+        arguments.output = str(Path(output) / "scan.csv")
+    target = destination(arguments, _ENDINGS, terminal="csv", otherwise="csv")
+    if arguments.no_heatmap and arguments.heatmap:
+        raise InvalidOption("--heatmap and --no-heatmap exclude each other")
     if arguments.heatmap:
-        if output and Path(output).absolute() == Path(arguments.heatmap).absolute():
-            raise InvalidOption(f"-o and --heatmap are both {output}")
-        return output, Path(arguments.heatmap)
-    return output, Path(output).with_suffix(".png") if output else None
+        picture = Path(arguments.heatmap)
+        if picture.suffix.lower() != ".png":
+            raise InvalidOption(f"--heatmap {picture}: the picture is a .png")
+        check_writable(picture)
+        return target, picture
+    if arguments.no_heatmap or target.path is None or target.path.startswith("/dev/"):
+        return target, None
+    return target, Path(target.path.removesuffix(target.compression)).with_suffix(".png")
 
 
-def scan_table(scan: MutationScan, delimiter: str = ",") -> str:
-    """`position,wild_type,A,C,…,Y`, one row a position."""
-    lines = [["position", "wild_type", *scan.amino_acids]]
-    for position, letter, row in zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True):
-        lines.append([str(position), letter, *map(repr, row)])
-    return "".join(delimiter.join(line) + "\n" for line in lines)
+def _document(scan: MutationScan) -> dict[str, object]:
+    return {
+        "method": scan.method,
+        "wild_type": scan.wild_type,
+        "positions": list(scan.positions),
+        "amino_acids": list(scan.amino_acids),
+        "scores": scan.scores,
+    }
+
+
+def scan_table(scan: MutationScan, delimiter: str = ",") -> Iterator[bytes]:
+    """Write `position,wild_type,A,C,…,Y`, one row per position."""
+    rows = zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True)
+    header = ["position", "wild_type", *scan.amino_acids]
+    return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), delimiter)
 
 
 def scan_png(scan: MutationScan, note: str = "") -> bytes:

@@ -16,21 +16,22 @@ from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, apply_changes, check_wild_type, fit_mutant, parse_mutant
 from .inputs import load_model, read_records
-from .outputs import write
+from .outputs import destination
 from .variant_table import InvalidTable, VariantTable, read_table
 
 # ProteinGym's names; fair-esm's example has the first too.
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
+_ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "as it was"}
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Everything about the table is checked before the model is loaded."""
     wild_text, table_text = _inputs(arguments)
-    output = arguments.output
-    if output is not None and output != "-" and table_text != "-" and same_file(table_text, output):
-        raise InvalidOption(f"-o {output} is the input itself: choose another output")
-    wild_type = read_wild_type(wild_text, output)
+    target = destination(arguments, _ENDINGS, terminal="as it was", otherwise="as it was")
+    if target.path is not None and table_text != "-" and same_file(table_text, target.path):
+        raise InvalidOption(f"-o {target.path} is the input itself: choose another output")
+    wild_type = read_wild_type(wild_text, target.path)
     column = arguments.column or arguments.method
     table = read_table(*_read(table_text), wanted=[arguments.mutation_col or _MUTANT, _SEQUENCE])
     if column in table.columns:
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         ).tolist()
     )
     values = [math.nan if mutant is None else next(scores) for mutant in mutants]
-    write(table.with_column(column, ["" if math.isnan(value) else repr(value) for value in values]), output)
+    texts = ["" if math.isnan(value) else repr(value) for value in values]
+    target.write(table.with_column(column, texts, {"csv": ",", "tsv": "\t"}.get(target.form)))
     if measured is not None:
         _report(column, values, *measured)
     return 0

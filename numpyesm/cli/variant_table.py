@@ -71,8 +71,19 @@ class VariantTable:
             )
         return found
 
-    def with_column(self, name: str, values: Sequence[str]) -> bytes:
-        """The table with one more column behind the others; the text before it is what it was, byte for byte."""
+    def with_column(self, name: str, values: Sequence[str], delimiter: str | None = None) -> bytes:
+        """Return the table with one more column behind the others.
+
+        The text before it is what it was, byte for byte, unless another delimiter is asked for: a comma turns no
+        table with semicolons into another one, as both are CSV.
+        """
+        same = delimiter in (None, self.delimiter) or (delimiter == "," and self.delimiter == ";")
+        if not same:
+            texts = iter([name, *values])
+            buffer = io.StringIO()
+            writer = csv.writer(buffer, delimiter=str(delimiter), lineterminator="\n")
+            writer.writerows([*record.fields, next(texts)] for record in self.records if record.fields)
+            return buffer.getvalue().encode()
         remaining = iter([name, *values])
         parts = []
         for record in self.records:

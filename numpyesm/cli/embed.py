@@ -9,6 +9,7 @@ import warnings
 from contextlib import redirect_stdout, suppress
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
+from ..bulk.writers import output_format
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
 from .inputs import load_model
 
@@ -90,6 +91,7 @@ def _summarise(lines: JsonProgress, summary: Summary) -> int:
 def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
     if arguments.max_memory is not None and arguments.engine == "ray":
         raise InvalidOption("--max-memory is of the local engine: Ray's own resources limit its workers")
+    output_format(arguments.output)  # an output that cannot be written is refused before the model is loaded
     model = load_model(arguments)
     with redirect_stdout(sys.stderr):  # Ray tells on stdout what became of its workers
         return embed_fasta(

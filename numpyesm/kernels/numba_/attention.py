@@ -264,16 +264,21 @@ def _pair_scores(scores, count, lanes, out):
 def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
     """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
-    Row 0 is what scores are moved by. With `keep`, all exponentials stay in `scores` (L, lanes).
+    Row 0 is what scores are moved by. With `keep`, all exponentials stay in `scores` (L, lanes). A chunk is summed by
+    itself, in row 2: the rounding of one long sum would scale the whole context.
     """
-    shift, total = state, state + 4 * lanes
-    sums = carray(float32_at(total), (lanes,))
+    shift, total, part = state, state + 4 * lanes, state + 8 * lanes
+    sums, parts = carray(float32_at(total), (lanes,)), carray(float32_at(part), (lanes,))
     for lane in range(lanes):
         sums[lane] = _ZERO
     for first in range(0, length, CHUNK_KEYS):
         count = min(CHUNK_KEYS, length - first)
         chunk = scores + (4 * first * lanes if keep else 0)
-        _exponentials(narrow, keep, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift, total)
+        for lane in range(lanes):
+            parts[lane] = _ZERO
+        _exponentials(narrow, keep, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift, part)
+        for lane in range(lanes):
+            sums[lane] += parts[lane]
         if not narrow:
             _add_context(narrow, chunk, values + first * step, step, count, head_dim, lanes, context, first)
             continue

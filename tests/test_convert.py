@@ -11,8 +11,9 @@ import pytest
 
 from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, NumpyesmError, WeightsNotFound
-from numpyesm.weights import check_data, convert, load_checkpoint, save_canonical
+from numpyesm.weights import convert, load_checkpoint, save_canonical
 from numpyesm.weights.checkpoint import Checkpoint
+from numpyesm.weights.load import open_checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
 TINY = ModelConfig(2, 40, 20, 160)
@@ -42,7 +43,7 @@ def test_every_source(tmp_path, kind):
     assert result.path == tmp_path / "out" / "x.safetensors"
     assert result.checkpoint.source == source.name
     assert result.checkpoint.source_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
-    check_data(result.path)
+    open_checkpoint(result.path)
     mk.expect_same_model(load_checkpoint(tmp_path / "out"), model)
 
 

@@ -14,8 +14,9 @@ import pytest
 from fake_hub import FakeHub
 
 from numpyesm.config import PRESETS, ModelConfig
-from numpyesm.weights import check_data, load_checkpoint
+from numpyesm.weights import load_checkpoint
 from numpyesm.weights.cache import PINNED_COMMITS
+from numpyesm.weights.load import open_checkpoint
 from numpyesm.weights.safetensors_file import write_safetensors
 from numpyesm.weights.tensor import StoredTensor
 
@@ -103,7 +104,7 @@ def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path):
     assert code == 0, errors
     path = Path(output)
     assert path == tmp_path / "cache" / "hub" / REPOSITORY.replace("/", "--") / f"{FIRST}.safetensors"
-    check_data(path)
+    open_checkpoint(path)
     checkpoint = load_checkpoint(path)
     assert checkpoint.config == TINY
     assert checkpoint.source == f"{REPOSITORY}@{FIRST[:12]}"
@@ -144,7 +145,7 @@ def test_a_dropped_connection_is_resumed(large_hub, tmp_path):
     large_hub.drop_once.add("model.safetensors")
     code, output, errors = run(large_hub, tmp_path)
     assert code == 0, errors
-    check_data(output)
+    open_checkpoint(output)
     first, second = large_hub.transfers("model.safetensors")
     half = (tmp_path / "served" / "model.safetensors").stat().st_size // 2
     assert first is None
@@ -169,7 +170,7 @@ def test_a_killed_download_goes_on_in_the_next_run(large_hub, tmp_path):
     large_hub.slow.clear()
     code, output, errors = run(large_hub, tmp_path)
     assert code == 0, errors
-    check_data(output)
+    open_checkpoint(output)
     assert int(large_hub.transfers("model.safetensors")[-1].removeprefix("bytes=").rstrip("-")) > 1_000_000
 
 
@@ -218,7 +219,7 @@ def test_two_processes_at_once_download_once(hub, tmp_path):
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0]
-    check_data(results[0][0].strip())
+    open_checkpoint(results[0][0].strip())
     assert len(hub.transfers("model.safetensors")) == 1
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import SMALL
 
 from numpyesm import CheckpointError
-from numpyesm.weights.canonical import check_data, load_canonical, save_canonical
+from numpyesm.weights.canonical import load_canonical, save_canonical
+from numpyesm.weights.load import open_checkpoint
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor, quantise_columns
@@ -28,7 +29,7 @@ def test_columns_are_rounded_to_half_a_level() -> None:
 def test_file_holds_bytes_and_keeps_the_sensitive_parts(tmp_path: Path) -> None:
     whole = random_checkpoint(SMALL)
     save_canonical(tmp_path / "x.safetensors", whole, precision="int8")
-    check_data(tmp_path / "x.safetensors")
+    open_checkpoint(tmp_path / "x.safetensors")
     found = load_canonical(tmp_path / "x.safetensors")
     assert found.precision == "int8"
     for name, tensor in found.tensors.items():

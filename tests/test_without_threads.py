@@ -81,7 +81,7 @@ def weights(tmp_path_factory) -> Path:
 def test_every_module_of_the_numpy_path_can_be_imported() -> None:
     code = """
 import json, pkgutil, importlib, numpyesm
-skipped = ("numba_", "service", "cli.serve", "cli.embed", "bulk", "compat", "hub", "carry", "sklearn", "ray", "serve")
+skipped = ("numba_", "service", "cli.serve", "cli.embed", "bulk", "compat", "hub", "sklearn", "ray", "serve")
 for module in pkgutil.walk_packages(numpyesm.__path__, "numpyesm.", onerror=lambda name: None):
     if not any(part in module.name for part in skipped) and module.name != "numpyesm.__main__":
         importlib.import_module(module.name)

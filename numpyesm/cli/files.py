@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,20 +15,19 @@ import numpy as np
 
 from .._version import __version__
 from ..config import PRESETS
-from ..errors import InvalidOption, MissingExtra, NumpyesmError, WeightsNotFound
+from ..errors import MissingExtra, NumpyesmError, WeightsNotFound
 from ..printable import printable
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
-from ..weights import cache_dir, check_data, find_local, open_weights, resolve
+from ..weights import cache_dir, find_local, open_weights, resolve
 from ..weights.checkpoint import Checkpoint
+from ..weights.load import open_checkpoint
 from .inputs import load_model
 from .outputs import table
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    """Download, verify, convert; or carry from machine to machine. Print where the file is."""
-    if arguments.export is not None or arguments.source is not None:
-        return _carry(arguments)
+    """Download, verify, convert; print where the file is."""
     from ..weights.hub import fetch as fetch_weights
 
     path = fetch_weights(
@@ -38,24 +38,8 @@ def fetch(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
     print(path)
-    return 0
-
-
-def _carry(arguments: argparse.Namespace) -> int:
-    """`--export DIR` and `--from DIR`."""
-    from ..weights.carry import export, take_in
-
-    if arguments.output or (arguments.export is not None and arguments.source is not None):
-        raise InvalidOption("--export, --from and -o exclude each other: take one of them")
-    if not (arguments.export or arguments.source):  # an unset variable in a script must not become a download
-        raise InvalidOption("--export and --from need the name of a folder, not an empty one")
-    name = arguments.name or arguments.weights or "esm2-35m"
-    options = {"revision": arguments.revision, "dtype": arguments.dtype}
-    if arguments.export is not None:
-        progress = not arguments.quiet and sys.stderr.isatty()
-        print(export(name, arguments.export, progress=progress, **options))
-    else:
-        print(take_in(name, arguments.source, **options))
+    if arguments.output:
+        print(f"to use it, also on another machine: NUMPYESM_WEIGHTS={shlex.quote(str(path))}", file=sys.stderr)
     return 0
 
 
@@ -76,14 +60,12 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Checksum of the file, if it states one, and the published numbers; 1 if any is off."""
+    """Compare the checksums in the file and beside it, and the published numbers; 1 if any is off."""
     path = resolve(arguments.weights or "esm2-35m")
+    if isinstance(path, Path):
+        verified = open_checkpoint(path).checksums
+        print(f"{path}: {verified or 'no'} checksum{'s'[: verified != 1]} verified", file=sys.stderr)
     model = load_model(arguments)
-    checked = "no checksum in the file"
-    if isinstance(path, Path) and model.checkpoint.metadata.get("data_sha256"):
-        check_data(path)
-        checked = "checksum of the tensors is right"
-    print(f"{path}: {checked}", file=sys.stderr)
     comparisons = compare_with_reference(model)
     rows = [
         (c.sequence, c.output, f"{c.expected:.6g}", f"{c.found:.6g}", f"{c.deviation:.1e}", f"{c.tolerance:.0e}",

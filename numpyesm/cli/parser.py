@@ -26,24 +26,26 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "fetch", "files:fetch", "download official weights from the Hugging Face Hub and convert them"
     )
     command.add_argument(
-        "name", nargs="?", default=None, help="esm2-8m, esm2-35m (default), esm2-150m, esm2-650m, or a Hub id"
+        "name", nargs="?", type=_named, help="esm2-8m, esm2-35m (default), esm2-150m, esm2-650m, or a Hub id"
     )
-    command.add_argument("--revision", help="commit, branch or tag (the official models are pinned)")
+    command.add_argument("--revision", type=_named, help="commit, branch or tag (the official models are pinned)")
     command.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
     )
-    command.add_argument("-o", "--output", help="file or folder (the cache by default)")
+    command.add_argument("-o", "--output", type=_named, help="file or folder (the cache by default)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument("--export", metavar="DIR", help="into a folder to be carried to machines without a network")
-    command.add_argument("--from", dest="source", metavar="DIR", help="from such a folder into the cache; no network")
 
     command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
-    command.add_argument("source", help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name")
-    command.add_argument("-o", "--output", required=True, help="file.safetensors, or a folder")
+    command.add_argument(
+        "source", type=_named, help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name"
+    )
+    command.add_argument("-o", "--output", type=_named, required=True, help="file.safetensors, or a folder")
     command.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
     )
-    command.add_argument("--regression", help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
+    command.add_argument(
+        "--regression", type=_named, help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint"
+    )
 
     _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
     command = _add(
@@ -226,9 +228,16 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     command.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
     command.add_argument(
-        "--model", action="append", default=[], metavar="SLUG=WEIGHTS", help="a model to serve; may be repeated"
+        "--model",
+        type=_model,
+        action="append",
+        default=[],
+        metavar="SLUG=WEIGHTS",
+        help="a model to serve; may be repeated",
     )
-    command.add_argument("--api-keys-file", metavar="FILE", help="one key a line (NUMPYESM_API_KEYS holds more)")
+    command.add_argument(
+        "--api-keys-file", type=_named, metavar="FILE", help="one key a line (NUMPYESM_API_KEYS holds more)"
+    )
     command.add_argument(
         "--allow-no-auth", action="store_true", help="listen beyond this machine without keys: everybody may use it"
     )
@@ -240,7 +249,9 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--queue-size", type=int, default=512, help="requests that may wait (%(default)s)")
     command.add_argument("--deadline", type=float, default=300, help="seconds for a request (%(default)s)")
-    command.add_argument("--max-memory", metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)")
+    command.add_argument(
+        "--max-memory", type=_named, metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)"
+    )
     command.add_argument("--max-body", default="1M", metavar="SIZE", help="of a body as sent (%(default)s)")
     command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of a body unpacked (%(default)s)")
     command.add_argument("--max-connections", type=int, default=1000, help="open at a time (%(default)s)")
@@ -260,3 +271,11 @@ def _named(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a name, not an empty text (an unset variable?)")
     return text
+
+
+def _model(text: str) -> tuple[str, str]:
+    """Return (slug, weights) of `SLUG=WEIGHTS`, or of a name that is both."""
+    slug, equals, weights = text.partition("=")
+    if not slug or (equals and not weights):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected SLUG=WEIGHTS, neither of them empty (an unset variable?)")
+    return slug, weights or slug

@@ -73,11 +73,10 @@ def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
     from ..weights.locate import find_local
 
     wanted: dict[str, str] = {}
-    for text in arguments.model:
-        slug, _, source = text.partition("=")
+    for slug, source in arguments.model:
         if slug in wanted:
             raise InvalidOption(f"--model {slug} is given twice")
-        wanted[check_slug(slug)] = source or slug
+        wanted[check_slug(slug)] = source
 
     def load(source: str) -> ESM2:
         return ESM2.from_pretrained(

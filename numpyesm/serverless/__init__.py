@@ -8,9 +8,6 @@ import os
 
 from .function import Function
 
-# AWS has compared the whole package with its own checksum, and there is nowhere to note that we have, too.
-if os.environ.get("AWS_LAMBDA_FUNCTION_NAME"):
-    os.environ.setdefault("NUMPYESM_VERIFY", "never")
 _function = Function()
 if os.environ.get("AWS_LAMBDA_FUNCTION_NAME") and os.environ.get("NUMPYESM_LAZY", "") != "1":
     _function.load()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import cache_dir as cache_dir
-    from .canonical import check_data as check_data
     from .canonical import load_canonical as load_canonical
     from .canonical import save_canonical as save_canonical
     from .checkpoint import Checkpoint as Checkpoint
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "cache": ("cache_dir",),
-    "canonical": ("check_data", "load_canonical", "save_canonical"),
+    "canonical": ("load_canonical", "save_canonical"),
     "checkpoint": ("Checkpoint",),
     "conversion": ("Conversion", "convert"),
     "hub": ("fetch",),

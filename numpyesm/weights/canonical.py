@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import Checkpoint, canonical_shapes
 from .equalise import equalised
-from .integrity import note_verified, verify_data, verify_file
+from .integrity import verify_at_load, verify_data, verify_files
 from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from .tensor import PRECISION_DTYPES, StoredTensor
 
@@ -55,18 +55,18 @@ def save_canonical(
     if checkpoint.synthetic:
         metadata["synthetic"] = "true"
     write_safetensors(path, tensors, metadata)
-    note_verified(Path(path), metadata["data_sha256"])
     return metadata
 
 
 def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
-    """Map a canonical file; numbers are read when they are used, apart from the checksums that `integrity` verifies."""
+    """Map a canonical file; numbers are read when they are used, or at once if NUMPYESM_VERIFY=1 asks for checksums."""
     path = Path(path)
+    if verify_at_load():
+        verify_files([path])
     tensors, metadata = read_safetensors(path)
-    checkpoint = checkpoint_from(tensors, metadata, path)
-    verify_file(path)
-    verify_data(path, metadata.get("data_sha256"))
-    return checkpoint
+    if verify_at_load() and "data_sha256" in metadata:
+        verify_data(path, metadata["data_sha256"])
+    return checkpoint_from(tensors, metadata, path)
 
 
 def is_canonical(metadata: dict[str, str]) -> bool:
@@ -103,19 +103,6 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def check_data(path: str | os.PathLike[str]) -> None:
-    """Verify the tensors of a canonical file against the checksum in its metadata.
-
-    Raises
-    ------
-    CheckpointError
-        If they differ, or there is no checksum.
-    """
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("data_sha256") != _data_sha256(tensors):
-        raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
 
 
 def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:

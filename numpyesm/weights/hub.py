@@ -125,9 +125,8 @@ def ways_out(name: str = "esm2-35m") -> str:
     preset = preset_name(name)
     official = OFFICIAL_NAMES.get(preset or "", "")
     ways = [
-        f"run `numpyesm fetch {name} --export DIR` on a connected machine, carry DIR here, `numpyesm fetch {name} "
-        "--from DIR`",
-        "put weights into weights/ or point NUMPYESM_WEIGHTS to them",
+        f"run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point NUMPYESM_WEIGHTS to "
+        "it or put it into weights/",
     ]
     if official:
         ways.append(
@@ -328,7 +327,7 @@ def _make_folder(folder: Path) -> None:
 def _opens(path: Path) -> bool:
     """Whether it is whole, and no random numbers under a published name."""
     try:
-        return not load_canonical(path).synthetic
+        return not open_checkpoint(path).checkpoint.synthetic
     except CheckpointError:
         return False
 

@@ -1,8 +1,7 @@
-"""Checksums at load: those that a file states of itself, and those that stand beside it.
+"""Checksums that a weights file states of itself, and those that stand beside it.
 
-A file is hashed when it is first seen, and again whenever its size, date or inode has changed; that it was right is
-noted in the cache. `NUMPYESM_VERIFY=always` trusts no note, `never` hashes nothing (a Lambda package, whose bytes AWS
-has checked itself). Where no note can be kept, files are hashed each time: some 80 ms for 134 MB.
+They are verified when weights are converted or fetched and by `numpyesm verify`; when they are loaded only with
+NUMPYESM_VERIFY=1, because hashing takes longer than mapping a file.
 """
 
 from __future__ import annotations
@@ -10,55 +9,91 @@ from __future__ import annotations
 import os
 import re
 import struct
-import zlib
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from ..errors import CheckpointError, InvalidOption
-from .cache import cache_dir
+from ..files import file_sha256
 
-MODES = ("once", "always", "never")
 SUMS_FILE = "SHA256SUMS"
-_PIECE = 1 << 20
-_MAX_NOTES = 256
+_VARIABLE = "NUMPYESM_VERIFY"
+_MAX_SUMS = 1 << 20  # bytes of a list of checksums
 
 
-def verify_data(path: Path, data_sha256: str | None) -> None:
-    """Compare a canonical file's tensors with the checksum in its metadata, if there is one.
+def verify_at_load() -> bool:
+    """Whether the user asks for checksums at load, by NUMPYESM_VERIFY=1.
+
+    Raises
+    ------
+    InvalidOption
+        If the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise InvalidOption(f"{_VARIABLE}={value!r}: expected 1 (verify checksums at each load) or 0")
+    return value == "1"
+
+
+def verify_files(files: Iterable[Path]) -> int:
+    """Compare files with the checksums beside them, in `<name>.sha256` or `SHA256SUMS`.
+
+    Returns
+    -------
+    int
+        How many had one.
+
+    Raises
+    ------
+    CheckpointError
+        If one differs, or a list of checksums cannot be read.
+    """
+    verified = 0
+    for file in files:
+        stated = stated_sha256(file)
+        if stated is None:
+            continue
+        try:
+            found = file_sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
+        if found != stated:
+            raise CheckpointError(f"{file} is corrupted: its SHA-256 is not the one that stands beside it")
+        verified += 1
+    return verified
+
+
+def verify_data(path: Path, data_sha256: str) -> None:
+    """Compare everything after the header of a safetensors file with the checksum in its metadata.
 
     Raises
     ------
     CheckpointError
         If they differ.
     """
-    if data_sha256:
-        _verify(path, data_sha256, from_data=True)
+    import hashlib  # loads OpenSSL: not when a file is only opened
 
-
-def verify_file(path: Path) -> None:
-    """Compare a file with the checksum beside it: in `<name>.sha256`, or in `SHA256SUMS`. None there: nothing to do.
-
-    Raises
-    ------
-    CheckpointError
-        If they differ.
-    """
-    stated = stated_sha256(path)
-    if stated is not None:
-        _verify(path, stated, from_data=False)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            file.seek(8 + length)
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except (OSError, struct.error) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if digest.hexdigest() != data_sha256:
+        raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
 
 
 def stated_sha256(path: Path) -> str | None:
-    """The checksum that stands beside a file, as `sha256sum` writes it (`--tag` too).
+    """Return the checksum beside a file, as `sha256sum` writes it (`--tag` too); None if there is none.
 
     `<name>.sha256` is about this file, whatever name it states; `SHA256SUMS` where it names it.
     """
     for sums in (path.with_name(path.name + ".sha256"), path.with_name(SUMS_FILE)):
-        try:
-            with open(sums, encoding="utf-8-sig", errors="replace") as file:
-                lines = [_read_sum(line) for line in file.read(1 << 20).splitlines() if line.strip()]
-        except OSError:
+        if not os.path.lexists(sums):
             continue
+        lines = [_read_sum(line) for line in _read_sums(sums).splitlines() if line.strip()]
         found = [digest for digest, name in lines if _names(name, path)]
         if not found and sums.name != SUMS_FILE:
             found = [digest for digest, _ in lines]
@@ -70,6 +105,16 @@ def stated_sha256(path: Path) -> str | None:
                 raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
             return digest
     return None
+
+
+def _read_sums(path: Path) -> str:
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        raise CheckpointError(f"{path} should list checksums, and is no regular file")
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read(_MAX_SUMS)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def _read_sum(line: str) -> tuple[str, str]:
@@ -84,62 +129,3 @@ def _names(name: str, path: Path) -> bool:
     """Whether it is this file's name, or the end of its path: sums are also made from a folder above."""
     parts = PurePath(name).parts
     return bool(parts) and path.absolute().parts[-len(parts) :] == parts
-
-
-def note_verified(path: Path, digest: str, *, from_data: bool = True) -> None:
-    """Remember that a file is right, as one that was just written."""
-    note = _note(path, digest, from_data)
-    if note is None:
-        return
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        for older in note.parent.glob(note.name.split("-")[0] + "-*"):
-            older.unlink(missing_ok=True)
-        others = list(note.parent.iterdir())
-        if len(others) >= _MAX_NOTES:  # of files long gone; whatever is not, is hashed once more
-            for other in others:
-                other.unlink(missing_ok=True)
-        note.touch()
-
-
-def _verify(path: Path, digest: str, *, from_data: bool) -> None:
-    mode = os.environ.get("NUMPYESM_VERIFY", "") or "once"
-    if mode not in MODES:
-        raise InvalidOption(f"NUMPYESM_VERIFY={mode!r}: allowed are {', '.join(MODES)}")
-    note = _note(path, digest, from_data) if mode == "once" else None
-    if mode == "never" or (note is not None and note.exists()):
-        return
-    if _sha256(path, from_data) != digest:
-        what = "its tensors do not have the checksum that it states" if from_data else "its checksum is not the stated"
-        raise CheckpointError(f"{path} is corrupted: {what}")
-    if mode == "once":
-        note_verified(path, digest, from_data=from_data)
-
-
-def _note(path: Path, digest: str, from_data: bool) -> Path | None:
-    """An empty file whose name says which file was right, in which state."""
-    try:
-        state = path.stat()
-        place = zlib.crc32(os.fsencode(path.resolve()))
-    except OSError:
-        return None
-    # Not hashlib: loading OpenSSL for a name would cost more than reading it.
-    kind = "data" if from_data else "file"
-    name = f"{place:08x}{kind}-{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}-{state.st_ino}-{digest[:32]}"
-    return cache_dir() / "verified" / name
-
-
-def _sha256(path: Path, from_data: bool) -> str:
-    import hashlib  # loads OpenSSL: not when the file is known
-
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            if from_data:
-                (length,) = struct.unpack("<Q", file.read(8))
-                file.seek(8 + length)
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-    except (OSError, struct.error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    return digest.hexdigest()

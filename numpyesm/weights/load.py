@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
-from .integrity import verify_data, verify_file
+from .integrity import verify_at_load, verify_data, verify_files
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
 from .tensor import StoredTensor
@@ -56,11 +56,14 @@ class Opened:
         Every file that was read, the weights first.
     weight_files : tuple of Path
         Those of the weights, whose SHA-256 is the provenance of the checkpoint.
+    checksums : int
+        How many checksums were verified.
     """
 
     checkpoint: Checkpoint
     files: tuple[Path, ...]
     weight_files: tuple[Path, ...]
+    checksums: int = 0
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -89,11 +92,13 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
     """
     if isinstance(path, str) and is_synthetic_spec(path):
         return synthetic_from_spec(path)
-    return open_checkpoint(path, regression=regression).checkpoint
+    return open_checkpoint(path, regression=regression, verify=verify_at_load()).checkpoint
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Opened:
-    """Load a checkpoint from a path, and say which files were read."""
+def open_checkpoint(
+    path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None, verify: bool = True
+) -> Opened:
+    """Load a checkpoint from a path, and say which files were read; verify the checksums in and beside them."""
     place = Path(path)
     if regression is not None and not Path(regression).is_file():
         raise WeightsNotFound(f"the contact regression {regression} does not exist")
@@ -101,17 +106,21 @@ def open_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
     if place.is_dir():
         place = _in_folder(place)
         files = _weight_files(place) if place.is_dir() else [place]
-        if place.is_dir():
-            verify_file(place / "config.json")
+    beside = [place / "config.json"] if place.is_dir() else []
+    checksums = verify_files([*files, *beside]) if verify else 0
     contents = [_read(file) for file in files]
     content, metadata = contents[0]
     if is_canonical(metadata):
         checkpoint = checkpoint_from(content, metadata, files[0])
         _refuse_regression(place, regression)
-        verify_data(files[0], metadata.get("data_sha256"))
-        return Opened(checkpoint, tuple(files), tuple(files))
+        if verify and "data_sha256" in metadata:
+            verify_data(files[0], metadata["data_sha256"])
+            checksums += 1
+        return Opened(checkpoint, tuple(files), tuple(files), checksums)
     checkpoint, beside = _convert(place, files, [content for content, _ in contents], regression)
-    return Opened(checkpoint, (*files, *beside), tuple(files))
+    if verify:
+        checksums += verify_files(beside)
+    return Opened(checkpoint, (*files, *beside), tuple(files), checksums)
 
 
 def checkpoint_of(content: Any, path: Path) -> Checkpoint:
@@ -165,7 +174,6 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     """Read a weights file of any format: its object, and its metadata if it has any."""
     head = _head(path)
     try:
-        verify_file(path)
         if looks_like_safetensors(head):
             return read_safetensors(path)
         from .torch_file import is_legacy_torch, is_torch_zip, read_torch

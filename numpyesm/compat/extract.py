@@ -99,7 +99,7 @@ def _extract(
 ) -> list[dict[str, Any]]:
     """What goes into each file, of one padded batch."""
     by_layer = layers if {"mean", "per_tok", "bos"} & set(include) else []
-    out = model._forward(tokens, by_layer, contacts="contacts" in include)
+    out = model.outputs(tokens, by_layer, contacts="contacts" in include)
     found = []
     for i, residues in enumerate((tokens != model.padding_idx).sum(axis=1).tolist()):
         length = residues - 2

@@ -87,7 +87,7 @@ class ESM2:
         MissingHead
             Contacts, and the weights have no contact head.
         """
-        return self._forward(
+        return self.outputs(
             tokens,
             repr_layers,
             logits=self.core.checkpoint.has_lm_head,
@@ -99,10 +99,10 @@ class ESM2:
 
     def predict_contacts(self, tokens: npt.ArrayLike) -> Array:
         """Contact probabilities (B, T - 2, T - 2), without holding the attention maps."""
-        contacts: Array = self._forward(tokens, contacts=True)["contacts"]
+        contacts: Array = self.outputs(tokens, contacts=True)["contacts"]
         return contacts
 
-    def _forward(
+    def outputs(
         self,
         tokens: npt.ArrayLike,
         repr_layers: Iterable[int] = (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,10 @@ from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Forward, Partition
 from .emitter import TILE_COLUMNS
 from .gemm import NARROW_ROWS, aligned
-from .kernels import NumbaKernels
 from .layout import Maps, Pass, address, table
+
+if TYPE_CHECKING:
+    from .kernels import NumbaKernels
 
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence

@@ -69,23 +69,24 @@ class Steps:
 
     def __init__(self, checkpoint: Any, precision: str = "fp32") -> None:
         self.kernels = NumbaKernels(checkpoint, precision)
+        self.packed = self.kernels.packed
         self.config, self.dtype = self.kernels.config, np.dtype(np.float32)
         self.compiled = {"fp32": fp32, "bf16": bf16, "int8": int8}[precision]
-        self.narrow = self.kernels.qkv_dtype == np.uint16
+        self.narrow = self.packed.qkv_dtype == np.uint16
 
     def tables(self, rows: int, length: int, with_maps: bool = False) -> tuple[Any, Any]:
-        model, self.rotary = self.kernels.model_table(length)
-        return model, self.kernels.room(rows, length, with_maps)
+        model, self.rotary = self.packed.model_table(length)
+        return model, self.packed.room(rows, length, with_maps)
 
     def project(self, x: Any, start: int = 0) -> Any:
         """Query, key and value (3, H, rows, padded C) as they lie in memory."""
-        rows, kernels = len(x), self.kernels
-        out = gemm.aligned(3 * rows * self.config.num_heads * kernels.head_dim, kernels.qkv_dtype)
+        rows, packed = len(x), self.packed
+        out = gemm.aligned(3 * rows * self.config.num_heads * packed.head_dim, packed.qkv_dtype)
         model, room = self.tables(rows, start + rows)
         positions = np.arange(start, start + rows)
         self.compiled.project_qkv(
             address(model),
-            address(kernels.layers),
+            address(packed.layers),
             address(room),
             address(x),
             rows,
@@ -93,7 +94,7 @@ class Steps:
             rows,
             address(out),
         )
-        return out.reshape(3, self.config.num_heads, rows, kernels.head_dim)
+        return out.reshape(3, self.config.num_heads, rows, packed.head_dim)
 
     def plain(self, qkv: Any) -> Any:
         """The same as (rows, 3D) numbers, queries without the factor that makes scores exponents of two."""
@@ -105,12 +106,12 @@ class Steps:
 
     def attention(self, qkv: Any, start: int, stop: int, maps: Any = None, context: bool = True) -> Any:
         """Context (stop - start, D) of some rows; the maps are filled in."""
-        kernels, length = self.kernels, qkv.shape[2]
+        packed, length = self.packed, qkv.shape[2]
         model, room = self.tables(stop - start, length, maps is not None)
-        out = np.full((stop - start, self.config.num_heads, kernels.head_dim), 7, np.float32)
+        out = np.full((stop - start, self.config.num_heads, packed.head_dim), 7, np.float32)
         table, summaries, kept = map_table([maps], [length], self.config.num_heads, not context) if maps else (0, [], 0)
         at = address(qkv)
-        row = kernels.head_dim * qkv.itemsize
+        row = packed.head_dim * qkv.itemsize
         attend = attention.attend_bf16 if self.narrow else attention.attend
         attend(
             address(model),
@@ -132,12 +133,12 @@ class Steps:
 
     def project_and_feed_forward(self, context: Any, x: Any) -> None:
         """In place on x (rows, D)."""
-        kernels, config = self.kernels, self.config
-        padded = np.zeros((len(x), config.num_heads, kernels.head_dim), np.float32)
+        packed, config = self.packed, self.config
+        padded = np.zeros((len(x), config.num_heads, packed.head_dim), np.float32)
         padded[..., : config.head_dim] = context.reshape(len(x), config.num_heads, -1)
         model, room = self.tables(len(x), 1)
         self.compiled.project_and_feed_forward(
-            address(model), address(kernels.layers), address(room), address(padded), address(x), len(x)
+            address(model), address(packed.layers), address(room), address(padded), address(x), len(x)
         )
 
 

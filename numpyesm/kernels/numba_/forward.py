@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,8 @@ from ..base import Array, AttentionMaps, Forward, Partition
 from .emitter import TILE_COLUMNS
 from .gemm import NARROW_ROWS, aligned
 from .layout import Maps, Pass, address, table
-
-if TYPE_CHECKING:
-    from .kernels import NumbaKernels
+from .packing import PackedModel
+from .runner import run_phases
 
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
@@ -30,12 +28,10 @@ class NumbaForward(Forward):
     which leave their sums one by one.
     """
 
-    def __init__(
-        self, kernels: NumbaKernels, pool: WorkerPool, batch: Batch, layers: int, partition: Partition
-    ) -> None:
-        self._kernels, self._pool, self._partition, self._phase = kernels, pool, partition, 0
-        rows, config = batch.num_rows, kernels.config
-        self._most_rows = partition.block_rows or kernels.block_rows
+    def __init__(self, packed: PackedModel, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> None:
+        self._packed, self._pool, self._partition, self._phase = packed, pool, partition, 0
+        rows, config = batch.num_rows, packed.config
+        self._most_rows = partition.block_rows or packed.block_rows
         self._length = max(last - first for first, last in batch.spans)
         if partition.whole_tiles:
             blocks = [
@@ -47,9 +43,9 @@ class NumbaForward(Forward):
         self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
-        self._model, rotary = kernels.model_table(self._length)
+        self._model, rotary = packed.model_table(self._length)
         # Tile registers may read keys behind the last one.
-        qkv_size = (3 * rows * config.num_heads + NARROW_ROWS) * kernels.head_dim
+        qkv_size = (3 * rows * config.num_heads + NARROW_ROWS) * packed.head_dim
         entries = {
             Pass.ROWS: rows,
             Pass.BLOCKS: 0,
@@ -58,19 +54,19 @@ class NumbaForward(Forward):
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers,
             Pass.MAPS: 0,
-            Pass.SIZE: kernels.qkv_dtype.itemsize,
-            Pass.QKV_STEP: kernels.entries[0],
-            Pass.ATTEND: kernels.entries[1],
-            Pass.REST: kernels.entries[2],
+            Pass.SIZE: packed.qkv_dtype.itemsize,
+            Pass.QKV_STEP: packed.entries[0],
+            Pass.ATTEND: packed.entries[1],
+            Pass.REST: packed.entries[2],
         }
         arrays: dict[Pass, Array] = {
             Pass.POSITIONS: np.concatenate([np.arange(last - first) for first, last in batch.spans]),
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
             Pass.X: self.x,
-            Pass.QKV: aligned(qkv_size, kernels.qkv_dtype),
-            Pass.QKV_ODD: aligned(qkv_size, kernels.qkv_dtype),
-            Pass.LAYERS: kernels.layers,
+            Pass.QKV: aligned(qkv_size, packed.qkv_dtype),
+            Pass.QKV_ODD: aligned(qkv_size, packed.qkv_dtype),
+            Pass.LAYERS: packed.layers,
             # A line of the cache for each counter.
             Pass.COUNTERS: aligned(16 * (layers + 1), np.int64),
             Pass.STOP: self._stop,
@@ -108,7 +104,7 @@ class NumbaForward(Forward):
             self._run(stop + 1)
             return
         lengths = [last - first for _, _, first, last in self._pieces]
-        rows, summaries, kept = map_table(maps, lengths, self._kernels.config.num_heads, maps_only)
+        rows, summaries, kept = map_table(maps, lengths, self._packed.config.num_heads, maps_only)
         self._table[Pass.MAPS] = address(rows)
         self._run(stop + 1)
         del kept  # until here, compiled code reads them
@@ -121,8 +117,8 @@ class NumbaForward(Forward):
         arguments = address(self._table), address(self._model)
 
         def work(_: int) -> None:
-            room = self._kernels.room(self._block_rows, self._length, self._partition.whole_tiles)
-            self._kernels.run_phases(*arguments, address(room), self._phase, stop)
+            room = self._packed.room(self._block_rows, self._length, self._partition.whole_tiles)
+            run_phases(*arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
             self._stop[0] = 1

@@ -45,12 +45,12 @@ def test_pickle_of_nested_tuples_takes_no_time(tmp_path: Path) -> None:
 
 
 def test_input_is_never_overwritten_by_its_output(tmp_path: Path) -> None:
-    (tmp_path / "x.fasta").write_text(">a\nMKT\n")
+    (tmp_path / "x.txt").write_text(">a\nMKT\n")
     for command in ("encode", "contacts", "log-prob"):
-        done = cli(command, "x.fasta", "-o", "x.fasta", "--weights", "synthetic:esm2-8m", cwd=tmp_path)
+        done = cli(command, "x.txt", "-o", "x.txt", "--weights", "synthetic:esm2-8m", cwd=tmp_path)
         assert done.returncode == 2
         assert b"is the input itself" in done.stderr
-    assert (tmp_path / "x.fasta").read_text() == ">a\nMKT\n"
+    assert (tmp_path / "x.txt").read_text() == ">a\nMKT\n"
 
 
 def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:

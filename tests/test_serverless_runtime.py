@@ -88,7 +88,7 @@ def test_bad_input_is_named_and_the_function_lives_on(function) -> None:
 
 
 def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, model) -> None:
-    document = {"params": {"include": ["per_token"]}, "items": [{"sequence": random_sequence(1700)}]}
+    document = {"params": {"include": ["per_token"]}, "items": [{"sequence": random_sequence(2000)}]}
     answer = function.invoke(event("encode", document))
     assert answer["statusCode"] == 413
     error = json.loads(answer["body"])
@@ -98,7 +98,7 @@ def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, mo
     assert answer["statusCode"] == 200, answer["body"][:500]
     result = json.loads(gzip.decompress(base64.b64decode(answer["body"])))["results"][0]
     found = np.float32(result["per_token_embeddings"][0]["embeddings"])
-    expected = model.encode([random_sequence(1700)], include=["per_token"])[0].per_token_embeddings[6]
+    expected = model.encode([random_sequence(2000)], include=["per_token"])[0].per_token_embeddings[6]
     np.testing.assert_array_equal(found, expected)
     document["items"] *= 8  # beyond every form: refused before it is computed
     answer = function.invoke(event("encode", document, accept="application/x-npz"))

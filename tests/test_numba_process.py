@@ -32,6 +32,8 @@ precision = sys.argv[1] if len(sys.argv) > 1 else "fp32"
 model = ESM2(random_checkpoint(ModelConfig(1, 80, 20, 320)), backend="numba", precision=precision, threads=2)
 print(float(model.encode(["MKTAYIAKQR"])[0].embeddings[1].sum()))
 """
+# What `tempfile` does on a read-only root.
+NO_TEMPORARY_FOLDER = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nowhere']\n"
 
 
 def start(*arguments: str, code: str = ENCODE, **environment: str) -> subprocess.Popen[str]:
@@ -89,17 +91,22 @@ def test_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     code = "from numpyesm.kernels.numba_.cache import cache_folder; print(cache_folder())"
     out, _ = finish(start(code=code, NUMBA_CACHE_DIR=str(blocked / "below"), TMPDIR=str(tmp_path)))
     assert out.startswith(str(tmp_path / "numpyesm-"))
-    in_memory = "import tempfile; tempfile.tempdir = '/nowhere'\n" + code
-    out, _ = finish(start(code=in_memory, NUMBA_CACHE_DIR=str(blocked / "below")))
+    out, _ = finish(start(code=NO_TEMPORARY_FOLDER + code, NUMBA_CACHE_DIR=str(blocked / "below")))
     assert out == "None\n"
 
 
-def test_runs_from_memory(tmp_path: Path) -> None:
+def test_without_any_folder_auto_is_numpy_and_compiled_runs_from_memory(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    code = "import tempfile; tempfile.tempdir = '/nowhere'\n" + ENCODE
-    _, err = finish(start(code=code, NUMBA_CACHE_DIR=str(blocked / "below")))
+    folder = str(blocked / "below")
+    _, err = finish(start(code=NO_TEMPORARY_FOLDER + ENCODE, NUMBA_CACHE_DIR=folder))
     assert "compiling" in err
+    encode = ENCODE.replace('backend="numba"', 'backend="auto"').replace('"ignore"', '"always"')
+    code = NO_TEMPORARY_FOLDER + encode + "print(model.backend)\n"
+    out, err = finish(start(code=code, NUMBA_CACHE_DIR=folder))
+    assert out.split()[-1] == "numpy"
+    assert "no folder can be written to keep compiled kernels in" in err
+    assert "compiling" not in err
 
 
 def test_filled_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

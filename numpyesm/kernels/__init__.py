@@ -14,7 +14,7 @@ from .base import Kernels
 def make_kernels(
     checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32", *, in_place: bool = False
 ) -> Kernels:
-    """Lay the weights out for a backend; `auto` is the compiled one if Numba is installed.
+    """Lay the weights out for a backend; `auto` is the compiled one if Numba is there and can keep what it compiles.
 
     `in_place` leaves all matrices in the mapped file, where the backend can: less memory for a little time.
 
@@ -35,13 +35,20 @@ def make_kernels(
         if precision == "fp64":
             raise InvalidOption("precision='fp64': the compiled backend does not have it")
         try:
+            from .numba_.cache import cache_folder
             from .numba_.kernels import NumbaKernels
         except (ImportError, AttributeError) as error:  # made for another NumPy; NUMBA_DISABLE_JIT
             if backend == "compiled" or precision != "fp32":
                 raise MissingExtra(f"the compiled backend cannot be used, Numba fails here: {error}") from error
             warnings.warn(f"using the slower NumPy backend, because Numba fails here: {error}", stacklevel=4)
         else:
-            return NumbaKernels(checkpoint, precision)
+            if backend == "compiled" or precision != "fp32" or cache_folder() is not None:
+                return NumbaKernels(checkpoint, precision)
+            warnings.warn(
+                "using the slower NumPy backend, because no folder can be written to keep compiled kernels in: set "
+                "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process",
+                stacklevel=4,
+            )
     if precision in ("bf16", "int8"):
         hint = "" if _numba_available() else " (it is not installed: pip install 'numpyesm[fast]')"
         raise InvalidOption(

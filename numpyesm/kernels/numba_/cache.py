@@ -49,8 +49,8 @@ def _candidates() -> Iterator[Path]:
 def _temporary_folder() -> Path | None:
     """A folder in the system's temporary folder that nobody else can write to: it will hold code that we run."""
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    path = Path(tempfile.gettempdir()) / f"numpyesm-{user}"
     try:
+        path = Path(tempfile.gettempdir()) / f"numpyesm-{user}"  # raises where no temporary folder can be written
         path.mkdir(mode=0o700, exist_ok=True)
         owned = not hasattr(os, "getuid") or (path.lstat().st_uid == os.getuid() and not path.lstat().st_mode & 0o077)
     except OSError:

@@ -401,11 +401,51 @@ def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
     assert (tmp_path / "out" / "one first.npz").stat().st_mtime_ns == before
     assert (tmp_path / "out" / "two.npz").exists()
     assert not list((tmp_path / "out").rglob("*.tmp"))
-    # Other options: what is there is not taken for it.
-    at = arguments.index("--include")
-    assert extract.main([*arguments[: at + 1], "contacts", *arguments[arguments.index("--toks_per_batch") :]]) == 0
-    with np.load(tmp_path / "out" / "one first.npz") as plain:
-        assert set(plain.files) == {"label", "contacts"}
+
+
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"--backend": ["numpy"]}, True),
+        ({"--repr_layers": ["3"]}, True),  # less than the file holds
+        ({"--repr_layers": ["-1"], "--include": ["per_tok"]}, True),
+        ({"--repr_layers": ["3", "5"]}, False),
+        ({"--include": ["mean", "bos"]}, False),
+        ({"--include": ["contacts"]}, False),
+        ({"--truncation_seq_length": ["9"]}, False),
+        ({"weights": "synthetic:esm2-8m:2"}, False),
+        ({"sequence": "MKTAYIAKQK"}, False),
+        ({"damage": True}, False),
+    ],
+)
+def test_extract_skips_only_files_that_hold_what_is_asked(
+    weights: str, tmp_path: Path, change: dict[str, Any], kept: bool
+) -> None:
+    def run(change: dict[str, Any]) -> int:
+        (tmp_path / "x.fasta").write_text(f">one\n{change.get('sequence', 'MKTAYIAKQR')}\n")
+        options = {"--repr_layers": ["3", "6"], "--include": ["mean", "per_tok"], "--backend": ["numpy"]}
+        options |= {name: values for name, values in change.items() if name.startswith("--")}
+        flags = [word for name, values in options.items() for word in (name, *values)]
+        location = change.get("weights", weights)
+        return extract.main([location, str(tmp_path / "x.fasta"), str(tmp_path / "out"), "--skip_existing", *flags])
+
+    path = tmp_path / "out" / "one.npz"
+    assert run({}) == 0
+    with np.load(path) as plain:
+        assert len(plain.files) == 5  # what tells the model apart is no array
+    if "damage" in change:
+        path.write_bytes(path.read_bytes()[:-40])
+    before = path.stat().st_ino, path.stat().st_mtime_ns
+    assert run(change) == 0
+    assert ((path.stat().st_ino, path.stat().st_mtime_ns) == before) is kept
+    # Whatever was there, the file now holds what a first run would have written.
+    if not kept:
+        found = extract.load(path)
+        path.unlink()
+        assert run(change) == 0
+        np.testing.assert_equal(found, extract.load(path))
 
 
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
-import numpy as np
-
 from .._version import __version__
 from ..model import ESM2
+from ..weights.integrity import weights_sha256
 from .settings import Settings
 
 # Where weights were found does not matter, as long as they are the same.
 _NAMES = ("source", "source_sha256")
-
-
-def weights_sha256(model: ESM2) -> str:
-    """SHA-256 of the tensors by name, as they are used: the same for every file that holds the same numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.checkpoint.tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        for array in (tensor.raw, tensor.scale):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, Any]:
@@ -36,7 +23,7 @@ def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, A
         "weights": {
             "source": checkpoint.source,
             "source_sha256": checkpoint.source_sha256 or None,
-            "sha256": weights_sha256(model),
+            "sha256": weights_sha256(checkpoint),
             "synthetic": checkpoint.synthetic,
         },
         "backend": model.backend,

@@ -10,22 +10,28 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import struct
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..alphabet import TOKENS
 from ..errors import InvalidOption, InvalidSequence, NumpyesmError
 from ..files import atomic_write, native_name
 from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
+from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
 from .fair_esm.model import ESM2
 
-_BY_LAYER = ("representations", "mean_representations", "bos_representations")
+# What `--include` calls the outputs of each layer, and what they are called in a file.
+_BY_LAYER = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
 _LONGEST_NAME = 255  # of a file, in bytes, on common file systems
 
 
@@ -53,7 +59,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--truncation_seq_length", type=int, default=1022, help="cut longer sequences to this (%(default)s)"
     )
     parser.add_argument("--nogpu", action="store_true", help="accepted: numpyesm runs on the CPU")
-    parser.add_argument("--skip_existing", action="store_true", help="leave records alone whose file is there")
+    parser.add_argument("--skip_existing", action="store_true", help="skip records whose file already holds this")
     parser.add_argument("--backend", choices=[*BACKENDS, *BACKEND_ALIASES], default="auto", help="(%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="worker threads (all CPUs)")
@@ -61,7 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """One `.npz` a record."""
+    """Write one `.npz` per record."""
     if arguments.truncation_seq_length < 1 or arguments.toks_per_batch < 1:
         raise InvalidOption("--truncation_seq_length and --toks_per_batch: expected at least 1")
     dataset = esm.FastaBatchedDataset.from_file(arguments.fasta_file)
@@ -72,33 +78,36 @@ def run(arguments: argparse.Namespace) -> None:
         )
     alphabet = esm.Alphabet.from_architecture("ESM-1b")
     convert = alphabet.get_batch_converter(arguments.truncation_seq_length)
-    for label, sequence in zip(
-        dataset.sequence_labels, dataset.sequence_strs, strict=True
-    ):  # before the model runs for hours
+    for label, sequence in zip(dataset.sequence_labels, dataset.sequence_strs, strict=True):  # before hours of work
         _check(label, sequence, alphabet)
     options = {"backend": arguments.backend, "precision": arguments.precision, "threads": arguments.threads}
     model, _ = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)
     layers = check_layers(arguments.repr_layers, model.num_layers)
+    weights = f"{weights_sha256(model.core.checkpoint)} {arguments.precision}"
     print(f"Read {arguments.fasta_file} with {len(dataset)} sequences")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
     for number, batch in enumerate(batches, start=1):
-        todo = [index for index in batch if not (arguments.skip_existing and paths[index].exists())]
+        labels, _, tokens = convert([dataset[index] for index in batch])
+        stamps = [_stamp(weights, *each) for each in zip(labels, tokens, strict=True)]
+        todo = list(range(len(batch)))
+        if arguments.skip_existing:
+            wanted = _member_names(layers, arguments.include)
+            todo = [i for i in todo if not _holds(paths[batch[i]], wanted, stamps[i])]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
-            print(f"Skipping {len(batch) - len(todo)} sequences whose files are there")
+            print(f"Skipping {len(batch) - len(todo)} sequences whose files hold what is asked")
         if todo:
-            _, _, tokens = convert([dataset[index] for index in todo])
-            results = _extract(model, tokens, layers, arguments.include)
-            for index, result in zip(todo, results, strict=True):
-                save({"label": dataset.sequence_labels[index], **result}, paths[index])
+            results = _extract(model, tokens[todo], layers, arguments.include)
+            for i, result in zip(todo, results, strict=True):
+                save({"label": labels[i], **result}, paths[batch[i]], stamps[i])
 
 
 def _extract(
     model: ESM2, tokens: npt.NDArray[np.int64], layers: Sequence[int], include: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What goes into each file, of one padded batch."""
-    by_layer = layers if {"mean", "per_tok", "bos"} & set(include) else []
+    by_layer = layers if _BY_LAYER.keys() & set(include) else []
     out = model.outputs(tokens, by_layer, contacts="contacts" in include)
     found = []
     for i, residues in enumerate((tokens != model.padding_idx).sum(axis=1).tolist()):
@@ -117,13 +126,37 @@ def _extract(
     return found
 
 
-def save(result: Mapping[str, Any], path: Path) -> None:
-    """Write one record's dictionary, whole or not at all."""
+def save(result: Mapping[str, Any], path: Path, stamp: bytes = b"") -> None:
+    """Write one record's dictionary, whole or not at all; `stamp` becomes the archive's comment, which readers skip."""
     flat: dict[str, Any] = {}
     for name, value in result.items():
-        flat |= {f"{name}_{layer}": array for layer, array in value.items()} if name in _BY_LAYER else {name: value}
+        by_layer = name in _BY_LAYER.values()
+        flat |= {f"{name}_{layer}": array for layer, array in value.items()} if by_layer else {name: value}
     with atomic_write(path) as file:
         np.savez(file, **flat)
+        file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment and the comment
+        file.write(struct.pack("<H", len(stamp)) + stamp)
+
+
+def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
+    """What a file's numbers depend on: weights with their precision, label, and tokens after truncation."""
+    row = tokens[tokens != TOKENS.index("<pad>")].astype("<i8").tobytes()
+    return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
+
+
+def _member_names(layers: Sequence[int], include: Sequence[str]) -> set[str]:
+    """Members that the archive of a record must have."""
+    names = {f"{_BY_LAYER[kind]}_{layer}.npy" for kind in _BY_LAYER.keys() & set(include) for layer in layers}
+    return names | {f"{kind}.npy" for kind in {"label", *include} - _BY_LAYER.keys()}
+
+
+def _holds(path: Path, members: set[str], stamp: bytes) -> bool:
+    """Whether a file has these arrays (and perhaps others), of the same weights, label and sequence."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == stamp and members <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,7 +164,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with np.load(path, allow_pickle=False) as arrays:
         for key in arrays.files:
-            match = re.fullmatch(rf"({'|'.join(_BY_LAYER)})_(\d+)", key)
+            match = re.fullmatch(rf"({'|'.join(_BY_LAYER.values())})_(\d+)", key)
             if match:
                 result.setdefault(match[1], {})[int(match[2])] = arrays[key]
             else:

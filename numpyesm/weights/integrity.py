@@ -12,8 +12,11 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from ..errors import CheckpointError, InvalidOption
 from ..files import file_sha256
+from .checkpoint import Checkpoint
 
 SUMS_FILE = "SHA256SUMS"
 _VARIABLE = "NUMPYESM_VERIFY"
@@ -83,6 +86,19 @@ def verify_data(path: Path, data_sha256: str) -> None:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if digest.hexdigest() != data_sha256:
         raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the tensors by name, as they are used: the same for every file that holds the same numbers."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        for array in (tensor.raw, tensor.scale):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def stated_sha256(path: Path) -> str | None:

@@ -125,12 +125,19 @@ def scan_fasta(
     For bulk work, where one odd record must not stop a million others. Of a record that is too long, a little more than
     `MAX_LETTERS` letters are taken, unless `strict` stops there. A file without records is no error.
     """
+    for place, draft in enumerate(read_drafts(source, strict), start=first):
+        yield draft.finish(place)
+
+
+def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
+    """Records of a file, unpacked and decoded as in `read_fasta`, as they stand in it.
+
+    `verbatim` is for fair-esm's readers: every record has a header, and lower case may mean insertions (A3M).
+    """
     name = _name_of(source)
     try:
         with open_unpacked(source, name) as stream:
-            for draft in split_records(_lines(decoded(stream, name), name, strict), name, strict):
-                yield draft.finish(first)
-                first += 1
+            yield from split_records(_lines(decoded(stream, name), name, strict), name, strict, verbatim=verbatim)
     except UnreadableFile as error:
         raise InvalidSequence(str(error)) from error
 
@@ -228,11 +235,17 @@ class Draft:
         else:
             self.problem = self.problem or (number, unlike)
 
+    def text(self) -> str:
+        """The sequence as it stands, case and all; InvalidSequence with file and line if a line is none."""
+        if self.problem is not None:
+            raise self.source.error(*self.problem)
+        return "".join(self.parts)
+
     def finish(self, place: int) -> tuple[Record, str | None]:
         """The record, and line and reason if it is no sequence."""
         sequence = clean_sequence("".join(self.parts))
         words = self.header.split(maxsplit=1)
-        record = Record(words[0] if words else f"sequence_{place}", self.header, sequence)
+        record = Record(words[0] if words else f"sequence_{place}", self.header.strip(), sequence)
         line, problem = self.problem or (self.line, self._no_residues(sequence))
         if problem is None and len(sequence) > MAX_LETTERS:
             problem = _TOO_LONG
@@ -249,8 +262,10 @@ class Draft:
         return "no sequence" + (" (is it in the header's line?)" if "\t" in self.header else "")
 
 
-def split_records(lines: Iterable[str], name: str, strict: bool = False) -> Iterator[Draft]:
+def split_records(lines: Iterable[str], name: str, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
     """Records as they stand; of a text without headers, single lines or wrapped sequences.
+
+    With `verbatim`, text without headers is refused, and A3M is not.
 
     Raises
     ------
@@ -263,22 +278,26 @@ def split_records(lines: Iterable[str], name: str, strict: bool = False) -> Iter
         if text.startswith(">"):
             if _PIR_HEADER.match(text):
                 raise source.error(number, "this is NBRF/PIR, whose second line is a title")
-            yield from _headed(number, text, numbered, source)
+            yield from _headed(number, text, numbered, source, alignments=verbatim)
         elif text and not source.is_comment(number, text):
             _check_format(number, text, source)
+            if verbatim:
+                raise source.error(number, "expected a header, >…, in front of the first sequence")
             yield from _headerless(number, text, numbered, source)
 
 
-def _headed(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
-    draft = Draft(source, text[1:].strip(), number)
-    alignment = _InsertionsInLowerCase()
+def _headed(
+    number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source, alignments: bool
+) -> Iterator[Draft]:
+    draft = Draft(source, text[1:], number)
+    alignment = _InsertionsInLowerCase(refuse=not alignments)
     for number, text in rest:
         if text.isalpha():  # as nearly all are
             draft.add(text)
         elif text.startswith(">"):
             alignment.check(draft)
             yield draft
-            draft = Draft(source, text[1:].strip(), number)
+            draft = Draft(source, text[1:], number)
         elif text and not source.is_comment(number, text):
             draft.add_checked(number, text, headed=True)
     alignment.check(draft)
@@ -288,9 +307,9 @@ def _headed(number: int, text: str, rest: Iterator[tuple[int, str]], source: _So
 class _InsertionsInLowerCase:
     """Tells A3M and A2M: without insertions (in lower case, or `.`), every record is as long as the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, refuse: bool) -> None:
         self._columns: int | None = None
-        self._aligned = True
+        self._aligned = refuse
 
     def check(self, draft: Draft) -> None:
         """Look at one more record; InvalidSequence at the first that has insertions."""

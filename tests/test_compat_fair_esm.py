@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import subprocess
 import sys
 import warnings
@@ -20,6 +22,7 @@ from numpyesm import InvalidSequence, MissingHead, SyntheticWeightsWarning
 from numpyesm.compat import extract
 from numpyesm.compat.fair_esm.data import NotSupported, UnknownToken
 from numpyesm.config import PRESETS
+from numpyesm.errors import InputWarning
 
 torch = pytest.importorskip("torch")
 fair = pytest.importorskip("esm")
@@ -289,13 +292,44 @@ def test_fasta_batched_dataset(tmp_path: Path) -> None:
     for tokens, extra in ((1, 0), (20, 1), (64, 0), (64, 2), (4096, 1)):
         assert ours.get_batch_indices(tokens, extra) == theirs.get_batch_indices(tokens, extra)
     assert list(look_alike.data.read_fasta(path, to_upper=True)) == list(fair.data.read_fasta(path, to_upper=True))
-    path.write_text(">a\nMK-Tabc\n>b\nM.K\n")
+    path.write_text("> a\nMKT-\n>>b c\nMKabT.\nA\n")  # A3M
+    with open(path) as ours_of, open(path) as theirs_of:
+        expected = list(fair.data.read_alignment_lines(theirs_of))
+        assert list(look_alike.data.read_alignment_lines(ours_of)) == expected == list(look_alike.data.read_fasta(path))
     for options in ({}, {"keep_gaps": False}, {"keep_insertions": False}):
         assert list(look_alike.data.read_fasta(path, **options)) == list(fair.data.read_fasta(path, **options))
-    for text, said in ((">a\nMK\n>a\nMT\n", "'a'"), ("MK\n>a\nMT\n", "line 1")):
+    for text, said in (
+        (">a\nMK\n>a\nMT\n", "'a'"),
+        ("MK\n>a\nMT\n", "line 1: expected a header"),
+        (">a\nMKT\n>b\nMKT,KVF\n", "line 4: this is a table"),
+        ("@a\nMKT\n+\nIII\n", "this is FASTQ"),
+        ("LOCUS  X\n", "this is GenBank"),
+    ):
         path.write_text(text)
         with pytest.raises(InvalidSequence, match=said):
             look_alike.FastaBatchedDataset.from_file(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fasta_as_people_have_it(tmp_path: Path, encoding: str, packed: bool) -> None:
+    """Both readers are those of `numpyesm.fasta`: any encoding, compressed, with grep's separators."""
+    text = ">Protéine A\r\nMKT\r\nAYI\r\n--\r\n>b\r\nM<mask>T\r\n"
+    path = tmp_path / "x.fasta"
+    path.write_bytes(gzip.compress(text.encode(encoding)) if packed else text.encode(encoding))
+    expected = [("Protéine A", "MKTAYI"), ("b", "M<mask>T")]
+    with pytest.warns(InputWarning, match="--"):
+        dataset = look_alike.FastaBatchedDataset.from_file(path)
+    assert [dataset[0], dataset[1]] == expected
+    with pytest.warns(InputWarning, match="--"):
+        assert list(look_alike.data.read_fasta(str(path))) == expected
+
+
+def test_damaged_compression_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.fasta.gz"
+    path.write_bytes(gzip.compress(FASTA.encode() * 99)[:-9])
+    with pytest.raises(InvalidSequence, match=r"x\.fasta\.gz: the gzip data are damaged"):
+        look_alike.FastaBatchedDataset.from_file(path)
 
 
 # -- loading and scripts -----------------------------------------------------------------------------------------
@@ -470,6 +504,27 @@ def test_extract_refuses(weights: str, tmp_path: Path, capsys: Any, fasta: str, 
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert not list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are bytes elsewhere")
+def test_names_beyond_ascii_in_a_c_locale(weights: str, tmp_path: Path) -> None:
+    """The names of files are UTF-8 whatever the locale, and no message fails to be printed."""
+    text = ">Protéine_Δ\nMKT\n>蛋白/質\nMKA\n"
+    (tmp_path / "é.fasta").write_bytes(text.encode("utf-8-sig"))
+    (tmp_path / "ü.fasta").write_bytes((text + ">é\nMkT\n").encode())
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "numpyesm.compat.extract", weights]
+    done = subprocess.run([*command, "é.fasta", "ô", "--include", "mean"], cwd=tmp_path, env=environment,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(os.path.relpath(path, tmp_path / "ô") for path in (tmp_path / "ô").rglob("*.npz"))
+    assert names == ["Protéine_Δ.npz", "蛋白/質.npz"]
+    assert extract.load(tmp_path / "ô" / "Protéine_Δ.npz")["label"] == "Protéine_Δ"
+    done = subprocess.run([*command, "ü.fasta", "ô", "--include", "mean"], cwd=tmp_path, env=environment,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode == 1
+    assert b"'k' at position 2" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_as_a_command_and_without_torch(weights: str, tmp_path: Path) -> None:

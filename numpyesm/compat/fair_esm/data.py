@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ...alphabet import TOKENS
 from ...errors import InvalidSequence, NumpyesmError
+from ...fasta import Draft, read_drafts, split_records
 
 TokenArray = npt.NDArray[np.int64]
 
@@ -182,28 +183,20 @@ class FastaBatchedDataset:
 
     @classmethod
     def from_file(cls, fasta_file: str | os.PathLike[str]) -> FastaBatchedDataset:
-        """Whole header lines as labels, sequences as they stand (no case change).
+        """Whole header lines as labels, sequences as they stand (no case change). Files as `numpyesm.fasta` reads them.
 
         Raises
         ------
         InvalidSequence
-            Two records of one label, or text before the first header (fair-esm would add it to the first record).
+            Two records of one label, text before the first header (fair-esm would add it to the first record), or a
+            line that is no sequence.
         """
-        labels: list[str] = []
-        parts: list[list[str]] = []
-        with open(fasta_file) as file:
-            for number, line in enumerate(file):
-                if line.startswith(">"):
-                    labels.append(line[1:].strip() or f"seqnum{number:09d}")
-                    parts.append([])
-                elif parts:
-                    parts[-1].append(line.strip())
-                elif line.strip():
-                    raise InvalidSequence(f"{fasta_file}, line {number + 1}: expected a header, >…")
+        drafts = list(read_drafts(Path(fasta_file), strict=True, verbatim=True))
+        labels = [draft.header.strip() or f"seqnum{draft.line - 1:09d}" for draft in drafts]
         if len(set(labels)) < len(labels):
             twice = Counter(labels).most_common(1)[0][0]
             raise InvalidSequence(f"{fasta_file}: two records are called {twice!r}")
-        return cls(labels, map("".join, parts))
+        return cls(labels, [draft.text() for draft in drafts])
 
     def __len__(self) -> int:
         return len(self.sequence_labels)
@@ -229,35 +222,25 @@ class NotSupported(NumpyesmError, NotImplementedError):
 def read_fasta(
     path: str | os.PathLike[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """(header, sequence) of each record of a FASTA or A3M file."""
-    with open(path) as lines:
-        yield from read_alignment_lines(lines, keep_gaps, keep_insertions, to_upper)
+    """(header, sequence) of each record of a FASTA or A3M file, without `-` or lower-case insertions if so wished."""
+    return _alignment(read_drafts(Path(path), strict=True, verbatim=True), keep_gaps, keep_insertions, to_upper)
 
 
 def read_alignment_lines(
     lines: Iterable[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """(header, sequence) of each record, without `-` or lower-case insertions if so wished."""
-    header: str | None = None
-    parts: list[str] = []
+    """As `read_fasta`, from lines of text."""
+    return _alignment(split_records(lines, "input", True, verbatim=True), keep_gaps, keep_insertions, to_upper)
 
-    def record() -> tuple[str, str]:
-        sequence = "".join(parts)
-        if not keep_gaps:
-            sequence = sequence.replace("-", "")
+
+def _alignment(
+    drafts: Iterable[Draft], keep_gaps: bool, keep_insertions: bool, to_upper: bool
+) -> Iterator[tuple[str, str]]:
+    draft = None
+    for draft in drafts:
+        sequence = draft.text() if keep_gaps else draft.text().replace("-", "")
         if not keep_insertions:
             sequence = re.sub("[a-z]", "", sequence)
-        return str(header), sequence.upper() if to_upper else sequence
-
-    for line in itertools.chain(lines):
-        if line.startswith(">"):
-            if header is not None:
-                yield record()
-            header, parts = line.strip().lstrip(">"), []
-        elif header is None:
-            raise InvalidSequence("text before the first header")
-        else:
-            parts.append(line.strip())
-    if header is None:
+        yield draft.header.lstrip(">"), sequence.upper() if to_upper else sequence
+    if draft is None:
         raise InvalidSequence("no sequences")
-    yield record()

@@ -13,10 +13,12 @@ from .vectors import load_integer
 
 INT = types.int64
 
+# Terms that are summed in one chain: shorter chains of additions round less. Queries and keys end up in an exponent,
+# and the projection's error stays in the residual stream.
+QKV_PIECE, PROJECTION_PIECE, FFN_PIECE = 120, 96, 160
+
 # Compiled code knows no enumerations.
 WIDTH, HEADS, HEAD_DIM, FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
-QKV_PIECE, PROJECTION_PIECE = int(Model.QKV_PIECE), int(Model.PROJECTION_PIECE)
-FFN_PIECE = int(Model.FFN_PIECE)
 GROUP_ROWS, FFN_COLUMNS, ROTARY, ZEROS = (
     int(Model.GROUP_ROWS),
     int(Model.FFN_COLUMNS),
@@ -58,7 +60,7 @@ def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
             step,
             count,
             width,
-            load_integer(model, QKV_PIECE),
+            QKV_PIECE,
             layer + 8 * QKV,
             table,
             positions + 8 * start,
@@ -83,7 +85,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     out_weight, out_bias = load_integer(layer, OUT_PROJ + WEIGHT), load_integer(layer, OUT_PROJ + BIAS)
     up, up_bias = load_integer(layer, FC1 + WEIGHT), load_integer(layer, FC1 + BIAS)
     down, down_bias = load_integer(layer, FC2 + WEIGHT), load_integer(layer, FC2 + BIAS)
-    zeros, piece = load_integer(model, ZEROS), load_integer(model, FFN_PIECE)
+    zeros = load_integer(model, ZEROS)
     step = 4 * width
     groups = groups_of(model, rows)
     for group in range(groups):
@@ -95,7 +97,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
             4 * inner,
             count,
             inner,
-            load_integer(model, PROJECTION_PIECE),
+            PROJECTION_PIECE,
             out_weight,
             inner * TILE_BYTES,
             out_bias,
@@ -115,7 +117,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
                 step,
                 count,
                 width,
-                piece,
+                FFN_PIECE,
                 panels,
                 width * TILE_BYTES,
                 up_bias + 4 * first,
@@ -132,7 +134,7 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
                 4 * most,
                 count,
                 columns,
-                piece,
+                FFN_PIECE,
                 panels,
                 ffn * TILE_BYTES,
                 bias,
@@ -150,11 +152,10 @@ def normalise(x, rows, width, gain, shift, out):
     layer_norm(x, 4 * width, rows, width, gain, shift, out, 4 * width)
 
 
-@kernel("all", *[INT] * 14)
-def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, model, hidden, out, tile):
+@kernel("all", *[INT] * 13)
+def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
     """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
-    piece, last_piece = load_integer(model, PROJECTION_PIECE), load_integer(model, FFN_PIECE)
     step, panel = 4 * width, width * TILE_BYTES
-    linear(x, step, rows, width, piece, dense, panel, dense_bias, width, GELU, hidden, step, tile)
+    linear(x, step, rows, width, PROJECTION_PIECE, dense, panel, dense_bias, width, GELU, hidden, step, tile)
     layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
-    linear(hidden, step, rows, width, last_piece, embedding, panel, bias, columns, STORE, out, 4 * columns, tile)
+    linear(hidden, step, rows, width, FFN_PIECE, embedding, panel, bias, columns, STORE, out, 4 * columns, tile)

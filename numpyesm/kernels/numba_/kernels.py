@@ -36,7 +36,6 @@ class NumbaKernels(Kernels):
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((len(x), columns), np.float32)
         hidden, tile = np.empty(x.shape, np.float32), aligned(TILE_ROWS * TILE_COLUMNS)
-        model, _rotary = self.packed.model_table(0)
-        buffers = (address(array) for array in (model, hidden, out, tile))
+        buffers = (address(array) for array in (hidden, out, tile))
         fp32.lm_head(address(x), len(x), width, *self.packed.lm_head, columns, *buffers)
         return out

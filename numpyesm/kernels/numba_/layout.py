@@ -29,9 +29,6 @@ class Model(IntEnum):
     FINAL_GAIN = 8
     FINAL_SHIFT = 9
     ZEROS = 10  # as many as the widest bias
-    QKV_PIECE = 11  # lengths of the pieces of a float32 sum: query, key and value, output projection, feed-forward
-    PROJECTION_PIECE = 12
-    FFN_PIECE = 13
 
 
 class Layer(IntEnum):

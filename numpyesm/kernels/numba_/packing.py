@@ -33,10 +33,6 @@ _GROUP_BYTES_ON_TILES = 8_000_000
 _MOST_ROWS_ON_TILES = 1100
 _FFN_COLUMNS_ON_TILES = {"bf16": 480, "int8": 960}
 
-# Lengths of the pieces of float32 sums. Where torch's own rounding is small, ours must be too: queries and keys end up
-# in an exponent, and the projection's error stays in the residual stream.
-_PIECES = {Model.QKV_PIECE: 120, Model.PROJECTION_PIECE: 96, Model.FFN_PIECE: 160}
-
 
 class PackedModel:
     """The weights of one model for one precision.
@@ -191,7 +187,6 @@ class PackedModel:
             Model.FINAL_GAIN: self._final_norm[0],
             Model.FINAL_SHIFT: self._final_norm[1],
             Model.ZEROS: address(self._zeros),
-            **_PIECES,
         }
         return table([entries[entry] for entry in Model]), rotary
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .config import MAX_RESIDUES
 from .errors import InputWarning, InvalidSequence
+from .given import Sequences, texts
 
 TOKENS: tuple[str, ...] = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
@@ -39,13 +40,13 @@ _MASK_BYTE = "\0"
 _IDS = bytes([MASK, *(TOKEN_ID.get(chr(byte), 0) for byte in range(1, 256))])
 
 
-def tokenize(sequences: Iterable[str], *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
+def tokenize(sequences: Sequences, *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
     """Token ids of a batch, `<cls>` in front and `<eos>` behind each sequence.
 
     Parameters
     ----------
-    sequences : iterable of str
-        For `encode` (`masks=False`): the 20 amino acids, `B X Z U O` and `-`.
+    sequences : iterable of str, mapping from ids to str, or a column of a table
+        See `given.labelled`. For `encode` (`masks=False`): the 20 amino acids, `B X Z U O` and `-`.
         For `predict` (`masks=True`): the same letters without `-`, and at least one `<mask>`, which counts as one
         residue. 1 to 2048 residues each; upper case.
     masks : bool
@@ -60,22 +61,11 @@ def tokenize(sequences: Iterable[str], *, masks: bool = False) -> list[npt.NDArr
     InvalidSequence
         Says which item, which position (counted from 1, `<mask>` being one residue) and what is allowed.
     """
-    return [_tokenize_one(sequence, index, masks) for index, sequence in enumerate(as_batch(sequences))]
-
-
-def as_batch(sequences: Iterable[str]) -> list[str]:
-    """The sequences as a list of at least one, or InvalidSequence; a lone string is not taken for its letters."""
-    if isinstance(sequences, str | bytes):
-        raise InvalidSequence(
-            f"expected a list of sequences, got one {type(sequences).__name__}; put it into a list: [sequence]"
-        )
-    try:
-        items = list(sequences)
-    except TypeError:
-        raise InvalidSequence(f"expected a list of sequences, got {type(sequences).__name__}") from None
+    items = texts(sequences)
     if not items:
-        raise InvalidSequence("the batch is empty; give at least one sequence")
-    return items
+        once = " (a generator gives its items only once)" if hasattr(sequences, "__next__") else ""
+        raise InvalidSequence(f"the batch is empty; give at least one sequence{once}")
+    return [_tokenize_one(sequence, index, masks) for index, sequence in enumerate(items)]
 
 
 def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.uint8]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .alphabet import tokenize
 from .config import ModelConfig
+from .given import Sequences
 from .options import Outputs, check_positions, require_lm_head
 from .passes import Passes
 from .results import EncodeResult, PredictResult
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import InvalidSequence
     from .fasta import Record
     from .scoring.scan import MutationScan
+    from .streaming.stream import Records
 
 
 class SyntheticWeightsWarning(UserWarning):
@@ -180,7 +182,7 @@ class ESM2:
 
     def encode(
         self,
-        sequences: Iterable[str],
+        sequences: Sequences,
         repr_layers: Iterable[int] = (-1,),
         include: Iterable[str] = ("mean",),
     ) -> list[EncodeResult]:
@@ -188,8 +190,9 @@ class ESM2:
 
         Parameters
         ----------
-        sequences : iterable of str
-            Letters `ACDEFGHIKLMNPQRSTVWY`, `BXZUO` and `-`, upper case, 1 to 2048 residues each.
+        sequences : iterable of str, mapping from ids to str, Series, or frame of one column
+            Letters `ACDEFGHIKLMNPQRSTVWY`, `BXZUO` and `-`, upper case, 1 to 2048 residues each. What is ambiguous (a
+            frame of several columns, a set, a single text) is refused.
         repr_layers : iterable of int
             Layers of the embeddings, each from -(n+1) to n for n layers: 0 is the scaled embedding, -1 the last layer.
         include : iterable of str
@@ -215,7 +218,7 @@ class ESM2:
 
     def embed_iter(
         self,
-        records: Iterable[str | tuple[str, str] | Record],
+        records: Records,
         repr_layers: Iterable[int] = (-1,),
         include: Iterable[str] = ("mean",),
         *,
@@ -228,8 +231,9 @@ class ESM2:
 
         Parameters
         ----------
-        records : iterable of Record, (id, sequence) or str
-            May be a generator, and endless; `numpyesm.fasta.read_fasta(path)` gives the records of a file.
+        records : iterable of Record, (id, sequence) or str; mapping from ids to str; Series; frame of one column
+            May be a generator, and endless. String labels of a Series are ids. `numpyesm.fasta.read_fasta(path)` gives
+            the records of a file.
         repr_layers, include
             As for `encode`.
         long : {"error", "truncate", "windows"}
@@ -261,12 +265,12 @@ class ESM2:
             rejected=rejected,
         )
 
-    def predict(self, sequences: Iterable[str], positions: str = "all") -> list[PredictResult]:
+    def predict(self, sequences: Sequences, positions: str = "all") -> list[PredictResult]:
         """Logits of sequences with masks.
 
         Parameters
         ----------
-        sequences : iterable of str
+        sequences : as for `encode`
             Letters `ACDEFGHIKLMNPQRSTVWY` and `BXZUO`, with at least one `<mask>` each (one residue), 1 to 2048
             residues.
         positions : {"all", "masked"}
@@ -285,13 +289,13 @@ class ESM2:
         require_lm_head(self.checkpoint, "predict")
         return list(self._passes.predict(tokenize(sequences, masks=True), positions))
 
-    def log_prob(self, sequences: Iterable[str]) -> npt.NDArray[np.float64]:
+    def log_prob(self, sequences: Sequences) -> npt.NDArray[np.float64]:
         """Sum over the canonical residues of log-softmax over the 20 amino acids, from one unmasked pass.
 
         Parameters
         ----------
-        sequences : iterable of str
-            As for `encode`; residues other than the 20 amino acids are context and count nothing.
+        sequences : as for `encode`
+            Residues other than the 20 amino acids are context and count nothing.
 
         Returns
         -------

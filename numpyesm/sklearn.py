@@ -6,13 +6,13 @@ import operator
 import os
 import threading
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidOption, InvalidSequence, MissingExtra
+from .errors import InvalidOption, MissingExtra
+from .given import Sequences, texts
 from .options import check_layers
 
 try:
@@ -76,20 +76,20 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.threads = threads
         self.batch_size = batch_size
 
-    def fit(self, X: Iterable[str], y: object = None) -> ESM2Embedder:
+    def fit(self, X: Sequences, y: object = None) -> ESM2Embedder:
         """Check parameters and sequences; nothing is kept of them.
 
         Parameters
         ----------
         X : iterable of str
-            A list, an array, a Series, or a frame or array of one column.
+            A list, a generator, an array, a Series, a mapping from ids, or a frame or array of one column.
         y : ignored
         """
         self._check_parameters()
         _check_letters(as_sequences(X))
         return self
 
-    def transform(self, X: Iterable[str]) -> npt.NDArray[np.float32]:
+    def transform(self, X: Sequences) -> npt.NDArray[np.float32]:
         """Embeddings, one row a sequence: (n, D).
 
         Raises
@@ -97,8 +97,14 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         InvalidSequence
             A ValueError that names the item, the position and what is allowed.
         """
+        return self._embed(as_sequences(X))
+
+    def fit_transform(self, X: Sequences, y: object = None, **_: object) -> npt.NDArray[np.float32]:
+        """Embeddings, as of `transform`. The input is read once, so that it may be a generator."""
+        return self._embed(as_sequences(X))
+
+    def _embed(self, sequences: list[str]) -> npt.NDArray[np.float32]:
         self._check_parameters()
-        sequences = as_sequences(X)
         _check_letters(sequences)  # all of them, before hours are spent on the first
         model = self._model()
         layer = check_layers([self.layer], model.config.num_layers)[0]
@@ -164,23 +170,8 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
 
 def as_sequences(X: Any) -> list[str]:
-    """Sequences as a list, from whatever holds one text a row."""
-    if isinstance(X, str | bytes):
-        raise InvalidSequence("expected many sequences, got one text; put it into a list: [sequence]")
-    if hasattr(X, "toarray"):
-        raise InvalidSequence("sparse data are not supported: expected sequences as text")
-    if hasattr(X, "to_numpy"):  # pandas, polars: frames and series
-        X = X.to_numpy()
-    if getattr(X, "ndim", 1) == 2:
-        if X.shape[1] != 1:
-            raise InvalidSequence(f"expected one column of sequences, got {X.shape[1]}")
-        X = X[:, 0]
-    if getattr(X, "ndim", 1) != 1:
-        raise InvalidSequence(f"expected one sequence a row, got an array of {X.ndim} dimensions")
-    try:
-        items = list(X)
-    except TypeError:
-        raise InvalidSequence(f"expected a list of sequences, got {type(X).__name__}") from None
+    """Sequences as a list; rows of one text each, which scikit-learn calls a column, are taken too."""
+    items = texts(X)
     rows = [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in items]
     # NumPy's own string type is a str, but is not pickled or compared as cheaply.
     return [str(row) if isinstance(row, str) else row for row in rows]

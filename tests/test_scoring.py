@@ -165,6 +165,16 @@ def test_log_prob_is_the_mutants_less_the_wild_types(model: ESM2) -> None:
     assert scores[-1] == 0
 
 
+def test_log_prob_refuses_sums_of_unequal_numbers_of_terms(model: ESM2) -> None:
+    """An X of the wild type counts nothing, the amino acid in its place does."""
+    with pytest.raises(InvalidMutation, match="item 1: T31A:X32C: X32C: X is none of the 20 amino acids") as caught:
+        model.score_mutations("MKTX", ["M29A", "T31A:X32C"], "log-prob", offset=29)
+    assert caught.value.position == 32
+    assert np.isfinite(model.score_mutations("MKTX", ["M1A"], "log-prob")).all()
+    assert np.isfinite(model.score_mutations("MKTX", ["X4A"], "wt-marginals")).all()
+    assert model.score_mutations("XX", ["WT"], "log-prob").tolist() == [0]
+
+
 def test_masked_marginals_are_predict(model: ESM2) -> None:
     position = 7
     masked = WILD_TYPE[: position - 1] + "<mask>" + WILD_TYPE[position:]

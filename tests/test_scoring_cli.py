@@ -179,6 +179,15 @@ def test_skip_invalid(run: Any) -> None:
         assert said in err
 
 
+def test_log_prob_where_letters_begin_to_count(run: Any) -> None:
+    Path("v.csv").write_text("mutant\nM1A\nX3A\n")
+    code, out, err = run("score", "MKX", "v.csv", "--method", "log-prob")
+    assert (code, out) == (1, b"")
+    assert "v.csv, line 3: X3A: X is none of the 20 amino acids" in err
+    code, out, _ = run("score", "MKX", "v.csv", "--method", "log-prob", "--skip-invalid")
+    assert (code, added(out)[2]) == (0, "")
+
+
 def test_header_alone(run: Any) -> None:
     Path("v.csv").write_text("mutant,DMS_score\n")
     code, out, err = run("score", WILD_TYPE, "v.csv")

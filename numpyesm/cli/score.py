@@ -14,7 +14,7 @@ from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..files import same_file
 from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
-from ..scoring.notation import Substitution, apply_changes, check_wild_type, fit_mutant, parse_mutant
+from ..scoring.notation import Substitution, apply_changes, check_same_terms, check_wild_type, fit_mutant, parse_mutant
 from .inputs import load_model, read_records
 from .outputs import destination
 from .variant_table import InvalidTable, VariantTable, read_table
@@ -155,7 +155,10 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
         try:
             # The first problem gets the hint; to look for it costs as much as all rows together.
             others = [mutant] if problems else readable
-            changed = apply_changes(wild_type, fit_mutant(wild_type, mutant, arguments.offset, others=others))
+            changes = fit_mutant(wild_type, mutant, arguments.offset, others=others)
+            if arguments.method == "log-prob":
+                check_same_terms(changes, arguments.offset)
+            changed = apply_changes(wild_type, changes)
         except InvalidMutation as error:
             refuse(row.line, error.reason)
             continue

@@ -13,7 +13,7 @@ from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..options import SCORING_METHODS, require_lm_head
 from .marginals import Progress, masked_logits, plain_logits, pseudo_log_likelihoods
-from .notation import Change, apply_changes, check_offset, check_wild_type, check_window, read_mutants
+from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, check_window, read_mutants
 
 if TYPE_CHECKING:
     from ..passes import Passes
@@ -39,11 +39,14 @@ def score_mutations(
     wild_type = check_wild_type(wild_type)
     mutants = read_mutants(wild_type, mutations, check_offset(offset))
     seen = check_window(window, len(wild_type))
-    if method == "log-prob" and seen < len(wild_type):
-        raise InvalidSequence(
-            f"method 'log-prob' takes the whole sequence in one pass: the wild type has {len(wild_type)} residues, "
-            + (f"at most {MAX_RESIDUES} are allowed" if len(wild_type) > MAX_RESIDUES else f"the window {seen}")
-        )
+    if method == "log-prob":
+        if seen < len(wild_type):
+            raise InvalidSequence(
+                f"method 'log-prob' takes the whole sequence in one pass: the wild type has {len(wild_type)} residues, "
+                + (f"at most {MAX_RESIDUES} are allowed" if len(wild_type) > MAX_RESIDUES else f"the window {seen}")
+            )
+        for item, mutant in enumerate(mutants):
+            check_same_terms(mutant, offset, item)
     require_lm_head(passes.checkpoint, "score_mutations")
     if not mutants:
         return np.empty(0)
@@ -55,8 +58,8 @@ def score_mutations(
     own = [place[apply_changes(wild_type, mutant)] for mutant in mutants]
     if method == "log-prob":
         found = _log_probs(passes, sequences, progress)
-        scores: FloatArray = found[np.array(own)] - found[0]
-        return scores
+        # The wild type is worth 0 even where it has no amino acid that counts.
+        return np.array([found[i] - found[0] if i else 0.0 for i in own])
     if 0 not in own:
         sequences, own = sequences[1:], [i - 1 for i in own]
     total = sum(map(len, sequences))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS
 from ..config import MAX_RESIDUES
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
+from ..given import texts
 
 _SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z])")
 _WILD_TYPE_NAMES = frozenset({"wt", "_wt", "wild-type", "wildtype"})
@@ -148,12 +149,9 @@ def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> li
     InvalidMutation
         Names the item, the mutation and the position.
     """
-    if isinstance(mutations, str | bytes):
-        raise InvalidMutation(f"expected a list of mutations, got one text; put it into a list: [{mutations!r}]")
-    try:
-        parsed = [parse_mutant(mutation, item) for item, mutation in enumerate(mutations)]
-    except TypeError:
-        raise InvalidMutation(f"expected a list of mutations, got {type(mutations).__name__}") from None
+    parsed = [
+        parse_mutant(mutation, item) for item, mutation in enumerate(texts(mutations, "mutation", InvalidMutation))
+    ]
     return [fit_mutant(wild_type, mutant, offset, item, parsed) for item, mutant in enumerate(parsed)]
 
 
@@ -194,6 +192,21 @@ def apply_changes(wild_type: str, changes: Iterable[Change]) -> str:
     for change in changes:
         letters[change.at] = change.mutant
     return "".join(letters)
+
+
+def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = None) -> None:
+    """Raise InvalidMutation if `log-prob` would compare sums over different numbers of residues."""
+    substitutions = [Substitution(wild, at + offset, mutant) for at, wild, mutant in changes]
+    for substitution in substitutions:
+        wild, position, letter = substitution
+        if wild not in AMINO_ACIDS:
+            raise InvalidMutation(
+                f"{substitution}: {wild} is none of the 20 amino acids, which alone count in 'log-prob': with {letter} "
+                "the mutant's sum has a term that the wild type's has not; choose another method",
+                item=item,
+                mutation=":".join(map(str, substitutions)),
+                position=position,
+            )
 
 
 def _offset_hint(wild_type: str, mutants: Sequence[Sequence[Substitution]]) -> str:

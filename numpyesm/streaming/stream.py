@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..errors import InvalidSequence
 from ..fasta import Record
+from ..given import labelled
 from ..options import Outputs
 from ..passes import Passes
 from ..results import EncodeResult
@@ -16,12 +18,12 @@ from .packing import check_budget, pack, token_budget
 # Results wait for those before them, so fewer batches are read ahead than when they are written to disk in any order.
 _LOOK_AHEAD_BATCHES = 4
 
-Given = str | tuple[str, str] | Record
+Records = Iterable[str | tuple[str, str] | Record] | Mapping[Any, str]
 
 
 def embed_iter(
     passes: Passes,
-    records: Iterable[Given],
+    records: Records,
     repr_layers: Iterable[int],
     include: Iterable[str],
     *,
@@ -36,14 +38,14 @@ def embed_iter(
         budget = token_budget(passes.config, passes.pool.threads, outputs)
     else:
         budget = check_budget(tokens_per_batch)
-    if isinstance(records, str | bytes):
-        raise InvalidSequence(f"expected records, got one {type(records).__name__}; put it into a list: [sequence]")
-    return _stream(passes, records, outputs, rule, budget, rejected)
+    if isinstance(records, Record):
+        raise InvalidSequence("expected a list of records, got one Record; put it into a list: [record]")
+    return _stream(passes, labelled(records), outputs, rule, budget, rejected)
 
 
 def _stream(
     passes: Passes,
-    records: Iterable[Given],
+    records: Iterator[tuple[str | None, object]],
     outputs: Outputs,
     long: LongSequences,
     budget: int,
@@ -51,8 +53,8 @@ def _stream(
 ) -> Iterator[tuple[Record, EncodeResult]]:
     window: list[tuple[int, Record]] = []
     tokens = 0
-    for index, given in enumerate(records):
-        record = _record(given, index)
+    for index, (label, given) in enumerate(records):
+        record = _record(given, index) if label is None else Record(label, label, given)  # type: ignore[arg-type]
         try:
             _check(record, index, outputs, long)
         except InvalidSequence as error:

@@ -1,0 +1,84 @@
+"""What callers hand over as many texts: lists, generators, mappings from ids, Series, frames of one column.
+
+Objects of pandas, polars, pyarrow and NumPy are recognised by what they have; nothing is imported for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .errors import InvalidMutation, InvalidSequence
+
+# Frames of one column belong here too; they have no common type.
+Sequences = Iterable[str] | Mapping[Any, str]
+
+
+def labelled(
+    given: Any, what: str = "sequence", error: type[InvalidSequence | InvalidMutation] = InvalidSequence
+) -> Iterator[tuple[str | None, Any]]:
+    """Pair each item with its id, or with None where the container has no ids.
+
+    Parameters
+    ----------
+    given : iterable, mapping or column
+        A mapping from ids to texts; a Series, whose labels are ids if they are strings; an array or a frame of one
+        column; or any iterable that has an order. Nothing is read ahead: a generator may be endless.
+    what : str
+        What an item is, for messages.
+    error : type
+        What to raise.
+
+    Raises
+    ------
+    InvalidSequence or InvalidMutation
+        At once, if it is a single text, has no order, has several columns, or cannot be iterated over. Items are not
+        looked at.
+    """
+    kind = type(given).__name__
+    if isinstance(given, str | bytes | bytearray):
+        raise error(f"expected a list of {what}s, got one {kind}; put it into a list: [{what}]")
+    if isinstance(given, set | frozenset):
+        raise error(f"expected a list of {what}s, got a {kind}, which has no order: results could not be told apart")
+    if hasattr(given, "toarray"):
+        raise error(f"sparse data are not supported: expected {what}s as text")
+    if isinstance(given, Mapping):
+        return ((str(key), value) for key, value in given.items())
+    column = _column(given, what, error)
+    index = getattr(column, "index", None)
+    try:
+        if index is None or callable(index):  # lists and tuples have a method of this name
+            return ((None, item) for item in column)
+        return ((label if isinstance(label, str) else None, item) for label, item in zip(index, column, strict=True))
+    except TypeError:
+        raise error(f"expected a list of {what}s, got {kind}") from None
+
+
+def texts(
+    given: Any, what: str = "sequence", error: type[InvalidSequence | InvalidMutation] = InvalidSequence
+) -> list[Any]:
+    """All items of `given`, see `labelled`; one that has an id must be text."""
+    items: list[Any] = []
+    for label, item in labelled(given, what, error):
+        if label is not None and not isinstance(item, str):
+            raise error(f"{label[:80]!r}: expected a string, got {type(item).__name__}", item=len(items))
+        items.append(item)
+    return items
+
+
+def _column(given: Any, what: str, error: type[InvalidSequence | InvalidMutation]) -> Any:
+    """Reduce a frame or an array to its one column; whatever else is returned as it is."""
+    shape = getattr(given, "shape", None)
+    if hasattr(given, "columns") and isinstance(shape, tuple) and len(shape) == 2:
+        names = list(getattr(given, "column_names", given.columns))
+        if len(names) != 1:
+            listed = ", ".join(map(repr, names[:6])) + (", …" if len(names) > 6 else "")
+            raise error(f"expected one column of {what}s, got a frame of {len(names)} ({listed}): choose one of them")
+        given = given[names[0]]
+    elif isinstance(shape, tuple) and len(shape) != 1:
+        if len(shape) != 2:
+            raise error(f"expected a list of {what}s, got an array of {len(shape)} dimensions")
+        if shape[1] != 1:
+            raise error(f"expected one column of {what}s, got {shape[1]}")
+        given = given[:, 0]
+    return given.to_pylist() if hasattr(given, "to_pylist") else given  # pyarrow's own scalars are no strings

@@ -1,0 +1,144 @@
+"""What people hand over instead of a list of sequences: taken for what it is, or refused, at every door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_model
+
+from numpyesm import ESM2, InvalidMutation, InvalidSequence
+from numpyesm.fasta import Record
+from numpyesm.given import labelled, texts
+
+pandas = pytest.importorskip("pandas")
+polars = pytest.importorskip("polars")
+pyarrow = pytest.importorskip("pyarrow")
+
+FEW = ["MKT", "AYIAK", "W"]
+IDS = ["sp|P1", "b", "17"]
+
+TAKEN: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
+    "mapping": (lambda: dict(zip(IDS, FEW, strict=True)), list(IDS)),
+    "mapping from numbers": (lambda: dict(enumerate(FEW)), ["0", "1", "2"]),
+    "values of a mapping": (lambda: dict(zip(IDS, FEW, strict=True)).values(), [None] * 3),
+    "generator": (lambda: (s for s in FEW), [None] * 3),
+    "array": (lambda: np.array(FEW), [None] * 3),
+    "array of one column": (lambda: np.array(FEW, object)[:, None], [None] * 3),
+    "series": (lambda: pandas.Series(FEW, index=[7, 8, 9]), [None] * 3),
+    "series with names": (lambda: pandas.Series(FEW, index=IDS, dtype="category"), list(IDS)),
+    "frame": (lambda: pandas.DataFrame({"sequence": FEW}), [None] * 3),
+    "frame with names": (lambda: pandas.DataFrame({"sequence": FEW}, index=IDS), list(IDS)),
+    "index": (lambda: pandas.Index(FEW), [None] * 3),
+    "polars series": (lambda: polars.Series(FEW), [None] * 3),
+    "polars frame": (lambda: polars.DataFrame({"any name": FEW}), [None] * 3),
+    "arrow array": (lambda: pyarrow.chunked_array([FEW]), [None] * 3),
+    "arrow table": (lambda: pyarrow.table({"sequence": FEW}), [None] * 3),
+}
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "set": (set(FEW), "a set, which has no order"),
+    "frozenset": (frozenset(FEW), "no order"),
+    "text": ("MKT", "put it into a list"),
+    "bytes": (b"MKT", "put it into a list"),
+    "bytearray": (bytearray(b"MKT"), "put it into a list"),
+    "numbers of a mapping": ({"a": "MKT", "b": 0.5}, "b'?: expected a string, got float"),
+    "sequences as keys": ({"MKT": 1}, "MKT'?: expected a string, got int"),
+    "lists of a mapping": ({"a": ["MKT"]}, "a'?: expected a string, got list"),
+    "frame": (pandas.DataFrame({"id": IDS, "sequence": FEW}), r"frame of 2 \('id', 'sequence'\): choose one"),
+    "polars frame": (polars.DataFrame({"id": IDS, "sequence": FEW}), "frame of 2"),
+    "arrow table": (pyarrow.table({"id": IDS, "sequence": FEW}), "frame of 2"),
+    "empty frame": (pandas.DataFrame(), "frame of 0"),
+    "array of two columns": (np.array([FEW, FEW]), "one column"),
+    "array of no dimension": (np.array("MKT"), "0 dimensions"),
+    "nested lists": ([["MKT", "AYI"]], "expected .*got list"),
+    "missing value": (pandas.Series([None]), "expected .*got (NoneType|float)"),
+    "number": (7, "expected a list of sequences, got int"),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    return small_model()
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken_for_what_it_is(name: str) -> None:
+    make, ids = TAKEN[name]
+    assert list(labelled(make())) == list(zip(ids, FEW, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mapping", "generator", "frame with names", "polars frame", "arrow table"])
+def test_every_door_takes_it(model: ESM2, name: str) -> None:
+    make, ids = TAKEN[name]
+    for one, other in zip(model.encode(make()), model.encode(FEW), strict=True):
+        assert {k: v.tolist() for k, v in one.embeddings.items()} == {
+            k: v.tolist() for k, v in other.embeddings.items()
+        }
+    np.testing.assert_array_equal(model.log_prob(make()), model.log_prob(FEW))
+    found = list(model.embed_iter(make()))
+    assert [(record.id, record.sequence) for record, _ in found] == [
+        (label or f"sequence_{i + 1}", sequence) for i, (label, sequence) in enumerate(zip(ids, FEW, strict=True))
+    ]
+    with pytest.raises(InvalidSequence, match=r"item 0.*no <mask>"):  # a sequence, not a key or a column's name
+        model.predict(make())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_door_refuses_it(model: ESM2, name: str) -> None:
+    given, said = REFUSED[name]
+    for call in (model.encode, model.predict, model.log_prob, lambda x: list(model.embed_iter(x))):
+        with pytest.raises(InvalidSequence, match=said):
+            call(given)
+
+
+def test_used_up(model: ESM2) -> None:
+    sequences = (s for s in FEW)
+    assert len(model.encode(sequences)) == 3
+    with pytest.raises(InvalidSequence, match="a generator gives its items only once"):
+        model.encode(sequences)
+    with pytest.raises(InvalidSequence, match="got one Record"):
+        model.embed_iter(Record("a", "a", "MKT"))  # type: ignore[arg-type]
+
+
+def test_errors_of_a_generator_are_its_own(model: ESM2) -> None:
+    with pytest.raises(TypeError, match="unsupported"):
+        model.encode(1 + s for s in FEW)  # type: ignore[operator]
+
+
+def test_mutations(model: ESM2) -> None:
+    expected = model.score_mutations("MKTW", ["M1A", "K2R:T3S"])
+    for given in ({"first": "M1A", "second": "K2R:T3S"}, pandas.DataFrame({"mutant": ["M1A", "K2R:T3S"]})):
+        np.testing.assert_array_equal(model.score_mutations("MKTW", given), expected)
+    for wrong, said in (
+        ({"M1A": 0.5}, "'M1A': expected a string, got float"),
+        ({"M1A", "K2R"}, "a set, which has no order"),
+        (pandas.DataFrame({"mutant": ["M1A"], "DMS_score": [1.0]}), "one column of mutations"),
+    ):
+        with pytest.raises(InvalidMutation, match=said):
+            model.score_mutations("MKTW", wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*SYNTHETIC")
+def test_scikit_learn_reads_a_generator_once() -> None:
+    pytest.importorskip("sklearn")
+    from numpyesm.sklearn import ESM2Embedder
+
+    embedder = ESM2Embedder("synthetic:esm2-8m")
+    expected = embedder.transform(FEW)
+    for make, _ in TAKEN.values():
+        np.testing.assert_array_equal(embedder.fit_transform(make()), expected)
+    for given, said in REFUSED.values():
+        with pytest.raises(InvalidSequence, match=said):
+            embedder.fit(given)
+
+
+def test_nothing_is_read_ahead() -> None:
+    def endless() -> Any:
+        yield "MKT"
+        pytest.fail("read ahead")
+
+    assert next(labelled(endless())) == (None, "MKT")
+    assert texts(iter(["MKT"])) == ["MKT"]

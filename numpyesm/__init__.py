@@ -4,6 +4,7 @@ from ._version import __version__
 from .config import ModelConfig
 from .errors import (
     CheckpointError,
+    InputWarning,
     InvalidMutation,
     InvalidOption,
     InvalidSequence,
@@ -20,6 +21,7 @@ __all__ = [
     "ESM2",
     "CheckpointError",
     "EncodeResult",
+    "InputWarning",
     "InvalidMutation",
     "InvalidOption",
     "InvalidSequence",

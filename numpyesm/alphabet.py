@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,11 @@ def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return framed
 
 
+def has_amino_acid(ids: npt.NDArray[np.uint8]) -> bool:
+    """Whether any of these tokens is one of the 20 amino acids."""
+    return bool(((ids >= AMINO_ACID_COLUMNS.start) & (ids < AMINO_ACID_COLUMNS.stop)).any())
+
+
 # -- what people mean by what they write ---------------------------------------------------------------------------
 
 # Capital letters of Cyrillic and Greek that look like Latin ones, and dashes that look like the gap.
@@ -185,6 +190,12 @@ _NOTES = (
     "{} in three-letter codes? ESM-2 reads one letter for each residue",
     "{} with gaps (-), as in an alignment: the model takes them as tokens; remove them unless that is meant",
 )
+
+
+def nothing_to_score(names: Sequence[str]) -> str:
+    """Say that these have no log-probability, having none of the 20 amino acids."""
+    listed = ", ".join(name[:80] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"no log-probability (NaN), because none of the letters is one of the 20 amino acids: {listed}"
 
 
 class SequenceNotes:

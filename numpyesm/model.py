@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import tokenize
+from .alphabet import has_amino_acid, nothing_to_score, tokenize
 from .config import ModelConfig
+from .errors import InputWarning
 from .given import Sequences
 from .options import Outputs, check_positions, require_lm_head
 from .passes import Passes
@@ -300,6 +301,7 @@ class ESM2:
         Returns
         -------
         ndarray (n,) float64
+            NaN, with a warning, for a sequence without any of the 20 amino acids.
 
         Raises
         ------
@@ -307,7 +309,11 @@ class ESM2:
             As for `encode`.
         """
         require_lm_head(self.checkpoint, "log_prob")
-        return self._passes.log_prob(tokenize(sequences))
+        tokens = tokenize(sequences)
+        empty = [f"item {i}" for i, ids in enumerate(tokens) if not has_amino_acid(ids)]
+        if empty:
+            warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=2)
+        return self._passes.log_prob(tokens)
 
     def score_mutations(
         self,

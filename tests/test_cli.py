@@ -176,6 +176,16 @@ def test_spreadsheets_of_embeddings(weights: str, tmp_path: Path, ending: str, c
             np.testing.assert_array_equal(np.array([row[3:] for row in rows[1:]], np.float32), expected)
 
 
+def test_log_prob_of_no_amino_acid(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.fasta").write_text(">whole\nMKT\n>unknown\nXXXX\n>gaps\nX-BZ\n")
+    common = ("--weights", weights, "--backend", "numpy")
+    found = numpyesm("log-prob", str(tmp_path / "odd.fasta"), *common)
+    assert found.returncode == 0
+    assert "no log-probability (NaN)" in found.stderr.decode()
+    assert "amino acids: unknown, gaps\n" in found.stderr.decode()
+    assert [one["log_prob"] is None for one in json.loads(found.stdout)["results"]] == [False, True, True]
+
+
 def test_log_prob_and_predict_as_csv(weights: str, tmp_path: Path) -> None:
     common = ("--weights", weights, "--backend", "numpy")
     model = ESM2.from_pretrained(weights, backend="numpy")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_sequence, small_model
 
-from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingHead, SyntheticWeightsWarning
+from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingHead, SyntheticWeightsWarning
 from numpyesm.alphabet import tokenize
 from numpyesm.config import ModelConfig
 from numpyesm.kernels.numpy_forward import NumpyKernels
@@ -155,10 +155,18 @@ def test_log_prob_counts_canonical_residues_only(model: ESM2) -> None:
     logits = model.encode(["MKXT-"], include=["logits"])[0].logits.astype(np.float64)
     log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = sum(log_softmax[i, "LAGVSERTIDPKQNFYMHWC".index(a)] for i, a in [(0, "M"), (1, "K"), (3, "T")])
-    scores = model.log_prob(["MKXT-", "XX"])
-    assert scores.shape == (2,)
-    assert scores[0] == pytest.approx(expected, abs=1e-9)
-    assert np.isnan(scores[1])
+    assert model.log_prob(["MKXT-"]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_log_prob_without_any_amino_acid_is_not_a_number(model: ESM2) -> None:
+    """The empty sum, 0, would be the best score there is."""
+    with pytest.warns(InputWarning, match=r"NaN.*amino acids: item 1, item 3$") as caught:
+        scores = model.log_prob(["MK", "XBZUO", "-W", "----"])
+    assert np.isnan(scores).tolist() == [False, True, False, True]
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.log_prob(["MK"])
 
 
 def test_any_iterable_of_strings(model: ESM2) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..alphabet import AMINO_ACIDS, residue_tokens
-from ..errors import InvalidOption
+from ..alphabet import AMINO_ACIDS, nothing_to_score, residue_tokens
+from ..errors import InputWarning, InvalidOption
 from ..fasta import Record
 from ..formats import Result, json_results, npz_results
 from ..heads import log_softmax
@@ -61,7 +63,11 @@ def log_prob(arguments: argparse.Namespace) -> int:
     target = _destination(arguments)
     records = read_records(arguments.input, target.path)
     model = load_model(arguments)
-    scores = on_records(records, model.log_prob).tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # it counts items, here they have names
+        scores = on_records(records, model.log_prob).tolist()
+    if empty := [r.id for r, score in zip(records, scores, strict=True) if math.isnan(score)]:
+        warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=1)
     rows = [(r.id, len(residue_tokens(r.sequence)), score) for r, score in zip(records, scores, strict=True)]
     found: Table = (("id", "length", "log_prob"), rows)
     return _write(target, records, scores, lambda: found, lambda: found)

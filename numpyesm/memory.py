@@ -296,12 +296,19 @@ class MemoryBudget:
         """
         wanted = frozenset(wanted)
         results = sum(result_bytes(self.config, length, wanted, layers) for length in lengths)
+        return self.sizes_beside(results, lengths, wanted, most_rows)
+
+    def sizes_beside(
+        self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0
+    ) -> Sizes:
+        """As `sizes`, for results of so many bytes, and with so many more bytes per row of a pass."""
         longest = max(lengths)
         # Fewer threads are the most expensive way to save memory, so the last to be tried; shorter passes the cheapest.
         for threads, block_rows in itertools.product(range(self.threads, 0, -1), _BLOCK_SIZES):
             rows = max(most_rows, longest)
             while True:
-                needed = self.fixed + results + pass_bytes(self.config, rows, longest, wanted, threads, block_rows)
+                needed = self.fixed + results + rows * row_bytes
+                needed += pass_bytes(self.config, rows, longest, wanted, threads, block_rows)
                 if needed <= self.limit:
                     return Sizes(rows, block_rows, threads)
                 if rows == longest:

@@ -170,6 +170,7 @@ class Passes:
         logits: bool = False,
         contacts: bool = False,
         attentions: Sequence[Array] | None = None,
+        sizes: Sizes | None = None,
     ) -> Iterator[FullOutput]:
         """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm has them.
 
@@ -182,16 +183,19 @@ class Passes:
         logits, contacts : bool
         attentions : list of ndarray (num_layers, H, T, T), optional
             One per sequence, to be filled.
+        sizes : Sizes, optional
+            As `full_sizes` gives them.
         """
         wanted = {*layers, *([self.config.num_layers] if logits else [])}
+        sizes = sizes or Sizes(ROWS_PER_PASS)
         done = 0
-        for chunk in _cut(tokens, ROWS_PER_PASS):
+        for chunk in _cut(tokens, sizes.rows_per_pass):
             batch, outputs = Batch.pack(chunk), [FullOutput() for _ in chunk]
             head = self._contact_head(batch) if contacts else None
             maps = None if attentions is None else FullAttention(attentions[done : done + len(chunk)])
             done += len(chunk)
             readers = [reader for reader in (head, maps) if reader is not None]
-            for layer, x in self._layers(batch, wanted, Sizes(ROWS_PER_PASS), readers):
+            for layer, x in self._layers(batch, wanted, sizes, readers):
                 if layer in layers:
                     for output, rows in zip(outputs, _split(x, chunk), strict=True):
                         output.representations[layer] = rows
@@ -212,6 +216,14 @@ class Passes:
         if self.budget is None:
             return Sizes(most)
         return self.budget.sizes([len(ids) for ids in tokens], outputs.include, len(outputs.layers), most)
+
+    def full_sizes(self, lengths: Sequence[int], layers: int, *, contacts: bool, held: int) -> Sizes:
+        """How a call of `full` is cut up whose caller holds so many bytes of results (NotEnoughMemory if it cannot)."""
+        if self.budget is None:
+            return Sizes(ROWS_PER_PASS)
+        row_bytes = 4 * (layers * self.config.embed_dim + VOCAB_SIZE + (max(lengths) if contacts else 0))
+        wanted = ("logits", *(("contacts",) if contacts else ()))
+        return self.budget.sizes_beside(held, lengths, wanted, ROWS_PER_PASS, row_bytes)
 
     def _encode_pass(
         self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes

@@ -132,6 +132,77 @@ def test_tokens_without_ends(models: Any) -> None:
         assert largest(found["contacts"], expected["contacts"]) < 1e-3
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [[0, 1, 2], [3, 4, 5]],  # fair-esm's own test
+        [[0, 5, 1, 6, 7, 2], [1, 1, 5, 6, 1, 1], [0, 5, 6, 7, 8, 2]],
+        [[0, 32, 1, 5, 32, 6, 1, 2], [0, 5, 2, 1, 6, 7, 1, 1]],
+        np.random.default_rng(5).integers(0, 33, (3, 90)).tolist(),  # every token anywhere
+    ],
+)
+def test_padding_between_tokens(models: Any, tokens: list[list[int]]) -> None:
+    """Computed at every place up to a row's last token, that of the padding included."""
+    theirs, ours = models
+    ids = np.array(tokens)
+    layers = range(ours.num_layers + 1)
+    expected = run_theirs(theirs, tokens, repr_layers=layers, return_contacts=True)
+    found = ours(tokens, repr_layers=layers, return_contacts=True)
+    behind = np.flip(np.flip(ids == 1, axis=1).cumprod(axis=1), axis=1).astype(bool)
+    for layer in layers:
+        assert largest(found["representations"][layer][~behind], expected["representations"][layer][~behind]) < 2e-4
+        assert not found["representations"][layer][behind].any()
+    assert largest(found["logits"][~behind], expected["logits"][~behind]) < 3e-3
+    assert largest(found["attentions"], expected["attentions"]) < 1e-5
+    theirs_of_row = expected["contacts"].numpy()
+    with_residues = ~np.isnan(theirs_of_row)  # fair-esm divides 0 by 0 where a row has none
+    assert largest(found["contacts"][with_residues], theirs_of_row[with_residues]) < 1e-3
+    assert np.isfinite(found["contacts"]).all()
+    np.testing.assert_array_equal(ours.predict_contacts(tokens), found["contacts"])
+    np.testing.assert_array_equal(ours(tokens)["logits"][~behind], found["logits"][~behind])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("call", "limit", "refused"),
+    [
+        ("model(tokens, return_contacts=True)", "500M", "predict_contacts does without"),
+        ("model(tokens, need_head_weights=True)", "500M", "attention maps are"),
+        ("model(tokens, repr_layers=range(7))", "150M", "takes about"),
+        ("model.predict_contacts(tokens)", "140M", ""),
+        ("model(tokens, repr_layers=[6])", "140M", ""),
+        ("model(gaps[:1], return_contacts=True)", "260M", ""),
+        ("model(gaps[:1], return_contacts=True)", "180M", "takes about"),
+    ],
+)
+def test_memory_limit(weights: str, call: str, limit: str, refused: str) -> None:
+    """Kept, or refused before anything is allocated."""
+    code = f"""
+import re, warnings
+warnings.simplefilter("ignore")
+import numpy as np, numpyesm, numpyesm.compat.fair_esm as esm
+model, _ = esm.pretrained.load_model_and_alphabet({weights!r}, backend="numpy", threads=2, max_memory={limit!r})
+tokens = np.full((24, 352), 5)
+tokens[:, 0], tokens[:, -1] = 0, 2
+gaps = np.where(np.arange(352) == 100, 1, tokens)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+before = peak()
+try:
+    {call}
+except numpyesm.NotEnoughMemory as error:
+    print("refused", before, peak(), error)
+else:
+    print("done", before, peak())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    what, before, after, *message = done.stdout.split(maxsplit=3)
+    assert what == ("refused" if refused else "done"), done.stdout
+    assert int(after) < (int(before) + 10 if refused else int(limit[:-1]))
+    assert refused in "".join(message)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_longer_than_encode_allows(tmp_path: Path, backend: str) -> None:
     import make_checkpoints as mk
@@ -165,9 +236,7 @@ def test_empty_sequence_in_a_batch(models: Any) -> None:
         ([[0, 33, 2]], "no token 33"),
         ([[0, -1, 2]], "no token -1"),
         ([[0, 5, 2], [1, 1, 1]], "item 1: nothing but padding"),
-        ([[0, 1, 5, 2]], "item 0: <pad> stands before"),
         ([[0, 5, 2], [32, 32, 1]], "item 1: nothing but <mask>"),
-        ([[1, 0, 5, 2]], "item 0: <pad> stands before"),
     ],
 )
 def test_tokens_that_are_refused(models: Any, tokens: Any, said: str) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...alphabet import EOS, MASK, TOKENS
-from ...errors import InvalidSequence
+from ...errors import InvalidSequence, NotEnoughMemory
 from ...heads import sigmoid
+from ...kernels.blas import blas_threads
+from ...memory import format_memory
 from ...model import ESM2 as Core
 from ...options import require_contact_head
 from ...passes import FullOutput
+from ...reference import nested
 from .data import Alphabet, NotSupported
+from .exact import exact_bytes, fill_row
 
 Array = npt.NDArray[Any]
 _PAD = TOKENS.index("<pad>")
@@ -66,7 +72,7 @@ class ESM2:
         Parameters
         ----------
         tokens : array of int (B, T)
-            As a batch converter makes them: `<pad>` behind a sequence only. Any length, any of the 33 tokens.
+            Any length, any of the 33 tokens. A row with `<pad>` between other tokens is computed in a slower way.
         repr_layers : iterable of int
             Of 0 to `num_layers`; others are left out, as in fair-esm (negative ones too).
         need_head_weights, return_contacts : bool
@@ -76,14 +82,16 @@ class ESM2:
         -------
         dict
             `logits` (B, T, 33), absent if the weights have no LM head; `representations`, {layer: (B, T, D)};
-            `attentions` (B, num_layers, H, T, T); `contacts` (B, T - 2, T - 2). Where a sequence is padded, the first
-            two are zero (fair-esm has numbers without meaning there), attentions are zero as in fair-esm, and contacts
-            are what fair-esm has: the regression's probability for no attention at all.
+            `attentions` (B, num_layers, H, T, T); `contacts` (B, T - 2, T - 2). Behind the last token of a sequence the
+            first two are zero (fair-esm has numbers without meaning there), attentions are zero as in fair-esm, and
+            contacts are what fair-esm has: the regression's probability for no attention at all.
 
         Raises
         ------
         InvalidSequence
-            Not a matrix of token numbers, padding that is not at the end, or a row of padding alone.
+            Not a matrix of token numbers, or a row of padding alone.
+        NotEnoughMemory
+            The call would exceed the model's `max_memory`; nothing was allocated.
         MissingHead
             Contacts, and the weights have no contact head.
         """
@@ -111,67 +119,50 @@ class ESM2:
         attentions: bool = False,
         contacts: bool = False,
     ) -> dict[str, Any]:
-        """The outputs that are asked for, and nothing more computed."""
+        """Compute these outputs and no others."""
         ids = check_tokens(tokens)
         if contacts:
             require_contact_head(self.core.checkpoint)
-        layers = {int(layer) for layer in repr_layers} & set(range(self.num_layers + 1))
-        (batch, width), dtype = ids.shape, np.float32
-        rows = [row[row != _PAD] for row in ids]
-
-        result: dict[str, Any] = {}
+        layers = sorted({int(layer) for layer in repr_layers} & set(range(self.num_layers + 1)))
+        (batch, width), inside = ids.shape, max(ids.shape[1] - 2, 0)
+        shapes: dict[str, tuple[int, ...]] = {}
         if logits:
-            result["logits"] = np.zeros((batch, width, self.alphabet_size), dtype)
-        result["representations"] = {layer: np.zeros((batch, width, self.embed_dim), dtype) for layer in sorted(layers)}
+            shapes["logits"] = (batch, width, self.alphabet_size)
         if attentions:
-            shape = (batch, self.num_layers, self.attention_heads, width, width)
-            result["attentions"] = np.zeros(shape, dtype)
+            shapes["attentions"] = (batch, self.num_layers, self.attention_heads, width, width)
         if contacts:
-            size = max(width - 2, 0)
-            result["contacts"] = np.full((batch, size, size), self._no_contact(), dtype)
+            shapes["contacts"] = (batch, inside, inside)
+        exact = [index for index, row in enumerate(ids) if not _is_usual(row, contacts)]
+        usual = [index for index in range(batch) if index not in set(exact)]
+        numbers = sum(map(math.prod, shapes.values())) + len(layers) * batch * width * self.embed_dim
+        held = 4 * numbers + (exact_bytes(self.core.checkpoint, width) if exact else 0)
+        lengths = [int(np.count_nonzero(row != _PAD)) for row in ids]
+        try:
+            sizes = self.core.passes.full_sizes(lengths, len(layers), contacts=contacts, held=held)
+        except NotEnoughMemory as error:
+            if not attentions:
+                raise
+            size = format_memory(4 * math.prod(shapes["attentions"]))
+            hint = "; predict_contacts does without them" if contacts else ""
+            raise NotEnoughMemory(f"{error} (all attention maps are {size} of it{hint})") from error
 
-        # The core's contacts leave out first and last; rows where fair-esm leaves out others are done from their maps.
-        usual = [i for i, row in enumerate(rows) if not contacts or _ends_as_usual(row, width)]
-        unusual = [i for i in range(batch) if i not in set(usual)]
-        for indices, from_maps in ((usual, False), (unusual, True)):
-            maps: list[Array] | None = None
-            if attentions:
-                maps = [result["attentions"][i, :, :, : len(rows[i]), : len(rows[i])] for i in indices]
-            elif from_maps:
-                sizes = [len(rows[i]) for i in indices]
-                maps = [np.zeros((self.num_layers, self.attention_heads, n, n), dtype) for n in sizes]
-            outputs = self.core.passes.full(
-                [rows[i] for i in indices],
-                layers,
-                logits=logits,
-                contacts=contacts and not from_maps,
-                attentions=maps,
-            )
-            for place, (i, output) in enumerate(zip(indices, outputs, strict=True)):
-                if from_maps and maps is not None:
-                    output.contacts = self._contacts_from_maps(rows[i], maps[place], width)
-                _put(output, i, result)
+        zeros = partial(np.zeros, dtype=np.float32)
+        result: dict[str, Any] = {"logits": zeros(shapes["logits"])} if logits else {}
+        result["representations"] = {layer: zeros((batch, width, self.embed_dim)) for layer in layers}
+        result |= {name: zeros(shapes[name]) for name in ("attentions", "contacts") if name in shapes}
+        if contacts:
+            result["contacts"][:] = sigmoid(self.core.checkpoint.array("contact_head.bias"))
+        rows = [ids[index, : lengths[index]] for index in usual]
+        maps = [result["attentions"][i, :, :, : lengths[i], : lengths[i]] for i in usual] if attentions else None
+        outputs = self.core.passes.full(rows, layers, logits=logits, contacts=contacts, attentions=maps, sizes=sizes)
+        for index, output in zip(usual, outputs, strict=True):
+            _put(output, index, result)
+        if exact:
+            weights = nested(self.core.checkpoint, np.float32)
+            with blas_threads(self.core.threads):
+                for index in exact:
+                    fill_row(weights, ids[index], index, result)
         return result
-
-    def _no_contact(self) -> float:
-        return float(sigmoid(self.core.checkpoint.array("contact_head.bias", np.float64))[0])
-
-    def _contacts_from_maps(self, row: Array, maps: Array, width: int) -> Array:
-        """fair-esm's contact head on one sequence: `<eos>` blotted out wherever it is, first and last column cut.
-
-        (n,), (num_layers, H, n, n) -> (m, m), m the residues that are left of `width`.
-        """
-        kept = (row != EOS).astype(np.float64)
-        inside = slice(1, min(len(row), width - 1))
-        maps = (maps * (kept[:, None] * kept))[..., inside, inside]
-        maps = maps + maps.swapaxes(-1, -2)
-        sums = maps.sum(axis=-1)
-        total = sums.sum(axis=-1)
-        weight = self.core.checkpoint.array("contact_head.weight", np.float64).reshape(total.shape)
-        bias = float(self.core.checkpoint.array("contact_head.bias", np.float64)[0])
-        factor = np.divide(weight, total, out=np.zeros_like(total), where=total > 0)
-        logits = np.einsum("lh,lhij->ij", weight, maps) - np.einsum("lh,lhi,lhj->ij", factor, sums, sums)
-        return sigmoid(logits + bias)
 
     # -- what a torch module has besides ------------------------------------------------------------------------
 
@@ -246,15 +237,16 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
             raise InvalidSequence("nothing but padding", item=item)
         if (row | (ids[item] == MASK)).all():  # token dropout would divide by zero, and fair-esm gives NaN
             raise InvalidSequence("nothing but <mask>, not even <cls>", item=item)
-        if (row[:-1] & ~row[1:]).any():
-            raise InvalidSequence("<pad> stands before other tokens; padding belongs at the end", item=item)
     return ids.astype(np.uint8)
 
 
-def _ends_as_usual(row: Array, width: int) -> bool:
-    """Whether fair-esm's contacts of this row are those between first and last token."""
-    whole = len(row) == width or row[-1] == EOS
-    return len(row) >= 3 and whole and EOS not in row[1:-1]
+def _is_usual(row: npt.NDArray[np.uint8], contacts: bool) -> bool:
+    """Whether the kernels can take a row: `<pad>` at its end only, contacts those between its first and last token."""
+    tokens = row[row != _PAD]
+    if (row[: len(tokens)] == _PAD).any():
+        return False
+    whole = len(tokens) == len(row) or tokens[-1] == EOS
+    return not contacts or (len(tokens) >= 3 and whole and EOS not in tokens[1:-1])
 
 
 def _put(output: FullOutput, index: int, result: dict[str, Any]) -> None:

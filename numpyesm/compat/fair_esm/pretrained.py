@@ -1,6 +1,6 @@
 """`esm.pretrained`: the four ESM-2 models that numpyesm publishes support for, and checkpoints on disk.
 
-Every function also takes `backend`, `precision` and `threads` by name, see `numpyesm.ESM2`.
+Every function also takes `backend`, `precision`, `threads` and `max_memory` by name, see `numpyesm.ESM2`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load_model_and_alphabet(model_name: str | os.PathLike[str], **options: Any) 
     model_name : str or path
         `esm2_t12_35M_UR50D` and so on, a `.pt` or `.safetensors` file, a folder, or `synthetic:…`.
     **options
-        `backend`, `precision`, `threads`.
+        `backend`, `precision`, `threads`, `max_memory`.
     """
     name = os.fspath(model_name)
     if _OTHER_MODELS.fullmatch(name) and preset_name(name) is None and not Path(name).exists():

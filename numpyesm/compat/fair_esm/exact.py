@@ -1,0 +1,66 @@
+"""Rows that the kernels do not take, computed step by step: slower, any tokens in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...alphabet import TOKENS
+from ...config import ModelConfig
+from ...heads import sigmoid
+from ...reference import contact_features, embed, language_model, layer_norm, transformer_layer
+from ...weights.checkpoint import Checkpoint
+
+Array = npt.NDArray[Any]
+_PAD = TOKENS.index("<pad>")
+
+
+def exact_bytes(checkpoint: Checkpoint, length: int) -> int:
+    """Memory that `fill_row` takes for so many tokens, in bytes."""
+    config: ModelConfig = checkpoint.config
+    maps = 8 * config.num_heads * length**2
+    weights = 0 if checkpoint.precision == "fp32" else checkpoint.num_parameters
+    return 4 * (maps + 8 * length * (config.ffn_dim + config.embed_dim) + weights)
+
+
+def fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
+    """Compute one row of a batch as fair-esm does, padding between its tokens included.
+
+    Parameters
+    ----------
+    weights : dict
+        Of `numpyesm.reference.nested`, in float32.
+    tokens : ndarray (T,)
+    row : int
+    result : dict
+        fair-esm's dictionary, to be filled at `row`; what is not in it is not computed. Padding behind the last token
+        is left alone.
+    """
+    stop = int(np.flatnonzero(tokens != _PAD)[-1]) + 1
+    tokens = tokens[: stop + 1]  # one <pad> behind, if there is any: contacts leave out the last column
+    real, length = tokens != _PAD, len(tokens)
+    representations = result["representations"]
+    x = embed(tokens, **weights["embed_tokens"])
+    contacts: Array = np.zeros(1, np.float32)
+    for number, layer in enumerate(weights["layers"]):
+        if number in representations:
+            representations[number][row, :stop] = x[:stop]
+        x, attention = transformer_layer(x, tokens, weights["rotary"], **layer)
+        if "attentions" in result:
+            result["attentions"][row, number, :, :length, :length] = attention * (real & real[:, None])
+        if "contacts" in result:
+            coefficients = weights["contact_head"]["weight"].reshape(len(weights["layers"]), -1)[number]
+            with np.errstate(invalid="ignore"):  # fair-esm divides 0 by 0 where no attention falls on residues
+                features = np.nan_to_num(contact_features(attention, tokens), copy=False)
+            contacts = contacts + np.tensordot(coefficients, features, axes=1)
+    x = layer_norm(x, **weights["final_norm"])
+    if len(weights["layers"]) in representations:
+        representations[len(weights["layers"])][row, :stop] = x[:stop]
+    if "logits" in result:
+        logits = language_model(x[:stop], weights["embed_tokens"]["weight"], **weights["lm_head"])
+        result["logits"][row, :stop] = logits
+    if "contacts" in result:
+        inside = max(length - 2, 0)
+        result["contacts"][row, :inside, :inside] = sigmoid(contacts + weights["contact_head"]["bias"])

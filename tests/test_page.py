@@ -361,7 +361,11 @@ def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
         assert found["problems"], text
         with pytest.raises(InvalidSequence):
             list(parse_fasta(io.StringIO(text)))
-    # Beyond the library: one sequence wrapped at a usual width is one sequence, and the page says so.
+    for widths in ((60, 60, 30), (60, 60), (75, 75, 1), (35, 35, 20), (35, 35), (20, 20, 5), (60, 50), (1030, 1030)):
+        text = "\n".join(random_sequence(width, i) for i, width in enumerate(widths))
+        found = page.evaluate("async text => (await import('/page/fasta.js')).parse(text)", text)
+        assert [r["sequence"] for r in found["records"]] == [r.sequence for r in parse_fasta(io.StringIO(text))], widths
+    # A sequence that is wrapped is one, and the page says so.
     sequence = random_sequence(150)
     wrapped = "\n".join(sequence[k : k + 60] for k in range(0, 150, 60))
     page.fill("#sequence", wrapped)

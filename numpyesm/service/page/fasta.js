@@ -7,8 +7,9 @@ export const MAX_RECORDS = 100;
 const ALLOWED = new Set(`${AMINO_ACIDS}BXZUO-`);
 const EXPECTED = "allowed are ACDEFGHIKLMNPQRSTVWY, BXZUO and -";
 export const MAX_TEXT = 4_000_000;
-// One sequence wrapped over lines has these widths in every database; bare lines of other widths are sequences each.
-const WRAPS = new Set([50, 60, 70, 80, 100, 120]);
+// The rule of numpyesm/fasta.py for lines without a header: what is one sequence, wrapped, and what is one a line.
+const WRAPS = new Set([40, 50, 60, 70, 72, 75, 76, 80, 100, 120]);
+const LEAST_WIDTH = 30; // of any other
 
 /**
  * @returns {{records: {name, header, sequence}[], problems: {message, start, end}[], note: string}}
@@ -18,7 +19,7 @@ export function parse(text, maxLength = 2048) {
   if (text.length > MAX_TEXT) {
     return { records: [], problems: [tooLong(text.length)], note: "" };
   }
-  const { drafts, problems, note } = split(text);
+  const { drafts, problems, note } = split(text, maxLength);
   const records = drafts.map((draft, index) => finish(draft, index, maxLength, drafts.length, problems));
   if (records.length > MAX_RECORDS) {
     const message = `${records.length} sequences; the page takes ${MAX_RECORDS} at a time. ` +
@@ -36,7 +37,7 @@ export function tooLong(length) {
 }
 
 /** Records as headers and lines, each line with its offset. */
-function split(text) {
+function split(text, maxLength) {
   const drafts = [];
   const problems = [];
   const bare = [];
@@ -58,17 +59,21 @@ function split(text) {
     return { drafts, problems, note: "" };
   }
   if (!bare.length) return { drafts, problems, note: "" };
-  const wrapped = isWrapped(bare);
+  const wrapped = isWrapped(bare, maxLength);
   const groups = wrapped ? [bare] : bare.map((line) => [line]);
   const note = bare.length === 1 ? "" : wrapped ? "read as one wrapped sequence" : "one a line";
   for (const parts of groups) drafts.push({ header: "", parts, start: parts[0].start, end: parts[0].start });
   return { drafts, problems, note };
 }
 
-function isWrapped(bare) {
+function isWrapped(bare, maxLength) {
   const widths = bare.map(({ line }) => line.replace(/\s/g, "").length);
+  const [first] = widths;
   const last = widths.pop();
-  return widths.length > 0 && WRAPS.has(widths[0]) && widths.every((w) => w === widths[0]) && last <= widths[0];
+  if (!widths.length || last > first || !widths.every((w) => w === first)) return false;
+  // Many lines of one width may be a library of peptides.
+  if (WRAPS.has(first)) return last < first || first * widths.length + last <= maxLength;
+  return first >= LEAST_WIDTH && widths.length > 1 && last < first;
 }
 
 function* lines(text) {

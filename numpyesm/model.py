@@ -322,7 +322,7 @@ class ESM2:
         method: str = "masked-marginals",
         *,
         offset: int = 1,
-        window: int | None = None,
+        window: int | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.float64]:
         """Scores of mutants; the higher, the more the model likes them.
@@ -348,9 +348,11 @@ class ESM2:
             In the first three `WT` and `A42A` are worth 0.
         offset : int
             Position of the wild type's first residue in the numbering of the mutations (fair-esm's `--offset-idx`).
-        window : int, optional
-            Residues around each position that the model sees; by default the whole wild type, at most 2048 residues.
-            Not for `log-prob`.
+        window : int or "proteingym", optional
+            Residues around each position that the model sees, `<cls>` and `<eos>` beside them; by default the whole
+            wild type, at most 2048 residues. Not for `log-prob`. "proteingym" is ProteinGym's rule for the two
+            marginals: masked ones see 1024 tokens of the protein with its `<cls>` and `<eos>`, of which windows inside
+            have neither; `wt-marginals` see the whole.
         progress : callable (done, total), optional
             Called now and then.
 
@@ -377,7 +379,7 @@ class ESM2:
         method: str = "masked-marginals",
         *,
         offset: int = 1,
-        window: int | None = None,
+        window: int | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> MutationScan:
         """Scores of every substitution of a protein, as a matrix of L positions × 20 amino acids.

@@ -13,11 +13,12 @@ import pytest
 from conftest import random_sequence, small_model
 
 from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence, NumpyesmError
-from numpyesm.alphabet import AMINO_ACIDS
+from numpyesm.alphabet import AMINO_ACIDS, TOKEN_ID
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.passes import Passes
 from numpyesm.scoring import SCAN_LETTERS, parse_mutant
-from numpyesm.scoring.marginals import window_around
+from numpyesm.scoring.marginals import masked_logits
+from numpyesm.scoring.windows import Window, optimal_window, window_around
 
 WILD_TYPE = random_sequence(41, 5)
 
@@ -134,7 +135,7 @@ def test_letters_beyond_the_twenty_in_the_wild_type(pair: Any) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals"])
 def test_windows_agree_with_fair_esm_on_the_cut_sequence(pair: Any, method: str) -> None:
-    """As ProteinGym: the residues around the position, and nothing else."""
+    """The residues around the position, as if they were a protein."""
     fair, ours = pair
     sequence = random_sequence(2100, 3)
     cuts = {
@@ -152,6 +153,80 @@ def test_windows_agree_with_fair_esm_on_the_cut_sequence(pair: Any, method: str)
         for (i, (a, b)), m in zip(cuts.items(), mutants, strict=True)
     ]
     np.testing.assert_allclose(ours.score_mutations(sequence, mutants, method, window=30), expected, rtol=0, atol=1e-4)
+
+
+def proteingyms_window(mutation_position_relative: int, seq_len_wo_special: int, model_window: int) -> list[int]:
+    """`get_optimal_window` of ProteinGym's scoring_utils.py, as it is published."""
+    half_model_window = model_window // 2
+    if seq_len_wo_special <= model_window:
+        return [0, seq_len_wo_special]
+    if mutation_position_relative < half_model_window:
+        return [0, model_window]
+    if mutation_position_relative >= seq_len_wo_special - half_model_window:
+        return [seq_len_wo_special - model_window, seq_len_wo_special]
+    return [
+        max(0, mutation_position_relative - half_model_window),
+        min(seq_len_wo_special, mutation_position_relative + half_model_window),
+    ]
+
+
+@pytest.mark.parametrize(("length", "window"), list(itertools.product((3, 7, 8, 9, 30), (1, 4, 7, 8))))
+def test_proteingyms_window(length: int, window: int) -> None:
+    for position in range(length):
+        assert optimal_window(position, length, window) == tuple(proteingyms_window(position, length, window))
+
+
+def fair_logits_in_proteingyms_window(fair: Any, sequence: str, index: int, window: int) -> Any:
+    """Its loop of masked marginals: the position is masked in the tokens of the whole, then the window is cut out."""
+    import torch
+    from fair_esm_models import ALPHABET, tokens_of
+
+    tokens = tokens_of([sequence])
+    start, stop = proteingyms_window(index + 1, tokens.size(1), window)
+    tokens[0, index + 1] = ALPHABET.mask_idx
+    with torch.no_grad():
+        return fair(tokens[:, start:stop])["logits"][0, index + 1 - start].numpy()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("window", [16, 17, 43])
+def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, window: int) -> None:
+    """In small: windows with `<cls>`, with `<eos>`, with neither and with both."""
+    fair, ours = pair
+    indices = [0, 6, 7, 8, 20, 33, 34, 40]
+    found = masked_logits(ours.passes, WILD_TYPE, indices, Window(window, of_tokens=True))
+    expected = [fair_logits_in_proteingyms_window(fair, WILD_TYPE, index, window) for index in indices]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_proteingyms_rule_by_name(pair: Any) -> None:
+    fair, ours = pair
+    sequence = random_sequence(1500, 11)
+    mutants = [f"{sequence[i]}{i + 1}{'A' if sequence[i] != 'A' else 'C'}" for i in (0, 700)]
+    expected = []
+    for index, mutant in zip((0, 700), mutants, strict=True):
+        logits = fair_logits_in_proteingyms_window(fair, sequence, index, 1024)
+        expected.append(logits[TOKEN_ID[mutant[-1]]] - logits[TOKEN_ID[mutant[0]]])
+    found = ours.score_mutations(sequence, mutants, window="proteingym")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert np.abs(ours.score_mutations(sequence, mutants, window=1022) - expected).max() > 0.01
+    whole = [fair_marginals(fair, sequence, mutants[1], masked=False)]
+    found = ours.score_mutations(sequence, mutants[1:], "wt-marginals", window="proteingym")
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-4)
+
+
+def test_proteingyms_rule_sees_short_proteins_whole(model: ESM2) -> None:
+    for method in ("masked-marginals", "wt-marginals"):
+        found = model.score_mutations(WILD_TYPE, MUTATIONS, method, window="proteingym")
+        np.testing.assert_allclose(found, model.score_mutations(WILD_TYPE, MUTATIONS, method), rtol=0, atol=1e-6)
+        scan = model.scan_mutations(WILD_TYPE, method, window="proteingym")
+        np.testing.assert_allclose(scan.scores, model.scan_mutations(WILD_TYPE, method).scores, rtol=0, atol=1e-6)
+    long = random_sequence(2100, 4)
+    assert np.isfinite(model.score_mutations(long, [f"{long[1000]}1001W"], window="proteingym")).all()
+    with pytest.raises(InvalidSequence, match="wt-marginals see the whole wild type at once: it has 2100 residues"):
+        model.score_mutations(long, ["WT"], "wt-marginals", window="proteingym")
 
 
 # -- what the methods mean ---------------------------------------------------------------------------------------
@@ -418,6 +493,10 @@ def test_long_wild_types(model: ESM2) -> None:
         {"window": 0},
         {"window": 2049},
         {"window": 10.0},
+        {"window": "1022"},
+        {"window": "ProteinGym"},
+        {"window": "proteingym", "method": "log-prob"},
+        {"window": "proteingym", "method": "pseudo-ppl"},
         {"window": True},
     ],
 )

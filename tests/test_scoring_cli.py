@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import random_sequence
 
 from numpyesm import ESM2
 from numpyesm.cli import main
@@ -186,6 +187,17 @@ def test_log_prob_where_letters_begin_to_count(run: Any) -> None:
     assert "v.csv, line 3: X3A: X is none of the 20 amino acids" in err
     code, out, _ = run("score", "MKX", "v.csv", "--method", "log-prob", "--skip-invalid")
     assert (code, added(out)[2]) == (0, "")
+
+
+def test_window_of_proteingym(run: Any, eight_m: ESM2) -> None:
+    long = random_sequence(1100, 2)
+    mutant = f"{long[600]}601{'A' if long[600] != 'A' else 'C'}"
+    Path("v.csv").write_text(f"mutant\n{mutant}\n")
+    code, out, _ = run("score", long, "v.csv", "--window", "proteingym")
+    assert (code, float(added(out)[1])) == (0, eight_m.score_mutations(long, [mutant], window="proteingym")[0])
+    code, _, err = run("score", long, "v.csv", "--window", "gym")
+    assert code == 2
+    assert "expected a number of residues, or proteingym" in err
 
 
 def test_header_alone(run: Any) -> None:

@@ -206,7 +206,12 @@ def _add_scoring(
     command.add_argument(
         "--offset", "--offset-idx", type=int, default=1, help="position of the wild type's first residue (%(default)s)"
     )
-    command.add_argument("--window", type=int, metavar="N", help="residues seen around each position (the whole)")
+    command.add_argument(
+        "--window",
+        type=_window,
+        metavar="N",
+        help="residues seen around each position (the whole), or proteingym: 1024 tokens, as ProteinGym cuts them",
+    )
     return command
 
 
@@ -271,6 +276,16 @@ def _named(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a name, not an empty text (an unset variable?)")
     return text
+
+
+def _window(text: str) -> int | str:
+    """A number of residues, or the name of ProteinGym's rule."""
+    if text == "proteingym":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of residues, or proteingym") from None
 
 
 def _model(text: str) -> tuple[str, str]:

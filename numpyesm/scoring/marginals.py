@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import CLS, EOS, MASK, TOKEN_ID
+from ..alphabet import MASK, TOKEN_ID, frame, residue_ids
 from ..heads import log_softmax
+from .windows import TokenArray, Window, window_around
 
 if TYPE_CHECKING:
     from ..passes import Passes
 
 FloatArray = npt.NDArray[np.float64]
-TokenArray = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 
 ALL_TOKENS = slice(None)
@@ -32,17 +32,8 @@ class _Query(NamedTuple):
     rows: npt.NDArray[np.intp]
 
 
-def window_around(index: int, length: int, window: int) -> tuple[int, int]:
-    """First and last (excluded) residue of the `window` residues around `index`, shifted inwards at the ends.
-
-    As ProteinGym's `get_optimal_window`.
-    """
-    start = min(max(0, index - window // 2), length - window)
-    return start, start + window
-
-
 def masked_logits(
-    passes: Passes, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+    passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
 ) -> FloatArray:
     """Logits of all 33 tokens at each index, that residue alone being masked: (n, 33).
 
@@ -52,16 +43,16 @@ def masked_logits(
 
 
 def plain_logits(
-    passes: Passes, sequence: str, indices: Sequence[int], window: int, progress: Progress | None = None
+    passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
 ) -> FloatArray:
     """Logits of all 33 tokens at each index of the sequence as it is: (n, 33). One pass a distinct window."""
     ids = residue_ids(sequence)
     by_window: dict[tuple[int, int], list[int]] = {}
     for place, index in enumerate(indices):
-        by_window.setdefault(window_around(index, len(ids), window), []).append(place)
+        by_window.setdefault(window_around(index, len(ids), window.size), []).append(place)
     order = [place for places in by_window.values() for place in places]
     queries = (
-        _Query(_framed(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
+        _Query(frame(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
         for (start, stop), places in by_window.items()
     )
     logits = np.empty((len(indices), len(TOKEN_ID)))
@@ -70,7 +61,7 @@ def plain_logits(
 
 
 def pseudo_log_likelihoods(
-    passes: Passes, sequences: Sequence[str], window: int, progress: Progress | None = None
+    passes: Passes, sequences: Sequence[str], window: Window, progress: Progress | None = None
 ) -> FloatArray:
     """Sum over the residues of log p(residue | all others), over the 33 tokens as fair-esm: (n,) sequences of (L,)."""
     residues = sum(map(len, sequences))
@@ -86,22 +77,10 @@ def pseudo_log_likelihoods(
     return np.array([found[a:b].sum() for a, b in itertools.pairwise(ends)])
 
 
-def residue_ids(sequence: str) -> TokenArray:
-    """Token ids of the residues alone: (L,)."""
-    return np.array([TOKEN_ID[letter] for letter in sequence], np.uint8)
-
-
-def _framed(ids: TokenArray) -> TokenArray:
-    """`<cls>` in front and `<eos>` behind, in an array of its own."""
-    return np.concatenate(([np.uint8(CLS)], ids, [np.uint8(EOS)]))
-
-
-def _masked_queries(sequence: str, indices: Iterable[int], window: int) -> Iterator[_Query]:
+def _masked_queries(sequence: str, indices: Iterable[int], window: Window) -> Iterator[_Query]:
     ids = residue_ids(sequence)
     for index in indices:
-        start, stop = window_around(index, len(ids), window)
-        tokens = _framed(ids[start:stop])
-        row = index - start + 1
+        tokens, row = window.around(ids, index)
         tokens[row] = MASK
         yield _Query(tokens, np.array([row]))
 

@@ -13,7 +13,8 @@ from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..options import SCORING_METHODS, require_lm_head
 from .marginals import Progress, masked_logits, plain_logits, pseudo_log_likelihoods
-from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, check_window, read_mutants
+from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, read_mutants
+from .windows import Window, check_window
 
 if TYPE_CHECKING:
     from ..passes import Passes
@@ -31,19 +32,24 @@ def score_mutations(
     method: str = "masked-marginals",
     *,
     offset: int = 1,
-    window: int | None = None,
+    window: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FloatArray:
     """One number a mutant; see `ESM2.score_mutations`."""
     check_method(method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
     mutants = read_mutants(wild_type, mutations, check_offset(offset))
-    seen = check_window(window, len(wild_type))
+    seen = check_window(window, len(wild_type), method)
     if method == "log-prob":
-        if seen < len(wild_type):
+        length = len(wild_type)
+        if seen.size < length:
             raise InvalidSequence(
                 f"method 'log-prob' takes the whole sequence in one pass: the wild type has {len(wild_type)} residues, "
-                + (f"at most {MAX_RESIDUES} are allowed" if len(wild_type) > MAX_RESIDUES else f"the window {seen}")
+                + (
+                    f"at most {MAX_RESIDUES} are allowed"
+                    if len(wild_type) > MAX_RESIDUES
+                    else f"the window {seen.size}"
+                )
             )
         for item, mutant in enumerate(mutants):
             check_same_terms(mutant, offset, item)
@@ -76,7 +82,7 @@ def check_method(method: object, allowed: Sequence[str]) -> str:
 
 
 def position_logits(
-    passes: Passes, wild_type: str, indices: Sequence[int], method: str, window: int, progress: Progress | None
+    passes: Passes, wild_type: str, indices: Sequence[int], method: str, window: Window, progress: Progress | None
 ) -> FloatArray:
     """Logits (n, 33) that a marginal method reads at these positions."""
     compute = masked_logits if method == "masked-marginals" else plain_logits
@@ -102,7 +108,7 @@ def _marginals(
     wild_type: str,
     mutants: Sequence[Sequence[Change]],
     method: str,
-    window: int,
+    window: Window,
     progress: Callable[[int, int], None] | None,
 ) -> FloatArray:
     """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever softmax runs over."""

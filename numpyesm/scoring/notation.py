@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS
-from ..config import MAX_RESIDUES
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..given import texts
 
@@ -121,24 +120,6 @@ def check_offset(offset: object) -> int:
     if number is None or isinstance(offset, bool):
         raise InvalidOption(f"offset={offset!r}: expected a whole number, the position of the first residue")
     return number
-
-
-def check_window(window: object, length: int) -> int:
-    """Residues that the model sees at once: `window`, or all of them if it is None and the model can."""
-    if window is None:
-        if length > MAX_RESIDUES:
-            raise InvalidSequence(
-                f"the wild type has {length} residues, at most {MAX_RESIDUES} are allowed at once; a window "
-                "(window=1022, --window 1022) scores every position among that many residues around it"
-            )
-        return length
-    try:
-        number = operator.index(window)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if isinstance(window, bool) or not 1 <= number <= MAX_RESIDUES:
-        raise InvalidOption(f"window={window!r}: expected a whole number from 1 to {MAX_RESIDUES}, or None")
-    return min(number, length)
 
 
 def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> list[tuple[Change, ...]]:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from ..alphabet import TOKEN_ID
 from ..options import SCAN_METHODS, require_lm_head
 from .methods import check_method, counter, position_logits
-from .notation import check_offset, check_wild_type, check_window
+from .notation import check_offset, check_wild_type
+from .windows import check_window
 
 if TYPE_CHECKING:
     from ..passes import Passes
@@ -58,14 +59,14 @@ def scan_mutations(
     method: str = "masked-marginals",
     *,
     offset: int = 1,
-    window: int | None = None,
+    window: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MutationScan:
     """All single substitutions; see `ESM2.scan_mutations`."""
     check_method(method, SCAN_METHODS)
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)
-    seen = check_window(window, len(wild_type))
+    seen = check_window(window, len(wild_type), method)
     require_lm_head(passes.checkpoint, "scan_mutations")
     length = len(wild_type)
     logits = position_logits(passes, wild_type, range(length), method, seen, counter(progress, length))

@@ -520,6 +520,7 @@ def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
         ({"--truncation_seq_length": ["9"]}, False),
         ({"weights": "synthetic:esm2-8m:2"}, False),
         ({"sequence": "MKTAYIAKQK"}, False),
+        ({"sequence": "MK<pad>TAYIAKQR"}, False),
         ({"damage": True}, False),
     ],
 )

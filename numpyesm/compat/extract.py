@@ -36,7 +36,7 @@ _LONGEST_NAME = 255  # of a file, in bytes, on common file systems
 
 
 def create_parser() -> argparse.ArgumentParser:
-    """fair-esm's arguments, and numpyesm's own choices behind them."""
+    """fair-esm's arguments, and three of numpyesm's own."""
     parser = argparse.ArgumentParser(
         prog="python -m numpyesm.compat.extract",
         description="Extract per-token representations and model outputs for sequences in a FASTA file",
@@ -73,13 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
     dataset = esm.FastaBatchedDataset.from_file(arguments.fasta_file)
     paths = [_path(arguments.output_dir, label) for label in dataset.sequence_labels]
     if len({os.path.normpath(path) for path in paths}) < len(paths):
-        raise InvalidSequence(
-            f"{arguments.fasta_file}: two records would have the same file (labels such as 'a' and './a')"
-        )
+        raise InvalidSequence(f"{arguments.fasta_file}: labels such as 'a' and './a' would give two records one file")
     alphabet = esm.Alphabet.from_architecture("ESM-1b")
     convert = alphabet.get_batch_converter(arguments.truncation_seq_length)
     for label, sequence in zip(dataset.sequence_labels, dataset.sequence_strs, strict=True):  # before hours of work
-        _check(label, sequence, alphabet)
+        try:
+            if not alphabet.encode(sequence):
+                raise InvalidSequence("there is no sequence")
+        except InvalidSequence as error:
+            raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
     options = {"backend": arguments.backend, "precision": arguments.precision, "threads": arguments.threads}
     model, _ = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)
     layers = check_layers(arguments.repr_layers, model.num_layers)
@@ -106,12 +108,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _extract(
     model: ESM2, tokens: npt.NDArray[np.int64], layers: Sequence[int], include: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What goes into each file, of one padded batch."""
+    """Compute what goes into each file of one padded batch."""
     by_layer = layers if _BY_LAYER.keys() & set(include) else []
     out = model.outputs(tokens, by_layer, contacts="contacts" in include)
     found = []
-    for i, residues in enumerate((tokens != model.padding_idx).sum(axis=1).tolist()):
-        length = residues - 2
+    for i, row in enumerate(tokens):
+        length = len(_without_padding(row)) - 2
         rows = {layer: values[i, 1 : length + 1] for layer, values in out["representations"].items()}
         result: dict[str, Any] = {}
         if "per_tok" in include:
@@ -140,8 +142,13 @@ def save(result: Mapping[str, Any], path: Path, stamp: bytes = b"") -> None:
 
 def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
     """What a file's numbers depend on: weights with their precision, label, and tokens after truncation."""
-    row = tokens[tokens != TOKENS.index("<pad>")].astype("<i8").tobytes()
+    row = _without_padding(tokens).astype("<i8").tobytes()
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
+
+
+def _without_padding(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A row of a batch up to its `<eos>`; a record's text may have `<pad>` further in front."""
+    return row[: np.flatnonzero(row != TOKENS.index("<pad>"))[-1] + 1]
 
 
 def _member_names(layers: Sequence[int], include: Sequence[str]) -> set[str]:
@@ -160,7 +167,7 @@ def _holds(path: Path, members: set[str], stamp: bytes) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `torch.load` gives of fair-esm's file: `label`, `representations` {layer: (L, D)}, and so on."""
+    """Read what `torch.load` gives of fair-esm's file: `label`, `representations` {layer: (L, D)}, and so on."""
     result: dict[str, Any] = {}
     with np.load(path, allow_pickle=False) as arrays:
         for key in arrays.files:
@@ -173,7 +180,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _path(folder: Path, label: str) -> Path:
-    """Where a record goes: a `/` in its label makes a folder, as in fair-esm, but never outside of `folder`."""
+    """Name a record's file: a `/` in its label makes a folder, as in fair-esm, but never outside of `folder`."""
     parts = f"{label}.npz".split("/")
     if "\0" in label or os.path.isabs(label) or ".." in parts or os.path.splitdrive(label)[0]:
         raise InvalidSequence(f"record {label[:80]!r}: its file would lie outside of {folder}")
@@ -182,16 +189,8 @@ def _path(folder: Path, label: str) -> Path:
     return folder.joinpath(*map(native_name, parts))
 
 
-def _check(label: str, sequence: str, alphabet: esm.Alphabet) -> None:
-    try:
-        if not alphabet.encode(sequence):
-            raise InvalidSequence("there is no sequence")
-    except InvalidSequence as error:
-        raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; exit code 0, 1 for a failure, 2 for wrong use."""
+    """Run the command; the exit code is 0, 1 for a failure, 2 for wrong use."""
     arguments = create_parser().parse_args(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -200,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidOption) else 1
     except KeyboardInterrupt:
-        print("interrupted; with --skip_existing the same command goes on where it stood", file=sys.stderr)
+        print("interrupted; with --skip_existing the same command resumes", file=sys.stderr)
         return 130
     return 0
 

@@ -36,7 +36,7 @@ _ARCHITECTURES = {
 
 
 class UnknownToken(InvalidSequence, KeyError):
-    """A letter or word that is no token; also a KeyError, which is what fair-esm raises."""
+    """A letter or word that is no token; also a KeyError, as fair-esm raises."""
 
     def __str__(self) -> str:  # KeyError would put quotes around the message
         return str(self.args[0])
@@ -106,13 +106,13 @@ class Alphabet:
         return self.tok_to_idx.copy()
 
     def get_batch_converter(self, truncation_seq_length: int | None = None) -> BatchConverter:
-        """From (label, sequence) pairs to a padded batch; longer sequences are cut to `truncation_seq_length`."""
+        """Make a converter that cuts sequences to `truncation_seq_length` tokens."""
         if self.use_msa:
             raise NotSupported("alignments are for the MSA Transformer; numpyesm has ESM-2 only")
         return BatchConverter(self, truncation_seq_length)
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
-        """Tokens of a text; blanks part what is no token, and are dropped beside tokens."""
+        """Split a text into tokens; blanks separate what is no token."""
         tokens: list[str] = []
         end = 0
         for match in self._pattern.finditer(text):
@@ -122,13 +122,7 @@ class Alphabet:
         return tokens + text[end:].split()
 
     def encode(self, text: str) -> list[int]:
-        """Numbers of the tokens of a text.
-
-        Raises
-        ------
-        UnknownToken
-            A KeyError, as fair-esm's: lower case, `J`, `*` and the like are no tokens.
-        """
+        """Numbers of the tokens of a text; UnknownToken for lower case, `J`, `*` and the like."""
         tokens = self.tokenize(text)
         try:
             return [self.tok_to_idx[token] for token in tokens]
@@ -144,7 +138,7 @@ class Alphabet:
 
 
 class BatchConverter:
-    """(label, sequence) pairs to (labels, sequences, tokens), padded at the end."""
+    """Converts (label, sequence) pairs to labels, sequences and tokens (B, T), padded at the end."""
 
     def __init__(self, alphabet: Alphabet, truncation_seq_length: int | None = None) -> None:
         self.alphabet = alphabet
@@ -183,13 +177,9 @@ class FastaBatchedDataset:
 
     @classmethod
     def from_file(cls, fasta_file: str | os.PathLike[str]) -> FastaBatchedDataset:
-        """Whole header lines as labels, sequences as they stand (no case change). Files as `numpyesm.fasta` reads them.
+        """Read a file as `numpyesm.fasta` does, but with whole header lines as labels and no change of case.
 
-        Raises
-        ------
-        InvalidSequence
-            Two records of one label, text before the first header (fair-esm would add it to the first record), or a
-            line that is no sequence.
+        InvalidSequence: two records of one label, text before the first header, or a line that is no sequence.
         """
         drafts = list(read_drafts(Path(fasta_file), strict=True, verbatim=True))
         labels = [draft.header.strip() or f"seqnum{draft.line - 1:09d}" for draft in drafts]
@@ -205,7 +195,7 @@ class FastaBatchedDataset:
         return self.sequence_labels[idx], self.sequence_strs[idx]
 
     def get_batch_indices(self, toks_per_batch: int, extra_toks_per_seq: int = 0) -> list[list[int]]:
-        """Indices by length, gathered so that a padded batch has at most `toks_per_batch` tokens (or one sequence)."""
+        """Batch indices in order of length: at most `toks_per_batch` tokens with padding, or one sequence."""
         batches: list[list[int]] = []
         for size, index in sorted((len(sequence), index) for index, sequence in enumerate(self.sequence_strs)):
             # Ascending: the new one is the longest of its batch.
@@ -216,13 +206,13 @@ class FastaBatchedDataset:
 
 
 class NotSupported(NumpyesmError, NotImplementedError):
-    """Something that fair-esm has and numpyesm has not; the message says what."""
+    """Something that fair-esm has and numpyesm does not."""
 
 
 def read_fasta(
     path: str | os.PathLike[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """(header, sequence) of each record of a FASTA or A3M file, without `-` or lower-case insertions if so wished."""
+    """Yield (header, sequence) of a FASTA or A3M file, if so wished without `-` or lower-case insertions."""
     return _alignment(read_drafts(Path(path), strict=True, verbatim=True), keep_gaps, keep_insertions, to_upper)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...alphabet import TOKENS
-from ...config import ModelConfig
 from ...heads import sigmoid
-from ...reference import contact_features, embed, language_model, layer_norm, transformer_layer
+from ...kernels.blas import blas_threads
+from ...model import ESM2
+from ...reference import contact_features, embed, language_model, layer_norm, nested, transformer_layer
 from ...weights.checkpoint import Checkpoint
 
 Array = npt.NDArray[Any]
@@ -18,26 +19,25 @@ _PAD = TOKENS.index("<pad>")
 
 
 def exact_bytes(checkpoint: Checkpoint, length: int) -> int:
-    """Memory that `fill_row` takes for so many tokens, in bytes."""
-    config: ModelConfig = checkpoint.config
+    """Memory that `fill_rows` takes for rows of so many tokens, in bytes."""
+    config = checkpoint.config
     maps = 8 * config.num_heads * length**2
     weights = 0 if checkpoint.precision == "fp32" else checkpoint.num_parameters
     return 4 * (maps + 8 * length * (config.ffn_dim + config.embed_dim) + weights)
 
 
-def fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
-    """Compute one row of a batch as fair-esm does, padding between its tokens included.
+def fill_rows(model: ESM2, tokens: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], result: dict[str, Any]) -> None:
+    """Compute rows of a batch (B, T) as fair-esm does, padding between tokens included.
 
-    Parameters
-    ----------
-    weights : dict
-        Of `numpyesm.reference.nested`, in float32.
-    tokens : ndarray (T,)
-    row : int
-    result : dict
-        fair-esm's dictionary, to be filled at `row`; what is not in it is not computed. Padding behind the last token
-        is left alone.
+    `result` is fair-esm's dictionary; what is not in it is not computed. Padding behind a last token is left alone.
     """
+    weights = nested(model.checkpoint, np.float32)
+    with blas_threads(model.threads):
+        for row in rows:
+            _fill_row(weights, tokens[row], row, result)
+
+
+def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
     stop = int(np.flatnonzero(tokens != _PAD)[-1]) + 1
     tokens = tokens[: stop + 1]  # one <pad> behind, if there is any: contacts leave out the last column
     real, length = tokens != _PAD, len(tokens)
@@ -59,8 +59,8 @@ def fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, r
     if len(weights["layers"]) in representations:
         representations[len(weights["layers"])][row, :stop] = x[:stop]
     if "logits" in result:
-        logits = language_model(x[:stop], weights["embed_tokens"]["weight"], **weights["lm_head"])
-        result["logits"][row, :stop] = logits
+        vocabulary = weights["embed_tokens"]["weight"]
+        result["logits"][row, :stop] = language_model(x[:stop], vocabulary, **weights["lm_head"])
     if "contacts" in result:
         inside = max(length - 2, 0)
         result["contacts"][row, :inside, :inside] = sigmoid(contacts + weights["contact_head"]["bias"])

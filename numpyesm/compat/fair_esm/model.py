@@ -1,4 +1,4 @@
-"""`esm.ESM2` as a callable from padded tokens to a dictionary of arrays."""
+"""`esm.ESM2`: padded tokens in, a dictionary of arrays out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import numpy.typing as npt
 from ...alphabet import EOS, MASK, TOKENS
 from ...errors import InvalidSequence, NotEnoughMemory
 from ...heads import sigmoid
-from ...kernels.blas import blas_threads
-from ...memory import format_memory
+from ...memory import Sizes, format_memory
 from ...model import ESM2 as Core
 from ...options import require_contact_head
 from ...passes import FullOutput
-from ...reference import nested
 from .data import Alphabet, NotSupported
-from .exact import exact_bytes, fill_row
+from .exact import exact_bytes, fill_rows
 
 Array = npt.NDArray[Any]
 _PAD = TOKENS.index("<pad>")
@@ -74,9 +72,9 @@ class ESM2:
         tokens : array of int (B, T)
             Any length, any of the 33 tokens. A row with `<pad>` between other tokens is computed in a slower way.
         repr_layers : iterable of int
-            Of 0 to `num_layers`; others are left out, as in fair-esm (negative ones too).
+            0 to `num_layers`; others (negative ones too) are ignored, as in fair-esm.
         need_head_weights, return_contacts : bool
-            The second brings the first with it.
+            Contacts come with attentions.
 
         Returns
         -------
@@ -124,7 +122,32 @@ class ESM2:
         if contacts:
             require_contact_head(self.core.checkpoint)
         layers = sorted({int(layer) for layer in repr_layers} & set(range(self.num_layers + 1)))
-        (batch, width), inside = ids.shape, max(ids.shape[1] - 2, 0)
+        usual = np.array([_is_usual(row, contacts) for row in ids])
+        lengths = [int(np.count_nonzero(row != _PAD)) for row in ids]
+        shapes = self._shapes(*ids.shape, logits=logits, attentions=attentions, contacts=contacts)
+        sizes = self._sizes(ids, lengths, len(layers), shapes, exact=not usual.all())
+
+        zeros = partial(np.zeros, dtype=np.float32)
+        result: dict[str, Any] = {"logits": zeros(shapes["logits"])} if logits else {}
+        result["representations"] = {layer: zeros((*ids.shape, self.embed_dim)) for layer in layers}
+        result |= {name: zeros(shapes[name]) for name in ("attentions", "contacts") if name in shapes}
+        if contacts:
+            result["contacts"][:] = sigmoid(self.core.checkpoint.array("contact_head.bias"))
+        indices = np.flatnonzero(usual)
+        rows = [ids[i, : lengths[i]] for i in indices]
+        maps = [result["attentions"][i, :, :, : lengths[i], : lengths[i]] for i in indices] if attentions else None
+        outputs = self.core.passes.full(rows, layers, logits=logits, contacts=contacts, attentions=maps, sizes=sizes)
+        for index, output in zip(indices, outputs, strict=True):
+            _put(output, int(index), result)
+        if not usual.all():
+            fill_rows(self.core, ids, np.flatnonzero(~usual), result)
+        return result
+
+    def _shapes(
+        self, batch: int, width: int, *, logits: bool, attentions: bool, contacts: bool
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs that are no representations."""
+        inside = max(width - 2, 0)
         shapes: dict[str, tuple[int, ...]] = {}
         if logits:
             shapes["logits"] = (batch, width, self.alphabet_size)
@@ -132,43 +155,30 @@ class ESM2:
             shapes["attentions"] = (batch, self.num_layers, self.attention_heads, width, width)
         if contacts:
             shapes["contacts"] = (batch, inside, inside)
-        exact = [index for index, row in enumerate(ids) if not _is_usual(row, contacts)]
-        usual = [index for index in range(batch) if index not in set(exact)]
-        numbers = sum(map(math.prod, shapes.values())) + len(layers) * batch * width * self.embed_dim
-        held = 4 * numbers + (exact_bytes(self.core.checkpoint, width) if exact else 0)
-        lengths = [int(np.count_nonzero(row != _PAD)) for row in ids]
+        return shapes
+
+    def _sizes(
+        self, ids: Array, lengths: list[int], layers: int, shapes: dict[str, tuple[int, ...]], exact: bool
+    ) -> Sizes:
+        """How the call is cut up; NotEnoughMemory if the arrays would exceed the limit."""
+        held = 4 * (sum(map(math.prod, shapes.values())) + layers * ids.size * self.embed_dim)
+        held += exact_bytes(self.core.checkpoint, ids.shape[1]) if exact else 0
         try:
-            sizes = self.core.passes.full_sizes(lengths, len(layers), contacts=contacts, held=held)
+            return self.core.passes.full_sizes(lengths, layers, contacts="contacts" in shapes, held=held)
         except NotEnoughMemory as error:
-            if not attentions:
+            if "attentions" not in shapes:
                 raise
             size = format_memory(4 * math.prod(shapes["attentions"]))
-            hint = "; predict_contacts does without them" if contacts else ""
+            hint = "; predict_contacts does without them" if "contacts" in shapes else ""
             raise NotEnoughMemory(f"{error} (all attention maps are {size} of it{hint})") from error
-
-        zeros = partial(np.zeros, dtype=np.float32)
-        result: dict[str, Any] = {"logits": zeros(shapes["logits"])} if logits else {}
-        result["representations"] = {layer: zeros((batch, width, self.embed_dim)) for layer in layers}
-        result |= {name: zeros(shapes[name]) for name in ("attentions", "contacts") if name in shapes}
-        if contacts:
-            result["contacts"][:] = sigmoid(self.core.checkpoint.array("contact_head.bias"))
-        rows = [ids[index, : lengths[index]] for index in usual]
-        maps = [result["attentions"][i, :, :, : lengths[i], : lengths[i]] for i in usual] if attentions else None
-        outputs = self.core.passes.full(rows, layers, logits=logits, contacts=contacts, attentions=maps, sizes=sizes)
-        for index, output in zip(usual, outputs, strict=True):
-            _put(output, index, result)
-        if exact:
-            weights = nested(self.core.checkpoint, np.float32)
-            with blas_threads(self.core.threads):
-                for index in exact:
-                    fill_row(weights, ids[index], index, result)
-        return result
 
     # -- what a torch module has besides ------------------------------------------------------------------------
 
-    def eval(self) -> ESM2:
-        """Nothing to do: there is no dropout."""
+    def eval(self, *_: object) -> ESM2:
+        """Return the model: it has no dropout, no gradients, and stays in float32 on the CPU."""
         return self
+
+    cpu = float = requires_grad_ = eval
 
     def train(self, mode: bool = True) -> ESM2:
         """`train(False)` is `eval()`; this model cannot be trained."""
@@ -176,30 +186,18 @@ class ESM2:
             raise NotSupported("numpyesm computes outputs only: models cannot be trained")
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> ESM2:
-        """Accepted: there are no gradients."""
-        return self
-
-    def cpu(self) -> ESM2:
-        """Where it is anyway."""
-        return self
-
-    def float(self) -> ESM2:
-        """What it gives anyway."""
-        return self
-
     def cuda(self, device: object = None) -> ESM2:
-        """Stays on the CPU, and says so."""
+        """Stay on the CPU, with a warning."""
         return self._ignored("cuda()", "numpyesm runs on the CPU")
 
     def half(self) -> ESM2:
-        """Stays in the precision it was loaded in, and says so."""
+        """Keep the precision in which the model was loaded, with a warning."""
         return self._ignored("half()", 'outputs are float32; load with precision="bf16" for speed')
 
     bfloat16 = half
 
     def to(self, *args: object, **kwargs: object) -> ESM2:
-        """Accepted; a device other than the CPU, or another dtype, is refused with a warning."""
+        """Stay on the CPU in float32, with a warning if something else is asked."""
         asked = [str(value).removeprefix("torch.") for value in (*args, *kwargs.values())]
         if all(value.split(":")[0] in ("cpu", "float32", "float", "None", "True", "False") for value in asked):
             return self
@@ -211,7 +209,7 @@ class ESM2:
 
 
 class ProteinBertModel:
-    """fair-esm's ESM-1 and ESM-1b, for `isinstance` only: numpyesm has ESM-2."""
+    """fair-esm's ESM-1 and ESM-1b, for `isinstance` only."""
 
     def __init__(self, *_: object, **__: object) -> None:
         raise NotSupported("numpyesm has ESM-2 only")
@@ -241,7 +239,7 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
 
 
 def _is_usual(row: npt.NDArray[np.uint8], contacts: bool) -> bool:
-    """Whether the kernels can take a row: `<pad>` at its end only, contacts those between its first and last token."""
+    """Whether a row has `<pad>` at its end only and, for contacts, residues between `<cls>` and `<eos>` or the edge."""
     tokens = row[row != _PAD]
     if (row[: len(tokens)] == _PAD).any():
         return False

@@ -1,8 +1,8 @@
 """Agreement with fair-esm on random weights of the true 35M shape.
 
-The judge is a float64 run of our own reference, itself checked against a float64 run of fair-esm. Our float32 error
-against it must be at most three times torch's own for each length and output: the root mean square always, and the
-largest where there are enough numbers that it is not the luck of one of them.
+The judge is a float64 run of our own reference, itself checked against a float64 run of fair-esm. DESIGN.md's rule for
+float32 is, at each length and of each output, at most three times torch's own error (root mean square), and no number
+further off than 2e-5 of the output's scale.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import random_sequence
 
+from numpyesm import InputWarning
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("esm")
 
@@ -22,8 +24,7 @@ from fair_esm_models import fair_esm_model, float64_softmax, largest, numpyesm_m
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
-ACCURACY = 3.0
-ENOUGH_NUMBERS = 5000
+TIMES_TORCHS_ERROR, SHARE_OF_SCALE = 3.0, 2e-5
 
 # seed, sharpness: the first is fair-esm's own initialisation, the others have peaked attention and spread contacts.
 WEIGHTS = [(0, 1.0), (1, 2.0), (2, 2.5)]
@@ -69,28 +70,22 @@ def run_fair_esm(fair: Any, sequences: list[str], layers: list[int], contacts: b
     return results
 
 
-def errors(results: list[Any], truths: list[Any]) -> np.ndarray:
-    """Root mean square and largest absolute difference over several arrays."""
-    difference = np.concatenate(
-        [(np.asarray(a, np.float64) - np.asarray(b, np.float64)).ravel() for a, b in zip(results, truths, strict=True)]
+def assert_float32_rule(name: str, ours: list[Any], torchs: list[Any], truths: list[Any]) -> None:
+    """Judge several arrays together."""
+    found, fair, truth = (
+        np.concatenate([np.asarray(a, np.float64).ravel() for a in x]) for x in (ours, torchs, truths)
     )
-    return np.array([np.sqrt(np.mean(difference**2)), np.abs(difference).max()])
-
-
-def assert_as_accurate_as_torch(name: str, ours: list[Any], torchs: list[Any], truths: list[Any]) -> None:
-    scale = max(float(np.abs(truth).max()) for truth in truths)
+    scale = np.abs(truth).max()
+    our_error, torch_error = (np.sqrt(np.mean((values - truth) ** 2)) for values in (found, fair))
     # Below one rounding of the largest number there is no error to compare.
     rounding = np.finfo(np.float32).eps / 2 * scale
-    our_error, torch_error = errors(ours, truths), errors(torchs, truths)
-    judged = 2 if sum(truth.size for truth in truths) >= ENOUGH_NUMBERS else 1
-    assert (our_error <= np.maximum(ACCURACY * torch_error, rounding))[:judged].all(), (
-        f"{name}: our error {our_error} against torch's {torch_error} (rms, largest)"
-    )
+    assert our_error <= max(TIMES_TORCHS_ERROR * torch_error, rounding), f"{name}: {our_error:.2e}, {torch_error:.2e}"
+    assert largest(found, truth) <= SHARE_OF_SCALE * scale, f"{name}: {largest(found, truth) / scale:.1e} of the scale"
 
 
 # Few residues make few numbers: several sequences of a short length are judged together.
 @pytest.mark.parametrize(("length", "count"), [(1, 40), (2, 40), (3, 40), (33, 8), (257, 1)])
-def test_error_is_at_most_torchs(models: Any, length: int, count: int) -> None:
+def test_float32_rule(models: Any, length: int, count: int) -> None:
     fair, ours, reference = models
     sequences = [random_sequence(length, seed) for seed in range(count)]
     layers = [0, 6, 12]
@@ -98,14 +93,14 @@ def test_error_is_at_most_torchs(models: Any, length: int, count: int) -> None:
     truth = reference.encode(sequences, layers, ALL)
     fair_found = [run_fair_esm(fair, [sequence], layers)[0] for sequence in sequences]
     for layer in (6, 12):
-        assert_as_accurate_as_torch(
+        assert_float32_rule(
             f"representation {layer}",
             [r.per_token_embeddings[layer] for r in found],
             [r["per_token"][layer] for r in fair_found],
             [r.per_token_embeddings[layer] for r in truth],
         )
     for output in ("logits", "contacts"):
-        assert_as_accurate_as_torch(
+        assert_float32_rule(
             output,
             [getattr(r, output) for r in found],
             [r[output] for r in fair_found],
@@ -120,7 +115,7 @@ def test_error_is_at_most_torchs(models: Any, length: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1022, 2048])
-def test_error_is_at_most_torchs_for_long_sequences(length: int, backend: str) -> None:
+def test_float32_rule_for_long_sequences(length: int, backend: str) -> None:
     fair = fair_esm_model(1, 2.0)
     ours, reference = numpyesm_models(fair, backend)
     sequence = random_sequence(length)
@@ -130,15 +125,15 @@ def test_error_is_at_most_torchs_for_long_sequences(length: int, backend: str) -
     truth = reference.encode([sequence], [6, 12], ["per_token", "logits", "contacts", "attentions"])[0]
     fair_found = run_fair_esm(fair, [sequence], [6, 12], contacts)[0]
     for layer in (6, 12):
-        assert_as_accurate_as_torch(
+        assert_float32_rule(
             f"representation {layer}",
             [found.per_token_embeddings[layer]],
             [fair_found["per_token"][layer]],
             [truth.per_token_embeddings[layer]],
         )
-    assert_as_accurate_as_torch("logits", [found.logits], [fair_found["logits"]], [truth.logits])
+    assert_float32_rule("logits", [found.logits], [fair_found["logits"]], [truth.logits])
     if contacts:
-        assert_as_accurate_as_torch("contacts", [found.contacts], [fair_found["contacts"]], [truth.contacts])
+        assert_float32_rule("contacts", [found.contacts], [fair_found["contacts"]], [truth.contacts])
         assert largest(found.attentions, fair_found["attentions"]) < 1e-5
     else:
         assert largest(found.contacts, truth.contacts) < 1e-4
@@ -177,7 +172,7 @@ def test_unusual_letters(models: Any) -> None:
     found, truth = (m.encode(sequences, [6, 12], ALL) for m in (ours, reference))
     expected = [run_fair_esm(fair, [sequence], [6, 12])[0] for sequence in sequences]
     for output in ("logits", "contacts"):
-        assert_as_accurate_as_torch(
+        assert_float32_rule(
             output,
             [getattr(r, output) for r in found],
             [e[output] for e in expected],
@@ -215,9 +210,10 @@ def test_predict_with_masks(models: Any, sequence: str) -> None:
 def test_log_prob(models: Any) -> None:
     fair, ours, _ = models
     sequences = [random_sequence(40), "MKTXBA-YI", "XX-"]
-    scores = ours.log_prob(sequences)
+    with pytest.warns(InputWarning, match="item 2"):
+        scores = ours.log_prob(sequences)
     assert scores.dtype == np.float64
-    assert np.isnan(scores[2])  # no amino acid: no score
+    assert np.isnan(scores[2])
     for sequence, score in zip(sequences[:2], scores[:2], strict=True):
         logits = torch.from_numpy(run_fair_esm(fair, [sequence], [], contacts=False)[0]["logits"]).double()
         logp = torch.log_softmax(logits, dim=-1)

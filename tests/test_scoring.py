@@ -397,11 +397,28 @@ def test_windows_hold_their_position(length: int, window: int) -> None:
         ("A42g", "upper case"),
         ("A42*", "stop codon"),
         ("A42Ter", "stop codon"),
-        ("A42del", "insertions and deletions"),
-        ("A42-", "insertions and deletions"),
-        ("A42_V43insG", "insertions and deletions"),
-        ("p.Ala42Gly", "one-letter"),
-        ("Ala42Gly", "one-letter"),
+        ("p.Trp42*", "stop codon"),
+        ("p.Ala42X", "stop codon"),
+        ("A42del", "a deletion has no score"),
+        ("A42-", "a deletion has no score"),
+        ("p.Ala42_Val44del", "a deletion has no score"),
+        ("A42_V43insG", "an insertion has no score"),
+        ("p.Lys2_Met3insGlnSer", "an insertion has no score"),
+        ("p.Cys28delinsTrpVal", "a deletion with insertion"),
+        ("p.(Val7dup)", "a duplication"),
+        ("p.Arg97ProfsTer23", "a frame shift"),
+        ("NP_000537.3:p.R97fs*23", "a frame shift"),
+        ("p.Met1ext-5", "an extension"),
+        ("p.Ter110GlnextTer17", "an extension"),
+        ("p.?", "is not known"),
+        ("p.0", "is not known"),
+        ("p.[Ala2Val];[Lys3Arg]", "several alleles"),
+        ("p.[Ala2Val(;)Lys3Arg]", "several alleles"),
+        ("p.(Gly42Ala^Ser)", "several alleles"),
+        ("NM_004006.2:c.4375C>T", "DNA or RNA"),
+        ("p.Ala42Abc", "expected one such as A42G"),
+        ("p.[Ala42Gly;Ala42Val]", "position 42 is changed twice"),
+        ("A42\u0412", "U+0412"),
         ("A42G,V50L", "joined by ':'"),
         ("A42G V50L", "joined by ':'"),
         ("A42G/V50L", "joined by ':'"),
@@ -426,6 +443,21 @@ def test_what_is_no_mutation(model: ESM2, mutation: Any, said: str) -> None:
     assert caught.value.item == 1
     with pytest.raises(InvalidMutation):
         parse_mutant(mutation)
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("WT", ""), ("_wt", ""), ("p.=", ""), ("p.(=)", ""), ("_sy", ""),
+        ("p.Ala2Val", "A2V"), ("p.(Ala2Val)", "A2V"), ("p.A2V", "A2V"), ("p.(A2V)", "A2V"), ("Ala2Val", "A2V"),
+        ("P.ALA2VAL", "A2V"), ("p.Ala2=", "A2A"), ("p.A2=", "A2A"), ("NP_1.2:p.Ala2%3D", "A2A"), ("p.Sec-2Ala", "U-2A"),
+        ("NP_000000.1:p.Ala2Val", "A2V"), ("NM_1.6(TP53):p.(Ala2Val)", "A2V"), ("P04637:p.A2V", "A2V"),
+        ("p.[Ala2Val;Lys3Arg]", "A2V:K3R"), ("p.([Ala2Val;Lys3Arg])", "A2V:K3R"), ("p.[(A2V);(K3R)]", "A2V:K3R"),
+        ("NP_1.1:p.[Ala2=;Lys3Arg]", "A2A:K3R"), ("p.Ala2Val:p.Lys3Arg", "A2V:K3R"), ("A2V:p.K3R", "A2V:K3R"),
+    ],
+)  # fmt: skip
+def test_notations(written: str, means: str) -> None:
+    assert ":".join(map(str, parse_mutant(written))) == means
 
 
 def test_errors_name_mutation_and_position(model: ESM2) -> None:

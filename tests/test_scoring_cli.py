@@ -163,6 +163,88 @@ def test_gzip(run: Any) -> None:
     assert "damaged or cut short" in err
 
 
+@pytest.mark.parametrize(
+    ("encoding", "mark"),
+    [("cp1252", b""), ("latin-1", b""), ("utf-8-sig", b""), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff"),
+     ("utf-16-le", b""), ("utf-32", b"")],
+)  # fmt: skip
+def test_encodings_are_kept(run: Any, encoding: str, mark: bytes) -> None:
+    head, row = "MUTANT;Größe\r\n", "M1A;\u20ac\r\n" if encoding == "cp1252" else "M1A;ÿ\x81\r\n"
+    Path("v.csv").write_bytes(mark + (head + row).encode(encoding))
+    code, out, err = run("score", WILD_TYPE, "v.csv", "--method", "log-prob")
+    assert code == 0, err
+    score = out.removeprefix(mark).decode(encoding).split(";")[-1].strip()
+    assert float(score) != 0
+    expected = f"{head[:-2]};log-prob\r\n{row[:-2]};{score}\r\n"
+    assert out == mark + expected.encode(encoding)
+    # A name that the encoding has no letters for: all of it becomes UTF-8.
+    code, out, _ = run("score", WILD_TYPE, "v.csv", "--column", "Δ蛋")
+    written = encoding if mark or encoding.startswith("utf") else "utf-8"
+    assert (code, out.decode(written).splitlines()[0].split(";")[-1]) == (0, "Δ蛋")
+
+
+def test_excels_delimiter_comments_and_fields_of_any_length(run: Any, eight_m: ESM2) -> None:
+    """Kept as they are, too; below the header `#` may begin a row's id."""
+    long = "x" * 200_000
+    table = [
+        "sep=|\r\n", "# made by 'us, \"a|b|c\r\n", "\r\n", "id|Mutant|DMS_SCORE|note\r\n", "#1|M1A|1|\r\n",
+        '# "open\r\n', f'2|K2R|2|"{long}"\r\n', "#3|p.(Thr3Ser)|3|\r\n",
+    ]  # fmt: skip
+    Path("v.csv").write_bytes("".join(table).encode())
+    limit = csv.field_size_limit()
+    code, out, err = run("score", WILD_TYPE, "v.csv", "--method", "wt-marginals")
+    assert (code, csv.field_size_limit()) == (0, limit)
+    first, second, third = eight_m.score_mutations(WILD_TYPE, ["M1A", "K2R", "T3S"], "wt-marginals").tolist()
+    news = ["", "", "", "|wt-marginals", f"|{first!r}", "", f"|{second!r}", f"|{third!r}"]
+    assert out.decode() == "".join(line[:-2] + new + "\r\n" for line, new in zip(table, news, strict=True))
+    assert "(3 of 3 rows)" in err
+    Path("v.csv").write_text("sep=;\n#c\nmutant;x\nM1A;1\n# M1C;2\nM1D;3\nA1D;3\n")
+    assert "v.csv, line 7: A1D: the wild type has M" in run("score", WILD_TYPE, "v.csv")[2]
+    Path("v.csv").write_text("sep=;\n#c\nmutant;x\nM1A;1\n# M1C;2\nM1D;3\n")
+    assert run("score", WILD_TYPE, "v.csv", "-o", "v.tsv")[0] == 0
+    assert [line.split("\t")[0] for line in Path("v.tsv").read_text().splitlines()] == ["mutant", "M1A", "M1D"]
+
+
+def test_hgvs(run: Any, eight_m: ESM2) -> None:
+    """MaveDB's column, whose wild type and synonymous variants have names of their own."""
+    rows = ["_wt", "p.=", "p.Lys2=", "p.[Met1Ala;Lys2Arg]", "NP_000537.3:p.(Thr3Ser)", "p.Lys2Ter", "p.Thr3fs"]
+    Path("v.csv").write_text("hgvs_pro,score\n" + "".join(f"{row},0\n" for row in rows))
+    code, out, err = run("score", WILD_TYPE, "v.csv", "--mutation-col", "HGVS_pro", "--skip-invalid")
+    assert code == 0
+    expected = eight_m.score_mutations(WILD_TYPE, ["WT", "WT", "K2K", "M1A:K2R", "T3S"]).tolist()
+    assert added(out)[1:] == [*map(repr, expected), "", ""]
+    assert "line 7: p.Lys2Ter: 'Lys2Ter' is no substitution: a stop codon" in err
+    assert "line 8: p.Thr3fs: 'Thr3fs' is no substitution: a frame shift" in err
+
+
+@pytest.mark.parametrize("ending", ["xlsx", "parquet"])
+def test_spreadsheets(run: Any, eight_m: ESM2, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"Mutant": ["M1A", "p.Lys2Arg", "WT"], "DMS_score": [0.1, None, 2.0], "n": [1, 2, 3]})
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+        frame.to_parquet("v.parquet")
+    else:
+        pytest.importorskip("openpyxl")
+        with pandas.ExcelWriter("v.xlsx") as book:
+            pandas.DataFrame({"about": ["this table"]}).to_excel(book, sheet_name="Read me", index=False)
+            frame.to_excel(book, sheet_name="data", index=False, startrow=1)  # below an empty row
+    code, out, err = run("score", WILD_TYPE, f"v.{ending}", "--method", "log-prob")
+    assert code == 0, err
+    scores = eight_m.score_mutations(WILD_TYPE, ["M1A", "K2R", "WT"], "log-prob").tolist()
+    assert out.decode().splitlines() == [
+        "Mutant,DMS_score,n,log-prob", f"M1A,0.1,1,{scores[0]!r}", f"p.Lys2Arg,,2,{scores[1]!r}",
+        f"WT,{'2' if ending == 'xlsx' else '2.0'},3,{scores[2]!r}",
+    ]  # fmt: skip
+    assert ("of 2 sheets, 'data' is read" in err) == (ending == "xlsx")
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    code, _, err = run("score", WILD_TYPE, f"v.{ending}")
+    assert code == 1
+    assert "pip install 'numpyesm[tables]'" in err
+
+
 def test_skip_invalid(run: Any) -> None:
     Path("v.csv").write_text("mutant,DMS_score\nM1A,1\nM1*,2\nM1del,3\nA1G,4\nM1C,5\n")
     code, out, err = run("score", WILD_TYPE, "v.csv", "--skip-invalid")
@@ -212,8 +294,14 @@ def test_header_alone(run: Any) -> None:
     [
         (b"", "v.csv is empty"),
         (b"\xef\xbb\xbf \r\n\r\n", "v.csv is empty"),
-        (b"variant,score\nM1A,1\n", "has no column 'mutant'; its columns are 'variant', 'score'"),
-        (b"mutant,mutant\nM1A,M1C\n", "2 columns are called 'mutant'"),
+        (b"variant,score\nM1A,1\n", "has no column 'mutant'; its columns are 'variant', 'score': choose with --mut"),
+        (b"mutant,mutant\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
+        (b"Mutant,MUTANT\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
+        (b"mutant,variant\n1,M1A\n2,M1C\n", "line 2: 1: '1' is no substitution: expected one such as A42G or p.Al"),
+        (
+            b"mutant,variant\n1,M1A\n2,M1C\n",
+            "nothing in column 'mutant' is a mutation: choose another with --mutation-col",
+        ),
         (b"mutant,x\nM1A,1\nM1C\n", "line 3: 1 fields, but the header has 2 columns"),
         (b"mutant,x\nM1A,1\nM1C,1,2\n", "line 3: 3 fields, but the header has 2 columns"),
         (b'mutant,x\nM1A,"1\nM1C,2\n', "line 2: unexpected end of data"),
@@ -223,7 +311,10 @@ def test_header_alone(run: Any) -> None:
         (b"mutant\nM1A\nW12A\n", "line 3: W12A: position 12 is outside of the wild type, whose positions are 1 to 11"),
         (b"mutant,x\nM1A,\n,1\n", "line 3: the mutation is empty"),
         (b"mutant\nM1A\nM1C;K2R\n", "line 3: M1C;K2R: 'M1C;K2R' is no substitution: several"),
-        (b"mutant,x\nM1A,\xe4\n", "line 2: not UTF-8 text"),
+        (b"\xff\xfem\0u\0t\0a\0n\0t\0\n", "the UTF-16-LE text is damaged or cut short"),
+        (b"# nothing\n", "holds comments only"),
+        (b"PAR1 and no more", "the Parquet file cannot be read"),
+        (b"\xd0\xcf\x11\xe0", "an old Excel or Word file"),
         (b"mutant,mutated_sequence\nM1A,CKTAYIAKQRW\n", "line 2: M1A does not turn the wild type into"),
         (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already"),
     ],
@@ -250,8 +341,16 @@ def test_wrong_use(run: Any) -> None:
         (["none.fasta", "v.csv"], 1, "there is no file 'none.fasta'"),
         (["MK-T", "v.csv"], 1, "'-' at position 3"),
         ([WILD_TYPE, "v.csv", "-o", "v.csv"], 2, "is the input itself"),
-        ([WILD_TYPE, "v.csv", "--mutation-col", "x"], 1, "no column 'x'"),
-        ([WILD_TYPE, "v.csv", "--measured-col", "x"], 1, "no column 'x'"),
+        (
+            [WILD_TYPE, "v.csv", "--mutation-col", "x"],
+            1,
+            "no column 'x'; its columns are 'mutant': choose with --mutation",
+        ),
+        (
+            [WILD_TYPE, "v.csv", "--measured-col", "x"],
+            1,
+            "no column 'x'; its columns are 'mutant': choose with --measured",
+        ),
         ([WILD_TYPE, "v.csv", "--column", "mutant"], 2, "already"),
         ([WILD_TYPE, "v.csv", "--method", "x"], 2, "invalid choice"),
         ([WILD_TYPE, "v.csv", "--window", "0"], 2, "from 1 to 2048"),
@@ -334,4 +433,4 @@ def test_old_line_ends() -> None:
     assert [row.line for row in table.rows] == [2, 3]
     assert table.with_column("s", ["1", "2"]) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
     with pytest.raises(InvalidTable):
-        table.require("y")
+        table.require("y", "--mutation-col")

@@ -83,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add_scoring(commands, "score", "score", "score the variants of a CSV or TSV file", SCORING_METHODS)
     command.add_argument("wild_type", nargs="?", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
-    command.add_argument("variants", nargs="?", metavar="VARIANTS", help="CSV or TSV with a header, or -")
+    command.add_argument(
+        "variants", nargs="?", metavar="VARIANTS", help="CSV, TSV, .xlsx or .parquet with a header, or -"
+    )
     command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
     command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
     command.add_argument("-o", "--output", "--dms-output", help="file (stdout by default); the table and one column")
@@ -91,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-location", dest="weights", type=_named, help=argparse.SUPPRESS
     )  # fair-esm's name of --weights
     command.add_argument("--nogpu", action="store_true", help=argparse.SUPPRESS)  # accepted: there is none
-    command.add_argument("--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L (mutant)")
+    command.add_argument(
+        "--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L or p.Ala42Gly (mutant)"
+    )
     command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
     command.add_argument("--column", metavar="NAME", help="name of the new column (the method)")
     command.add_argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from .variant_table import InvalidTable, VariantTable, read_table
 # ProteinGym's names; fair-esm's example has the first too.
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "as it was"}
+_MUTATION_COL, _MEASURED_COL = "--mutation-col", "--measured-col"
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
 
 
@@ -102,36 +101,29 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
 def _read(text: str) -> tuple[bytes, str]:
     """Contents and name of the table."""
     if text == "-":
-        return _unzipped(sys.stdin.buffer.read(), "standard input"), "standard input"
+        return sys.stdin.buffer.read(), "standard input"
     path = Path(text)
     if path.is_dir():
         raise InvalidTable(f"{text} is a folder, expected a table of variants")
     try:
-        data = path.read_bytes()
+        return path.read_bytes(), text
     except (FileNotFoundError, ValueError) as error:
         raise InvalidTable(f"there is no file {text[:200]!r}, expected a table of variants") from error
-    return _unzipped(data, text), text
-
-
-def _unzipped(data: bytes, name: str) -> bytes:
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InvalidTable(f"{name}: the gzip data is damaged or cut short ({error})") from error
 
 
 def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:
     """A mutation for each row; None for those that `--skip-invalid` leaves out."""
-    column, sequences = table.column(arguments.mutation_col or _MUTANT), table.column(_SEQUENCE)
+    name = arguments.mutation_col or _MUTANT
+    column, sequences = table.column(name, _MUTATION_COL), table.column(_SEQUENCE, _MUTATION_COL)
     if column is None and (arguments.mutation_col or sequences is None):
-        table.require(arguments.mutation_col or _MUTANT)
+        table.require(name, _MUTATION_COL)
+    no_mutations = column is not None and bool(column) and not any(map(_is_mutation, column))
+    hint = f" (nothing in column {name!r} is a mutation: choose another with {_MUTATION_COL} NAME)"
     parsed: list[tuple[Substitution, ...] | None] = []
     problems: list[str] = []
 
     def refuse(line: int, reason: str) -> None:
-        message = f"{table.name}, line {line}: {reason}"
+        message = f"{table.name}, line {line}: {reason}{hint if no_mutations and not problems else ''}"
         if not arguments.skip_invalid:
             raise InvalidMutation(message)
         problems.append(message)
@@ -173,6 +165,14 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
     return mutants
 
 
+def _is_mutation(text: str) -> bool:
+    try:
+        parse_mutant(text)
+    except InvalidMutation:
+        return False
+    return True
+
+
 def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitution, ...]:
     """Where a whole mutated sequence differs from the wild type."""
     sequence = sequence.strip()
@@ -189,10 +189,10 @@ def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitu
 def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] | None:
     """The measured column as numbers, NaN where there is none; None if the table has no such column."""
     if name is None:
-        name = _MEASURED if _MEASURED in table.columns else _only_numbers(table)
+        name = _MEASURED if table.column(_MEASURED, _MEASURED_COL) is not None else _only_numbers(table)
     if name is None:
         return None
-    texts = table.require(name)
+    texts = table.require(name, _MEASURED_COL)
     numbers: list[float] = []
     unread: list[int] = []
     for row, text in zip(table.rows, texts, strict=True):
@@ -216,7 +216,10 @@ def _only_numbers(table: VariantTable) -> str | None:
     found = [
         name
         for name in table.columns
-        if name and name not in SCORING_METHODS and table.columns.count(name) == 1 and _all_numbers(table.require(name))
+        if name
+        and name not in SCORING_METHODS
+        and table.columns.count(name) == 1
+        and _all_numbers(table.require(name, _MEASURED_COL))
     ]
     if len(found) > 1:
         names = ", ".join(map(repr, found[:6]))

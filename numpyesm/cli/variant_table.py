@@ -1,17 +1,24 @@
-"""Tables of variants, CSV or TSV, that get one more column while every byte of the others stays as it is."""
+"""Tables of variants, as people have them, that get one more column while every byte of the others stays as it is."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import NumpyesmError
+from ..text_input import encoding_of, open_unpacked
+from .spreadsheet import as_csv, is_spreadsheet
 
 _BOM = "\ufeff"
 _DELIMITERS = (",", "\t", ";")
+# The first line by which Excel is told the delimiter.
+_EXCEL_HINT = re.compile(r"\s*\"?sep=([^\r\n\"])\"?[,;\t]*(\r\n|\r|\n)", re.IGNORECASE)
+# csv's own limit is 131,072 characters a field. This is the largest that it takes on every system.
+_LONGEST_FIELD = 2**31 - 1
 
 
 class InvalidTable(NumpyesmError, ValueError):
@@ -38,7 +45,9 @@ class VariantTable:
     header : Row
     rows : list of Row
     records : list of Row
-        Header, rows and blank lines in the order of the file; blank ones have no fields.
+        Header, rows, blank lines and comments in the order of the file; the last two have no fields.
+    encoding : str
+        In which the table is written again.
     """
 
     name: str
@@ -46,28 +55,32 @@ class VariantTable:
     header: Row
     rows: list[Row]
     records: list[Row]
+    encoding: str = "utf-8"
 
     @property
     def columns(self) -> list[str]:
         """Names as they stand, without blanks around them."""
         return [name.strip() for name in self.header.fields]
 
-    def column(self, name: str) -> list[str] | None:
-        """The fields of a column, or None if there is none of that name."""
-        count = self.columns.count(name)
-        if count > 1:
-            raise InvalidTable(f"{self.name}: {count} columns are called {name!r}")
-        if count == 0:
-            return None
-        index = self.columns.index(name)
-        return [row.fields[index] for row in self.rows]
+    def column(self, name: str, option: str) -> list[str] | None:
+        """The fields of a column, or None if there is none of that name; capitals count only if they must.
 
-    def require(self, name: str) -> list[str]:
+        `option` is the one that names another column, for the message.
+        """
+        places = [i for i, found in enumerate(self.columns) if found == name]
+        if not places:
+            places = [i for i, found in enumerate(self.columns) if found.casefold() == name.casefold()]
+        if len(places) > 1:
+            raise InvalidTable(f"{self.name}: {len(places)} columns are called {name!r}; {option} NAME chooses another")
+        return [row.fields[places[0]] for row in self.rows] if places else None
+
+    def require(self, name: str, option: str) -> list[str]:
         """The fields of a column, or InvalidTable that lists the columns there are."""
-        found = self.column(name)
+        found = self.column(name, option)
         if found is None:
             raise InvalidTable(
-                f"{self.name} has no column {name!r}; its columns are {', '.join(map(repr, self.columns))}"
+                f"{self.name} has no column {name!r}; its columns are {', '.join(map(repr, self.columns))}: "
+                f"choose with {option} NAME"
             )
         return found
 
@@ -83,7 +96,7 @@ class VariantTable:
             buffer = io.StringIO()
             writer = csv.writer(buffer, delimiter=str(delimiter), lineterminator="\n")
             writer.writerows([*record.fields, next(texts)] for record in self.records if record.fields)
-            return buffer.getvalue().encode()
+            return buffer.getvalue().encode()  # UTF-8, whatever the table was in
         remaining = iter([name, *values])
         parts = []
         for record in self.records:
@@ -92,7 +105,11 @@ class VariantTable:
                 body = text.rstrip("\r\n")
                 text = f"{body}{self.delimiter}{self._quoted(next(remaining))}{text[len(body) :]}"
             parts.append(text)
-        return "".join(parts).encode()
+        text = "".join(parts)
+        try:
+            return text.encode(self.encoding)
+        except UnicodeEncodeError:  # the new column's name
+            return text.encode()
 
     def _quoted(self, value: str) -> str:
         buffer = io.StringIO()
@@ -101,56 +118,95 @@ class VariantTable:
 
 
 def read_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
-    """Read a table; the delimiter is the one that makes one of the `wanted` columns appear in the header.
+    """Read a table.
+
+    CSV or TSV, compressed or not, in UTF-8, UTF-16 or Windows' cp1252, with comment lines (`#`) and Excel's `sep=;`
+    line; or an Excel workbook or a Parquet file, which become CSV. The delimiter is Excel's, or the one that makes one
+    of the `wanted` columns appear in the header.
 
     Raises
     ------
     InvalidTable
-        Not UTF-8, no header, a quote that is not closed, a row of another length than the header.
+        No header, a quote that is not closed, a row of another length than the header, a damaged file.
+    UnreadableFile
+        No text, or compressed data that are damaged.
+    MissingExtra
+        pandas is needed, and not installed.
     """
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvalidTable(f"{name}, line {line}: not UTF-8 text (byte {error.start})") from error
+    text, encoding = _text_of(data, name, wanted)
     bom = text.startswith(_BOM)
     text = text.removeprefix(_BOM)
+    hint = _EXCEL_HINT.match(text)
+    head, text = (hint[0], text[hint.end() :]) if hint else ("", text)
     if not text.strip():
         raise InvalidTable(f"{name} is empty: expected a header line and rows")
-    delimiter = _delimiter(text, wanted)
-    records = list(_records(text, delimiter, name))
-    if bom:  # it goes out again in front of the header
+    delimiter = hint[1] if hint else _delimiter(text, wanted)
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        records = list(_records(text, delimiter, name, wanted, first=2 if hint else 1))
+    finally:
+        csv.field_size_limit(limit)
+    if head:
+        records.insert(0, Row(1, [], head))
+    if bom:  # it goes out again in front of everything
         records[0] = records[0]._replace(text=_BOM + records[0].text)
-    header, *rows = (record for record in records if record.fields)
+    filled = [record for record in records if record.fields]
+    if not filled:
+        raise InvalidTable(f"{name} holds comments only: expected a header line and rows")
+    header, *rows = filled
     for row in rows:
         if len(row.fields) != len(header.fields):
             raise InvalidTable(
                 f"{name}, line {row.line}: {len(row.fields)} fields, but the header has {len(header.fields)} columns"
             )
-    return VariantTable(name, delimiter, header, rows, records)
+    return VariantTable(name, delimiter, header, rows, records, encoding)
+
+
+def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
+    """The text, with its byte order mark, and the encoding that gives back the same bytes."""
+    if is_spreadsheet(data):
+        try:
+            return as_csv(data, name, wanted).decode(), "utf-8"
+        except ValueError as error:
+            raise InvalidTable(str(error)) from error
+    with open_unpacked(io.BytesIO(data), name) as stream:
+        data = stream.read()
+    encoding = encoding_of(data[:512], name)
+    if encoding in ("utf-16", "utf-32"):  # decoding by these names would drop the mark
+        encoding += "-le" if data[:1] == b"\xff" else "-be"
+    # Windows writes cp1252, in which five bytes mean nothing; Latin-1 has them all.
+    for choice in ("utf-8", "cp1252", "latin-1") if encoding.startswith("utf-8") else (encoding,):
+        try:
+            return data.decode(choice), choice
+        except UnicodeDecodeError:
+            continue
+    raise InvalidTable(f"{name}: the {encoding.upper()} text is damaged or cut short")
 
 
 def _delimiter(text: str, wanted: Sequence[str]) -> str:
-    first = text.lstrip().partition("\n")[0].partition("\r")[0]
+    lines = (line for line in io.StringIO(text, newline=None) if line.strip() and not line.startswith("#"))
+    first, names = next(lines, ""), {name.casefold() for name in wanted}
     fields = {}
     for delimiter in _DELIMITERS:
         fields[delimiter] = [field.strip() for field in next(csv.reader([first], delimiter=delimiter), [])]
-        if any(name in fields[delimiter] for name in wanted):
+        if any(field.casefold() in names for field in fields[delimiter]):
             return delimiter
     return max(_DELIMITERS, key=lambda delimiter: len(fields[delimiter]))
 
 
-def _records(text: str, delimiter: str, name: str) -> Iterator[Row]:
+def _records(text: str, delimiter: str, name: str, wanted: Sequence[str], first: int) -> Iterator[Row]:
     """Records with their own text: the reader is fed line by line, and what it took is what belongs to the record."""
     taken: list[str] = []
+    header: list[str] = []
 
     def lines() -> Iterator[str]:
         for line in io.StringIO(text, newline=""):
             taken.append(line)
-            yield line
+            # A comment is given to the reader as a blank line.
+            yield "\n" if len(taken) == 1 and _is_comment(line, delimiter, header, wanted) else line
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    line = 1
+    line = first
     while True:
         try:
             fields = next(reader)
@@ -159,6 +215,16 @@ def _records(text: str, delimiter: str, name: str) -> Iterator[Row]:
         except csv.Error as error:
             raise InvalidTable(f"{name}, line {line}: {error}") from error
         blank = len(fields) <= 1 and not "".join(fields).strip()
+        header = header or ([] if blank else fields)
         yield Row(line, [] if blank else fields, "".join(taken))
         line += len(taken)
         taken.clear()
+
+
+def _is_comment(line: str, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a line that begins a record is a comment: below the header, `#1` may be a row's id."""
+    if not line.startswith("#"):
+        return False
+    if not header or header[0].strip().casefold() in {name.casefold() for name in wanted}:
+        return True
+    return len(next(csv.reader([line], delimiter=delimiter))) != len(header)

@@ -1,4 +1,4 @@
-"""Mutations as people write them: `A42G`, `A42G:V50L`, `WT`; and whether they fit a wild type."""
+"""Mutations as people write them: `A42G`, `A42G:V50L`, `WT`, HGVS such as `p.Ala42Gly`; do they fit a wild type?"""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS
+from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS, letter_hint
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..given import texts
 
-_SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z])")
-_WILD_TYPE_NAMES = frozenset({"wt", "_wt", "wild-type", "wildtype"})
+_SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z=])")
+_THREE_LETTERS = re.compile(r"([A-Za-z]{3})(-?[0-9]{1,9})([A-Za-z]{3}|=)")
+# The kind of sequence that HGVS numbers: p for a protein, the others for DNA and RNA.
+_HGVS_KIND = re.compile(r"[pcgmnor]\.", re.IGNORECASE)
+_WILD_TYPE_NAMES = frozenset({"wt", "_wt", "_sy", "wild-type", "wildtype", "=", "(=)", "p.=", "p.(=)"})  # some MaveDB's
+_THREE_LETTER_NAMES = (
+    "Ala Arg Asn Asp Cys Gln Glu Gly His Ile Leu Lys Met Phe Pro Ser Thr Trp Tyr Val Asx Glx Sec Pyl Xaa"
+)
+_ONE_LETTER = dict(zip(_THREE_LETTER_NAMES.split(), "ARNDCQEGHILKMFPSTWYVBZUOX", strict=True))
 
 # Why a text is no substitution, by what it looks like; the first that fits is said.
 _LOOKS_LIKE = (
-    (re.compile(r"\*|Ter|Stop", re.IGNORECASE), "a stop codon has no score"),
-    (
-        re.compile(r"del|ins|dup|fs|-$|\?$", re.IGNORECASE),
-        "insertions and deletions have no score, substitutions only",
-    ),
-    (re.compile(r"^p\.|^[A-Z][a-z]{2}-?[0-9]+[A-Z][a-z]{2}$"), "write one-letter codes, without 'p.'"),
-    (re.compile(r"[A-Za-z]-?[0-9]+[A-Za-z]\s*[,;/+_&| ]"), "several substitutions are joined by ':', as A42G:V50L"),
+    (re.compile(r"^[cgmnor]\.|>"), "a change of DNA or RNA; give the protein's, such as p.Ala42Gly"),
+    (re.compile(r"[0-9]\w*fs|frame", re.IGNORECASE), "a frame shift has no score, substitutions only"),
+    (re.compile(r"ext(Ter|[-*?0-9])", re.IGNORECASE), "an extension has no score, substitutions only"),
+    (re.compile(r"del.*ins|indel", re.IGNORECASE), "a deletion with insertion has no score, substitutions only"),
+    (re.compile(r"del|-$|^[Δ∆]", re.IGNORECASE), "a deletion has no score, substitutions only"),
+    (re.compile(r"ins", re.IGNORECASE), "an insertion has no score, substitutions only"),
+    (re.compile(r"dup", re.IGNORECASE), "a duplication has no score, substitutions only"),
+    (re.compile(r"\*|[0-9](Ter|Stop)|^Ter[0-9]", re.IGNORECASE), "a stop codon has no score"),
+    (re.compile(r"^[A-Z][a-z]{2}[0-9]+X$"), "X, a stop codon in older HGVS, has no score"),
+    (re.compile(r"\?$|^\(?0\)?$"), "what becomes of the protein is not known"),
+    (re.compile(r"[]^]|\(;\)"), "one protein is expected, and these are several alleles or possibilities"),
+    (re.compile(r"[A-Za-z]-?[0-9]+[A-Za-z]+\s*[,;/+_&| ]"), "several substitutions are joined by ':', as A42G:V50L"),
     (re.compile(r"^[a-z]-?[0-9]+[a-zA-Z]$|^[A-Z]-?[0-9]+[a-z]$"), "write it in upper case"),
 )
 
@@ -47,19 +59,20 @@ class Change(NamedTuple):
 
 
 def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitution, ...]:
-    """The substitutions of one mutant; none for `WT`.
+    """The substitutions of one mutant; none for the wild type.
 
     Parameters
     ----------
     mutation : str
-        `A42G`, several joined by `:`, or `WT`.
+        `A42G`, several joined by `:`, or `WT`; or in HGVS, such as `p.Ala42Gly`, `p.[Ala42Gly;Val50Leu]`, `p.Ala42=`.
     item : int, optional
         Its place in the caller's list, for the error.
 
     Raises
     ------
     InvalidMutation
-        It cannot be read, it names a letter that is no amino acid, or it changes one position twice.
+        It cannot be read (stop codons, insertions, deletions and frame shifts are named), it names a letter that is no
+        amino acid, or it changes one position twice.
     """
     if not isinstance(mutation, str):
         raise InvalidMutation(f"expected text such as A42G, got {mutation!r}", item=item)
@@ -69,28 +82,57 @@ def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitutio
     if text.lower() in _WILD_TYPE_NAMES:
         return ()
     found: list[Substitution] = []
-    for part in text.split(":"):
-        match = _SUBSTITUTION.fullmatch(part.strip())
-        if match is None:
-            hint = next((hint for pattern, hint in _LOOKS_LIKE if pattern.search(part)), "expected one such as A42G")
-            raise InvalidMutation(f"{part[:40]!r} is no substitution: {hint}", item=item, mutation=text)
-        substitution = Substitution(match[1], int(match[2]), match[3])
+    for part in _parts(text):
+        substitution = _substitution(part)
+        if substitution is None:
+            raise InvalidMutation(f"{part[:40]!r} is no substitution: {_meant(part)}", item=item, mutation=text)
         if substitution.mutant not in AMINO_ACIDS:
-            raise InvalidMutation(
-                f"{substitution}: {substitution.mutant} is none of the 20 amino acids",
-                item=item,
-                mutation=text,
-                position=substitution.position,
-            )
-        if any(substitution.position == other.position for other in found):
-            raise InvalidMutation(
-                f"position {substitution.position} is changed twice",
-                item=item,
-                mutation=text,
-                position=substitution.position,
-            )
-        found.append(substitution)
+            problem = f"{substitution}: {substitution.mutant} is none of the 20 amino acids"
+        elif any(substitution.position == other.position for other in found):
+            problem = f"position {substitution.position} is changed twice"
+        else:
+            found.append(substitution)
+            continue
+        raise InvalidMutation(problem, item=item, mutation=text, position=substitution.position)
     return tuple(found)
+
+
+def _parts(text: str) -> list[str]:
+    """Single changes, without what HGVS has around them: a reference, `p.`, and brackets that mean "predicted"."""
+    text = text.replace("%3D", "=")  # as Ensembl's VEP writes it
+    reference, _, change = text.partition(":")
+    if _HGVS_KIND.match(change.lstrip()) and not _HGVS_KIND.match(reference) and _substitution(reference) is None:
+        text = change
+    parts: list[str] = []
+    for part in text.split(":"):
+        inner = re.sub(r"^\s*[pP]\.", "", part).strip()
+        several = None if "(;)" in inner else re.fullmatch(r"\(?\[([^][]*)\]\)?", inner)
+        parts += [_without_brackets(change.strip()) for change in (several[1].split(";") if several else [inner])]
+    return parts
+
+
+def _without_brackets(part: str) -> str:
+    return part[1:-1] if part.startswith("(") and part.endswith(")") and part.count("(") == 1 else part
+
+
+def _meant(part: str) -> str:
+    """Why a part is no substitution."""
+    for pattern, hint in _LOOKS_LIKE:
+        if pattern.search(part):
+            return hint
+    strange = re.search(r"[^\x00-\x7f]", part)
+    return letter_hint(strange[0])[2:-1] if strange else "expected one such as A42G or p.Ala42Gly"
+
+
+def _substitution(part: str) -> Substitution | None:
+    """`A42G`, `Ala42Gly`, `A42=` or `Ala42=`; None if it is none of these."""
+    if match := _THREE_LETTERS.fullmatch(part):
+        wild = _ONE_LETTER.get(match[1].capitalize())
+        mutant = wild if match[3] == "=" else _ONE_LETTER.get(match[3].capitalize())
+        return Substitution(wild, int(match[2]), mutant) if wild and mutant else None
+    if match := _SUBSTITUTION.fullmatch(part):
+        return Substitution(match[1], int(match[2]), match[1] if match[3] == "=" else match[3])
+    return None
 
 
 def check_wild_type(wild_type: object) -> str:
@@ -101,10 +143,9 @@ def check_wild_type(wild_type: object) -> str:
         raise InvalidSequence("the wild type is empty")
     for position, letter in enumerate(wild_type, start=1):
         if letter not in PREDICT_LETTERS:
-            hint = " (lower case; write it in upper case)" if letter.upper() in PREDICT_LETTERS else ""
             raise InvalidSequence(
-                f"the wild type: {letter!r} at position {position} is not allowed{hint}; "
-                "expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO",
+                f"the wild type: {letter!r} at position {position} is not allowed"
+                f"{letter_hint(wild_type[position - 1 : position + 5])}; expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO",
                 position=position,
                 character=letter,
             )

@@ -38,6 +38,7 @@ _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
 # Letters as bytes to token ids; `<mask>` is written as one byte for it.
 _MASK_BYTE = "\0"
 _IDS = bytes([MASK, *(TOKEN_ID.get(chr(byte), 0) for byte in range(1, 256))])
+_LETTERS = bytes([ord(token) if len(token) == 1 else 0 for token in TOKENS]).ljust(256, b"\0")
 
 
 def tokenize(sequences: Sequences, *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
@@ -119,6 +120,11 @@ def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return framed
 
 
+def letters_of(tokens: npt.NDArray[np.uint8]) -> str:
+    """The letters of a framed sequence, (L + 2,) token ids; masks are left out."""
+    return tokens[1:-1].tobytes().translate(_LETTERS, bytes([MASK])).decode("ascii")
+
+
 def has_amino_acid(ids: npt.NDArray[np.uint8]) -> bool:
     """Whether any of these tokens is one of the 20 amino acids."""
     return bool(((ids >= AMINO_ACID_COLUMNS.start) & (ids < AMINO_ACID_COLUMNS.stop)).any())
@@ -183,7 +189,7 @@ def letter_hint(text: str, *, masks: bool = False) -> str:
 
 _NUCLEOTIDES = re.compile(r"[ACGTUN-]{10,}")
 _THREE_LETTER_CODES = re.compile(
-    "(?:(?:ALA|ARG|ASN|ASP|CYS|GLN|GLU|GLY|HIS|ILE|LEU|LYS|MET|PHE|PRO|SER|THR|TRP|TYR|VAL)-?){3,}"
+    "(?:(?:ALA|ARG|ASN|ASP|CYS|GLN|GLU|GLY|HIS|ILE|LEU|LYS|MET|PHE|PRO|SER|THR|TRP|TYR|VAL|ASX|GLX|SEC|PYL|XAA)-?){3,}"
 )
 _NOTES = (
     "{} of nucleotides? ESM-2 reads amino acids: translate them first",
@@ -211,10 +217,11 @@ class SequenceNotes:
     def look(self, sequence: str, name: str = "") -> None:
         """Take notice of one sequence, which messages call by its name or, without one, by its place from 1."""
         self._seen += 1
+        letters = sequence.replace(MASK_TOKEN, "")
         found = (
-            _NUCLEOTIDES.fullmatch(sequence) and len(set(sequence) & set("ACGTU")) >= 3,
-            _THREE_LETTER_CODES.fullmatch(sequence),
-            "-" in sequence,
+            _NUCLEOTIDES.fullmatch(letters) and len(set(letters) & set("ACGTU")) >= 3,
+            _THREE_LETTER_CODES.fullmatch(letters),
+            "-" in letters,
         )
         kind = next((kind for kind, yes in enumerate(found) if yes), None)
         if kind is not None:
@@ -229,11 +236,15 @@ class SequenceNotes:
             if count
         ]
 
+    def warn(self, stacklevel: int = 2) -> None:
+        """Issue the notes as `InputWarning`, for the caller's caller by default."""
+        for text in self.texts():
+            warnings.warn(text, InputWarning, stacklevel=stacklevel + 1)
 
-def warn_of_odd_sequences(sequences: Iterable[str]) -> None:
+
+def warn_of_odd_sequences(sequences: Iterable[str], *, stacklevel: int = 3) -> None:
     """Issue `InputWarning` for sequences that are allowed and yet seldom meant, see `SequenceNotes`."""
     notes = SequenceNotes()
     for sequence in sequences:
         notes.look(sequence)
-    for text in notes.texts():
-        warnings.warn(text, InputWarning, stacklevel=3)
+    notes.warn(stacklevel)

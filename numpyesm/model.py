@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import has_amino_acid, nothing_to_score, tokenize
+from .alphabet import has_amino_acid, letters_of, nothing_to_score, tokenize, warn_of_odd_sequences
 from .config import ModelConfig
 from .errors import InputWarning
 from .given import Sequences
@@ -215,7 +215,7 @@ class ESM2:
             Logits or contacts were asked for and the weights have no such head.
         """
         outputs = Outputs.check(self.checkpoint, repr_layers, include)
-        return list(self._passes.encode(tokenize(sequences), outputs))
+        return list(self._passes.encode(_tokens(sequences), outputs))
 
     def embed_iter(
         self,
@@ -288,7 +288,7 @@ class ESM2:
         """
         check_positions(positions)
         require_lm_head(self.checkpoint, "predict")
-        return list(self._passes.predict(tokenize(sequences, masks=True), positions))
+        return list(self._passes.predict(_tokens(sequences, masks=True), positions))
 
     def log_prob(self, sequences: Sequences) -> npt.NDArray[np.float64]:
         """Sum over the canonical residues of log-softmax over the 20 amino acids, from one unmasked pass.
@@ -309,7 +309,7 @@ class ESM2:
             As for `encode`.
         """
         require_lm_head(self.checkpoint, "log_prob")
-        tokens = tokenize(sequences)
+        tokens = _tokens(sequences)
         empty = [f"item {i}" for i, ids in enumerate(tokens) if not has_amino_acid(ids)]
         if empty:
             warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=2)
@@ -398,6 +398,13 @@ class ESM2:
         from .scoring.scan import scan_mutations
 
         return scan_mutations(self._passes, wild_type, method, offset=offset, window=window, progress=progress)
+
+
+def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
+    """Token ids of a batch, with a warning if it is allowed and yet seldom meant."""
+    tokens = tokenize(sequences, masks=masks)
+    warn_of_odd_sequences(map(letters_of, tokens), stacklevel=4)
+    return tokens
 
 
 def _reload(source: str, backend: str, precision: str, threads: int, max_memory: int | None = None) -> ESM2:

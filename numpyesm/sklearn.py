@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .alphabet import tokenize, warn_of_odd_sequences
 from .errors import InvalidOption, MissingExtra
 from .given import Sequences, texts
-from .options import check_layers
+from .options import Outputs, check_layers
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -108,9 +109,11 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         _check_letters(sequences)  # all of them, before hours are spent on the first
         model = self._model()
         layer = check_layers([self.layer], model.config.num_layers)[0]
+        warn_of_odd_sequences(sequences)
+        outputs = Outputs.check(model.checkpoint, [layer], [self.pooling])
         rows = np.empty((len(sequences), model.config.embed_dim), np.float32)
         for start in range(0, len(sequences), self.batch_size):
-            results = model.encode(sequences[start : start + self.batch_size], [layer], [self.pooling])
+            results = model.passes.encode(tokenize(sequences[start : start + self.batch_size]), outputs)
             for i, result in enumerate(results, start=start):
                 pooled = result.embeddings if self.pooling == "mean" else result.bos_embeddings
                 assert pooled is not None
@@ -178,6 +181,4 @@ def as_sequences(X: Any) -> list[str]:
 
 
 def _check_letters(sequences: list[str]) -> None:
-    from .alphabet import tokenize
-
     tokenize(sequences)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from numpyesm import InvalidSequence
-from numpyesm.alphabet import AMINO_ACIDS, TOKENS, residue_tokens, tokenize
+from numpyesm import ESM2, InvalidMutation, InvalidSequence
+from numpyesm.alphabet import AMINO_ACIDS, TOKENS, SequenceNotes, residue_tokens, tokenize
+from numpyesm.bulk import embed_fasta
+from numpyesm.cli.inputs import read_records
+from numpyesm.compat import fair_esm
+from numpyesm.errors import InputWarning
 
 
 def test_vocabulary_is_fair_esms() -> None:
@@ -58,6 +65,116 @@ def test_bad_character_in_encode(sequence: str, position: int, character: str, m
     assert f"position {position}" in str(caught.value)
     assert "ACDEFGHIKLMNPQRSTVWY" in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+# What people write, and what the message says of it.
+HINTS = [
+    ("MK*T", "a stop codon"),
+    ("MK.T", "a stop codon or a gap"),
+    ("MKT10", "remove position numbers"),
+    ("MKJT", "leucine or isoleucine"),
+    ("MKT:MKT", "between chains"),
+    ("MKT|MKT", "between chains"),
+    ("MKT/MKT", "between chains"),
+    ("MK_T", "an unknown residue is X"),
+    ("MK?T", "an unknown residue is X"),
+    ("MK#T", "an unknown residue is X"),
+    ("MK[MASK]T", "an unknown residue is X"),
+    ("MK\u0410T", "U+0410, CYRILLIC CAPITAL LETTER A, which looks like A"),
+    ("MK\u039aT", "U+039A, GREEK CAPITAL LETTER KAPPA, which looks like K"),
+    ("MK\uff34T", "U+FF34, FULLWIDTH LATIN CAPITAL LETTER T, which looks like T"),
+    ("MK\u2013T", "U+2013, EN DASH, which looks like -"),
+    ("MK\u200bT", "U+200B"),
+]
+
+
+@pytest.mark.parametrize(("sequence", "hint"), HINTS)
+def test_hints_at_every_door(model: ESM2, tmp_path: Path, sequence: str, hint: str) -> None:
+    with pytest.raises(InvalidSequence) as caught:
+        tokenize([sequence])
+    assert hint in str(caught.value)
+    with pytest.raises(InvalidSequence) as caught:
+        model.score_mutations(sequence, ["M1A"])
+    assert hint in str(caught.value)
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text(f">a\n{sequence}\n>b\nMKT\n", encoding="utf-8")
+    assert embed_fasta(fasta, tmp_path / "out", model).rejected == 1
+    assert hint in (tmp_path / "out.rejected.tsv").read_text(encoding="utf-8")
+    with pytest.raises(InvalidSequence) as caught:
+        tokenize(record.sequence for record in read_records([sequence]))  # as on the command line
+    assert hint in str(caught.value)
+    if "." not in sequence:  # tokens of fair-esm
+        alphabet = fair_esm.Alphabet.from_architecture("ESM-1b")
+        with pytest.raises(InvalidSequence) as caught:
+            alphabet.get_batch_converter()([("a", sequence)])
+        assert hint.replace("an unknown residue is X", "a mask is written <mask>") in str(caught.value)
+
+
+@pytest.mark.parametrize("mask", ["_", "?", "#", "[MASK]", "[mask]", "<MASK>", "<mask", "<Mask>"])
+def test_masks_as_others_write_them(mask: str) -> None:
+    with pytest.raises(InvalidSequence, match="a mask is written <mask>"):
+        tokenize([f"M<mask>K{mask}T"], masks=True)
+
+
+DNA, CODES, GAPS = "ATGGCCAAAGTTTAG", "METLYSTHR", "MK--TAYI"
+
+
+@pytest.mark.parametrize(
+    ("sequence", "said"),
+    [
+        (DNA, "nucleotides"), ("AUGGCCNNAAGU", "nucleotides"), ("ACG-TTACGGATTA", "nucleotides"),
+        (CODES, "three-letter"), ("ALA-GLY-SER-SEC", "three-letter"), (GAPS, "gaps (-)"), ("-MK", "gaps (-)"),
+        ("MKTAYIAKQRQISFVKSHFSRQ", None), ("GATTACA", None), ("AAAAAAAAAAAAAA", None), ("GAGAGAGAGAGAGA", None),
+        ("METLYS", None), ("METLYSTHRK", None),
+    ],
+)  # fmt: skip
+def test_allowed_and_yet_seldom_meant(sequence: str, said: str | None) -> None:
+    notes = SequenceNotes()
+    notes.look("MKTAYI")
+    notes.look(sequence)
+    assert len(notes.texts()) == (said is not None)
+    assert all(text.startswith("1 sequence (first: number 2)") for text in notes.texts())
+    assert all(str(said) in text for text in notes.texts())
+
+
+def test_one_note_a_call_at_every_door(model: ESM2, tmp_path: Path) -> None:
+    """A warning for each kind, not for each sequence; it points to the caller."""
+    fasta = tmp_path / "x.fasta"
+    odd = [DNA, "MKT", GAPS, CODES, DNA + DNA]
+    fasta.write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(odd)))
+    convert = fair_esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    doors: list[Any] = [
+        lambda: model.encode(odd),
+        lambda: model.log_prob(iter(odd)),
+        lambda: list(model.embed_iter(odd)),
+        lambda: embed_fasta(fasta, tmp_path / "out", model),
+        lambda: convert(list(zip("abcde", odd, strict=True))),
+    ]
+    for door in doors:
+        with pytest.warns(InputWarning) as told:
+            door()
+        texts = [str(one.message) for one in told if one.category is InputWarning]
+        assert [text.split(" (")[0] for text in texts] == ["2 sequences", "1 sequence", "1 sequence"], texts
+        assert "nucleotides? ESM-2 reads amino acids" in texts[0]
+    for door in (doors[0], doors[2], doors[4]):
+        with pytest.warns(InputWarning) as told:
+            door()
+        assert {one.filename for one in told if one.category is InputWarning} == {__file__}
+    with pytest.warns(InputWarning, match="nucleotides"):
+        model.predict([DNA + "<mask>"])
+    scores: list[Any] = [
+        lambda: model.score_mutations(DNA, ["A1C"], "wt-marginals"),
+        lambda: model.scan_mutations(DNA, "wt-marginals"),
+    ]
+    for score in scores:
+        with pytest.warns(InputWarning, match="nucleotides") as told:
+            score()
+        assert [one.filename for one in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(["MKTAYIAKQR", "GATTACA"])
+        with pytest.raises(InvalidMutation):  # an error comes first, alone
+            model.score_mutations(DNA, ["A1"])
 
 
 def test_bad_character_in_predict_counts_masks_as_one() -> None:

@@ -251,6 +251,8 @@ def test_picture_without_matplotlib_names_the_extra(weights: str, tmp_path: Path
     [
         (("encode", "MK7"), 1, "position 3"),
         (("encode", "MKt"), 1, "lower case"),
+        (("encode", "MKT:MKT"), 1, "between chains"),
+        (("encode", "MK.T"), 1, "a stop codon or a gap"),
         (("encode", "no-such-file.fasta"), 1, "no file 'no-such-file.fasta'"),
         (("encode", ""), 1, "no file"),
         (("encode", "MK<mask>"), 1, "predict"),
@@ -277,6 +279,16 @@ def test_bad_record_is_named(weights: str) -> None:
     assert done.returncode == 1
     assert "record 2 (sp|P1|BAD)" in done.stderr.decode()
     assert "'J' at position 3" in done.stderr.decode()
+
+
+def test_notes_on_stderr(weights: str) -> None:
+    """Once a command for each kind; the results are there all the same."""
+    done = numpyesm(
+        "encode", "-", "--weights", weights, stdin=b">a\nATGGCCAAAGTTTAG\n>b\nMKT\n>c\nATGGCCAAAGTTTAA\n>d\nM-T\n"
+    )
+    assert len(results(done)) == 4
+    notes = [line.split(" (")[0] for line in done.stderr.decode().splitlines() if "(first: " in line]
+    assert notes == ["numpyesm: warning: 2 sequences", "numpyesm: warning: 1 sequence"]
 
 
 def test_traceback_only_with_debug(weights: str) -> None:

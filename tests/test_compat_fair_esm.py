@@ -474,6 +474,15 @@ FASTA = f">one first\nMKTAYIAKQR\n>two\n{'ACDEFGHIKL' * 5}\n>sub/three\nMKX-\n"
 
 
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+def test_extract_has_one_note_for_all_batches(weights: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "x.fasta").write_text(">a\nMK-T\n>b\nMKTAYIAKQR\n>c\nMK--TAYIAKQRQISFVK\n")
+    arguments = [weights, str(tmp_path / "x.fasta"), str(tmp_path / "out"), "--include", "mean", "--backend", "numpy"]
+    assert extract.main([*arguments, "--toks_per_batch", "1"]) == 0
+    err = capsys.readouterr().err
+    assert ("2 sequences (first: a) with gaps (-)" in err, err.count("with gaps (-)")) == (True, 1)
+
+
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 def test_extract(weights: str, tmp_path: Path, capsys: Any) -> None:
     """fair-esm's arguments; the numbers are those of the model itself."""
     (tmp_path / "x.fasta").write_text(FASTA)

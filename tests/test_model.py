@@ -163,7 +163,7 @@ def test_log_prob_without_any_amino_acid_is_not_a_number(model: ESM2) -> None:
     with pytest.warns(InputWarning, match=r"NaN.*amino acids: item 1, item 3$") as caught:
         scores = model.log_prob(["MK", "XBZUO", "-W", "----"])
     assert np.isnan(scores).tolist() == [False, True, False, True]
-    assert len(caught) == 1
+    assert ["NaN" in str(one.message) for one in caught] == [False, True]  # the other is of gaps
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.log_prob(["MK"])

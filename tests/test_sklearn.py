@@ -24,6 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import numpyesm
 import numpyesm.sklearn as module
 from numpyesm import ESM2, InvalidOption, InvalidSequence
+from numpyesm.errors import InputWarning
 from numpyesm.scoring import SCAN_LETTERS
 from numpyesm.sklearn import ESM2Embedder
 
@@ -138,6 +139,13 @@ def test_what_is_no_option(options: dict[str, Any]) -> None:
 
 
 # -- in scikit-learn's company -------------------------------------------------------------------------------------
+
+
+def test_one_note_for_all_batches() -> None:
+    embedder = ESM2Embedder("synthetic:esm2-8m", backend="numpy", batch_size=1)
+    with pytest.warns(InputWarning) as told:
+        embedder.fit(["MK-T"]).transform(["MK-T", "MKT", "M-KT"])
+    assert [str(one.message)[:11] for one in told if one.category is InputWarning] == ["2 sequences"]
 
 
 def test_cross_validation() -> None:

@@ -282,6 +282,7 @@ class _Run:
         reader = Reader(self.inputs, self.layout)
         for _ in self._told(reader):
             pass
+        reader.notes.warn()
         if reader.fingerprint() != about["input"]:
             raise BulkError(f"{output.path} exists and is of another input; --overwrite replaces it")
         counts = about["counts"]
@@ -343,6 +344,7 @@ class _Run:
                 journal.add_record(item.position, item.id, item.description, item.sequence, item.digest)
         journal.put("about", json.dumps(self.about))
         journal.finish_reading(reader.fingerprint())
+        reader.notes.warn()
 
     def _compare(self, journal: Journal) -> None:
         """Make sure that the journal is of this run, and that it holds the records of the input."""
@@ -361,6 +363,7 @@ class _Run:
                 f"{self.folder} holds an interrupted run of another input: the input has changed since. "
                 "Begin anew with --restart"
             )
+        reader.notes.warn()
         if differing is not None:
             raise BulkError(
                 f"{journal.path} is damaged: record {differing} is not that of the input. Begin anew with --restart"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from ..alphabet import SequenceNotes
 from ..errors import InvalidOption, InvalidSequence
 from ..fasta import scan_fasta
 from .journal import MOST_BYTES
@@ -63,6 +64,7 @@ class Reader:
         self._layout, self._settings = layout, layout.settings
         self._fingerprint = hashlib.blake2b(digest_size=16)
         self.records = 0
+        self.notes = SequenceNotes()
 
     def __iter__(self) -> Iterator[Item]:
         for name in self._inputs:
@@ -73,6 +75,8 @@ class Reader:
                 if self._settings.shard.takes(digest):
                     reason = problem or self._reason(record.sequence)
                     id = self._settings.record_id(record.id)
+                    if reason is None:
+                        self.notes.look(record.sequence, id)
                     yield Item(self.records, id, record.description, record.sequence, digest, reason)
         if not self.records:
             raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")

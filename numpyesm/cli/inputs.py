@@ -19,6 +19,8 @@ from ..model import ESM2
 Result = TypeVar("Result")
 
 _BARE_SEQUENCE = re.compile(r"(?:[A-Z*-]|<mask>)+")
+# Chains that are joined, gaps and stops as others write them: no name of a file is only that.
+_NEARLY_A_SEQUENCE = re.compile(r"[A-Z]{2}(?:[A-Z.:/|*~-]|<mask>)*[A-Z*]")
 
 
 def load_model(arguments: argparse.Namespace) -> ESM2:
@@ -60,7 +62,7 @@ def _no_input(text: str) -> str:
     """Why an argument that names no file is no sequence either."""
     if os.path.isdir(text):
         return f"{text!r} is a folder, expected a file"
-    if set(text) & set("./\\:~") or not text:
+    if not text or (set(text) & set("./\\:~") and not _NEARLY_A_SEQUENCE.fullmatch(text)):
         return f"there is no file {text[:200]!r}"
     try:
         tokenize([text], masks=MASK_TOKEN in text)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import TOKENS
+from ..alphabet import TOKENS, SequenceNotes
 from ..errors import InvalidOption, InvalidSequence, NumpyesmError
 from ..files import atomic_write, native_name
 from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
@@ -75,13 +75,16 @@ def run(arguments: argparse.Namespace) -> None:
     if len({os.path.normpath(path) for path in paths}) < len(paths):
         raise InvalidSequence(f"{arguments.fasta_file}: labels such as 'a' and './a' would give two records one file")
     alphabet = esm.Alphabet.from_architecture("ESM-1b")
-    convert = alphabet.get_batch_converter(arguments.truncation_seq_length)
+    converter = alphabet.get_batch_converter(arguments.truncation_seq_length)
+    notes = SequenceNotes()
     for label, sequence in zip(dataset.sequence_labels, dataset.sequence_strs, strict=True):  # before hours of work
         try:
             if not alphabet.encode(sequence):
                 raise InvalidSequence("there is no sequence")
         except InvalidSequence as error:
             raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
+        notes.look(sequence, label)
+    notes.warn()
     options = {"backend": arguments.backend, "precision": arguments.precision, "threads": arguments.threads}
     model, _ = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)
     layers = check_layers(arguments.repr_layers, model.num_layers)
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
     for number, batch in enumerate(batches, start=1):
-        labels, _, tokens = convert([dataset[index] for index in batch])
+        labels, _, tokens = converter.convert([dataset[index] for index in batch])
         stamps = [_stamp(weights, *each) for each in zip(labels, tokens, strict=True)]
         todo = list(range(len(batch)))
         if arguments.skip_existing:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import TOKEN_ID, tokenize
+from ..alphabet import TOKEN_ID, tokenize, warn_of_odd_sequences
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..options import SCORING_METHODS, require_lm_head
@@ -54,6 +54,7 @@ def score_mutations(
         for item, mutant in enumerate(mutants):
             check_same_terms(mutant, offset, item)
     require_lm_head(passes.checkpoint, "score_mutations")
+    warn_of_odd_sequences([wild_type], stacklevel=4)
     if not mutants:
         return np.empty(0)
     if method in ("masked-marginals", "wt-marginals"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import TOKEN_ID
+from ..alphabet import TOKEN_ID, warn_of_odd_sequences
 from ..options import SCAN_METHODS, require_lm_head
 from .methods import check_method, counter, position_logits
 from .notation import check_offset, check_wild_type
@@ -68,6 +68,7 @@ def scan_mutations(
     offset = check_offset(offset)
     seen = check_window(window, len(wild_type), method)
     require_lm_head(passes.checkpoint, "scan_mutations")
+    warn_of_odd_sequences([wild_type], stacklevel=4)
     length = len(wild_type)
     logits = position_logits(passes, wild_type, range(length), method, seen, counter(progress, length))
     own = logits[np.arange(length), [TOKEN_ID[letter] for letter in wild_type]]

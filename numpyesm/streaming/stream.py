@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..alphabet import SequenceNotes
 from ..errors import InvalidSequence
 from ..fasta import Record
 from ..given import labelled
@@ -53,6 +54,7 @@ def _stream(
 ) -> Iterator[tuple[Record, EncodeResult]]:
     window: list[tuple[int, Record]] = []
     tokens = 0
+    notes = SequenceNotes()
     for index, (label, given) in enumerate(records):
         record = _record(given, index) if label is None else Record(label, label, given)  # type: ignore[arg-type]
         try:
@@ -64,12 +66,14 @@ def _stream(
                 raise
             rejected(record, error)
             continue
+        notes.look(record.sequence, record.id)
         window.append((index, record))
         tokens += len(record.sequence) + 2
         if tokens >= _LOOK_AHEAD_BATCHES * budget:
             yield from _results(passes, window, outputs, long, budget)
             window, tokens = [], 0
     yield from _results(passes, window, outputs, long, budget)
+    notes.warn()
 
 
 def _results(

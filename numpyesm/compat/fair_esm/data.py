@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import TOKENS
+from ...alphabet import TOKENS, letter_hint, warn_of_odd_sequences
 from ...errors import InvalidSequence, NumpyesmError
 from ...fasta import Draft, read_drafts, split_records
 
@@ -130,8 +130,8 @@ class Alphabet:
             token = str(error.args[0])
             position = tokens.index(token) + 1
             raise UnknownToken(
-                f"{token!r} at position {position} is no token; expected {''.join(_STANDARD)} or one such as <mask>"
-                + (" (lower case; write sequences in upper case)" if token.islower() else ""),
+                f"{token!r} at position {position} is no token{letter_hint(token, masks=True)}; "
+                f"expected {''.join(_STANDARD)} or one such as <mask>",
                 position=position,
                 character=token,
             ) from None
@@ -145,6 +145,12 @@ class BatchConverter:
         self.truncation_seq_length = truncation_seq_length
 
     def __call__(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
+        labels, strs, tokens = self.convert(raw_batch)
+        warn_of_odd_sequences(strs)
+        return labels, strs, tokens
+
+    def convert(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
+        """As a call, without a warning of what is allowed and yet seldom meant."""
         alphabet = self.alphabet
         pairs = list(raw_batch)
         if not pairs:

@@ -66,6 +66,8 @@ _TITLE = re.compile(
 )
 _MISSING = frozenset({"nan", "NaN", "none", "None", "null", "Null", "NULL", "N/A", "n/a", "#N/A"})
 _ACCESSION = re.compile(r"(?:gi\|\d+\|)?(?:sp|tr|ref|gb|emb|dbj|lcl|pir|prf)\|([^|\s]+)")
+# How records may be called, see `record_name`.
+IDS = ("first-word", "accession")
 _TOO_LONG = f"more than {MAX_LETTERS} letters, not read to the end"
 _EXPECTED = "expected FASTA (>name, and the sequence below it) or one sequence a line"
 
@@ -158,6 +160,16 @@ def clean_sequence(text: str) -> str:
     return residues.replace("<MASK>", "<mask>")
 
 
+def nameless(place: int) -> str:
+    """What a record without a name is called everywhere: `sequence_3` for the third."""
+    return f"sequence_{place}"
+
+
+def record_name(first_word: str, ids: str) -> str:
+    """The id of a record: of `sp|P12345|NAME_HUMAN` the whole, or with `ids="accession"` `P12345`."""
+    return accession(first_word) if ids == "accession" else first_word
+
+
 def accession(name: str) -> str:
     """The accession in a name such as UniProt's `sp|P12345|AATM_RABIT`; other names as they are."""
     match = _ACCESSION.match(name)
@@ -245,7 +257,7 @@ class Draft:
         """The record, and line and reason if it is no sequence."""
         sequence = clean_sequence("".join(self.parts))
         words = self.header.split(maxsplit=1)
-        record = Record(words[0] if words else f"sequence_{place}", self.header.strip(), sequence)
+        record = Record(words[0] if words else nameless(place), self.header.strip(), sequence)
         line, problem = self.problem or (self.line, self._no_residues(sequence))
         if problem is None and len(sequence) > MAX_LETTERS:
             problem = _TOO_LONG

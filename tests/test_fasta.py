@@ -9,10 +9,14 @@ import lzma
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import h5py
 import pytest
 
-from numpyesm import InvalidSequence
+from numpyesm import ESM2, InvalidSequence
+from numpyesm.bulk import embed_fasta
+from numpyesm.cli.inputs import read_records
 from numpyesm.errors import InputWarning
 from numpyesm.fasta import MAX_LETTERS, Record, accession, clean_sequence, parse_fasta, read_fasta, scan_fasta
 
@@ -77,6 +81,26 @@ def test_names() -> None:
         ("a|b", "a|b"),
     ):
         assert accession(name) == expected
+
+
+def test_nameless_records_are_called_by_their_place_at_every_door(model: ESM2, tmp_path: Path) -> None:
+    named, more = tmp_path / "named.fasta", tmp_path / "more.fasta"
+    named.write_text(">sp|P12345|AATM_RABIT x\nMK\n>\nMA\n")
+    more.write_text(">  \nMC\n>tr|A0A1|B c\nMD\n")
+    expected = ["sp|P12345|AATM_RABIT", "sequence_2", "sequence_3", "tr|A0A1|B", "sequence_5"]
+    inputs = [str(named), str(more)]
+    assert [record.id for record in read_records([*inputs, "ME"])] == expected
+    short = [name.replace("sp|P12345|AATM_RABIT", "P12345").replace("tr|A0A1|B", "A0A1") for name in expected]
+    assert [record.id for record in read_records([*inputs, "ME"], ids="accession")] == short
+    for ids, names in (("first-word", expected), ("accession", short)):
+        output = tmp_path / f"{ids}.h5"
+        embed_fasta(inputs, output, model, include=["mean"], ids=ids)
+        with h5py.File(output) as file:
+            assert sorted(item.attrs["original_id"] for item in file.values()) == sorted(names[:-1])
+    given: list[Any] = [("a", "MK"), ("", "MA"), Record("", "", "MC"), (None, "MD"), "ME", Record("b", "b c", "MF")]
+    found = [record.id for record, _ in model.embed_iter(given)]
+    assert found == ["a", "sequence_2", "sequence_3", "sequence_4", "sequence_5", "b"]
+    assert [record.id for record, _ in model.embed_iter({"a": "MK", "": "MA"})] == ["a", "sequence_2"]
 
 
 def test_letters() -> None:

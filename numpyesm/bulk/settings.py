@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidOption
-from ..fasta import accession
+from ..fasta import IDS, record_name
 from ..options import Outputs
 from ..streaming.batches import LongSequences
 
 DTYPES = ("fp32", "fp16")
-IDS = ("first-word", "accession")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Settings:
 
     def record_id(self, first_word: str) -> str:
         """The id of a record: of `sp|P12345|NAME_HUMAN` either the whole or `P12345`."""
-        return accession(first_word) if self.ids == "accession" else first_word
+        return record_name(first_word, self.ids)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the output's metadata."""

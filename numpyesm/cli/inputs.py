@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from ..alphabet import MASK_TOKEN, tokenize
 from ..errors import InvalidOption, InvalidSequence
-from ..fasta import Record, clean_sequence, read_fasta
+from ..fasta import Record, clean_sequence, nameless, read_fasta, record_name
 from ..files import same_file
 from ..model import ESM2
 
@@ -34,8 +34,11 @@ def load_model(arguments: argparse.Namespace) -> ESM2:
     )
 
 
-def read_records(inputs: Sequence[str], output: str | None = None) -> list[Record]:
-    """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them."""
+def read_records(inputs: Sequence[str], output: str | None = None, ids: str = "first-word") -> list[Record]:
+    """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them.
+
+    `ids` says how records are called, see `fasta.record_name`.
+    """
     records: list[Record] = []
     for text in inputs:
         if output is not None and output != "-" and _is_file(text) and same_file(text, output):
@@ -45,10 +48,10 @@ def read_records(inputs: Sequence[str], output: str | None = None) -> list[Recor
         elif _is_file(text):
             records += read_fasta(text, first=len(records) + 1)
         elif _BARE_SEQUENCE.fullmatch(text):
-            records.append(Record(f"sequence_{len(records) + 1}", "", clean_sequence(text)))
+            records.append(Record(nameless(len(records) + 1), "", clean_sequence(text)))
         else:
             raise InvalidSequence(_no_input(text))
-    return records
+    return [record._replace(id=record_name(record.id, ids)) for record in records]
 
 
 def _is_file(text: str) -> bool:

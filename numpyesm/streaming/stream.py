@@ -8,7 +8,7 @@ from typing import Any
 
 from ..alphabet import SequenceNotes
 from ..errors import InvalidSequence
-from ..fasta import Record
+from ..fasta import Record, nameless
 from ..given import labelled
 from ..options import Outputs
 from ..passes import Passes
@@ -57,6 +57,8 @@ def _stream(
     notes = SequenceNotes()
     for index, (label, given) in enumerate(records):
         record = _record(given, index) if label is None else Record(label, label, given)  # type: ignore[arg-type]
+        if record.id is None or not str(record.id).strip():
+            record = record._replace(id=nameless(index + 1))
         try:
             _check(record, index, outputs, long)
         except InvalidSequence as error:
@@ -93,11 +95,11 @@ def _results(
 
 def _record(given: object, index: int) -> Record:
     if isinstance(given, str):
-        return Record(f"sequence_{index + 1}", "", given)
+        return Record("", "", given)
     if isinstance(given, tuple) and len(given) == 3:
         return Record(*given)
     if isinstance(given, tuple) and len(given) == 2:
-        return Record(given[0], str(given[0]), given[1])
+        return Record(given[0], "" if given[0] is None else str(given[0]), given[1])
     raise InvalidSequence(
         f"expected a Record, a pair (id, sequence) or a string, got {type(given).__name__}", item=index
     )

@@ -291,6 +291,18 @@ def test_notes_on_stderr(weights: str) -> None:
     assert notes == ["numpyesm: warning: 2 sequences", "numpyesm: warning: 1 sequence"]
 
 
+@pytest.mark.parametrize(
+    ("command", "letters"), [("encode", "MKTA"), ("log-prob", "MK-A"), ("predict", "MK<mask>A"), ("contacts", "MKTA")]
+)
+def test_ids(weights: str, command: str, letters: str) -> None:
+    """And notes are seen at each of them."""
+    text = f">sp|P12345|AATM_RABIT x\n{letters}\n>\n{letters}\n".encode()
+    for ids, first in ((), "sp|P12345|AATM_RABIT"), (("--ids", "accession"), "P12345"):
+        done = numpyesm(command, "-", "--weights", weights, "--format", "json", *ids, stdin=text)
+        assert [result["id"] for result in results(done)] == [first, "sequence_2"]
+        assert ("with gaps (-)" in done.stderr.decode()) == ("-" in letters)
+
+
 def test_traceback_only_with_debug(weights: str) -> None:
     assert b"Traceback" in numpyesm("encode", "MK7", "--debug", "--weights", weights).stderr
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         figure_class()  # before the model runs: a missing extra should not cost minutes
         if target.path is None:
             raise InvalidOption("a picture needs a file: -o map.png")
-    records = read_records(arguments.input, target.path)
+    records = read_records(arguments.input, target.path, arguments.ids)
     if folder is None and target.form == "png" and len(records) > 1:
         raise InvalidOption(f"{len(records)} sequences give {len(records)} pictures: -o FOLDER/ --format png")
     model = load_model(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -35,7 +36,7 @@ def encode(arguments: argparse.Namespace) -> int:
             f"{target.form} has a row per sequence (mean, bos) or a row per residue (per_token, logits), "
             f"and --include asks for {', '.join(sorted(wanted))}: write .npz or .json"
         )
-    records = read_records(arguments.input, target.path)
+    records = read_records(arguments.input, target.path, arguments.ids)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
     spreadsheet = _sequence_rows if wanted <= _PER_SEQUENCE else _residue_rows
@@ -45,7 +46,7 @@ def encode(arguments: argparse.Namespace) -> int:
 def predict(arguments: argparse.Namespace) -> int:
     """Write logits at the masks or everywhere."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path)
+    records = read_records(arguments.input, target.path, arguments.ids)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.predict(s, arguments.positions))
     masked_only = arguments.positions == "masked"
@@ -61,10 +62,11 @@ def predict(arguments: argparse.Namespace) -> int:
 def log_prob(arguments: argparse.Namespace) -> int:
     """Write one number per sequence."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path)
+    records = read_records(arguments.input, target.path, arguments.ids)
     model = load_model(arguments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # it counts items, here they have names
+        # It counts items, here they have names.
+        warnings.filterwarnings("ignore", re.escape(nothing_to_score([])), InputWarning)
         scores = on_records(records, model.log_prob).tolist()
     if empty := [r.id for r, score in zip(records, scores, strict=True) if math.isnan(score)]:
         warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=1)

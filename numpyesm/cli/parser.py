@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .._version import __version__
+from ..fasta import IDS
 from ..options import BACKEND_ALIASES, BACKENDS, INCLUDES, POSITIONS, SCAN_METHODS, SCORING_METHODS
 
 _INPUT_HELP = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--format", choices=["tsv", "csv", "map", "png", "npz", "json"], help="by the output's ending, else tsv"
     )
+    _add_ids(command)
     command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
     command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
 
@@ -146,12 +148,7 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--overlap", type=int, default=512, metavar="N", help="residues that windows share at least (%(default)s)"
     )
     command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(from cores and free memory)")
-    command.add_argument(
-        "--ids",
-        choices=["first-word", "accession"],
-        default="first-word",
-        help="call sp|P12345|NAME so, or P12345 (%(default)s)",
-    )
+    _add_ids(command)
     command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")
@@ -161,6 +158,10 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
     command.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
+
+
+def _add_ids(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ids", choices=IDS, default=IDS[0], help="call sp|P12345|NAME so, or P12345 (%(default)s)")
 
 
 def _add(
@@ -230,6 +231,7 @@ def _add_inference(
         choices=["json", "npz", "csv", "tsv", "table"],
         help="by the output's ending, else table on a terminal and json",
     )
+    _add_ids(command)
     return command
 
 

@@ -98,14 +98,8 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         InvalidSequence
             A ValueError that names the item, the position and what is allowed.
         """
-        return self._embed(as_sequences(X))
-
-    def fit_transform(self, X: Sequences, y: object = None, **_: object) -> npt.NDArray[np.float32]:
-        """Embeddings, as of `transform`. The input is read once, so that it may be a generator."""
-        return self._embed(as_sequences(X))
-
-    def _embed(self, sequences: list[str]) -> npt.NDArray[np.float32]:
         self._check_parameters()
+        sequences = as_sequences(X)
         _check_letters(sequences)  # all of them, before hours are spent on the first
         model = self._model()
         layer = check_layers([self.layer], model.config.num_layers)[0]
@@ -119,6 +113,13 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 assert pooled is not None
                 rows[i] = pooled[layer]
         return rows
+
+    def fit_transform(self, X: Sequences, y: object = None, **options: Any) -> npt.NDArray[np.float32]:
+        """Embeddings, as of `transform`; a generator is read once for both."""
+        if hasattr(X, "__next__"):
+            X = list(X)
+        embeddings: npt.NDArray[np.float32] = super().fit_transform(X, y, **options)
+        return embeddings
 
     @property
     def _n_features_out(self) -> int:

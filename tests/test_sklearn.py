@@ -60,6 +60,9 @@ class FromNumbers(ESM2Embedder):
     def transform(self, X: Any) -> Any:
         return super().transform(self._letters(X))
 
+    def fit_transform(self, X: Any, y: object = None, **_: object) -> Any:
+        return super().fit_transform(self._letters(X))
+
     def _letters(self, X: Any) -> list[str]:
         rows = check_array(X, input_name="X")
         return ["".join(SCAN_LETTERS[int(abs(value) * 7) % 20] for value in row) for row in rows]

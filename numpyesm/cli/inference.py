@@ -46,7 +46,7 @@ def encode(arguments: argparse.Namespace) -> int:
 def predict(arguments: argparse.Namespace) -> int:
     """Write logits at the masks or everywhere."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path, arguments.ids)
+    records = read_records(arguments.input, target.path, arguments.ids, masks=True)
     model = load_model(arguments)
     results = on_records(records, lambda s: model.predict(s, arguments.positions))
     masked_only = arguments.positions == "masked"

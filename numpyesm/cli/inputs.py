@@ -34,10 +34,12 @@ def load_model(arguments: argparse.Namespace) -> ESM2:
     )
 
 
-def read_records(inputs: Sequence[str], output: str | None = None, ids: str = "first-word") -> list[Record]:
+def read_records(
+    inputs: Sequence[str], output: str | None = None, ids: str = "first-word", masks: bool = False
+) -> list[Record]:
     """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them.
 
-    `ids` says how records are called, see `fasta.record_name`.
+    `ids` says how records are called, see `fasta.record_name`. `masks` says whether `<mask>` is expected in them.
     """
     records: list[Record] = []
     for text in inputs:
@@ -50,7 +52,7 @@ def read_records(inputs: Sequence[str], output: str | None = None, ids: str = "f
         elif _BARE_SEQUENCE.fullmatch(text):
             records.append(Record(nameless(len(records) + 1), "", clean_sequence(text)))
         else:
-            raise InvalidSequence(_no_input(text))
+            raise InvalidSequence(_no_input(text, masks))
     return [record._replace(id=record_name(record.id, ids)) for record in records]
 
 
@@ -61,14 +63,14 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _no_input(text: str) -> str:
+def _no_input(text: str, masks: bool) -> str:
     """Why an argument that names no file is no sequence either."""
     if os.path.isdir(text):
         return f"{text!r} is a folder, expected a file"
     if not text or (set(text) & set("./\\:~") and not _NEARLY_A_SEQUENCE.fullmatch(text)):
         return f"there is no file {text[:200]!r}"
     try:
-        tokenize([text], masks=MASK_TOKEN in text)
+        tokenize([text], masks=masks or MASK_TOKEN in text)
     except InvalidSequence as error:
         return f"{text[:80]!r} is no file, and as a sequence: {error.reason}"
     return f"{text[:80]!r} is neither a file nor a sequence"

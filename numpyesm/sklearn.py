@@ -48,7 +48,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     backend, precision, threads
         See `ESM2`. In a cross-validation with `n_jobs`, `threads=1` keeps its processes from crowding each other.
     batch_size : int, default 256
-        Sequences given to the model at a time; changes results by rounding only (1e-6 of their scale).
+        Sequences given to the model at a time; the result does not depend on it, but for rounding.
 
     Examples
     --------

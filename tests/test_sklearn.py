@@ -71,8 +71,8 @@ class FromNumbers(ESM2Embedder):
 
 
 def depends_on_the_blas(_: object) -> dict[str, str]:
-    """Checks to 1e-7. On AVX2, OpenBLAS sums the last rows of a product, those beyond a multiple of 12, differently."""
-    reason = "batch mates change embeddings of the NumPy backend by 1e-6 of their scale"
+    """Checks to 1e-7. On AVX2, OpenBLAS sums a row in an order that depends on its place in the batch."""
+    reason = "batch mates change embeddings of the NumPy backend by up to 2e-6 of their scale"
     return dict.fromkeys(("check_methods_sample_order_invariance", "check_methods_subset_invariance"), reason)
 
 
@@ -91,7 +91,7 @@ def test_rows_are_the_models_embeddings(eight_m: ESM2) -> None:
         found = embedder(layer=layer, pooling=pooling, batch_size=5).fit_transform(SEQUENCES)
         results = eight_m.encode(SEQUENCES, [layer], [pooling])
         expected = [next(iter((r.embeddings or r.bos_embeddings).values())) for r in results]  # type: ignore[union-attr]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
         assert found.dtype == np.float32
 
 

@@ -21,8 +21,8 @@ _GELU_ELEMENTS = 32 * 1920
 _SCORE_BYTES = 512 * 1024
 
 # OpenBLAS sums in another order when a product is smaller than this (its small-matrix kernels). Rows are padded above
-# it, so that a row's result does not depend on how many rows share its block: on AVX-512 to the last bit. On AVX2 the
-# rows beyond a multiple of 12 still round differently; padding those too costs 5 to 15 % of a product.
+# it, so that a row's result does not depend on how many rows share its block. On AVX2 it still depends on the row's
+# place: of every 12 rows the first 6 are summed in another order than the last 6.
 _SMALL_PRODUCT = 1_000_000
 
 # exp() of a score within ± this neither overflows nor vanishes, even summed over 2050 keys: no need to subtract the

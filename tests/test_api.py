@@ -17,7 +17,6 @@ from jsonschema import Draft202012Validator
 from running_service import check_error, items, same
 
 from numpyesm import ESM2
-from numpyesm.api.bodies import Gunzip
 from numpyesm.api.catalog import Catalog
 from numpyesm.api.errors import ApiError
 from numpyesm.config import ModelConfig
@@ -394,16 +393,6 @@ def test_damaged_gzip(http: Ask, aws: Ask, packed: bytes, status: int) -> None:
     answers = [ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP) for ask in (http, aws)]
     check_error(answers[0], status, "__all__")
     assert answers[0].json() == answers[1].json()
-
-
-def test_gunzip_takes_pieces_of_any_size() -> None:
-    packed = gzip.compress(b"one") + gzip.compress(b"two")
-    for size in (1, 7, 100):
-        unpack = Gunzip(6)
-        assert b"".join(unpack.feed(packed[i : i + size]) for i in range(0, len(packed), size)) == b"onetwo"
-        unpack.finish()
-    with pytest.raises(ApiError, match="larger than 5 bytes"):
-        Gunzip(5).feed(packed)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from numpyesm.passes import Passes
 from numpyesm.service.access_log import AccessLog
 from numpyesm.service.app import Service
 from numpyesm.service.jobs import Job
-from numpyesm.service.queue import FairQueue, QueueFull
+from numpyesm.service.queue import FairQueue
 from numpyesm.service.settings import Settings
 from numpyesm.weights.synthetic import random_checkpoint
 
@@ -45,7 +45,7 @@ def job(client: str, lengths: list[int], group: str = "mean") -> Job:
 
 
 def queue_of(*jobs: Job) -> FairQueue:
-    queue = FairQueue(50, 50)
+    queue = FairQueue()
     for one in jobs:
         queue.put(one)
     return queue
@@ -99,23 +99,6 @@ def test_a_job_of_many_passes_lets_short_ones_of_its_client_through() -> None:
     assert take(queue) == [(large, 1)]
     queue.put(late)
     assert [take(queue) for _ in range(4)] == [[(large, 2)], [(late, 0)], [(large, 3)], [(other_large, 0)]]
-
-
-def test_bounds() -> None:
-    queue = FairQueue(3, 2)
-    queue.put(job("a", [10]))
-    second = job("a", [10])
-    queue.put(second)
-    for client, mine in (("a", True), ("c", False)):
-        with pytest.raises(QueueFull) as failure:
-            queue.put(job(client, [10]))
-        assert failure.value.mine == mine
-        if mine:
-            queue.put(job("b", [10]))
-    queue.remove(second)
-    queue.remove(second)
-    assert len(queue) == 2
-    queue.put(job("c", [10]))
 
 
 def test_what_does_not_fit_the_memory_waits() -> None:

@@ -15,46 +15,23 @@ MAX_VALUES = 20_000
 _MAX_MEMBERS = 16
 
 
-class Gunzip:
-    """Unpack gzip as it arrives, up to a limit.
-
-    Parameters
-    ----------
-    limit : int
-        Bytes of the unpacked body.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._left = limit
-        self._member = zlib.decompressobj(31)
-        self._members = 0
-        self._started = False
-
-    def feed(self, data: bytes) -> bytes:
-        """Return what `data` unpacks to; ApiError 413 beyond the limit, 422 if it is damaged."""
-        out = bytearray()
-        while data:
-            if self._member.eof:
-                if self._members == _MAX_MEMBERS:
-                    raise _refusal(f"the gzip body has more than {_MAX_MEMBERS} members")
-                self._member = zlib.decompressobj(31)
-            self._started = True
-            try:
-                out += self._member.decompress(data, self._left - len(out) + 1)
-            except zlib.error as error:
-                raise _refusal(f"the body is not gzip, as Content-Encoding says: {error}") from None
-            if len(out) > self._left:
-                raise too_large(self._limit, "the unpacked body")
-            data = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
-            self._members += self._member.eof
-        self._left -= len(out)
-        return bytes(out)
-
-    def finish(self) -> None:
-        """ApiError 422 if the last member is incomplete."""
-        if self._started and not self._member.eof:
+def gunzip(data: bytes, limit: int) -> bytes:
+    """Unpack a body of at most `limit` bytes; ApiError 413 beyond, 422 if it is damaged."""
+    out = bytearray()
+    for _ in range(_MAX_MEMBERS):
+        member = zlib.decompressobj(31)
+        try:
+            out += member.decompress(data, limit - len(out) + 1)
+        except zlib.error as error:
+            raise _refusal(f"the body is not gzip, as Content-Encoding says: {error}") from None
+        if len(out) > limit:
+            raise too_large(limit, "the unpacked body")
+        if not member.eof:
             raise _refusal("the gzip body ends in the middle")
+        data = member.unused_data
+        if not data:
+            return bytes(out)
+    raise _refusal(f"the gzip body has more than {_MAX_MEMBERS} members")
 
 
 def too_large(limit: int, what: str = "the body") -> ApiError:

@@ -112,6 +112,14 @@ class Catalog:
         """All slugs."""
         return list(self._models)
 
+    def describe(self) -> dict[str, Any]:
+        """Describe all models."""
+        return {"models": [served.describe() for served in self]}
+
+    def describe_for_sdk(self) -> dict[str, Any]:
+        """Describe all models as the hosted API does."""
+        return {"models": [served.describe_for_sdk() for served in self]}
+
     def get(self, slug: str) -> ServedModel:
         """Find a model; ApiError 404 says what there is."""
         served = self._models.get(slug)

@@ -1,27 +1,45 @@
-"""What a client's headers say: how its body is coded, and which form of answer it wants."""
+"""What a client's headers say: how its body is coded, and in which form it takes the answer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..formats import Result, gzip_pieces, json_results, npz_results
 from .errors import ApiError
 
 JSON_TYPE = "application/json"
 NPZ_TYPE = "application/x-npz"
-# Shorter answers are not worth compressing.
-GZIP_FROM = 256
 
 
-def answer_form(accept: str | None) -> str:
-    """Return `application/x-npz` if it is preferred by name, otherwise JSON."""
-    weights = _weights(accept)
-    npz = max(weights.get(NPZ_TYPE, 0.0), weights.get("application/npz", 0.0))
-    return NPZ_TYPE if npz > 0 and npz >= weights.get(JSON_TYPE, 0.0) else JSON_TYPE
+@dataclass(frozen=True)
+class AnswerForm:
+    """The form in which a client takes results: JSON, gzipped if asked, or npz, which does not shrink."""
 
+    npz: bool
+    gzipped: bool
 
-def wants_gzip(accept_encoding: str | None) -> bool:
-    """Tell whether the answer may be gzipped."""
-    weights = _weights(accept_encoding)
-    named = [weights[name] for name in ("gzip", "x-gzip") if name in weights]
-    return max(named or [weights.get("*", 0.0)]) > 0
+    @classmethod
+    def chosen(cls, accept: str | None, accept_encoding: str | None) -> AnswerForm:
+        """Read what the client prefers; npz must be preferred by name."""
+        weights = _weights(accept)
+        npz = max(weights.get(NPZ_TYPE, 0.0), weights.get("application/npz", 0.0))
+        if npz > 0 and npz >= weights.get(JSON_TYPE, 0.0):
+            return cls(npz=True, gzipped=False)
+        weights = _weights(accept_encoding)
+        named = [weights[name] for name in ("gzip", "x-gzip") if name in weights]
+        return cls(npz=False, gzipped=max(named or [weights.get("*", 0.0)]) > 0)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer's head says of its form."""
+        headers = {"content-type": NPZ_TYPE if self.npz else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
+        return headers | ({"content-encoding": "gzip"} if self.gzipped else {})
+
+    def write(self, results: Sequence[Result]) -> Iterator[bytes]:
+        """Write results piece by piece."""
+        pieces = npz_results(results) if self.npz else json_results(results)
+        return gzip_pieces(pieces) if self.gzipped else pieces
 
 
 def is_gzipped(content_encoding: str | None) -> bool:

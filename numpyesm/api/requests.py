@@ -1,15 +1,16 @@
-"""Checks a request's document; everything that is wrong with it is named at once."""
+"""What a request may hold, and its checks: everything that is wrong is named at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import AMINO_ACID_COLUMNS, tokenize
+from ..alphabet import AMINO_ACID_COLUMNS, ENCODE_LETTERS, MASK_TOKEN, PREDICT_LETTERS, tokenize
+from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..formats import Result
 from ..options import INCLUDES, POSITIONS, Outputs, check_layers
@@ -17,12 +18,11 @@ from .catalog import MAX_ITEMS, ServedModel
 from .errors import ApiError, Place, Problem, invalid
 
 TokenArray: TypeAlias = npt.NDArray[np.uint8]
-_Check: TypeAlias = Callable[[Any, Place], None]
+Schema: TypeAlias = dict[str, Any]
 
 # Entries of `repr_layers` and of `include`.
 MAX_LIST = 256
 _NOTHING = Outputs(())
-INCLUDE_NAMES = (*INCLUDES, "per_residue")
 
 
 @dataclass(frozen=True)
@@ -82,94 +82,133 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
     return bool(np.isfinite(result) or not canonical.any())
 
 
+def body_schema(action: str, num_layers: int) -> Schema:
+    """Say in JSON Schema what a request of `action` may hold, for clients and for `check_request`."""
+    item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
+    fields = {
+        "params": object_schema(_params_schema(action, num_layers), required=[]),
+        "items": {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_ITEMS},
+    }
+    return object_schema(fields, required=["items"])
+
+
+def object_schema(fields: Schema, required: list[str] | None = None, **more: Any) -> Schema:
+    """Describe an object of these fields, all of them required if not said otherwise."""
+    needed = list(fields) if required is None else required
+    schema = {"type": "object", "additionalProperties": False, "properties": fields, **more}
+    return schema | ({"required": needed} if needed else {})
+
+
+def _params_schema(action: str, num_layers: int) -> Schema:
+    if action == "predict":
+        text = "Logits of all residues, or of the masks only."
+        return {"positions": {"enum": list(POSITIONS), "default": "all", "description": text}}
+    if action == "log_prob":
+        return {}
+    names = [*INCLUDES, "per_residue"]
+    # One by one: as JSON Schema has it, an integer may be written 1.0, and a layer may not.
+    layers = list(range(-(num_layers + 1), num_layers + 1))
+    text = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
+    return {
+        "repr_layers": _list_schema({"enum": layers}, default=[-1], description=text),
+        "include": _list_schema({"enum": names}, default=["mean"], description="Outputs; per_residue is per_token."),
+    }
+
+
+def _list_schema(items: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": items, "minItems": 0, "maxItems": MAX_LIST, **more}
+
+
+def _sequence_schema(masks: bool) -> Schema:
+    if masks:
+        residue, unit = f"(?:[{PREDICT_LETTERS}]|{MASK_TOKEN})", len(MASK_TOKEN)
+        pattern = f"^{residue}*{MASK_TOKEN}{residue}*$"
+        letters = f"with at least one {MASK_TOKEN}, which counts as one"
+    else:
+        pattern, unit = f"^[{ENCODE_LETTERS}]+$", 1  # the hyphen is the last of the letters
+        letters = "the 20 amino acids, B X Z U O and -, upper case"
+    limits = {"minLength": unit, "maxLength": unit * MAX_RESIDUES, "pattern": pattern}
+    return {"type": "string", "description": f"1 to {MAX_RESIDUES} residues, {letters}."} | limits
+
+
 def check_request(served: ServedModel, action: str, document: Any) -> Work:
     """Check a decoded body.
 
-    As in the hosted API, `include` may be empty, and so may `repr_layers`: items then have no outputs, or none of a
-    layer.
+    As in the hosted API, `include` and `repr_layers` may be empty: items then have no outputs, or no embeddings.
 
     Raises
     ------
     ApiError
         422; it names every item and parameter that is wrong.
     """
-    checker = _Checker(served, action)
-    checker.check(document)
-    if checker.problems:
-        raise invalid(checker.problems)
-    params = document.get("params", {})
-    tokens = tuple(checker.tokens)
+    reader = _Reader(served, action)
+    reader.check(document, (), body_schema(action, served.model.config.num_layers))
+    if reader.problems:
+        raise invalid(reader.problems)
+    params, tokens = document.get("params", {}), tuple(reader.tokens)
     if action != "encode":
         return Work(served, action, tokens, positions=params.get("positions", "all"))
     layers, include = params.get("repr_layers", [-1]), params.get("include", ["mean"])
     return Work(served, action, tokens, Outputs.check(served.checkpoint, layers, include, allow_nothing=True))
 
 
-class _Checker:
-    """Collects what is wrong with a document, in its order, and the tokens of its sequences."""
+class _Reader:
+    """Goes through a document by its schema, and collects what is wrong and the tokens of its sequences."""
 
     def __init__(self, served: ServedModel, action: str) -> None:
         self._served = served
-        self._action = action
+        self._masks = action == "predict"
         self.problems: list[Problem] = []
         self.tokens: list[TokenArray] = []
 
-    def check(self, document: Any) -> None:
-        params: dict[str, dict[str, _Check]] = {
-            "encode": {
-                "repr_layers": lambda value, place: self._list(value, place, self._layer, MAX_LIST),
-                "include": lambda value, place: self._list(value, place, self._include, MAX_LIST),
-            },
-            "predict": {"positions": lambda value, place: self._one_of(value, place, POSITIONS)},
-            "log_prob": {},
-        }
-        item: dict[str, _Check] = {"sequence": self._sequence}
-        fields: dict[str, _Check] = {
-            "params": lambda value, place: self._fields(value, place, params[self._action]),
-            "items": lambda value, place: self._list(
-                value, place, lambda inner, at: self._fields(inner, at, item, "sequence"), MAX_ITEMS, least=1
-            ),
-        }
-        self._fields(document, (), fields, "items")
+    def check(self, value: Any, place: Place, schema: Schema) -> None:
+        """Check a value; these four kinds are all that requests hold."""
+        if schema.get("type") == "object":
+            self._object(value, place, schema)
+        elif schema.get("type") == "array":
+            self._list(value, place, schema)
+        elif "enum" in schema:
+            self._one_of(value, place, schema["enum"])
+        else:
+            self._sequence(value, place)
 
     def _add(self, place: Place, message: str) -> None:
         self.problems.append((place, message))
 
-    def _fields(self, value: Any, place: Place, known: Mapping[str, _Check], required: str | None = None) -> None:
-        """Check an object field by field; unknown fields are refused."""
+    def _object(self, value: Any, place: Place, schema: Schema) -> None:
         if not isinstance(value, dict):
             self._add(place, "expected an object")
             return
-        for name, check in known.items():
+        known = schema["properties"]
+        for name, inner in known.items():
             if name in value:
-                check(value[name], (*place, name))
-            elif name == required:
+                self.check(value[name], (*place, name), inner)
+            elif name in schema.get("required", ()):
                 self._add((*place, name), "this field is required")
         for name in value:
             if name not in known:
                 self._add((*place, name), "unknown field")
 
-    def _list(self, value: Any, place: Place, check: _Check, most: int, least: int = 0) -> None:
-        """Check a list entry by entry."""
+    def _list(self, value: Any, place: Place, schema: Schema) -> None:
+        least, most = schema["minItems"], schema["maxItems"]
         if not isinstance(value, list):
             self._add(place, "expected a list")
         elif not least <= len(value) <= most:
             self._add(place, f"at most {most} are allowed" if value else f"at least {least} is needed")
         else:
             for index, entry in enumerate(value):
-                check(entry, (*place, index))
+                self.check(entry, (*place, index), schema["items"])
 
-    def _one_of(self, value: Any, place: Place, names: tuple[str, ...]) -> None:
-        if not isinstance(value, str) or value not in names:
-            *first, last = map(repr, names)
-            self._add(place, f"expected one of {', '.join(first)} or {last}")
-
-    def _include(self, value: Any, place: Place) -> None:
-        self._one_of(value, place, INCLUDE_NAMES)
+    def _one_of(self, value: Any, place: Place, allowed: list[Any]) -> None:
         checkpoint, slug = self._served.checkpoint, self._served.slug
-        if value == "logits" and not checkpoint.has_lm_head:
+        if isinstance(allowed[0], int):
+            self._layer(value, place)
+        elif not isinstance(value, str) or value not in allowed:
+            *first, last = map(repr, allowed)
+            self._add(place, f"expected one of {', '.join(first)} or {last}")
+        elif value == "logits" and not checkpoint.has_lm_head:
             self._add(place[:-1], f"logits: the weights of {slug} have no LM head")
-        if value == "contacts" and not checkpoint.has_contact_head:
+        elif value == "contacts" and not checkpoint.has_contact_head:
             self._add(place[:-1], f"contacts: the weights of {slug} have no contact head")
 
     def _layer(self, value: Any, place: Place) -> None:
@@ -186,6 +225,6 @@ class _Checker:
             self._add(place, "expected a string")
             return
         try:
-            self.tokens += tokenize([value], masks=self._action == "predict")
+            self.tokens += tokenize([value], masks=self._masks)
         except InvalidSequence as error:
             self._add(place, error.reason)

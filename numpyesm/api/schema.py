@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any
 
 from .._version import __version__
-from ..alphabet import AMINO_ACIDS, ENCODE_LETTERS, MASK_TOKEN, PREDICT_LETTERS
-from ..config import MAX_RESIDUES
-from ..options import POSITIONS
-from .catalog import ACTIONS, MAX_ITEMS, Catalog, ServedModel
+from ..alphabet import AMINO_ACIDS
+from .catalog import ACTIONS, Catalog, ServedModel
 from .media import JSON_TYPE, NPZ_TYPE
-from .requests import INCLUDE_NAMES, MAX_LIST
-
-Schema: TypeAlias = dict[str, Any]
+from .requests import Schema, body_schema, object_schema
 
 # Read by the `biolmai` SDK, which holds back requests beyond it. This service sets no rate: whoever fills the queue is
 # answered 429. The figure is above anything that it could compute.
@@ -44,78 +41,18 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "predict": {"items": [{"sequence": "MKTFFV<mask>LVLLLSGALAAPVA"}]},
     "log_prob": {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]},
 }
-
-
-def _object(properties: Schema, required: list[str] | None = None, **more: Any) -> Schema:
-    needed = {} if required == [] else {"required": required or list(properties)}
-    return {"type": "object", "additionalProperties": False, "properties": properties} | needed | more
+_TEXT = {"type": "string"}
 
 
 def _list(items: Schema, **more: Any) -> Schema:
     return {"type": "array", "items": items} | more
 
 
-# -- requests --------------------------------------------------------------------------------------------------------
-
-
 def request_schema(served: ServedModel, action: str) -> Schema:
     """Make the JSON Schema of a request; clients read `properties.items.maxItems` and `throttle_rate`."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{served.slug} {action}"}
     tail = {"examples": [_EXAMPLES[action]], "throttle_rate": THROTTLE_RATE}
-    return head | _request(action, served.model.config.num_layers) | tail
-
-
-def _request(action: str, num_layers: int) -> Schema:
-    return _object(
-        {
-            "params": _object(_params(action, num_layers), required=[]),
-            "items": _list(_object({"sequence": _sequence(action)}), minItems=1, maxItems=MAX_ITEMS),
-        },
-        required=["items"],
-    )
-
-
-def _params(action: str, num_layers: int) -> Schema:
-    if action == "predict":
-        text = "Logits of all residues, or of the masks only."
-        return {"positions": {"type": "string", "enum": list(POSITIONS), "default": "all", "description": text}}
-    if action == "log_prob":
-        return {}
-    # One by one: as JSON Schema has it, an integer may be written 1.0, and a layer may not.
-    layers = {"enum": list(range(-(num_layers + 1), num_layers + 1))}
-    return {
-        "repr_layers": _list(
-            layers,
-            default=[-1],
-            maxItems=MAX_LIST,
-            description="Layers of the embeddings: 0 is the embedding, -1 the last layer.",
-        ),
-        "include": _list(
-            {"type": "string", "enum": list(INCLUDE_NAMES)},
-            default=["mean"],
-            maxItems=MAX_LIST,
-            description="Outputs; per_residue is per_token.",
-        ),
-    }
-
-
-def _sequence(action: str) -> Schema:
-    if action == "predict":
-        token = f"(?:[{PREDICT_LETTERS}]|{MASK_TOKEN})"
-        return {
-            "type": "string",
-            "minLength": len(MASK_TOKEN),
-            "maxLength": MAX_RESIDUES * len(MASK_TOKEN),
-            "pattern": f"^{token}*{MASK_TOKEN}{token}*$",
-            "description": f"1 to {MAX_RESIDUES} residues, with at least one {MASK_TOKEN}, which counts as one.",
-        }
-    return {
-        "type": "string",
-        "minLength": 1,
-        "maxLength": MAX_RESIDUES,
-        "pattern": f"^[{ENCODE_LETTERS}]+$",  # the hyphen is the last of the letters
-        "description": f"1 to {MAX_RESIDUES} residues: the 20 amino acids, B X Z U O and -, upper case.",
-    }
+    return head | body_schema(action, served.model.config.num_layers) | tail
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -124,16 +61,16 @@ def _sequence(action: str) -> Schema:
 def _answers() -> dict[str, Schema]:
     vector = _list({"type": "number"})
     matrix = _list(vector)
-    vocabulary = _list({"type": "string"}, examples=[list(AMINO_ACIDS)])
-    by_layer = _list(_object({"layer": {"type": "integer"}, "embedding": vector}))
+    vocabulary = _list(_TEXT, examples=[list(AMINO_ACIDS)])
+    by_layer = _list(object_schema({"layer": {"type": "integer"}, "embedding": vector}))
     results = {
-        "encode": _object(
+        "encode": object_schema(
             {
                 "sequence_index": {"type": "integer", "description": "Place of the item in the request."},
                 "embeddings": by_layer | {"description": "`mean`: over the residues."},
                 "bos_embeddings": by_layer | {"description": "`bos`: of the <cls> token."},
                 "per_token_embeddings": _list(
-                    _object({"layer": {"type": "integer"}, "embeddings": matrix}),
+                    object_schema({"layer": {"type": "integer"}, "embeddings": matrix}),
                     description="`per_token`: one row per residue.",
                 ),
                 "contacts": matrix | {"description": "L×L contact probabilities."},
@@ -144,14 +81,14 @@ def _answers() -> dict[str, Schema]:
             required=["sequence_index"],
             description="What was not requested is absent.",
         ),
-        "predict": _object(
+        "predict": object_schema(
             {
                 "logits": matrix | {"description": "One row per residue, or per mask with `positions: masked`."},
-                "sequence_tokens": _list({"type": "string"}, description="The residues, <mask> as one token."),
+                "sequence_tokens": _list(_TEXT, description="The residues, <mask> as one token."),
                 "vocab_tokens": vocabulary,
             }
         ),
-        "log_prob": _object(
+        "log_prob": object_schema(
             {
                 "log_prob": {
                     "type": ["number", "null"],
@@ -160,21 +97,20 @@ def _answers() -> dict[str, Schema]:
             }
         ),
     }
-    return {action: _object({"results": _list(result)}) for action, result in results.items()}
+    return {action: object_schema({"results": _list(result)}) for action, result in results.items()}
 
 
 def _error_answer() -> Schema:
-    text = {"type": "string"}
-    problem = _object({"loc": _list({"type": ["string", "integer"]}), "field": text, "msg": text})
-    return _object(
+    problem = object_schema({"loc": _list({"type": ["string", "integer"]}), "field": _TEXT, "msg": _TEXT})
+    return object_schema(
         {
-            "detail": text,
+            "detail": _TEXT,
             "errors": _list(problem),
             "status_code": {"type": "integer"},
-            "code": text | {"examples": ["user.validation"]},
+            "code": _TEXT | {"examples": ["user.validation"]},
             "error": {
                 "type": "object",
-                "additionalProperties": _list(text),
+                "additionalProperties": _list(_TEXT),
                 "examples": [{"items__0__sequence": ["the sequence is empty"]}],
             },
         }
@@ -186,24 +122,24 @@ def _error_answer() -> Schema:
 
 def openapi_document(catalog: Catalog) -> Schema:
     """Describe the whole API as OpenAPI 3.1."""
-    # What every served model has; one with more layers takes more.
-    layers = min(served.model.config.num_layers for served in catalog)
-    served_actions = [action for action in ACTIONS if any(action in served.actions for served in catalog)]
-    schemas = {f"{_title(action)}Request": _request(action, layers) for action in served_actions}
-    schemas |= {f"{_title(action)}Answer": schema for action, schema in _answers().items() if action in served_actions}
+    layers = min(served.model.config.num_layers for served in catalog)  # what every served model has
+    slug, action = _path_parameter("slug", catalog.slugs), _path_parameter("action", list(ACTIONS))
     paths: Schema = {}
-    for action in served_actions:
-        slugs = [served.slug for served in catalog if action in served.actions]
-        paths[f"/api/v3/{{slug}}/{action}/"] = {"post": _action_operation(action, slugs)}
-    action_parameter = _path_parameter("action", list(ACTIONS))
-    paths["/api/v3/schema/{slug}/{action}/"] = {
-        "get": _get_operation("schema", "JSON Schema of an action's request", _path_parameter("slug", catalog.slugs))
-    }
-    paths["/api/v3/schema/{slug}/{action}/"]["get"]["parameters"].append(action_parameter)
-    paths["/api/v3/models/"] = {"get": _get_operation("models", "The models that are served")}
-    paths["/healthz"] = {"get": _get_operation("healthz", "Whether the service is alive", may_be_down=True)}
-    paths["/readyz"] = {"get": _get_operation("readyz", "Whether the service takes requests", may_be_down=True)}
-    paths["/metrics"] = {"get": _get_operation("metrics", "Counters for Prometheus", media="text/plain")}
+    schemas: Schema = {"ErrorAnswer": _error_answer()}
+    for name, answer in _answers().items():
+        if slugs := [served.slug for served in catalog if name in served.actions]:
+            title = name.title().replace("_", "")
+            schemas |= {f"{title}Request": body_schema(name, layers), f"{title}Answer": answer}
+            paths[f"/api/v3/{{slug}}/{name}/"] = {"post": _action_operation(name, title, slugs)}
+    for path, name, summary, parameters in (
+        ("/api/v3/schema/{slug}/{action}/", "schema", "JSON Schema of an action's request", [slug, action]),
+        ("/api/v3/models/", "models", "The models that are served", []),
+        ("/healthz", "healthz", "Whether the service is alive", []),
+        ("/readyz", "readyz", "Whether the service takes requests", []),
+        ("/metrics", "metrics", "Counters for Prometheus", []),
+    ):
+        paths[path] = {"get": _get_operation(name, summary, parameters)}
+    key = "Token KEY (only if the service has keys)"
     return {
         "openapi": "3.1.0",
         "info": {
@@ -215,56 +151,45 @@ def openapi_document(catalog: Catalog) -> Schema:
         },
         "paths": paths,
         "components": {
-            "schemas": schemas | {"ErrorAnswer": _error_answer()},
+            "schemas": schemas,
             "securitySchemes": {
-                "token": {
-                    "type": "apiKey",
-                    "in": "header",
-                    "name": "Authorization",
-                    "description": "Token KEY (only if the service has keys)",
-                }
+                "token": {"type": "apiKey", "in": "header", "name": "Authorization", "description": key}
             },
         },
     }
 
 
-def _title(action: str) -> str:
-    return action.title().replace("_", "")
-
-
-def _action_operation(action: str, slugs: list[str]) -> Schema:
-    request = {"schema": _reference(f"{_title(action)}Request"), "example": _EXAMPLES[action]}
+def _action_operation(action: str, title: str, slugs: list[str]) -> Schema:
     answer = {
-        JSON_TYPE: {"schema": _reference(f"{_title(action)}Answer")},
+        JSON_TYPE: {"schema": _reference(f"{title}Answer")},
         NPZ_TYPE: {"schema": {"type": "string", "contentMediaType": NPZ_TYPE}},
     }
+    request = {"schema": _reference(f"{title}Request"), "example": _EXAMPLES[action]}
     return {
         "operationId": action,
         "summary": _SUMMARIES[action],
         "parameters": [_path_parameter("slug", slugs)],
         "security": [{"token": []}, {}],
         "requestBody": {"required": True, "content": {JSON_TYPE: request}},
-        "responses": {"200": {"description": "Results in the order of the items", "content": answer}}
-        | _error_responses(*_ERRORS),
+        "responses": _responses("Results in the order of the items", answer, _ERRORS),
     }
 
 
-def _get_operation(
-    name: str, summary: str, *parameters: Schema, media: str = JSON_TYPE, may_be_down: bool = False
-) -> Schema:
-    kind = "object" if media == JSON_TYPE else "string"
+def _get_operation(name: str, summary: str, parameters: list[Schema]) -> Schema:
+    content = {"text/plain": {"schema": _TEXT}} if name == "metrics" else {JSON_TYPE: {"schema": {"type": "object"}}}
+    errors = (403, 404, 405, 500, *([503] if name in ("healthz", "readyz") else []))
     return {
         "operationId": name,
         "summary": summary,
-        "parameters": list(parameters),
-        "responses": {"200": {"description": summary, "content": {media: {"schema": {"type": kind}}}}}
-        | _error_responses(403, 404, 405, 500, *([503] if may_be_down else [])),
+        "parameters": parameters,
+        "responses": _responses(summary, content, errors),
     }
 
 
-def _error_responses(*statuses: int) -> Schema:
-    content = {JSON_TYPE: {"schema": _reference("ErrorAnswer")}}
-    return {str(status): {"description": _ERRORS[status], "content": content} for status in statuses}
+def _responses(description: str, content: Schema, errors: Iterable[int]) -> Schema:
+    error = {JSON_TYPE: {"schema": _reference("ErrorAnswer")}}
+    good = {"200": {"description": description, "content": content}}
+    return good | {str(status): {"description": _ERRORS[status], "content": error} for status in errors}
 
 
 def _path_parameter(name: str, values: list[str]) -> Schema:

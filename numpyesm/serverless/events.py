@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from ..api.bodies import Gunzip, too_large
+from ..api.bodies import gunzip, too_large
 from ..api.errors import ApiError, invalid
 
 # At most one segment in front: the stage, or the base path of a custom domain.
@@ -82,9 +82,7 @@ class Request:
         else:
             data = self.content.encode("utf-8", "surrogatepass")
         if gzipped:
-            unpack = Gunzip(_MAX_UNPACKED)
-            data = unpack.feed(data)
-            unpack.finish()
+            data = gunzip(data, _MAX_UNPACKED)
         if len(data) > _MAX_UNPACKED:
             raise too_large(_MAX_UNPACKED)
         return data

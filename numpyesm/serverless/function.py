@@ -16,10 +16,10 @@ from ..alphabet import MASK
 from ..api.bodies import parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
 from ..api.errors import ApiError, as_api_error
-from ..api.media import GZIP_FROM, JSON_TYPE, NPZ_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
+from ..api.media import JSON_TYPE, AnswerForm, check_json_type, is_gzipped
 from ..api.requests import Work, check_request
 from ..errors import InvalidOption, NotEnoughMemory
-from ..formats import Result, gzip_pieces, json_bytes, json_results, npz_results
+from ..formats import json_bytes
 from ..model import ESM2
 from ..results import count_numbers
 from ..threads import default_threads
@@ -35,7 +35,8 @@ log = logging.getLogger("numpyesm.serverless")
 _MAX_ANSWER = 6 << 20
 _AROUND = 2048
 # Bytes of a number in an answer, at least: what is too large even so is refused before it is computed.
-_LEAST_BYTES = {"json": 8.0, "gzip": 4.0 * 4 / 3, "npz": 4.0 * 4 / 3}
+_LEAST_BYTES = 8.0
+_LEAST_BYTES_BINARY = 4.0 * 4 / 3
 # Of the function's memory that the model may not have: the runtime itself, the event, the answer as text.
 _KEPT_BACK = 56 << 20
 # MB of memory with which AWS gives one CPU.
@@ -151,12 +152,11 @@ def _act(request: Request, served: ServedModel, action: str, deadline: Deadline,
     check_json_type(request.header("content-type"))
     body = request.body(is_gzipped(request.header("content-encoding")))
     work = check_request(served, action, parse_json(body))
-    form = "npz" if answer_form(request.header("accept")) == NPZ_TYPE else "json"
-    if form == "json" and wants_gzip(request.header("accept-encoding")):
-        form = "gzip"
+    form = AnswerForm.chosen(request.header("accept"), request.header("accept-encoding"))
+    binary = form.npz or form.gzipped
     numbers = _numbers(work)
-    if not _fits(numbers * _LEAST_BYTES[form]):
-        raise _too_large(f"{numbers:,} numbers", form)
+    if not _fits(numbers * (_LEAST_BYTES_BINARY if binary else _LEAST_BYTES)):
+        raise _too_large(f"{numbers:,} numbers", binary)
     facts |= {"items": len(work.tokens), "residues": sum(work.lengths)}
     with deadline.alarm():
         started = time.perf_counter()
@@ -165,32 +165,22 @@ def _act(request: Request, served: ServedModel, action: str, deadline: Deadline,
             deadline.check()
             results.append(result)
         facts["compute_ms"] = _milliseconds(started)
-        answer = _write(results, form)
+        content = b"".join(form.write(results))
     # In the answer that Lambda takes, JSON is text in JSON: each quotation mark has two bytes.
-    content = answer.content
-    size = len(content) * 4 / 3 + 4 if answer.binary else len(content) + content.count(b'"')
+    size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
     if not _fits(size):
-        raise _too_large(f"{size / (1 << 20):.1f} MB", form)
-    return answer
-
-
-def _write(results: list[Result], form: str) -> _Answer:
-    headers = {"content-type": NPZ_TYPE if form == "npz" else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
-    content = b"".join(npz_results(results) if form == "npz" else json_results(results))
-    if form == "gzip" and len(content) >= GZIP_FROM:
-        content = b"".join(gzip_pieces([content]))
-        headers["content-encoding"] = "gzip"
-    return _Answer(content, headers, binary=form == "npz" or "content-encoding" in headers)
+        raise _too_large(f"{size / (1 << 20):.1f} MB", binary)
+    return _Answer(content, form.headers, binary=binary)
 
 
 def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
     """What there is to read: the models, and the schema of an action."""
     if "models" in route:
-        return {"models": [served.describe() for served in catalog]}
+        return catalog.describe()
     if "sdk_slug" in route:
         return catalog.get(route["sdk_slug"]).describe_for_sdk()
     if "sdk_models" in route:
-        return {"models": [served.describe_for_sdk() for served in catalog]}
+        return catalog.describe_for_sdk()
     from ..api.schema import request_schema  # not in a cold start
 
     action = route["schema_action"]
@@ -247,9 +237,9 @@ def _check_method(request: Request, *allowed: str) -> None:
         raise ApiError(405, "this address does not take this method", headers={"Allow": ", ".join(allowed)})
 
 
-def _too_large(size: str, form: str) -> ApiError:
+def _too_large(size: str, binary: bool) -> ApiError:
     """Make the 413 that says what to ask less of."""
-    other = "" if form != "json" else "send Accept-Encoding: gzip or Accept: application/x-npz, or "
+    other = "" if binary else "send Accept-Encoding: gzip or Accept: application/x-npz, or "
     return ApiError(
         413,
         f"the answer has {size} and a Lambda function may send 6 MB: {other}ask for fewer items at a time, fewer "

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import mimetypes
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from ..api.bodies import parse_json
 from ..api.catalog import Catalog
 from ..api.errors import ApiError
 from ..api.keys import KeyRing
-from ..api.media import JSON_TYPE, answer_form, check_json_type, is_gzipped, wants_gzip
-from ..api.requests import Work, check_request
+from ..api.media import JSON_TYPE
 from ..api.schema import openapi_document, request_schema
 from ..errors import NumpyesmError
 from ..formats import json_bytes
 from .access_log import AccessLog
-from .bodies import ClientGone, read_body
+from .actions import Actions
 from .engine import Engine
 from .gate import Gate, record_of
 from .metrics import TEXT_TYPE, Metrics
-from .result_response import ResultResponse
 from .settings import Settings
 
-Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+Document: TypeAlias = Callable[[Request], Any]
 
 # Nothing from elsewhere; pictures that the page draws itself come as blob: or data:.
 _PAGE_POLICY = (
@@ -65,14 +59,12 @@ class Service:
         access_log: AccessLog | None = None,
     ) -> None:
         self.catalog = catalog
-        self.keys = keys or KeyRing()
         self.settings = settings or Settings()
         self.metrics = Metrics()
         self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
         self.metrics.watch(self.engine)
+        self._actions = Actions(catalog, keys or KeyRing(), self.engine, self.settings)
         self._log = access_log or AccessLog()
-        self._writers = ThreadPoolExecutor(4, thread_name_prefix="numpyesm-answer")
-        self._openapi = json_bytes(openapi_document(catalog))
         router = Router(self._routes(), redirect_slashes=False, lifespan=self.lifespan)
         self.gate = Gate(router, self.settings, self.metrics, self._log)
 
@@ -96,154 +88,81 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
-        """Run the engine, of a service that is prepared, while the server runs."""
+        """Run the engine of a prepared service while the server runs."""
         self.engine.start()
         try:
             yield
         finally:
             await self.engine.stop()
-            self._writers.shutdown(wait=False, cancel_futures=True)
+            self._actions.stop()
             self._log.stop()
 
-    # -- addresses ------------------------------------------------------------------------------------------------
-
     def _routes(self) -> list[BaseRoute]:
+        catalog, openapi = self.catalog, openapi_document(self.catalog)
         routes: list[BaseRoute] = []
 
-        def add(path: str, endpoint: Endpoint, name: str, method: str = "GET") -> None:
-            async def run(request: Request) -> ASGIApp:
+        def add(path: str, name: str, document: Document) -> None:
+            async def answer(request: Request) -> Response:
                 record_of(request.scope).route = name
-                return await endpoint(request)
+                return Response(json_bytes(document(request)), media_type=JSON_TYPE)
 
-            for form in (path, f"{path}/") if path else ("/",):
-                routes.append(Route(form, run, methods=[method]))
+            routes.append(Route(path, answer))
+
+        def schema(request: Request) -> Any:
+            slug, action = request.path_params["slug"], request.path_params["action"]
+            return request_schema(catalog.find(slug, action), action)
 
         for version in ("/api/v3", "/api/v1"):
-            add(f"{version}/models", self._models, "models")
-            add(f"{version}/schema/{{slug}}/{{action}}", self._schema, "schema")
-            add(f"{version}/{{slug}}/{{action}}", self._act, "other", "POST")
+            add(f"{version}/models", "models", lambda _: catalog.describe())
+            add(f"{version}/schema/{{slug}}/{{action}}", "schema", schema)
+            routes.append(Route(f"{version}/{{slug}}/{{action}}", self._actions, methods=["POST"]))
         for prefix in ("/api/ui", "/ui"):  # where `biolmai model list` and `show` look
-            add(f"{prefix}/community-api-models", self._sdk_models, "models")
-            add(f"{prefix}/community-api-models/{{slug}}", self._sdk_model, "models")
-        add("/healthz", self._health, "healthz")
-        add("/readyz", self._ready, "readyz")
-        add("/metrics", self._metrics, "metrics")
-        add("/openapi.json", self._openapi_page, "openapi")
+            path = f"{prefix}/community-api-models"
+            add(path, "models", lambda _: catalog.describe_for_sdk())
+            add(f"{path}/{{slug}}", "models", lambda request: catalog.get(**request.path_params).describe_for_sdk())
+        add("/healthz", "healthz", self._health)
+        add("/readyz", "readyz", self._ready)
+        add("/openapi.json", "openapi", lambda _: openapi)
+        routes.append(Route("/metrics", self._metrics))
         mimetypes.add_type("text/javascript", ".js")  # a registry of Windows may say otherwise
         page = _Page(directory=_PAGE)
-        add("/docs", lambda request: page.file("docs.html", request), "docs")
-        add("", lambda request: page.file("index.html", request), "page")
-        routes.append(Mount("/page", page))
+        routes += [
+            Route("/docs", page.answer("docs.html")),
+            Route("/", page.answer("index.html")),
+            Mount("/page", page),
+        ]
         return routes
 
-    async def _health(self, _: Request) -> ASGIApp:
+    def _health(self, _: Request) -> Any:
         if not self.engine.alive:
             raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
-        return _json({"status": "ok"})
+        return {"status": "ok"}
 
-    async def _ready(self, _: Request) -> ASGIApp:
-        if not self.engine.alive or self.engine.draining:
-            reason = "shutting down" if self.engine.draining else "the engine has stopped"
-            raise ApiError(503, reason, code="server.not_ready", headers={"Retry-After": "5"})
-        return _json({"status": "ready", "models": self.catalog.slugs, "waiting": self.engine.waiting})
+    def _ready(self, request: Request) -> Any:
+        self._health(request)
+        if self.engine.draining:
+            raise ApiError(503, "shutting down", code="server.not_ready", headers={"Retry-After": "5"})
+        return {"status": "ready", "models": self.catalog.slugs, "waiting": self.engine.waiting}
 
-    async def _metrics(self, _: Request) -> ASGIApp:
+    async def _metrics(self, request: Request) -> Response:
+        record_of(request.scope).route = "metrics"
         return Response(self.metrics.page(), media_type=TEXT_TYPE)
-
-    async def _models(self, _: Request) -> ASGIApp:
-        return _json({"models": [served.describe() for served in self.catalog]})
-
-    async def _sdk_models(self, _: Request) -> ASGIApp:
-        return _json({"models": [served.describe_for_sdk() for served in self.catalog]})
-
-    async def _sdk_model(self, request: Request) -> ASGIApp:
-        return _json(self.catalog.get(request.path_params["slug"]).describe_for_sdk())
-
-    async def _schema(self, request: Request) -> ASGIApp:
-        action = request.path_params["action"]
-        return _json(request_schema(self.catalog.find(request.path_params["slug"], action), action))
-
-    async def _openapi_page(self, _: Request) -> ASGIApp:
-        return Response(self._openapi, media_type=JSON_TYPE)
-
-    # -- computing ------------------------------------------------------------------------------------------------
-
-    async def _act(self, request: Request) -> ASGIApp:
-        """Answer one `encode`, `predict` or `log_prob`."""
-        due = time.monotonic() + self.settings.deadline
-        record, headers = record_of(request.scope), request.headers
-        authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
-        record.client = self.keys.identify(authorization) or record.client
-        slug, action = request.path_params["slug"], request.path_params["action"]
-        served = self.catalog.find(slug, action)
-        record.route, record.slug = action, slug
-        self.engine.check_place(record.client)
-        check_json_type(headers.get("content-type"))
-        gzipped = is_gzipped(headers.get("content-encoding"))
-        body = await read_body(request.receive, headers.get("content-length"), gzipped, self.settings)
-        work = check_request(served, action, parse_json(body))
-        record.facts |= {"slug": slug, "action": action, "items": len(work.tokens), "residues": sum(work.lengths)}
-        return await self._compute(request, work, due)
-
-    async def _compute(self, request: Request, work: Work, due: float) -> ResultResponse:
-        record, headers = record_of(request.scope), request.headers
-        job = self.engine.submit(work, record.client)
-        gone = asyncio.create_task(_hang_up(request.receive))
-        try:
-            left = max(0.0, due - time.monotonic())
-            ends: set[asyncio.Future[Any]] = {job.done, gone}
-            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if job.started is not None:
-                record.facts["queue_ms"] = round((job.started - job.arrived) * 1e3, 2)
-            if not job.done.done():
-                if gone.done():
-                    raise ClientGone
-                raise ApiError(
-                    503,
-                    f"no result within {self.settings.deadline:g} seconds",
-                    code="server.deadline",
-                    headers={"Retry-After": str(self.engine.retry_after())},
-                )
-            results = job.done.result()
-            if job.computed is not None:
-                record.facts["compute_ms"] = round((job.computed - (job.started or job.arrived)) * 1e3, 2)
-            return ResultResponse(
-                results,
-                form=answer_form(", ".join(headers.getlist("accept"))),
-                gzipped=wants_gzip(", ".join(headers.getlist("accept-encoding"))),
-                size=job.memory,
-                gone=gone,
-                release=lambda: self.engine.release(job),
-                threads=self._writers,
-            )
-        except BaseException:
-            gone.cancel()
-            self.engine.release(job)
-            raise
-
-
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _json(document: Any) -> Response:
-    return Response(json_bytes(document), media_type=JSON_TYPE)
 
 
 class _Page(StaticFiles):
     """The files of the page, asked for anew each time, under a policy that lets nothing in from elsewhere."""
 
-    def file_response(self, *arguments: Any, **options: Any) -> Response:
-        response = super().file_response(*arguments, **options)
+    def answer(self, name: str) -> Callable[[Request], Any]:
+        """Make an endpoint that answers with one file."""
+
+        async def answer(request: Request) -> Response:
+            return await self.get_response(name, request.scope)
+
+        return answer
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        record_of(scope).route = "docs" if path == "docs.html" else "page"
+        response = await super().get_response(path, scope)
         response.headers["Content-Security-Policy"] = _PAGE_POLICY
         response.headers["Cache-Control"] = "no-cache"
         return response
-
-    async def file(self, name: str, request: Request) -> ASGIApp:
-        """Answer with one file."""
-        return await self.get_response(name, request.scope)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record_of(scope).route = "page"
-        await super().__call__(scope, receive, send)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 
 from ..alphabet import tokenize
 from ..api.catalog import Catalog
@@ -19,7 +17,7 @@ from ..memory import format_memory
 from ..options import Outputs
 from .admission import Admission
 from .jobs import Job, Part, compute
-from .queue import FairQueue, QueueFull
+from .queue import FairQueue
 from .settings import Settings
 
 # Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep whoever comes
@@ -53,10 +51,10 @@ class Engine:
         self._catalog = catalog
         self._settings = settings
         self._on_pass = on_pass
-        self._queue = FairQueue(settings.queue_size, settings.client_limit)
+        self._queue = FairQueue()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._thread: _Thread | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="numpyesm-engine")
         self._running: list[Job] = []
         self._stopped = False
         self._rows_per_second = 1000.0
@@ -73,15 +71,7 @@ class Engine:
         InvalidOption
             The memory limit leaves nothing for requests: every one would be refused.
         """
-        self._thread = _Thread()
-        for served in self._catalog:
-            include = ["mean", "attentions"]
-            include += ["logits"] * served.checkpoint.has_lm_head
-            include += ["contacts"] * served.checkpoint.has_contact_head
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for length in (20, 120):
-                    served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
+        self._thread.submit(self._warm_up).result()
         self.admission = Admission(self._settings.max_memory, PASS_ROWS)
         for served in self._catalog:
             outputs = Outputs(("mean",), (served.model.config.num_layers,))
@@ -92,6 +82,16 @@ class Engine:
                     f"nothing for requests to {served.slug}: the process takes {format_memory(self.admission.idle)} "
                     f"without any, and about {format_memory(need)} with one"
                 )
+
+    def _warm_up(self) -> None:
+        for served in self._catalog:
+            include = ["mean", "attentions"]
+            include += ["logits"] * served.checkpoint.has_lm_head
+            include += ["contacts"] * served.checkpoint.has_contact_head
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for length in (20, 120):
+                    served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
 
     def start(self) -> None:
         """Begin, in the event loop that calls this; `prepare` comes first."""
@@ -129,19 +129,13 @@ class Engine:
             raise _shutting_down()
         if not self.alive:
             raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
-        try:
-            self._queue.check_place(client)
-        except QueueFull as full:
+        limit, size = self._settings.client_limit, self._settings.queue_size
+        too_many = self._queue.count(client) >= limit
+        if too_many or len(self._queue) >= size:
             wait = {"Retry-After": str(self.retry_after())}
-            if full.mine:
-                limit = self._settings.client_limit
-                raise ApiError(429, f"{limit} requests of this client are waiting already", headers=wait) from None
-            raise ApiError(
-                503,
-                f"the queue is full ({self._settings.queue_size} requests)",
-                code="server.queue_full",
-                headers=wait,
-            ) from None
+            if too_many:
+                raise ApiError(429, f"{limit} requests of this client are waiting already", headers=wait)
+            raise ApiError(503, f"the queue is full ({size} requests)", code="server.queue_full", headers=wait)
 
     def submit(self, work: Work, client: str) -> Job:
         """Queue a job.
@@ -175,7 +169,7 @@ class Engine:
     # -- the task ---------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        assert self._thread is not None
+        loop = asyncio.get_running_loop()
         while not self._stopped:
             parts = self._queue.take(PASS_ROWS, self.admission.admit)
             if not parts:
@@ -184,7 +178,7 @@ class Engine:
                 continue
             self._begin(parts)
             start = time.perf_counter()
-            await asyncio.wrap_future(self._thread.submit(compute, parts))
+            await loop.run_in_executor(self._thread, compute, parts)
             self._finish(parts, time.perf_counter() - start)
 
     def _begin(self, parts: Sequence[Part]) -> None:
@@ -223,34 +217,8 @@ def _resolve(job: Job, error: ApiError | None) -> None:
     if error is not None:
         job.done.set_exception(error)
     else:
-        job.done.set_result(job.results)
+        job.done.set_result(None)
 
 
 def _shutting_down() -> ApiError:
     return ApiError(503, "the service is shutting down", code="server.draining", headers={"Retry-After": "5"})
-
-
-class _Thread:
-    """One daemon thread for calls of any length: at exit nobody waits for it, as one does for an executor's."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[None], Callable[[Sequence[Part]], None], Sequence[Part]]]
-        self._calls = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="numpyesm-engine", daemon=True).start()
-
-    def submit(self, work: Callable[[Sequence[Part]], None], parts: Sequence[Part]) -> Future[None]:
-        """Have `work(parts)` done."""
-        future: Future[None] = Future()
-        self._calls.put((future, work, parts))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, work, parts = self._calls.get()
-            try:
-                work(parts)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-            del future, work, parts  # results live no longer than their answers

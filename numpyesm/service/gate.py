@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..api.errors import ApiError
+from ..api.errors import ApiError, as_api_error
 from ..api.media import JSON_TYPE
 from .access_log import AccessLog
-from .bodies import ClientGone
 from .hosts import check_host
 from .metrics import HUNG_UP, Metrics
 from .settings import Settings
@@ -39,33 +40,23 @@ _MAX_DISCARDED = 16 << 20
 
 @dataclass
 class Record:
-    """What is known of a request, for its line in the log."""
+    """What is known of a request, for its line in the log and for the counters."""
 
     id: str
     client: str
+    method: str = ""
+    path: str = ""
     route: str = "other"
     slug: str = ""
+    status: int = 0
+    sent: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
-    hung_up: bool = False
 
 
 def record_of(scope: Scope) -> Record:
     """The record of the request in hand."""
     record: Record = scope["numpyesm.record"]
     return record
-
-
-async def send_bytes(send: Send, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    """Send an answer whole."""
-    length = (b"content-length", str(len(content)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": content})
-
-
-async def send_error(send: Send, error: ApiError) -> None:
-    """Send an error in the one shape."""
-    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    await send_bytes(send, error.status, error.body(), [(b"content-type", JSON_TYPE.encode()), *headers])
 
 
 class Gate:
@@ -78,30 +69,27 @@ class Gate:
         self._log = access_log
         self.active = 0
 
-    def refused(self, request_id: str, client: str, error: ApiError, size: int) -> None:
-        """Count and log what never became a request: too many connections, no HTTP, a head that did not come."""
-        record = Record(request_id, client, facts={"reason": error.detail})
-        self._over(record, "", "", error.status, 0.0, size)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        record = Record(_request_id(headers), scope["client"][0] if scope.get("client") else "unknown")
+        client = scope["client"][0] if scope.get("client") else "unknown"
+        record = Record(_request_id(scope["headers"]), client, scope["method"], _printable(scope["path"]))
         exchange = _Exchange(scope, receive, send, record, self._settings)
+        # Every address is taken with and without a slash at its end.
+        inner = {**scope, "app": self, "path": scope["path"].removesuffix("/") or "/", "numpyesm.record": record}
         self.active += 1
         try:
-            with suppress(ClientGone):
-                await self._answer({**scope, "app": self, "numpyesm.record": record}, exchange)
+            await self._answer(inner, exchange)
+        except ClientDisconnect:
+            record.status = HUNG_UP
         except asyncio.CancelledError:  # the server leaves, and this client does not read
             exchange.abort()
         finally:
             self.active -= 1
-            status = HUNG_UP if record.hung_up or not exchange.status else exchange.status
-            seconds = time.perf_counter() - start
-            self._over(record, scope["method"], _printable(scope["path"]), status, seconds, exchange.sent)
+            record.status = record.status or HUNG_UP
+            self.count(record, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         """Run the application, and send what it raises."""
@@ -111,31 +99,31 @@ class Gate:
                 hosts = [value for name, value in scope["headers"] if name == b"host"]
                 check_host(hosts, self._settings.allowed_hosts)
             await self._app(scope, exchange.receive, exchange.send)
-        except ApiError as error:
-            await send_error(exchange.send, error)
-        except HTTPException as error:
-            await send_error(exchange.send, _from_router(error))
-        except ClientGone:
-            exchange.record.hung_up = True
+        except ClientDisconnect:
+            raise
         except Exception as error:
-            log.error("request %s failed", exchange.record.id, exc_info=error)
-            if exchange.status:  # in the middle of an answer: only a broken connection tells the client
+            refusal = _from_router(error) if isinstance(error, HTTPException) else as_api_error(error)
+            if refusal.status == 500 and refusal is not error:
+                log.error("request %s failed", exchange.record.id, exc_info=error)
+            if exchange.record.status:  # in the middle of an answer: only a broken connection tells the client
                 exchange.abort()
-            else:
-                await send_error(exchange.send, ApiError(500, "internal error"))
+                return
+            response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
+            await response(scope, exchange.receive, exchange.send)
 
-    def _over(self, record: Record, method: str, path: str, status: int, seconds: float, sent: int) -> None:
-        self._metrics.request(record.route, record.slug, status, seconds, sent)
+    def count(self, record: Record, seconds: float = 0.0) -> None:
+        """Count and log a request that is over, or what never became one."""
+        self._metrics.request(record.route, record.slug, record.status, seconds, record.sent)
         self._log.add(
             {
                 "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
                 "id": record.id,
                 "client": record.client,
-                "method": method,
-                "path": path,
-                "status": status,
+                "method": record.method,
+                "path": record.path,
+                "status": record.status,
                 "ms": round(seconds * 1e3, 2),
-                "bytes": sent,
+                "bytes": record.sent,
                 **record.facts,
             }
         )
@@ -151,8 +139,6 @@ class _Exchange:
         self._settings = settings
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.record = record
-        self.status = 0
-        self.sent = 0
         self._body_left = self._headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self._headers
         self._asks_first = b"expect" in self._headers  # whether to send the body
 
@@ -175,12 +161,12 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on a piece of the answer; ClientGone if the client does not take it."""
+        """Pass on a piece of the answer; ClientDisconnect if the client does not take it."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.record.status = message["status"]
             message = {**message, "headers": self._with_safety(message.get("headers", []))}
         else:
-            self.sent += len(message.get("body", b""))
+            self.record.sent += len(message.get("body", b""))
             if self._body_left and not self._asks_first and not message.get("more_body", False):
                 # A client that is still sending would be reset, and never see the answer.
                 await self._write({**message, "more_body": True})
@@ -191,17 +177,16 @@ class _Exchange:
     async def _write(self, message: Message) -> None:
         try:
             await asyncio.wait_for(self._send(message), self._settings.write_timeout)
-        except (asyncio.TimeoutError, TimeoutError):
+        except asyncio.TimeoutError:
             self.record.facts["reason"] = "the client does not read"
-            self.record.hung_up = True
             self.abort()
-            raise ClientGone from None
+            raise ClientDisconnect from None
 
     async def _discard_body(self) -> None:
         """Take the rest of the body, up to a size and for the time of a head; then break the connection."""
         end = time.monotonic() + self._settings.head_timeout
         left = _MAX_DISCARDED
-        with suppress(asyncio.TimeoutError, TimeoutError):
+        with suppress(asyncio.TimeoutError):
             while self._body_left and left > 0:
                 message = await asyncio.wait_for(self.receive(), max(0.0, end - time.monotonic()))
                 left -= len(message.get("body", b""))

@@ -25,7 +25,7 @@ class Job:
     memory : int
         Bytes of its results.
     done : Future
-        Gets the results, or an ApiError.
+        Done when the results are there; or gets an ApiError.
     taken : int
         Sequences that the engine has taken so far.
     """
@@ -33,7 +33,7 @@ class Job:
     work: Work
     client: str
     memory: int
-    done: asyncio.Future[list[Result]]
+    done: asyncio.Future[None]
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     computed: float | None = None
@@ -47,6 +47,15 @@ class Job:
 
     def __post_init__(self) -> None:
         self.rows = [length + 2 for length in self.work.lengths]
+
+    def times(self) -> dict[str, float]:
+        """Milliseconds in the queue and in the engine, as far as they are over."""
+        if self.started is None:
+            return {}
+        times = {"queue_ms": round((self.started - self.arrived) * 1e3, 2)}
+        return (
+            times if self.computed is None else times | {"compute_ms": round((self.computed - self.started) * 1e3, 2)}
+        )
 
     @property
     def group(self) -> Hashable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -12,25 +11,20 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..api.errors import ApiError
-from .gate import Gate
+from .gate import Gate, Record
 from .settings import Settings
 
 
 def make_protocol(settings: Settings, gate: Gate) -> type[asyncio.Protocol]:
-    """Make the protocol class for a server with these settings; `gate` is told of what it refuses itself."""
-
-    class Protocol(_LimitedProtocol):
-        limits = settings
-        refused = staticmethod(gate.refused)
-
-    return Protocol
+    """Make the protocol class for a server with these settings; `gate` counts what it refuses itself."""
+    return type("Protocol", (_LimitedProtocol,), {"limits": settings, "gate": gate})
 
 
 class _LimitedProtocol(H11Protocol):
     """A connection that waits for a request's head only so long."""
 
     limits: Settings
-    refused: Callable[[str, str, ApiError, int], None]
+    gate: Gate
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -109,7 +103,8 @@ class _LimitedProtocol(H11Protocol):
         ]
         self.transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
         self.transport.close()
-        self.refused(request_id, self.client[0] if self.client else "unknown", error, len(body))
+        client, facts = self.client[0] if self.client else "unknown", {"reason": error.detail}
+        self.gate.count(Record(request_id, client, status=error.status, sent=len(body), facts=facts))
 
     def _abort_later(self) -> None:
         """Break the connection in the end: closing waits for the client to read, and it may never do."""

@@ -1,4 +1,4 @@
-"""Waiting jobs: bounded, and taken so that no client crowds out the others."""
+"""Waiting jobs, taken so that no client crowds out the others."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from .jobs import Job, Part
-
-
-class QueueFull(Exception):
-    """There is no place; `mine` if it is the client's own share that is full."""
-
-    def __init__(self, mine: bool) -> None:
-        super().__init__()
-        self.mine = mine
 
 
 class FairQueue:
@@ -24,9 +16,7 @@ class FairQueue:
     served, but after each pass of a job that needs several, jobs that need only one go first.
     """
 
-    def __init__(self, size: int, client_limit: int) -> None:
-        self._size = size
-        self._client_limit = client_limit
+    def __init__(self) -> None:
         self._by_client: dict[str, deque[Job]] = {}
         self._given: dict[str, float] = {}
 
@@ -36,16 +26,12 @@ class FairQueue:
     def __iter__(self) -> Iterator[Job]:
         return (job for jobs in self._by_client.values() for job in jobs)
 
-    def check_place(self, client: str) -> None:
-        """Raise QueueFull if a job of `client` would not be taken."""
-        if len(self._by_client.get(client, ())) >= self._client_limit:
-            raise QueueFull(mine=True)
-        if len(self) >= self._size:
-            raise QueueFull(mine=False)
+    def count(self, client: str) -> int:
+        """Jobs of one client."""
+        return len(self._by_client.get(client, ()))
 
     def put(self, job: Job) -> None:
-        """Append a job, or raise QueueFull."""
-        self.check_place(job.client)
+        """Append a job."""
         if job.client not in self._by_client:
             # A new or returning client starts at the current minimum, so idling earns no credit and reconnecting
             # clears no debt.

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,10 @@ from running_service import check_error, items, same
 from numpyesm import ESM2
 from numpyesm.api.catalog import Catalog
 from numpyesm.api.errors import ApiError
+from numpyesm.api.keys import KeyRing
 from numpyesm.config import ModelConfig
+from numpyesm.errors import NotEnoughMemory
+from numpyesm.passes import Passes
 from numpyesm.serverless.function import Function
 from numpyesm.weights.synthetic import random_checkpoint
 
@@ -28,9 +31,13 @@ from starlette.testclient import TestClient
 
 from numpyesm.service.app import Service
 
-pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
+    pytest.mark.filterwarnings("ignore::numpyesm.InputWarning"),
+]
 
 NAMES = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
+ACTIONS = ("encode", "predict", "log_prob")
 JSON = {"content-type": "application/json"}
 GZIP = {**JSON, "content-encoding": "gzip"}
 
@@ -62,50 +69,48 @@ def catalog(library: ESM2) -> Catalog:
     return Catalog({"esm2-35m": library, "headless": ESM2(headless, backend="numpy", threads=1)})
 
 
-@pytest.fixture(scope="module")
-def http(catalog: Catalog) -> Iterator[Ask]:
-    service = Service(catalog)
-    service.prepare()
-    with TestClient(service.gate, base_url="http://localhost") as client:
+def ask_lambda(function: Function, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+    """Through a function URL."""
+    event = {
+        "version": "2.0",
+        "rawPath": path,
+        "headers": headers,
+        "requestContext": {"http": {"method": method, "path": path}},
+        "body": base64.b64encode(body).decode(),
+        "isBase64Encoded": True,
+    }
+    answer = json.loads(json.dumps(function.handle(event)))
+    content = base64.b64decode(answer["body"]) if answer["isBase64Encoded"] else answer["body"].encode()
+    return Answer(answer["statusCode"], answer["headers"], content)
 
-        def ask(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-            client.headers = {"accept-encoding": "identity"}
-            with client.stream(method, path, content=body, headers=headers, follow_redirects=False) as response:
-                return Answer(response.status_code, dict(response.headers), b"".join(response.iter_raw()))
 
-        yield ask
-
-
-@pytest.fixture(scope="module")
-def aws(catalog: Catalog) -> Ask:
-    function = Function(catalog)
+def both_doors(client: TestClient, function: Function) -> Ask:
+    """Ask both doors the same; their answers must be equal, and one of them is returned."""
 
     def ask(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-        event = {
-            "version": "2.0",
-            "rawPath": path,
-            "headers": headers or {},
-            "requestContext": {"http": {"method": method, "path": path}},
-            "body": base64.b64encode(body).decode(),
-            "isBase64Encoded": True,
-        }
-        answer = json.loads(json.dumps(function.handle(event)))
-        content = answer["body"].encode()
-        content = base64.b64decode(content) if answer["isBase64Encoded"] else content
-        return Answer(answer["statusCode"], answer["headers"], content)
+        client.headers = {"accept-encoding": "identity"}
+        with client.stream(method, path, content=body, headers=headers, follow_redirects=False) as response:
+            answer = Answer(response.status_code, dict(response.headers), b"".join(response.iter_raw()))
+        other = ask_lambda(function, method, path, body, headers or {})
+        assert (answer.status_code, answer.content) == (other.status_code, other.content)
+        for name in ("content-type", "content-encoding", "vary", "www-authenticate", "retry-after"):
+            assert answer.headers.get(name) == other.headers.get(name)
+        assert ("allow" in answer.headers) == ("Allow" in other.headers or "allow" in other.headers)
+        return answer
 
     return ask
 
 
-@pytest.fixture(params=["http", "aws"])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    """Each door in turn."""
-    door: Ask = request.getfixturevalue(request.param)
-    return door
+@pytest.fixture(scope="module")
+def ask(catalog: Catalog) -> Any:
+    service = Service(catalog)
+    service.prepare()
+    with TestClient(service.gate, base_url="http://localhost") as client:
+        yield both_doors(client, Function(catalog))
 
 
-def post(ask: Ask, action: str, document: Any, **headers: str) -> Answer:
-    return ask("POST", f"/api/v3/esm2-35m/{action}", json.dumps(document).encode(), JSON | headers)
+def post(ask: Ask, action: str, document: Any, slug: str = "esm2-35m", **headers: str) -> Answer:
+    return ask("POST", f"/api/v3/{slug}/{action}", json.dumps(document).encode(), JSON | headers)
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------
@@ -123,20 +128,13 @@ SEQUENCES = ["MKTFFVLVLLLSGALAAPVA", "M", random_sequence(60), "MKBXZUO-A"]
         *({"include": [name]} for name in NAMES),
         {"include": NAMES, "repr_layers": [0, -1]},
         {"include": ["logits", "logits"], "repr_layers": []},
+        {"include": ["per_residue"]},
     ],
 )
 def test_encode(ask: Ask, library: ESM2, params: dict[str, Any] | None) -> None:
     document = {"items": items(*SEQUENCES)} | ({} if params is None else {"params": params})
     expected = [result.to_dict() for result in library.encode(SEQUENCES, **(params or {}))]
     same(post(ask, "encode", document).json(), {"results": expected})
-
-
-def test_per_residue_is_per_token(ask: Ask) -> None:
-    first, second = (
-        post(ask, "encode", {"params": {"include": [name]}, "items": items("MK")}).json()
-        for name in ("per_residue", "per_token")
-    )
-    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -165,13 +163,10 @@ def test_predict(ask: Ask, library: ESM2, params: dict[str, str] | None) -> None
 
 
 def test_log_prob(ask: Ask, library: ESM2) -> None:
-    answer = post(ask, "log_prob", {"params": {}, "items": items(*SEQUENCES)}).json()
-    same(answer, {"results": [{"log_prob": score} for score in library.log_prob(SEQUENCES).tolist()]})
-
-
-def test_no_letters_no_log_prob(ask: Ask) -> None:
-    results = post(ask, "log_prob", {"items": items("XXXX", "----", "MK")}).json()["results"]
-    assert [result["log_prob"] is None for result in results] == [True, True, False]
+    """A sequence without any of the 20 amino acids has none."""
+    answer = post(ask, "log_prob", {"params": {}, "items": items(*SEQUENCES, "XXXX", "----")}).json()
+    expected = [*library.log_prob(SEQUENCES).tolist(), None, None]
+    same(answer, {"results": [{"log_prob": score} for score in expected]})
 
 
 def test_npz(ask: Ask, library: ESM2) -> None:
@@ -193,42 +188,27 @@ def test_npz(ask: Ask, library: ESM2) -> None:
 @pytest.mark.parametrize(
     ("coding", "gzipped"),
     [
-        ("gzip", True),
-        ("deflate, gzip;q=0.5", True),
-        ("*", True),
-        ("identity", False),
-        ("br", False),
-        ("gzip;q=0", False),
+        *((coding, True) for coding in ("gzip", "deflate, gzip;q=0.5", "*")),
+        *((coding, False) for coding in ("identity", "br", "gzip;q=0")),
     ],
 )
-def test_gzipped_answers(ask: Ask, coding: str, gzipped: bool) -> None:
-    answer = post(ask, "encode", {"items": items("MKT")}, **{"accept-encoding": coding})
+def test_gzip(ask: Ask, coding: str, gzipped: bool) -> None:
+    """Of bodies, in one or more members, and of answers."""
+    packed = gzip.compress(GOOD[:10]) + gzip.compress(GOOD[10:]) if gzipped else gzip.compress(GOOD)
+    answer = ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP | {"accept-encoding": coding})
     assert answer.headers.get("content-encoding") == ("gzip" if gzipped else None)
     content = gzip.decompress(answer.content) if gzipped else answer.content
     assert len(json.loads(content)["results"]) == 1
 
 
-def test_gzipped_bodies(ask: Ask) -> None:
-    body = json.dumps({"items": items("MKT")}).encode()
-    for packed in (gzip.compress(body), gzip.compress(body[:10]) + gzip.compress(body[10:])):
-        assert ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP).status_code == 200
-
-
 @pytest.mark.parametrize("path", ["/api/v3/{}", "/api/v3/{}/", "/api/v1/{}", "/api/v1/{}/"])
-def test_what_there_is_to_read(ask: Ask, catalog: Catalog, path: str) -> None:
-    models = ask("GET", path.format("models")).json()["models"]
-    assert [(model["slug"], model["actions"]) for model in models] == [
-        ("esm2-35m", ["encode", "predict", "log_prob"]),
-        ("headless", ["encode"]),
-    ]
-    assert models[0]["source"].startswith("synthetic")
-    assert (models[0]["layers"], models[0]["width"], models[0]["max_items"], models[0]["max_length"]) == (
-        3,
-        32,
-        8,
-        2048,
-    )
-    for action in ("encode", "predict", "log_prob"):
+def test_what_there_is_to_read(ask: Ask, path: str) -> None:
+    first, second = ask("GET", path.format("models")).json()["models"]
+    assert (first["slug"], first["actions"]) == ("esm2-35m", list(ACTIONS))
+    assert (second["slug"], second["actions"]) == ("headless", ["encode"])
+    assert first["source"].startswith("synthetic")
+    assert [first[name] for name in ("layers", "width", "max_items", "max_length")] == [3, 32, 8, 2048]
+    for action in ACTIONS:
         schema = ask("GET", path.format(f"schema/esm2-35m/{action}")).json()
         Draft202012Validator.check_schema(schema)
         assert schema["properties"]["items"]["maxItems"] == 8
@@ -242,6 +222,25 @@ def test_where_the_sdk_looks_for_models(ask: Ask, prefix: str) -> None:
     assert (models[1]["encoder"], models[1]["predictor"]) == (True, False)
     assert ask("GET", f"{prefix}/community-api-models/headless/").json() == models[1]
     check_error(ask("GET", f"{prefix}/community-api-models/other/"), 404)
+
+
+def test_keys(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["first-key", "second-key"]
+    monkeypatch.setenv("NUMPYESM_API_KEYS", ",".join(keys))
+    service = Service(catalog, KeyRing(keys))
+    service.prepare()
+    with TestClient(service.gate, base_url="http://localhost") as client:
+        ask = both_doors(client, Function(catalog))
+        for value in ("Token first-key", "token second-key", "TOKEN  second-key "):
+            assert post(ask, "encode", {"items": ONE}, authorization=value).status_code == 200
+        words = "Token", "Token ", "Token first", "Token first-key-and-more", "Bearer first-key", "first-key"
+        for value in (None, *words, "Token first-key second-key", "Basic Zmlyc3Q6a2V5"):
+            headers = {} if value is None else {"authorization": value}
+            for slug in ("esm2-35m", "nothing"):  # says nothing of what there is
+                answer = post(ask, "encode", {"items": ONE}, slug, **headers)
+                assert check_error(answer, 401)["code"] == "user.authentication"
+                assert answer.headers["www-authenticate"].startswith("Token")
+        assert ask("GET", "/healthz").json() == {"status": "ok"}
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -290,16 +289,13 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("action", "document", "fields"), REFUSED, ids=[f"{i}-{r[0]}" for i, r in enumerate(REFUSED)])
-def test_every_fault_is_named(http: Ask, aws: Ask, action: str, document: Any, fields: list[str]) -> None:
-    answers = [post(ask, action, document) for ask in (http, aws)]
-    check_error(answers[0], 422, *fields)
-    assert answers[0].json() == answers[1].json()
+def test_every_fault_is_named(ask: Ask, action: str, document: Any, fields: list[str]) -> None:
+    check_error(post(ask, action, document), 422, *fields)
 
 
-def test_the_schema_refuses_what_the_service_refuses(http: Ask) -> None:
+def test_the_schema_refuses_what_the_service_refuses(ask: Ask) -> None:
     schemas = {
-        action: Draft202012Validator(http("GET", f"/api/v3/schema/esm2-35m/{action}").json())
-        for action in ("encode", "predict", "log_prob")
+        action: Draft202012Validator(ask("GET", f"/api/v3/schema/esm2-35m/{action}").json()) for action in ACTIONS
     }
     for action, document, _ in REFUSED:
         too_many_masks = action == "predict" and "<mask>" * 2049 in str(document)  # which a pattern cannot count
@@ -316,10 +312,10 @@ def test_messages_say_which_position_and_what_is_meant(ask: Ask) -> None:
 
 
 def test_heads_that_the_weights_lack(ask: Ask) -> None:
-    body = json.dumps({"items": ONE, "params": {"include": ["logits", "mean", "contacts"]}}).encode()
-    document = check_error(ask("POST", "/api/v3/headless/encode", body, JSON), 422, "params__include")
-    assert len(document["error"]["params__include"]) == 2
-    check_error(ask("POST", "/api/v3/headless/log_prob", json.dumps({"items": ONE}).encode(), JSON), 404)
+    document = {"items": ONE, "params": {"include": ["logits", "mean", "contacts"]}}
+    error = check_error(post(ask, "encode", document, "headless"), 422, "params__include")
+    assert len(error["error"]["params__include"]) == 2
+    check_error(post(ask, "log_prob", {"items": ONE}, "headless"), 404)
 
 
 GOOD = json.dumps({"items": ONE}).encode()
@@ -349,10 +345,8 @@ GOOD = json.dumps({"items": ONE}).encode()
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_not_quite_json(http: Ask, aws: Ask, body: bytes, reason: str) -> None:
-    answers = [ask("POST", "/api/v3/esm2-35m/encode", body, JSON) for ask in (http, aws)]
-    assert reason in check_error(answers[0], 422, "__all__")["detail"]
-    assert answers[0].json() == answers[1].json()
+def test_not_quite_json(ask: Ask, body: bytes, reason: str) -> None:
+    assert reason in check_error(ask("POST", "/api/v3/esm2-35m/encode", body, JSON), 422, "__all__")["detail"]
 
 
 @pytest.mark.parametrize(
@@ -367,12 +361,10 @@ def test_not_quite_json(http: Ask, aws: Ask, body: bytes, reason: str) -> None:
         {**JSON, "content-encoding": "gzip, gzip"},
     ],
 )
-def test_media_types(http: Ask, aws: Ask, headers: dict[str, str]) -> None:
-    answers = [ask("POST", "/api/v3/esm2-35m/encode", GOOD, headers) for ask in (http, aws)]
-    check_error(answers[0], 415)
-    assert answers[0].json() == answers[1].json()
+def test_media_types(ask: Ask, headers: dict[str, str]) -> None:
+    check_error(ask("POST", "/api/v3/esm2-35m/encode", GOOD, headers), 415)
     for media in ("application/json; charset=UTF-8", "Application/JSON", 'application/json;charset="utf-8"'):
-        assert http("POST", "/api/v3/esm2-35m/encode", GOOD, {"content-type": media}).status_code == 200
+        assert ask("POST", "/api/v3/esm2-35m/encode", GOOD, {"content-type": media}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -389,10 +381,8 @@ def test_media_types(http: Ask, aws: Ask, headers: dict[str, str]) -> None:
         (gzip.compress(b" " * (3 << 20)), 413),
     ],
 )
-def test_damaged_gzip(http: Ask, aws: Ask, packed: bytes, status: int) -> None:
-    answers = [ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP) for ask in (http, aws)]
-    check_error(answers[0], status, "__all__")
-    assert answers[0].json() == answers[1].json()
+def test_damaged_gzip(ask: Ask, packed: bytes, status: int) -> None:
+    check_error(ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP), status, "__all__")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +406,7 @@ def test_wrong_addresses_and_methods(ask: Ask, method: str, path: str, status: i
     answer = ask(method, path, GOOD if method == "POST" else b"", JSON)
     check_error(answer, status)
     assert "access-control-allow-origin" not in answer.headers
-    assert (status == 405) == ("allow" in {name.lower() for name in answer.headers})
+    assert (status == 405) == ("allow" in answer.headers)
 
 
 def test_hostile_text_comes_back_tame(ask: Ask) -> None:
@@ -436,3 +426,29 @@ def test_every_item_is_named_however_many_problems_another_has() -> None:
     document = json.loads(ApiError(422, "x", problems=problems).body())
     assert len(document["errors"]) == 64
     assert {f"items__{i}__sequence" for i in range(1, 8)} | {"items__0__x0"} <= set(document["error"])
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (ValueError("a secret of the inside"), 500, "server.internal"),
+        (MemoryError(), 503, "server.memory"),
+        (NotEnoughMemory("max_memory is 1 MiB"), 413, "user.memory"),
+    ],
+)
+def test_a_failure_inside(ask: Ask, monkeypatch: pytest.MonkeyPatch, failure: Any, status: int, code: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(Passes, "encode", fail)
+    document = check_error(post(ask, "encode", {"items": ONE}), status)
+    assert document["code"] == code
+    assert "secret" not in str(document)
+    assert ("max_memory" in document["detail"]) == (status == 413)
+
+
+def test_a_number_that_is_not_finite_is_an_error(ask: Ask, library: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = library.encode(["MKT"])
+    results[0].embeddings[3][7] = np.nan  # type: ignore[index]
+    monkeypatch.setattr(Passes, "encode", lambda *_: iter(results))
+    assert check_error(post(ask, "encode", {"items": ONE}), 500)["code"] == "server.not_finite"

@@ -3,289 +3,243 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from typing import Any, TypeAlias
 
 from .._version import __version__
+from ..config import PRESETS
 from ..fasta import IDS
-from ..options import BACKEND_ALIASES, BACKENDS, INCLUDES, POSITIONS, SCAN_METHODS, SCORING_METHODS
+from ..options import BACKEND_ALIASES, BACKENDS, INCLUDES, POSITIONS, PRECISIONS, SCAN_METHODS, SCORING_METHODS
 
-_INPUT_HELP = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
-_WILD_TYPE_HELP = "FASTA file with one sequence, or the sequence itself"
+Command: TypeAlias = argparse.ArgumentParser
+# Adds a command: its name, the function that runs it ("module:function", in this package), one line of help.
+Add: TypeAlias = Callable[[str, str, str], Command]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `numpyesm`; each command sets `run`: parsed arguments in, exit code out."""
+def build_parser() -> Command:
+    """Build the parser of `numpyesm`; each command sets `run`: parsed arguments in, exit code out."""
     parser = argparse.ArgumentParser(prog="numpyesm", description="ESM-2 protein language models on NumPy alone.")
     parser.add_argument("--version", action="version", version=f"numpyesm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = _add(commands, "demo", "demo", "try everything on a few real proteins")
+    add = partial(_add, parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    command = add("demo", "demo:run", "try everything on a few real proteins")
     command.add_argument("-o", "--output", default="demo-output", help="folder for the results (%(default)s)")
+    _add_weights_commands(add)
+    _add_inference_commands(add)
+    _add_contacts(add)
+    _add_score(add)
+    _add_scan(add)
+    _add_serve(add)
+    _add_embed(add)
+    return parser
 
-    command = _add(
-        commands, "fetch", "files:fetch", "download official weights from the Hugging Face Hub and convert them"
-    )
-    command.add_argument(
-        "name", nargs="?", type=_named, help="esm2-8m, esm2-35m (default), esm2-150m, esm2-650m, or a Hub id"
-    )
+
+def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, text: str) -> Command:
+    """Add a command with the options that all commands have."""
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    source = "model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)"
+    command.add_argument("--weights", type=_named, help=source)
+    backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
+    command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
+    default = "%(default)s" if name != "warmup" else "all that the CPU has"
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help=f"({default})")
+    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    if name != "serve":  # which has one of its own
+        command.add_argument("--max-memory", metavar="SIZE", help="limit: 300M (or MiB: 2^20 bytes) or 300MB (10^6)")
+    command.add_argument("--debug", action="store_true", help="full traceback on an error")
+    module, _, function = target.partition(":")
+    command.set_defaults(run=lambda arguments: getattr(import_module(f".{module}", __package__), function)(arguments))
+    return command
+
+
+_STORAGE: dict[str, Any] = {
+    "choices": ["fp32", "fp16", "bf16", "int8"],
+    "default": "fp32",
+    "help": "storage (%(default)s)",
+}
+
+
+def _add_weights_commands(add: Add) -> None:
+    command = add("fetch", "files:fetch", "download official weights from the Hugging Face Hub and convert them")
+    command.add_argument("name", nargs="?", type=_named, help=f"{', '.join(PRESETS)} or a Hub id (esm2-35m)")
     command.add_argument("--revision", type=_named, help="commit, branch or tag (the official models are pinned)")
-    command.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
-    )
-    command.add_argument("-o", "--output", type=_named, help="file or folder (the cache by default)")
+    command.add_argument("--dtype", **_STORAGE)
+    command.add_argument("-o", "--output", type=_named, help="file or folder (the cache)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    command = _add(commands, "convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
-    command.add_argument(
-        "source", type=_named, help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name"
-    )
+    command = add("convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
+    source = "fair-esm .pt, Hugging Face folder or file, canonical file, or a name"
+    command.add_argument("source", type=_named, help=source)
     command.add_argument("-o", "--output", type=_named, required=True, help="file.safetensors, or a folder")
-    command.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help="storage (%(default)s)"
-    )
-    command.add_argument(
-        "--regression", type=_named, help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint"
-    )
+    command.add_argument("--dtype", **_STORAGE)
+    regression = "fair-esm's -contact-regression.pt, if it is not beside the checkpoint"
+    command.add_argument("--regression", type=_named, help=regression)
 
-    _add(commands, "verify", "files:verify", "compare the weights with the published reference numbers")
-    command = _add(
-        commands, "warmup", "files:warmup", "compile the compiled backend's kernels ahead of their first use"
-    )
+    add("verify", "files:verify", "compare the weights with the published reference numbers")
+    command = add("warmup", "files:warmup", "compile the compiled backend's kernels before they are first used")
     command.add_argument("--cache", metavar="DIR", help="folder (NUMBA_CACHE_DIR, or the user's cache)")
     command.set_defaults(precision=None)
+    add("info", "files:info", "what is installed, what the machine has, which weights are found")
 
-    _add(commands, "info", "files:info", "what is installed, what the machine has, which weights are found")
 
-    command = _add_inference(commands, "encode", "inference:encode", "embeddings, contacts, logits, attentions")
-    command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
-    command.add_argument(
-        "--include",
-        nargs="+",
-        default=["mean"],
-        choices=[*INCLUDES, "per_residue"],
-        metavar="OUTPUT",
-        help=f"of {', '.join(INCLUDES)} (mean)",
-    )
-
-    command = _add_inference(commands, "predict", "inference:predict", "what stands behind each <mask>")
+def _add_inference_commands(add: Add) -> None:
+    command = _add_inference(add, "encode", "embeddings, contacts, logits, attentions")
+    _add_embeddings(command, ["mean"], "mean")
+    command = _add_inference(add, "predict", "what stands behind each <mask>")
     command.add_argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
+    _add_inference(add, "log-prob", "log-probability of each sequence, from one pass")
 
-    _add_inference(commands, "log-prob", "inference:log_prob", "log-probability of each sequence, from one pass")
 
-    command = _add(commands, "contacts", "contacts", "contact map as text, picture or numbers")
-    command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
+def _add_inference(add: Add, name: str, text: str) -> Command:
+    command = add(name, f"inference:{name.replace('-', '_')}", text)
+    _add_records(command)
+    command.add_argument("-o", "--output", help="file: .json, .npz, .csv, .tsv or .txt, also with .gz (stdout)")
+    formats = "by the output's ending, else table on a terminal and json"
+    command.add_argument("--format", choices=["json", "npz", "csv", "tsv", "table"], help=formats)
+    return command
+
+
+def _add_records(command: Command) -> None:
+    """Add the options of commands that take any number of sequences."""
+    records = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
+    command.add_argument("input", nargs="+", metavar="INPUT", help=records)
+    command.add_argument("--ids", choices=IDS, default=IDS[0], help="name sp|P12345|NAME so, or P12345 (%(default)s)")
+
+
+def _add_embeddings(command: Command, default: list[str] | None, shown: str) -> None:
+    """Add the options that say what is computed of each sequence."""
+    command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
+    names, text = [*INCLUDES, "per_residue"], f"of {', '.join(INCLUDES)} ({shown})"
+    command.add_argument("--include", nargs="+", default=default, choices=names, metavar="OUTPUT", help=text)
+
+
+def _add_contacts(add: Add) -> None:
+    command = add("contacts", "contacts:run", "contact map as text, picture or numbers")
+    _add_records(command)
     command.add_argument("-o", "--output", help=".tsv, .csv, .png, .npz, .json or .txt; FOLDER/ for a file each")
-    command.add_argument(
-        "--format", choices=["tsv", "csv", "map", "png", "npz", "json"], help="by the output's ending, else tsv"
-    )
-    _add_ids(command)
-    command.add_argument("--threshold", type=float, default=0.3, help="least probability in the list (%(default)s)")
-    command.add_argument("--min-separation", type=int, default=6, help="least distance along the chain (%(default)s)")
+    formats = ["tsv", "csv", "map", "png", "npz", "json"]
+    command.add_argument("--format", choices=formats, help="by the output's ending, else tsv")
+    command.add_argument("--threshold", type=float, default=0.3, help="lowest probability listed (%(default)s)")
+    command.add_argument("--min-separation", type=int, default=6, help="residues apart in the chain (%(default)s)")
 
-    command = _add_scoring(commands, "score", "score", "score the variants of a CSV or TSV file", SCORING_METHODS)
-    command.add_argument("wild_type", nargs="?", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
-    command.add_argument(
-        "variants", nargs="?", metavar="VARIANTS", help="CSV, TSV, .xlsx or .parquet with a header, or -"
-    )
+
+_WILD_TYPE = "FASTA file with one sequence, or the sequence itself"
+
+
+def _add_score(add: Add) -> None:
+    command = add("score", "score:run", "score the variants of a CSV or TSV file")
+    command.add_argument("wild_type", nargs="?", metavar="WILD_TYPE", help=_WILD_TYPE)
+    table = "CSV, TSV, .xlsx or .parquet with a header, or -"
+    command.add_argument("variants", nargs="?", metavar="VARIANTS", help=table)
+    command.add_argument("-o", "--output", "--dms-output", help="file (stdout); the table and one column")
+    _add_scoring(command, SCORING_METHODS)
+    # fair-esm's names. What has a better one here, or no meaning, is not listed.
     command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
     command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
-    command.add_argument("-o", "--output", "--dms-output", help="file (stdout by default); the table and one column")
-    command.add_argument(
-        "--model-location", dest="weights", type=_named, help=argparse.SUPPRESS
-    )  # fair-esm's name of --weights
-    command.add_argument("--nogpu", action="store_true", help=argparse.SUPPRESS)  # accepted: there is none
-    command.add_argument(
-        "--mutation-col", metavar="NAME", help="column of mutations as A42G:V50L or p.Ala42Gly (mutant)"
-    )
+    command.add_argument("--model-location", dest="weights", type=_named, help=argparse.SUPPRESS)
+    command.add_argument("--nogpu", action="store_true", help=argparse.SUPPRESS)
+    mutations = "column of mutations, such as A42G:V50L or p.Ala42Gly (mutant)"
+    command.add_argument("--mutation-col", metavar="NAME", help=mutations)
     command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
     command.add_argument("--column", metavar="NAME", help="name of the new column (the method)")
     command.add_argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")
 
-    command = _add_scoring(commands, "scan", "scan", "score every substitution of a protein", SCAN_METHODS)
-    command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE_HELP)
-    command.add_argument(
-        "-o", "--output", help=".csv, .tsv, .json or a folder (stdout by default); with it, a heat map .png beside it"
-    )
-    command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output by default)")
+
+def _add_scan(add: Add) -> None:
+    command = add("scan", "scan:run", "score every substitution of a protein")
+    command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE)
+    output = ".csv, .tsv, .json or a folder (stdout); a heat map .png is written beside it"
+    command.add_argument("-o", "--output", help=output)
+    _add_scoring(command, SCAN_METHODS)
+    command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output)")
     command.add_argument("--no-heatmap", action="store_true", help="the table alone")
 
-    command = _add(commands, "serve", "serve", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
-    _add_serve_options(command)
-    _add_embed(commands)
-    return parser
+
+def _add_scoring(command: Command, methods: tuple[str, ...]) -> None:
+    text = "how to score (%(default)s)"
+    command.add_argument("--method", "--scoring-strategy", choices=methods, default=methods[0], help=text)
+    text = "position of the wild type's first residue (%(default)s)"
+    command.add_argument("--offset", "--offset-idx", type=int, default=1, help=text)
+    text = "residues seen around each position (all), or proteingym: 1024 tokens, as ProteinGym cuts them"
+    command.add_argument("--window", type=_window, metavar="N", help=text)
 
 
-def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add(
-        commands,
-        "embed",
-        "embed",
-        "embed any number of sequences into Parquet, HDF5 or a folder; goes on if interrupted",
-    )
-    command.add_argument(
-        "input", nargs="+", metavar="INPUT", help="FASTA file (plain or gzip), or - for standard input"
-    )
+def _add_embed(add: Add) -> None:
+    text = "embed any number of sequences into Parquet, HDF5 or a folder; resumes if interrupted"
+    command = add("embed", "embed:run", text)
+    _add_records(command)
     command.add_argument("-o", "--output", required=True, help="OUT.parquet, OUT.h5 or OUT_DIR/")
-    command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
-    command.add_argument(
-        "--include",
-        nargs="+",
-        choices=[*INCLUDES, "per_residue"],
-        metavar="OUTPUT",
-        help=f"of {', '.join(INCLUDES)} (Parquet: mean bos, HDF5: mean per_token, folder: mean)",
-    )
-    command.add_argument(
-        "--dtype", choices=["fp32", "fp16"], default="fp32", help="of the stored numbers (%(default)s)"
-    )
-    command.add_argument(
-        "--long",
-        choices=["error", "truncate", "windows"],
-        default="error",
-        help="more than 2048 residues: reject the record, take the first 2048, or average overlapping windows (error)",
-    )
-    command.add_argument(
-        "--overlap", type=int, default=512, metavar="N", help="residues that windows share at least (%(default)s)"
-    )
+    _add_embeddings(command, None, "Parquet: mean bos, HDF5: mean per_token, folder: mean")
+    command.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="stored numbers (%(default)s)")
+    text = "more than 2048 residues: reject the record, keep the first 2048, or average overlapping windows (error)"
+    command.add_argument("--long", choices=["error", "truncate", "windows"], default="error", help=text)
+    text = "residues that windows share at least (%(default)s)"
+    command.add_argument("--overlap", type=int, default=512, metavar="N", help=text)
     command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(from cores and free memory)")
-    _add_ids(command)
     command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")
-    command.add_argument("--address", help="of a running Ray cluster, such as auto (one on this machine is started)")
+    command.add_argument("--address", help="of a running Ray cluster, such as auto (one is started on this machine)")
     command.add_argument("--workers", type=int, metavar="N", help="Ray actors (all CPUs of the cluster)")
     command.add_argument("--json-progress", action="store_true", help="JSON lines on stderr")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
-    command.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
+    command.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
 
 
-def _add_ids(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--ids", choices=IDS, default=IDS[0], help="call sp|P12345|NAME so, or P12345 (%(default)s)")
-
-
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, target: str, text: str
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.add_argument(
-        "--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)"
-    )
-    command.add_argument(
-        "--backend",
-        choices=[*BACKENDS, *BACKEND_ALIASES],
-        metavar="{auto,numpy,compiled}",
-        default="auto",
-        help="(auto)",
-    )
-    default = "%(default)s" if name != "warmup" else "all that the CPU has"
-    command.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"({default})")
-    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
-    if name != "serve":  # which has one of its own
-        command.add_argument(
-            "--max-memory", metavar="SIZE", help="stay below 300M (or MiB: 2^20 bytes) or 300MB (10^6)"
-        )
-    command.add_argument("--debug", action="store_true", help="full traceback on an error")
-    module, _, function = target.partition(":")
-
-    def run(arguments: argparse.Namespace) -> int:
-        loaded = import_module(f".{module}", __package__)
-        code: int = getattr(loaded, function or "run")(arguments)
-        return code
-
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_scoring(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    target: str,
-    text: str,
-    methods: Sequence[str],
-) -> argparse.ArgumentParser:
-    command = _add(commands, name, target, text)
-    command.add_argument(
-        "--method", "--scoring-strategy", choices=methods, default=methods[0], help="how to score (%(default)s)"
-    )
-    command.add_argument(
-        "--offset", "--offset-idx", type=int, default=1, help="position of the wild type's first residue (%(default)s)"
-    )
-    command.add_argument(
-        "--window",
-        type=_window,
-        metavar="N",
-        help="residues seen around each position (the whole), or proteingym: 1024 tokens, as ProteinGym cuts them",
-    )
-    return command
-
-
-def _add_inference(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, target: str, text: str
-) -> argparse.ArgumentParser:
-    command = _add(commands, name, target, text)
-    command.add_argument("input", nargs="+", metavar="INPUT", help=_INPUT_HELP)
-    command.add_argument("-o", "--output", help="file: .json, .npz, .csv, .tsv or .txt, also .gz (stdout by default)")
-    command.add_argument(
-        "--format",
-        choices=["json", "npz", "csv", "tsv", "table"],
-        help="by the output's ending, else table on a terminal and json",
-    )
-    _add_ids(command)
-    return command
-
-
-def _add_serve_options(command: argparse.ArgumentParser) -> None:
+def _add_serve(add: Add) -> None:
+    command = add("serve", "serve:run", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     command.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    command.add_argument(
-        "--model",
-        type=_model,
-        action="append",
-        default=[],
-        metavar="SLUG=WEIGHTS",
-        help="a model to serve; may be repeated",
-    )
-    command.add_argument(
-        "--api-keys-file", type=_named, metavar="FILE", help="one key a line (NUMPYESM_API_KEYS holds more)"
-    )
-    command.add_argument(
-        "--allow-no-auth", action="store_true", help="listen beyond this machine without keys: everybody may use it"
-    )
-    command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host name for a keyless service"
-    )
-    command.add_argument(
-        "--trusted-proxy", action="append", default=[], metavar="IP", help="whose X-Forwarded-For is believed"
-    )
-    command.add_argument("--queue-size", type=int, default=512, help="requests that may wait (%(default)s)")
-    command.add_argument("--deadline", type=float, default=300, help="seconds for a request (%(default)s)")
-    command.add_argument(
-        "--max-memory", type=_named, metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)"
-    )
+    many: dict[str, Any] = {"action": "append", "default": []}
+    command.add_argument("--model", type=_model, metavar="SLUG=WEIGHTS", help="serve this model; repeatable", **many)
+    text = "one key per line (NUMPYESM_API_KEYS holds more)"
+    command.add_argument("--api-keys-file", type=_named, metavar="FILE", help=text)
+    text = "listen beyond this machine without keys: everybody may use it"
+    command.add_argument("--allow-no-auth", action="store_true", help=text)
+    command.add_argument("--allow-host", metavar="NAME", help="another Host name for a keyless service", **many)
+    command.add_argument("--trusted-proxy", metavar="IP", help="whose X-Forwarded-For is believed", **many)
+    text = "of the whole process (80%% of the machine, at most 8G)"
+    command.add_argument("--max-memory", type=_named, metavar="SIZE", help=text)
     command.add_argument("--max-body", default="1M", metavar="SIZE", help="of a body as sent (%(default)s)")
-    command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of a body unpacked (%(default)s)")
-    command.add_argument("--max-connections", type=int, default=1000, help="open at a time (%(default)s)")
-    command.add_argument("--head-timeout", type=float, default=10, help="seconds for the headers (%(default)s)")
-    command.add_argument("--body-timeout", type=float, default=30, help="seconds for the body (%(default)s)")
-    command.add_argument(
-        "--write-timeout",
-        type=float,
-        default=60,
-        help="seconds to take a piece of an answer (%(default)s)",
-    )
-    command.add_argument("--grace", type=float, default=30, help="seconds to finish after SIGTERM (%(default)s)")
+    command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of an unpacked body (%(default)s)")
+    for name, kind, default, text in (
+        ("queue-size", int, 512, "requests that may wait"),
+        ("max-connections", int, 1000, "open connections"),
+        ("deadline", float, 300, "seconds for a request"),
+        ("head-timeout", float, 10, "seconds for the headers"),
+        ("body-timeout", float, 30, "seconds for the body"),
+        ("write-timeout", float, 60, "seconds to take a piece of an answer"),
+        ("grace", float, 30, "seconds to finish after SIGTERM"),
+    ):
+        command.add_argument(f"--{name}", type=partial(_positive, kind), default=default, help=f"{text} (%(default)s)")
+
+
+# -- types of arguments: argparse exits with 2 and the message ----------------------------------------------------
 
 
 def _named(text: str) -> str:
-    """A name that is not empty: an unset variable in a script must not become the default."""
+    """Refuse an empty name: an unset variable in a script must not become the default."""
     if not text:
         raise argparse.ArgumentTypeError("expected a name, not an empty text (an unset variable?)")
     return text
 
 
+def _positive(kind: type[int] | type[float], text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not value > 0:
+        number = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a {number} above 0")
+    return value
+
+
 def _window(text: str) -> int | str:
-    """A number of residues, or the name of ProteinGym's rule."""
+    """Parse a number of residues, or the name of ProteinGym's rule."""
     if text == "proteingym":
         return text
     try:

@@ -6,13 +6,10 @@ import argparse
 import logging
 import sys
 import warnings
-from typing import TypeVar
 
 from ..errors import InvalidOption, MissingExtra
 from ..memory import parse_memory
 from ..model import ESM2
-
-Number = TypeVar("Number", int, float)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,17 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host} is reachable from elsewhere, and there are no API keys: set {ENVIRONMENT} or "
             "--api-keys-file, or say --allow-no-auth if everybody may use this service"
         )
+    limits = ("queue_size", "deadline", "head_timeout", "body_timeout", "write_timeout", "max_connections", "grace")
     settings = Settings(
-        queue_size=_positive("--queue-size", arguments.queue_size),
-        deadline=_positive("--deadline", arguments.deadline),
+        **{name: getattr(arguments, name) for name in limits},
         max_memory=parse_memory(arguments.max_memory, "--max-memory") if arguments.max_memory else default_max_memory(),
         max_body=parse_memory(arguments.max_body, "--max-body"),
         max_decompressed=parse_memory(arguments.max_decompressed, "--max-decompressed"),
-        head_timeout=_positive("--head-timeout", arguments.head_timeout),
-        body_timeout=_positive("--body-timeout", arguments.body_timeout),
-        write_timeout=_positive("--write-timeout", arguments.write_timeout),
-        max_connections=_positive("--max-connections", arguments.max_connections),
-        grace=_positive("--grace", arguments.grace),
         local_only=not keys and local,
         allowed_hosts=tuple(name.lower() for name in arguments.allow_host),
     )
@@ -97,9 +89,3 @@ def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
         if slug.startswith("esm2-") and name != slug:
             warnings.warn(f"--model {slug}: these weights are of {name}", stacklevel=1)
     return models
-
-
-def _positive(option: str, value: Number) -> Number:
-    if not value > 0:
-        raise InvalidOption(f"{option} {value:g}: expected a number above 0")
-    return value

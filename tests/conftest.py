@@ -1,16 +1,24 @@
-"""Fixtures shared by the tests: small synthetic models and protein-like sequences."""
+"""Fixtures shared by the tests: small synthetic models, protein-like sequences, and the command line."""
 
 from __future__ import annotations
 
+import io
 import random
 import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import trained_weights
 
 from numpyesm import ESM2, SyntheticWeightsWarning
 from numpyesm.alphabet import AMINO_ACIDS
+from numpyesm.cli import main
 from numpyesm.config import ModelConfig
+from numpyesm.weights import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 # A shell that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
@@ -40,6 +48,54 @@ def model() -> ESM2:
 def reference() -> ESM2:
     """The same model in float64."""
     return small_model(backend="numpy", precision="fp64", threads=2)
+
+
+@pytest.fixture(scope="session")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small model as a canonical file that is not flagged synthetic, so that stderr stays quiet."""
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_canonical(path, replace(random_checkpoint(SMALL, seed=1), synthetic=False))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def loaded(small_file: str) -> ESM2:
+    """That file, loaded as the command line does."""
+    return ESM2.from_pretrained(small_file, backend="numpy")
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+
+@pytest.fixture
+def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run a command line in this process, in an empty folder, away from the network.
+
+    With the small model and NumPy, unless the arguments name weights or it is run `bare`.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NUMPYESM_WEIGHTS", raising=False)
+    monkeypatch.setenv("NUMPYESM_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.setenv("NUMPYESM_OFFLINE", "1")
+
+    def call(*arguments: str, stdin: bytes = b"", bare: bool = False) -> Done:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        bare = bare or not arguments or "--weights" in arguments
+        defaults = [] if bare else ["--weights", small_file, "--backend", "numpy"]
+        capfdbinary.readouterr()
+        try:
+            code = main([*arguments, *defaults])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capfdbinary.readouterr()
+        return Done(code, out, err.decode())
+
+    return call
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

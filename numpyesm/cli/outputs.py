@@ -82,7 +82,7 @@ def destination(
         return Destination(chosen or otherwise, output)
     can = f"this command writes {', '.join(endings)}, also with {', '.join(_COMPRESSIONS)} behind"
     if not output or output.endswith(("/", os.sep)) or os.path.isdir(output):
-        raise InvalidOption(f"-o {output!r} is no name of a file; {can}")
+        raise InvalidOption(f"-o {output!r} is no file name; {can}")
     name = os.path.basename(output).lower()
     compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
     ending = os.path.splitext(name.removesuffix(compression))[1]

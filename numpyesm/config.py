@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import CheckpointError
 
 VOCAB_SIZE = 33
 MAX_RESIDUES = 2048
+
+
+HEADS = ("sequence", "token")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+_SIZES = ("num_layers", "embed_dim", "num_heads", "ffn_dim")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a classification head, put on the encoder by fine-tuning, says.
+
+    Attributes
+    ----------
+    head : {"sequence", "token"}
+        One row of numbers per sequence, from the `<cls>` row, or one per residue.
+    labels : tuple of str
+        Name of each number.
+    problem_type : str
+        `single_label_classification` (softmax), `multi_label_classification` (sigmoid), `regression` (as they are).
+    """
+
+    head: str
+    labels: tuple[str, ...]
+    problem_type: str
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("head", self.head, HEADS), ("problem_type", self.problem_type, PROBLEM_TYPES)):
+            if value not in allowed:
+                raise CheckpointError(f"the classifier has {name}={value!r}, expected one of {', '.join(allowed)}")
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise CheckpointError("the classifier's labels are not a list of names")
 
 
 @dataclass(frozen=True)
@@ -20,17 +52,21 @@ class ModelConfig:
     ----------
     num_layers, embed_dim, num_heads, ffn_dim : int
         Number of layers, width, attention heads per layer, feed-forward width.
+    classifier : Classifier or None
+        The head that a fine-tune has; encoders are equal whatever their heads.
     """
 
     num_layers: int
     embed_dim: int
     num_heads: int
     ffn_dim: int
+    classifier: Classifier | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for field, value in asdict(self).items():
+        for name in _SIZES:
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"the model configuration has {field}={value!r}, expected a positive integer")
+                raise CheckpointError(f"the model configuration has {name}={value!r}, expected a positive integer")
         if self.embed_dim % (2 * self.num_heads):
             raise CheckpointError(
                 f"the model configuration has embed_dim={self.embed_dim} and num_heads={self.num_heads}: "
@@ -54,14 +90,20 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Return the fields as a JSON object with sorted keys, as canonical files store it."""
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.classifier is None:
+            del fields["classifier"]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         """Parse what `to_json` returns; CheckpointError if the text is something else."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            return cls(**{key: fields[key] for key in ("num_layers", "embed_dim", "num_heads", "ffn_dim")})
+            sizes = {key: fields[key] for key in _SIZES}
+            said: Mapping[str, Any] | None = fields.get("classifier")
+            classifier = said and Classifier(said["head"], tuple(said["labels"]), said["problem_type"])
+            return cls(**sizes, classifier=classifier or None)
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACIDS
-from .results import EncodeResult, PredictResult, stack_results
+from .results import ClassifyResult, EncodeResult, PredictResult, stack_results
 
 if TYPE_CHECKING:
     import zipfile
@@ -30,7 +30,7 @@ except ImportError:
     orjson = None
 
 # A float is the log-probability of one sequence.
-Result: TypeAlias = EncodeResult | PredictResult | float
+Result: TypeAlias = EncodeResult | PredictResult | ClassifyResult | float
 Array: TypeAlias = npt.NDArray[Any]
 
 # Numbers turned into text at a time. This holds the GIL, and an event loop must have its turn.
@@ -43,7 +43,7 @@ def json_results(results: Sequence[Result], ids: Sequence[str] | None = None) ->
 
     Parameters
     ----------
-    results : sequence of EncodeResult, PredictResult or float
+    results : sequence of EncodeResult, PredictResult, ClassifyResult or float
         Floats are written as `{"log_prob": ...}`.
     ids : sequence of str, optional
         One per result, the first key of each: `"id"`.
@@ -112,7 +112,7 @@ def _numpy_text(array: Array) -> bytes:
 
 
 def npz_results(results: Sequence[Result], ids: Sequence[str] | None = None) -> Iterator[bytes]:
-    """Write an `.npz` file: `mean_12` and `bos_12` as (n, D), other outputs one per sequence (`contacts_0`).
+    """Write an `.npz` file: `mean_12` and `bos_12` as (n, D), other outputs as `stack_results` has them.
 
     With `ids`, the file also has an array of strings of that name.
     """
@@ -121,8 +121,10 @@ def npz_results(results: Sequence[Result], ids: Sequence[str] | None = None) -> 
         arrays = {"log_prob": np.array(results, dtype=np.float64)}
     else:
         arrays = stack_results(results)  # type: ignore[arg-type]
-        if any(name.startswith("logits") for name in arrays):
+        if hasattr(results[0], "vocab_tokens") and any(name.startswith("logits") for name in arrays):
             arrays["vocab_tokens"] = np.array(AMINO_ACIDS)
+        if labels := getattr(results[0], "labels", None):
+            arrays["labels"] = np.array(labels)
     return npz_pieces(arrays, ids)
 
 

@@ -1,8 +1,9 @@
-"""What becomes of logits and attention maps: log-probabilities, contacts, the mean attention on each residue."""
+"""What becomes of rows, logits and attention maps: classes, log-probabilities, contacts, the mean attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from .alphabet import AMINO_ACID_COLUMNS
 from .batch import Batch, Tile
-from .config import ModelConfig
+from .config import Classifier, ModelConfig
 from .kernels.base import AttentionMaps
 
 Array = npt.NDArray[Any]
@@ -163,6 +164,44 @@ class FullAttention:
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         """Nothing: the kernels have written into the caller's arrays."""
+
+
+@dataclass(frozen=True)
+class ClassificationHead:
+    """The head of a fine-tuned classifier, for rows of the last layer.
+
+    Attributes
+    ----------
+    classifier : Classifier
+    dense : tuple of ndarray (D, D) and (D,), or None
+        Of sequences: the layer before the last, followed by tanh.
+    out_proj : tuple of ndarray (D, labels) and (labels,)
+    """
+
+    classifier: Classifier
+    dense: tuple[Array, Array] | None
+    out_proj: tuple[Array, Array]
+
+    def rows(self, tokens: int) -> npt.NDArray[np.intp]:
+        """The rows of a sequence of so many tokens that are classified: `<cls>`, or every residue."""
+        return np.arange(1) if self.classifier.head == "sequence" else np.arange(1, tokens - 1)
+
+    def logits(self, x: Array) -> Array:
+        """(R, D) -> (R, labels)."""
+        if self.dense is not None:
+            x = np.tanh(x @ self.dense[0] + self.dense[1])
+        logits: Array = x @ self.out_proj[0] + self.out_proj[1]
+        return logits
+
+    def shaped(self, rows: Array) -> Array:
+        """What one sequence has: (labels,) of its only row, or (L, labels)."""
+        return rows[0] if self.classifier.head == "sequence" else rows
+
+    def probabilities(self, logits: Array) -> Array:
+        """Softmax, sigmoid, or the numbers themselves of a regression, over the last axis."""
+        if self.classifier.problem_type == "single_label_classification":
+            return np.exp(log_softmax(logits)).astype(logits.dtype)
+        return sigmoid(logits) if self.classifier.problem_type == "multi_label_classification" else logits
 
 
 def sigmoid(x: Array) -> Array:

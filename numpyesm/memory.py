@@ -212,7 +212,7 @@ def pass_bytes(
         size += rows * longest * 8 + rows * heads * 8 * 2 + threads * 64 * longest * 8
     if "attentions" in wanted:
         size += rows * config.num_layers * 8
-    if "logits" in wanted:
+    if "logits" in wanted or "classes" in wanted:
         size += rows * width * 4
     return size
 

@@ -16,9 +16,9 @@ from .alphabet import has_amino_acid, letters_of, nothing_to_score, tokenize, wa
 from .config import ModelConfig
 from .errors import InputWarning
 from .given import Sequences
-from .options import Outputs, check_positions, require_lm_head
+from .options import Outputs, check_positions, require_classifier, require_lm_head
 from .passes import Passes
-from .results import EncodeResult, PredictResult
+from .results import ClassifyResult, EncodeResult, PredictResult
 from .weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -131,6 +131,16 @@ class ESM2:
         return self.config.name
 
     @property
+    def head(self) -> str | None:
+        """`sequence` or `token`: the classification head of a fine-tuned model; None if there is none."""
+        return None if self.config.classifier is None else self.config.classifier.head
+
+    @property
+    def labels(self) -> list[str]:
+        """What the classification head's outputs are called; empty if there is none."""
+        return [] if self.config.classifier is None else list(self.config.classifier.labels)
+
+    @property
     def backend(self) -> str:
         """`numpy` or `compiled`."""
         return self._passes.kernels.name
@@ -197,8 +207,8 @@ class ESM2:
         repr_layers : iterable of int
             Layers of the embeddings, each from -(n+1) to n for n layers: 0 is the scaled embedding, -1 the last layer.
         include : iterable of str
-            Of `mean`, `per_token` (also `per_residue`), `bos`, `contacts`, `logits`, `attentions`. Nothing is
-            computed that was not asked for.
+            Of `mean`, `per_token` (also `per_residue`), `bos`, `contacts`, `logits`, `attentions`, `classes` (the
+            probabilities of `classify`). Nothing is computed that was not asked for.
 
         Returns
         -------
@@ -212,7 +222,7 @@ class ESM2:
         InvalidOption
             A layer out of range, or an unknown include.
         MissingHead
-            Logits or contacts were asked for and the weights have no such head.
+            Logits, contacts or classes were asked for and the weights have no such head.
         """
         outputs = Outputs.check(self.checkpoint, repr_layers, include)
         return list(self._passes.encode(_tokens(sequences), outputs))
@@ -314,6 +324,28 @@ class ESM2:
         if empty:
             warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=2)
         return self._passes.log_prob(tokens)
+
+    def classify(self, sequences: Sequences) -> list[ClassifyResult]:
+        """What a fine-tuned classifier says of each sequence or, with `model.head == "token"`, of each residue.
+
+        Parameters
+        ----------
+        sequences : as for `encode`
+
+        Returns
+        -------
+        list of ClassifyResult
+            `logits` and `probabilities` (labels,), or (L, labels) per residue; `labels` names the columns.
+
+        Raises
+        ------
+        InvalidSequence
+            As for `encode`.
+        MissingHead
+            The weights have no classification head.
+        """
+        require_classifier(self.checkpoint, "classify")
+        return list(self._passes.classify(_tokens(sequences)))
 
     def score_mutations(
         self,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from .errors import InvalidOption, MissingHead
 
 if TYPE_CHECKING:
+    from .config import Classifier
     from .weights.checkpoint import Checkpoint
 
-INCLUDES = ("mean", "per_token", "bos", "contacts", "logits", "attentions")
+INCLUDES = ("mean", "per_token", "bos", "contacts", "logits", "attentions", "classes")
 BY_LAYER = frozenset({"mean", "per_token", "bos"})
 POSITIONS = ("all", "masked")
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -57,7 +58,7 @@ class Outputs:
         InvalidOption
             A layer out of range, an unknown include, or nothing asked for.
         MissingHead
-            Logits or contacts, and the weights have no such head.
+            Logits, contacts or classes, and the weights have no such head.
         """
         wanted = check_includes(include, allow_nothing=allow_nothing)
         layers = check_layers(repr_layers, checkpoint.config.num_layers)
@@ -70,6 +71,8 @@ class Outputs:
             require_lm_head(checkpoint, "logits")
         if "contacts" in wanted:
             require_contact_head(checkpoint)
+        if "classes" in wanted:
+            require_classifier(checkpoint, "classes")
         return cls(tuple(name for name in INCLUDES if name in wanted), tuple(layers))
 
     @property
@@ -88,6 +91,13 @@ def require_contact_head(checkpoint: Checkpoint) -> None:
     """MissingHead if the weights have no contact head."""
     if not checkpoint.has_contact_head:
         raise MissingHead(f"contacts: the weights ({checkpoint.source}) have no contact head")
+
+
+def require_classifier(checkpoint: Checkpoint, output: str) -> Classifier:
+    """Return what the classification head says; MissingHead if the weights have none, which `output` needs."""
+    if checkpoint.config.classifier is None:
+        raise MissingHead(f"{output}: the weights ({checkpoint.source}) have no classification head")
+    return checkpoint.config.classifier
 
 
 def check_includes(include: Iterable[str], *, allow_nothing: bool = False) -> frozenset[str]:

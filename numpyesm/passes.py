@@ -6,7 +6,7 @@ options that have been checked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +16,15 @@ import numpy.typing as npt
 from .alphabet import AMINO_ACID_COLUMNS, MASK, TOKENS
 from .batch import Batch, Tile
 from .config import VOCAB_SIZE, ModelConfig
-from .heads import AttentionReader, AttentionSummary, ContactHead, FullAttention, log_prob
+from .heads import AttentionReader, AttentionSummary, ClassificationHead, ContactHead, FullAttention, log_prob
 from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels, Partition
 from .kernels.blas import blas_threads
 from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
-from .options import Outputs
-from .results import EncodeResult, PredictResult
+from .options import Outputs, require_classifier
+from .results import ClassifyResult, EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
-from .weights.checkpoint import Checkpoint
+from .weights.checkpoint import CLASSIFIER, Checkpoint
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.uint8]
@@ -153,14 +153,15 @@ class Passes:
         ------
         ndarray (R, 20) float32
         """
-        sizes = self.sizes(tokens, Outputs(("logits",)))
-        done = 0
-        for chunk in _cut(tokens, sizes.rows_per_pass):
-            batch, wanted = Batch.pack(chunk), rows[done : done + len(chunk)]
-            done += len(chunk)
-            flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, wanted, strict=True)])
-            for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
-                yield from _split(self._lm_head(x[flat])[:, columns], wanted)
+        return self._last_rows(tokens, rows, "logits", lambda x: self._lm_head(x)[:, columns])
+
+    def classify(self, tokens: Sequence[Tokens]) -> Iterator[ClassifyResult]:
+        """Yield what the classification head, which the weights must have, makes of each sequence."""
+        head = self._classification_head()
+        rows = [head.rows(len(ids)) for ids in tokens]
+        for index, found in enumerate(self._last_rows(tokens, rows, "classes", head.logits)):
+            logits = head.shaped(found)
+            yield ClassifyResult(index, logits, head.probabilities(logits), list(head.classifier.labels))
 
     def full(
         self,
@@ -225,6 +226,23 @@ class Passes:
         wanted = ("logits", *(("contacts",) if contacts else ()))
         return self.budget.sizes_beside(held, lengths, wanted, ROWS_PER_PASS, row_bytes)
 
+    def _last_rows(
+        self,
+        tokens: Sequence[Tokens],
+        rows: Sequence[npt.NDArray[np.intp]],
+        output: str,
+        compute: Callable[[Array], Array],
+    ) -> Iterator[Array]:
+        """Yield `compute` of some rows of each sequence's last layer, which is all that is computed of that layer."""
+        sizes = self.sizes(tokens, Outputs((output,)))
+        done = 0
+        for chunk in _cut(tokens, sizes.rows_per_pass):
+            batch, wanted = Batch.pack(chunk), rows[done : done + len(chunk)]
+            done += len(chunk)
+            flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, wanted, strict=True)])
+            for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
+                yield from _split(compute(x[flat]), wanted)
+
     def _encode_pass(
         self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes
     ) -> list[EncodeResult]:
@@ -234,7 +252,7 @@ class Passes:
         contacts = self._contact_head(batch) if "contacts" in include else None
         summary = AttentionSummary(self.config, batch, self.kernels.dtype) if "attentions" in include else None
         readers = [reader for reader in (contacts, summary) if reader is not None]
-        wanted = {*outputs.by_layer, *([last] if "logits" in include else [])}
+        wanted = {*outputs.by_layer, *([last] if {"logits", "classes"} & set(include) else [])}
         for layer, x in self._layers(batch, wanted, sizes, readers):
             if layer in outputs.by_layer:
                 _pool_rows(results, batch, layer, x, include)
@@ -243,6 +261,12 @@ class Passes:
                 logits = self._lm_head(np.concatenate(residues))[:, AMINO_ACID_COLUMNS]
                 for result, rows in zip(results, _split(logits, residues), strict=True):
                     result.logits = rows
+            if layer == last and "classes" in include:
+                classes = self._classification_head()
+                for result, (first, stop) in zip(results, batch.spans, strict=True):
+                    found = classes.logits(x[first:stop][classes.rows(stop - first)])
+                    result.classes = classes.shaped(classes.probabilities(found))
+                    result.labels = list(classes.classifier.labels)
         if contacts is not None:
             with blas_threads(self.pool.threads):
                 for result, contact_map in zip(results, contacts.results(), strict=True):
@@ -312,6 +336,18 @@ class Passes:
         weight = self.checkpoint.array("contact_head.weight", dtype)
         bias = float(self.checkpoint.array("contact_head.bias", dtype)[0])
         return ContactHead(self.config, weight, bias, batch, dtype)
+
+    def _classification_head(self) -> ClassificationHead:
+        classifier = require_classifier(self.checkpoint, "classify")
+
+        def linear(name: str) -> tuple[Array, Array]:
+            weight, bias = (self.checkpoint.array(f"{CLASSIFIER}{name}.{part}", dtype) for part in ("weight", "bias"))
+            return weight, bias
+
+        dtype = self.kernels.dtype
+        return ClassificationHead(
+            classifier, linear("dense") if classifier.head == "sequence" else None, linear("out_proj")
+        )
 
     def _lm_head(self, x: Array) -> Array:
         """Logits of all tokens for rows of the last layer: (R, D) -> (R, 33)."""

@@ -47,6 +47,9 @@ class Field:
             "logits": (residues, len(AMINO_ACIDS)),
             "attentions": (config.num_layers, residues),
         }
+        if config.classifier is not None:
+            labels = len(config.classifier.labels)
+            shapes["classes"] = (labels,) if config.classifier.head == "sequence" else (residues, labels)
         return shapes[self.kind]
 
 
@@ -82,6 +85,9 @@ class EncodeResult:
         Columns in the order of `vocab_tokens`.
     attentions : ndarray (num_layers, L) float32, or None
         Mean over heads and over all query positions (`<cls>` and `<eos>` counted), at each residue.
+    classes : ndarray (labels,) float32, or (L, labels) of a head for residues, or None
+        Probabilities as `ClassifyResult` has them; columns in the order of `labels`.
+    labels : list of str, or None
     """
 
     sequence_index: int
@@ -91,6 +97,8 @@ class EncodeResult:
     contacts: FloatArray | None = None
     logits: FloatArray | None = None
     attentions: FloatArray | None = None
+    classes: FloatArray | None = None
+    labels: list[str] | None = None
 
     @property
     def vocab_tokens(self) -> list[str]:
@@ -116,10 +124,13 @@ class EncodeResult:
             out["vocab_tokens"] = self.vocab_tokens
         if self.attentions is not None:
             out["attentions"] = form(self.attentions)
+        if self.classes is not None:
+            out["classes"] = form(self.classes)
+            out["labels"] = self.labels
         return out
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Flat named arrays for `np.savez`: `mean_6`, `bos_12`, `per_token_12`, `contacts`, `logits`, `attentions`."""
+        """Flat named arrays for `np.savez`: `mean_6`, `bos_12`, `per_token_12`, and others by their names."""
         out: dict[str, npt.NDArray[Any]] = {}
         for name, by_layer in (
             ("mean", self.embeddings),
@@ -127,7 +138,7 @@ class EncodeResult:
             ("per_token", self.per_token_embeddings),
         ):
             out |= {f"{name}_{layer}": values for layer, values in (by_layer or {}).items()}
-        for name in ("contacts", "logits", "attentions"):
+        for name in ("contacts", "logits", "attentions", "classes"):
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name)
         return out
@@ -172,6 +183,41 @@ class PredictResult:
         return {"logits": self.logits, "mask_positions": np.asarray(self.mask_positions, dtype=np.int64)}
 
 
+@dataclass(eq=False)
+class ClassifyResult:
+    """Outputs of `ESM2.classify` for one sequence of L residues.
+
+    Attributes
+    ----------
+    sequence_index : int
+        Place of the sequence in the batch.
+    logits : ndarray (labels,) float32, or (L, labels) of a head for residues
+        What the head gives, columns in the order of `labels`.
+    probabilities : ndarray of the same shape
+        Softmax of the logits or, if labels do not exclude each other, sigmoid; of a regression, the logits themselves.
+    labels : list of str
+    """
+
+    sequence_index: int
+    logits: FloatArray
+    probabilities: FloatArray
+    labels: list[str]
+
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """The service's JSON shape: lists, numbers and names only; with `arrays`, the arrays as they are."""
+        form = _as_is if arrays else _as_list
+        return {
+            "sequence_index": self.sequence_index,
+            "logits": form(self.logits),
+            "probabilities": form(self.probabilities),
+            "labels": self.labels,
+        }
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Flat named arrays for `np.savez`."""
+        return {"logits": self.logits, "probabilities": self.probabilities}
+
+
 def _as_list(array: FloatArray) -> Any:
     return array.tolist()
 
@@ -180,11 +226,15 @@ def _as_is(array: FloatArray) -> Any:
     return array
 
 
-def stack_results(results: Sequence[EncodeResult] | Sequence[PredictResult]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of all sequences: `mean_12` and `bos_12` as (n, D), the others one per sequence (`contacts_0`)."""
+def stack_results(
+    results: Sequence[EncodeResult] | Sequence[PredictResult] | Sequence[ClassifyResult],
+) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of all sequences: vectors (`mean_12`) as (n, D), the others one per sequence (`contacts_0`)."""
     arrays = [result.to_arrays() for result in results]
     stacked = {
-        name: np.stack([one[name] for one in arrays]) for name in arrays[0] if name.startswith(("mean_", "bos_"))
+        name: np.stack([one[name] for one in arrays])
+        for name, array in arrays[0].items()
+        if array.ndim == 1 and name != "mask_positions"
     }
     return stacked | {
         f"{name}_{i}": value for i, one in enumerate(arrays) for name, value in one.items() if name not in stacked

@@ -30,8 +30,8 @@ class WindowAverage:
     """The average over the windows of one sequence; every window counts the same where several overlap.
 
     Rows of residues (`per_token`, `logits`, `attentions`) are averaged over the windows that contain the residue;
-    `mean` is taken over these averaged rows; `bos` is averaged over the windows. A pair of residues that no window
-    contains has no contact probability: NaN.
+    `mean` is taken over these averaged rows; `bos` and the classes of a sequence are averaged over the windows. A pair
+    of residues that no window contains has no contact probability: NaN.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class WindowAverage:
         self._windows = 0
         self._seen = np.zeros(length)
         self._rows: dict[int | str, Array] = {}
-        self._bos: dict[int, Array] = {}
+        self._vectors: dict[int | str, Array] = {}
+        self._labels: list[str] | None = None
         self._contacts: Array | None = None
         self._pairs: Array | None = None
 
@@ -63,7 +64,13 @@ class WindowAverage:
         for layer, rows in (result.per_token_embeddings or {}).items():
             self._add_rows(layer, start, rows)
         for layer, row in (result.bos_embeddings or {}).items():
-            self._bos[layer] = self._bos.get(layer, 0) + row.astype(np.float64)
+            self._add_vector(layer, row)
+        if result.classes is not None:
+            self._labels = result.labels
+            if result.classes.ndim == 1:
+                self._add_vector("classes", result.classes)
+            else:
+                self._add_rows("classes", start, result.classes)
         if result.logits is not None:
             self._add_rows("logits", start, result.logits)
         if result.attentions is not None:
@@ -77,6 +84,9 @@ class WindowAverage:
             self._pairs[start:stop, start:stop] += 1
         self._seen[start : start + MAX_RESIDUES] += 1
 
+    def _add_vector(self, name: int | str, vector: Array) -> None:
+        self._vectors[name] = self._vectors.get(name, 0) + vector.astype(np.float64)
+
     def _add_rows(self, name: int | str, start: int, rows: Array) -> None:
         if name not in self._rows:
             self._rows[name] = np.zeros((self._length, rows.shape[1]))
@@ -87,16 +97,19 @@ class WindowAverage:
         include, layers = self._outputs.include, self._outputs.layers
         out = EncodeResult(index)
         rows = {name: (total / self._seen[:, None]).astype(np.float32) for name, total in self._rows.items()}
+        vectors = {name: (total / self._windows).astype(np.float32) for name, total in self._vectors.items()}
         if "mean" in include:
             out.embeddings = {layer: rows[layer].mean(axis=0) for layer in layers}
         if "per_token" in include:
             out.per_token_embeddings = {layer: rows[layer] for layer in layers}
         if "bos" in include:
-            out.bos_embeddings = {layer: (self._bos[layer] / self._windows).astype(np.float32) for layer in layers}
+            out.bos_embeddings = {layer: vectors[layer] for layer in layers}
         if "logits" in include:
             out.logits = rows["logits"]
         if "attentions" in include:
             out.attentions = np.ascontiguousarray(rows["attentions"].T)
+        if "classes" in include:
+            out.classes, out.labels = (rows | vectors)["classes"], self._labels
         if self._contacts is not None and self._pairs is not None:
             with np.errstate(invalid="ignore"):
                 # 0 / 0 where no window contains the pair.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
-from .checkpoint import DECODER, FREQUENCIES, computed_frequencies
+from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, computed_frequencies
 from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
 
@@ -105,7 +105,7 @@ class _Assembler:
             {
                 name: tensor
                 for name, tensor in model.tensors.items()
-                if not name.startswith("contact_head.") and not name.endswith(model.naming.ignored)
+                if not name.startswith(("contact_head.", CLASSIFIER)) and not name.endswith(model.naming.ignored)
             }
         )
 
@@ -133,6 +133,12 @@ class _Assembler:
             weight = self.array(f"{CONTACT_REGRESSION}.weight", (1, maps), "F32")
             result["contact_head.weight"] = StoredTensor(np.ascontiguousarray(weight.reshape(maps)))
             result["contact_head.bias"] = self.vector(f"{CONTACT_REGRESSION}.bias", 1)
+        if self.config.classifier is not None:
+            labels, last = len(self.config.classifier.labels), "classifier"
+            if self.config.classifier.head == "sequence":
+                result |= self.linear("classifier.dense", ["classifier.dense"], width, width, "F32")
+                last = "classifier.out_proj"
+            result |= self.linear("classifier.out_proj", [last], width, labels, "F32")
         result[FREQUENCIES] = StoredTensor(self.frequencies())
         return result
 
@@ -184,15 +190,18 @@ class _Assembler:
             )
         return np.ascontiguousarray(first)
 
-    def linear(self, ours: str, theirs: list[str], inputs: int, outputs: int) -> dict[str, StoredTensor]:
+    def linear(
+        self, ours: str, theirs: list[str], inputs: int, outputs: int, storage: str | None = None
+    ) -> dict[str, StoredTensor]:
         """Convert one linear map, or the three of query, key and value as one."""
-        weight = np.empty((inputs, outputs * len(theirs)), STORAGE_DTYPES[self.storage])
+        storage = storage or self.storage
+        weight = np.empty((inputs, outputs * len(theirs)), STORAGE_DTYPES[storage])
         bias = np.empty(outputs * len(theirs), np.float32)
         for part, name in enumerate(theirs):
             columns = slice(part * outputs, (part + 1) * outputs)
-            weight[:, columns] = self.array(f"{name}.weight", (outputs, inputs)).T
+            weight[:, columns] = self.array(f"{name}.weight", (outputs, inputs), storage).T
             bias[columns] = self.array(f"{name}.bias", (outputs,), "F32")
-        return {f"{ours}.weight": StoredTensor(weight, self.storage), f"{ours}.bias": StoredTensor(bias)}
+        return {f"{ours}.weight": StoredTensor(weight, storage), f"{ours}.bias": StoredTensor(bias)}
 
     def norm(self, ours: str, theirs: str) -> dict[str, StoredTensor]:
         width = self.config.embed_dim

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
-from .checkpoint import Checkpoint, canonical_shapes
+from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
 from .equalise import equalised
 from .integrity import verify_at_load, verify_data, verify_files
 from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
@@ -30,8 +30,8 @@ def save_canonical(
     path : str or path
     checkpoint : Checkpoint
     precision : {'fp32', 'fp16', 'bf16', 'int8'}, optional
-        Storage of the matrices; the default is the checkpoint's own. Norms, biases, rotary frequencies and the contact
-        head are always float32, being small and sensitive; with int8 so are the embedding and the LM head.
+        Storage of the matrices; the default is the checkpoint's own. Norms, biases, rotary frequencies, contact head
+        and classifier are always float32, being small and sensitive; with int8 so are the embedding and the LM head.
     """
     precision = precision or checkpoint.precision
     if precision not in PRECISION_DTYPES:
@@ -107,7 +107,7 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
 
 def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:
     """Return the dtype of a tensor in a file of this precision."""
-    narrow = len(shape) == 2 and (precision != "int8" or name.startswith("layers."))
+    narrow = len(shape) == 2 and not name.startswith(CLASSIFIER) and (precision != "int8" or name.startswith("layers."))
     return PRECISION_DTYPES[precision] if narrow else "F32"
 
 

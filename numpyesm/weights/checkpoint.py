@@ -19,6 +19,7 @@ from .tensor import StoredTensor
 
 LM_HEAD = ("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.bias")
 CONTACT_HEAD = ("contact_head.weight", "contact_head.bias")
+CLASSIFIER = "classifier."  # how the names of a classification head begin
 FREQUENCIES = "rotary.frequencies"
 DECODER = "lm_head.decoder.weight"  # (D, V), only where fine-tuning untied it from the embedding
 
@@ -53,6 +54,11 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             prefix + "fc2.weight": (ffn, width),
             prefix + "fc2.bias": (width,),
         }
+    if config.classifier is not None:
+        if config.classifier.head == "sequence":
+            shapes |= {f"{CLASSIFIER}dense.weight": (width, width), f"{CLASSIFIER}dense.bias": (width,)}
+        labels = len(config.classifier.labels)
+        shapes |= {f"{CLASSIFIER}out_proj.weight": (width, labels), f"{CLASSIFIER}out_proj.bias": (labels,)}
     return shapes | {
         "final_norm.weight": (width,),
         "final_norm.bias": (width,),
@@ -76,8 +82,8 @@ class Checkpoint:
     ----------
     config : ModelConfig
     tensors : mapping of str to StoredTensor
-        Canonical names; the LM head and the contact head are each there completely or not at all. The LM head's
-        decoder is only there if it differs from the embedding.
+        Canonical names; the LM head and the contact head are each there completely or not at all, a classification head
+        if the configuration names one. The LM head's decoder is only there if it differs from the embedding.
     source : str
         Where the numbers came from, for people (`esm2_t12_35M_UR50D.pt`, `synthetic:esm2-35m:0`).
     source_sha256 : str

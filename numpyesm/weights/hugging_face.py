@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import VOCAB_SIZE
+from ..config import PROBLEM_TYPES, VOCAB_SIZE, Classifier
 from ..errors import CheckpointError
-from .recognise import Naming
+from ..printable import quoted
+from .checkpoint import CLASSIFIER
+from .recognise import Model, Naming
 
 NAMING = Naming(
     embedding="embeddings.word_embeddings.weight",
@@ -55,6 +57,11 @@ _SIZES = {
     "embed_dim": "hidden_size",
     "ffn_dim": "intermediate_size",
     "num_heads": "num_attention_heads",
+}
+# transformers' class, the head that it puts on the encoder, and the names of that head's parts.
+_CLASSIFIERS = {
+    "EsmForSequenceClassification": ("sequence", ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")),
+    "EsmForTokenClassification": ("token", ("weight", "bias")),
 }
 
 
@@ -114,6 +121,62 @@ def stated_shape(config: dict[str, Any], origin: str) -> dict[str, int]:
         if value is not None and type(value) is not int:
             raise CheckpointError(f"{origin}: config.json does not give {_SIZES[field]} as a number")
     return {name: value for name, value in stated.items() if value is not None}
+
+
+def classifier_of(model: Model, config: dict[str, Any], origin: str) -> Classifier | None:
+    """The classification head of a model; None if it has none, or one that no class of transformers makes.
+
+    A matrix beside the encoder may be applied to anything, so it counts only if config.json names the class. The head
+    for sequences is told by the names of its tensors as well, where config.json names no class.
+
+    Raises
+    ------
+    CheckpointError
+        A part is missing, or its size is not that of the labels.
+    """
+    stated = config.get("architectures")
+    stated = stated if isinstance(stated, list) else []
+    found = model.head_names
+    for architecture, (head, parts) in _CLASSIFIERS.items():
+        names = {CLASSIFIER + part for part in parts}
+        if architecture in stated or (not stated and head == "sequence" and found == names):
+            break
+    else:
+        return None
+    if not found:
+        return None
+    if missing := sorted(names - found):
+        raise CheckpointError(f"{origin} is incomplete: tensor {quoted(missing[0])} of its classifier is missing")
+    if unknown := sorted(found - names):
+        raise CheckpointError(f"{origin} has tensor {quoted(unknown[0])}, which is not part of an {architecture}")
+    last = f"{CLASSIFIER}{parts[-2]}"
+    outputs = model.tensors[last].shape[:1]
+    if not outputs or not outputs[0]:
+        raise CheckpointError(f"{origin} has tensor {quoted(last)} of shape {outputs}, expected a matrix")
+    labels = _labels(config, outputs[0], origin)
+    problem = config.get("problem_type")
+    if problem is None:  # as transformers takes it when it trains
+        problem = PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]
+    try:
+        return Classifier(head, labels, problem)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _labels(config: dict[str, Any], outputs: int, origin: str) -> tuple[str, ...]:
+    """The names of a head's outputs; transformers' own where config.json gives none."""
+    stated = config.get("id2label")
+    if stated is None:
+        return tuple(f"LABEL_{index}" for index in range(outputs))
+    if not isinstance(stated, dict) or not all(key.isascii() and key.isdigit() for key in stated):
+        raise CheckpointError(f"{origin}: id2label in its config.json does not number its labels from 0")
+    by_number = {int(key): str(label) for key, label in stated.items()}
+    if sorted(by_number) != list(range(outputs)):
+        raise CheckpointError(
+            f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json numbers "
+            f"{len(stated)} labels ({', '.join(sorted(stated)[:4])}{', …' if len(stated) > 4 else ''})"
+        )
+    return tuple(by_number[index] for index in range(outputs))
 
 
 def read_config(path: Path) -> dict[str, Any]:

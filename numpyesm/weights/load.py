@@ -87,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
     Warns
     -----
     UserWarning
-        If the checkpoint holds more than the model (a classifier, say), which is left out; if a checkpoint of fair-esm
+        If the checkpoint holds more than the model (a head of another kind, say), which is left out; if one of fair-esm
         has no contact regression; if an adapter lies beside the weights, which is not applied.
     """
     if isinstance(path, str) and is_synthetic_spec(path):
@@ -206,12 +206,17 @@ def _convert(
         config = hugging_face.read_config(config_file) if config_file.is_file() else {}
         refuse_learned_positions(model, config.get("position_embedding_type"), origin)
         stated = hugging_face.stated_shape(config, origin)
+        classifier = hugging_face.classifier_of(model, config, origin)
     else:
+        classifier = None
         refuse_learned_positions(model, None, origin)
         stated = fair_esm.stated_shape(contents[0], origin)
         chosen = Path(regression) if regression is not None else fair_esm.regression_path(place)
         beside = [chosen] if regression is not None or chosen.exists() else []
     shape = deduce_config(model, stated.get("num_heads"), origin)
+    if classifier is None:
+        model = model.without_classifier()
+    shape = replace(shape, classifier=classifier)
     for field, value in stated.items():
         if value != getattr(shape, field):
             raise CheckpointError(f"{origin} has {field}={getattr(shape, field)}, its configuration says {value}")

@@ -17,6 +17,7 @@ import numpy as np
 from ..config import VOCAB_SIZE
 from ..errors import CheckpointError
 from ..printable import quoted
+from .checkpoint import CLASSIFIER
 from .tensor import STORAGE_DTYPES, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -103,14 +104,28 @@ class Model:
     ----------
     naming : Naming
     tensors : dict of str to StoredTensor
-        Of the trunk and its heads, under `naming`'s names; those of the heads begin with `lm_head.`, `contact_head.`.
+        Of the trunk and its heads, under `naming`'s names; those of the heads begin with `lm_head.`, `contact_head.`,
+        `classifier.`.
     left_out : tuple of str
         What else the checkpoint holds, by the beginnings of its names.
+    classifier_name : str
+        What the checkpoint calls the tensors that begin with `classifier.`.
     """
 
     naming: Naming
     tensors: dict[str, StoredTensor]
     left_out: tuple[str, ...]
+    classifier_name: str = ""
+
+    @property
+    def head_names(self) -> set[str]:
+        """Names of the tensors of what may be a classification head."""
+        return {name for name in self.tensors if name.startswith(CLASSIFIER)}
+
+    def without_classifier(self) -> Model:
+        """The same with such a head left out."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(CLASSIFIER)}
+        return Model(self.naming, kept, (*self.left_out, *([self.classifier_name] if self.head_names else [])))
 
 
 def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
@@ -169,18 +184,22 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
     taken = {id(tensor) for candidate in candidates for tensor in candidate.tensors.values()}
     others = ((name, t) for name, t in tensors.items() if id(t) not in taken)
     rest = [name for name, t in others if t.shape and t.dtype in STORAGE_DTYPES]  # no counters, no generator's state
-    return Model(naming, model.tensors, tuple(dict.fromkeys(_groups(rest, prefix))))
+    classifier = next((p for p in _parents(prefix) if any(name.startswith(p + CLASSIFIER) for name in tensors)), "")
+    left_out = tuple(dict.fromkeys(_groups(rest, prefix)))
+    return Model(naming, model.tensors, left_out, classifier + CLASSIFIER[:-1])
 
 
 def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, StoredTensor]:
-    """Return the tensors of the trunk under `prefix` and of its two heads, without prefixes."""
+    """Return the tensors of the trunk under `prefix` and of its heads, without prefixes."""
     found = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(tuple(prefix + part for part in naming.trunk))
     }
-    for head, sign in (("lm_head.", f"{LM_DENSE}.weight"), ("contact_head.", f"{CONTACT_REGRESSION}.weight")):
-        outside = next((parent for parent in _parents(prefix) if parent + sign in tensors), None)
+    signs = {"lm_head.": f"{LM_DENSE}.weight", "contact_head.": f"{CONTACT_REGRESSION}.weight", CLASSIFIER: CLASSIFIER}
+    for head, sign in signs.items():
+        begins = (parent for parent in _parents(prefix) if any(name.startswith(parent + sign) for name in tensors))
+        outside = next(begins, None)
         if outside is not None:
             begin = outside + head
             found |= {head + name.removeprefix(begin): t for name, t in tensors.items() if name.startswith(begin)}

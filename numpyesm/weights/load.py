@@ -14,6 +14,7 @@ from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
 from .integrity import verify_at_load, verify_data, verify_files
+from .official import source_name
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
 from .tensor import StoredTensor
@@ -224,7 +225,7 @@ def _convert(
         found = fair_esm.regression_of(_read(chosen)[0], chosen, shape)
         model = replace(model, tensors=model.tensors | found)
     assembled = assemble(model, shape, origin)
-    checkpoint = Checkpoint(shape, assembled.tensors, source=place.name, precision=assembled.precision)
+    checkpoint = Checkpoint(shape, assembled.tensors, source=source_name(place), precision=assembled.precision)
     if model.naming is fair_esm.NAMING and not checkpoint.has_contact_head:
         _note(
             f"no contact regression for {place.name} ({chosen.name} is not beside it and none was given): "

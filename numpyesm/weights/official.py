@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES
@@ -19,8 +18,13 @@ from .cache import PINNED_COMMITS
 from .hugging_face import weight_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Of fair-esm's files; those of the other models were not to be had when this was written.
+# Of fair-esm's files and of the Hub's; those of the other models were not to be had when this was written.
 _PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
+_PINNED = {  # of model.safetensors at the pinned commit
+    "esm2-8m": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
+    "esm2-150m": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566",
+    "esm2-650m": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0",
+}
 
 
 def official_files(preset: str) -> Path | None:
@@ -42,8 +46,34 @@ def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
     commit : str, optional
         The preferred one. Next comes what `main` was at the last download, then any other.
     """
-    folder = hub_folder() / f"models--{repository.replace('/', '--')}"
-    return next((snapshot for snapshot in _snapshots(folder, commit) if _is_whole(snapshot)), None)
+    preferred = [] if commit is None else [snapshot_folder(repository, commit)]
+    folder = snapshot_folder(repository, "").parent
+    try:
+        main = snapshot_folder(repository, (folder / "refs" / "main").read_text().strip())
+        others = [main, *sorted((folder / "snapshots").iterdir())]
+    except (OSError, ValueError):
+        others = []
+    return next((snapshot for snapshot in [*preferred, *others] if is_whole(snapshot)), None)
+
+
+def snapshot_folder(repository: str, commit: str) -> Path:
+    """Return where huggingface-hub keeps one commit of a repository."""
+    return hub_folder() / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+
+
+def is_whole(snapshot: Path) -> bool:
+    """Whether all files are there, not only the tokenizer or some of the shards."""
+    try:
+        return (snapshot / "config.json").is_file() and bool(weight_files(snapshot))
+    except CheckpointError:
+        return False
+
+
+def source_name(place: Path) -> str:
+    """Return what to call the source of weights: `organisation/name@commit` of a snapshot, else the file's name."""
+    if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--"):
+        return f"{place.parents[1].name.removeprefix('models--').replace('--', '/', 1)}@{place.name[:12]}"
+    return place.name
 
 
 def check_official(place: Path) -> None:
@@ -68,6 +98,15 @@ def check_official(place: Path) -> None:
             raise CheckpointError(f"{file} is corrupted: it has another checksum than its name in the cache states")
 
 
+def check_download(snapshot: Path) -> None:
+    """Do as `check_official`, and compare a published model with the SHA-256 that is written here, if one is."""
+    check_official(snapshot)
+    for preset, digest in _PINNED.items():
+        pinned = snapshot_folder(f"facebook/{OFFICIAL_NAMES[preset]}", PINNED_COMMITS[preset])
+        if snapshot == pinned and [file_sha256(file) for file in weight_files(snapshot)] != [digest]:
+            raise CheckpointError(f"{snapshot} holds other weights than the published {preset}")
+
+
 def hub_folder() -> Path:
     """Return the cache of huggingface-hub, as its own variables place it."""
     for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
@@ -84,21 +123,3 @@ def torch_hub_folder() -> Path:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-
-
-def _snapshots(folder: Path, commit: str | None) -> Iterator[Path]:
-    if commit is not None:
-        yield folder / "snapshots" / commit
-    try:
-        yield folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-        yield from sorted((folder / "snapshots").iterdir())
-    except (OSError, ValueError):
-        return
-
-
-def _is_whole(snapshot: Path) -> bool:
-    """Whether all files are there, not only the tokenizer or some of the shards."""
-    try:
-        return (snapshot / "config.json").is_file() and bool(weight_files(snapshot))
-    except CheckpointError:
-        return False

@@ -115,6 +115,8 @@ PRESETS: dict[str, ModelConfig] = {
     "esm2-35m": ModelConfig(12, 480, 20, 1920),
     "esm2-150m": ModelConfig(30, 640, 20, 2560),
     "esm2-650m": ModelConfig(33, 1280, 20, 5120),
+    "esm2-3b": ModelConfig(36, 2560, 40, 10240),
+    "esm2-15b": ModelConfig(48, 5120, 40, 20480),
 }
 
 # What fair-esm calls each preset; on the Hugging Face Hub the same name follows "facebook/".
@@ -123,6 +125,8 @@ OFFICIAL_NAMES: dict[str, str] = {
     "esm2-35m": "esm2_t12_35M_UR50D",
     "esm2-150m": "esm2_t30_150M_UR50D",
     "esm2-650m": "esm2_t33_650M_UR50D",
+    "esm2-3b": "esm2_t36_3B_UR50D",
+    "esm2-15b": "esm2_t48_15B_UR50D",
 }
 
 

@@ -134,6 +134,11 @@ class MappedFile(mmap.mmap):
         mapped.path, mapped.identity = os.path.abspath(file.name), file_identity(file.fileno())
         return mapped
 
+    def release(self) -> None:
+        """Let go of what was read of the file; it is read again when it is used."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self.madvise(mmap.MADV_DONTNEED)
+
     @property
     def overwritten(self) -> bool:
         """Whether the content changed. A file that was removed, or replaced by another, is still mapped as it was."""
@@ -142,6 +147,12 @@ class MappedFile(mmap.mmap):
         except OSError:
             return False
         return now != self.identity and now[:2] == self.identity[:2]
+
+
+def release_pages(arrays: Iterable[Any]) -> None:
+    """Let go of what was read of the mapped files that arrays are views of; it is read again when it is used."""
+    for mapped in {file for array in arrays if (file := _mapped(array)) is not None}:
+        mapped.release()
 
 
 def overwritten_files(arrays: Iterable[Any]) -> list[str]:

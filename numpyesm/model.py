@@ -90,7 +90,7 @@ class ESM2:
         Parameters
         ----------
         source : str or path
-            A name (`esm2-8m`, `esm2-35m`, `esm2-150m`, `esm2-650m`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
+            A name (`esm2-8m`, `-35m`, `-150m`, `-650m`, `-3b`, `-15b`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
             up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub.
         backend, precision, threads, max_memory

@@ -121,7 +121,7 @@ def test_synthetic_is_deterministic():
     assert 40 <= used <= 80
 
 
-@pytest.mark.parametrize("spec", ["synthetic:", "synthetic:esm2-3b", "synthetic:esm2-8m:x", "synthetic:esm2-8m:-1",
+@pytest.mark.parametrize("spec", ["synthetic:", "synthetic:esm2-4b", "synthetic:esm2-8m:x", "synthetic:esm2-8m:-1",
                                   "synthetic:esm2-8m:1:2", "synthetic:esm2-8m:", "other"])  # fmt: skip
 def test_bad_synthetic_specs(spec):
     with pytest.raises(InvalidOption, match="synthetic"):

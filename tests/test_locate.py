@@ -161,8 +161,8 @@ def test_paths_that_do_not_exist_are_named(spec):
 
 
 def test_unknown_names():
-    with pytest.raises(WeightsNotFound, match="'esm2-3b' is no known model"):
-        resolve("esm2-3b")
+    with pytest.raises(WeightsNotFound, match="'esm2-4b' is no known model"):
+        resolve("esm2-4b")
 
 
 @pytest.mark.parametrize("name", ["esm2-35m", "someone/model"])

@@ -32,7 +32,9 @@ from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import quantise_columns
 
 # One layer of each preset, and a shape that fills no tile.
-SHAPES = {name: ModelConfig(1, p.embed_dim, p.num_heads, p.ffn_dim) for name, p in PRESETS.items()}
+SHAPES = {
+    name: ModelConfig(1, p.embed_dim, p.num_heads, p.ffn_dim) for name, p in PRESETS.items() if p.embed_dim < 2560
+}
 SHAPES["odd"] = ModelConfig(1, 30, 3, 50)
 
 

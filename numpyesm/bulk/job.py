@@ -232,7 +232,7 @@ class _Run:
     ) -> None:
         self.inputs, self.output, self.layout = inputs, output, layout
         self.strict, self.progress = strict, progress
-        self.tensors = [tensor.raw for tensor in model.checkpoint.tensors.values()]
+        self.tensors = [array for tensor in model.checkpoint.tensors.values() for array in tensor.arrays]
         self.about = describe(model, layout.settings, output.form)
         self.folder = output.path.with_name(output.path.name + ".partial")
         self.started = time.monotonic()

@@ -48,7 +48,9 @@ def convert(arguments: argparse.Namespace) -> int:
     from ..weights.conversion import convert as convert_weights
 
     source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
-    made = convert_weights(source, arguments.output, dtype=arguments.dtype, regression=arguments.regression)
+    made = convert_weights(
+        source, arguments.output, dtype=arguments.dtype, regression=arguments.regression, progress=True
+    )
     checkpoint = made.checkpoint
     print(made.path)
     print(

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, computed_frequencies
 from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
-from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, StoredTensor
+from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, DeferredTensor, StoredTensor
 
 
 def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConfig:
@@ -79,7 +79,7 @@ class Assembled:
 
 
 def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
-    """Convert all tensors of a model to the canonical layout.
+    """Convert all tensors of a model to the canonical layout; matrices of layers when they are used.
 
     Raises
     ------
@@ -122,6 +122,7 @@ class _Assembler:
             result |= self.norm(ours + "ffn_norm", theirs + naming.ffn_norm)
             result |= self.linear(ours + "fc1", [theirs + naming.fc1], width, ffn)
             result |= self.linear(ours + "fc2", [theirs + naming.fc2], ffn, width)
+            result[ours + "fc2.weight"].release()  # whose file is the whole layer's: every number has been looked at
         result |= self.norm("final_norm", naming.final_norm)
         if f"{LM_DENSE}.weight" in self.tensors:
             result |= self.linear("lm_head.dense", [LM_DENSE], width, width)
@@ -194,14 +195,17 @@ class _Assembler:
         self, ours: str, theirs: list[str], inputs: int, outputs: int, storage: str | None = None
     ) -> dict[str, StoredTensor]:
         """Convert one linear map, or the three of query, key and value as one."""
-        storage = storage or self.storage
-        weight = np.empty((inputs, outputs * len(theirs)), STORAGE_DTYPES[storage])
-        bias = np.empty(outputs * len(theirs), np.float32)
-        for part, name in enumerate(theirs):
-            columns = slice(part * outputs, (part + 1) * outputs)
-            weight[:, columns] = self.array(f"{name}.weight", (outputs, inputs), storage).T
-            bias[columns] = self.array(f"{name}.bias", (outputs,), "F32")
-        return {f"{ours}.weight": StoredTensor(weight, storage), f"{ours}.bias": StoredTensor(bias)}
+        shape, storage = (inputs, outputs * len(theirs)), storage or self.storage
+        parts = [self.checked(f"{name}.weight", (outputs, inputs)) for name in theirs]
+
+        def join() -> npt.NDArray[Any]:
+            joined = np.empty(shape, STORAGE_DTYPES[storage])
+            for index, part in enumerate(parts):
+                joined[:, index * outputs : (index + 1) * outputs] = part.stored_as(storage).raw.T
+            return joined
+
+        bias = np.concatenate([self.array(f"{name}.bias", (outputs,), "F32") for name in theirs])
+        return {f"{ours}.weight": DeferredTensor(shape, storage, join, parts), f"{ours}.bias": StoredTensor(bias)}
 
     def norm(self, ours: str, theirs: str) -> dict[str, StoredTensor]:
         width = self.config.embed_dim
@@ -212,6 +216,10 @@ class _Assembler:
 
     def array(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
         """Return one tensor, checked, in the storage dtype."""
+        return self.checked(name, shape).stored_as(storage or self.storage).raw
+
+    def checked(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Return one tensor as the checkpoint has it, checked."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.origin} is incomplete: tensor {quoted(name)} is missing")
         tensor = self.tensors[name]
@@ -223,13 +231,9 @@ class _Assembler:
         self.used.add(name)
         if not is_finite(tensor):
             raise CheckpointError(f"{self.origin} has NaN or infinite numbers in tensor {quoted(name)}")
-        try:
-            stored = tensor.stored_as(storage or self.storage)
-        except OverflowError as error:
-            raise CheckpointError(f"{self.origin} has tensor {quoted(name)} with too large numbers: {error}") from error
-        if not is_finite(stored):  # float64 beyond float32
+        if tensor.dtype == "F64" and not is_finite(tensor.stored_as("F32")):
             raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {quoted(name)}")
-        return stored.raw
+        return tensor
 
     def check_unused(self) -> None:
         """Refuse a trunk with parts that ESM-2 lacks: without them the numbers would be wrong."""

@@ -19,6 +19,8 @@ PINNED_COMMITS = {
     "esm2-35m": "6fbf070e65b0b7291e7bbcd451118c216cff79d8",
     "esm2-150m": "a695f6045e2e32885fa60af20c13cb35398ce30c",
     "esm2-650m": "08e4846e537177426273712802403f7ba8261b6c",
+    "esm2-3b": "476b639933c8baad5ad09a60ac1a87f987b656fc",
+    "esm2-15b": "5fbca39631164edc1d402a5aa369f982f72ee282",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

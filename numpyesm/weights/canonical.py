@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
 from .equalise import equalised
 from .integrity import verify_at_load, verify_data, verify_files
-from .safetensors_file import read_safetensors, tensor_bytes, write_safetensors
-from .tensor import PRECISION_DTYPES, StoredTensor
+from .safetensors_file import read_safetensors, write_safetensors
+from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor
 
 FORMAT = "numpyesm"
 FORMAT_VERSION = "2"  # 1 had no rotary frequencies
@@ -21,7 +24,11 @@ _SCALE = ".scale"  # of the int8 matrix before the dot
 
 
 def save_canonical(
-    path: str | os.PathLike[str], checkpoint: Checkpoint, *, precision: str | None = None
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    precision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
     """Write a canonical file atomically and return its metadata.
 
@@ -32,17 +39,17 @@ def save_canonical(
     precision : {'fp32', 'fp16', 'bf16', 'int8'}, optional
         Storage of the matrices; the default is the checkpoint's own. Norms, biases, rotary frequencies, contact head
         and classifier are always float32, being small and sensitive; with int8 so are the embedding and the LM head.
+    progress : callable, optional
+        See `write_safetensors`.
     """
     precision = precision or checkpoint.precision
     if precision not in PRECISION_DTYPES:
         raise InvalidOption(f"dtype is {precision!r}, expected one of {', '.join(PRECISION_DTYPES)}")
     rounded = equalised(checkpoint) if precision == "int8" else checkpoint
-    tensors = {
-        name: _stored(name, rounded.tensors[name], precision)
-        for name in canonical_shapes(checkpoint.config)
-        if name in checkpoint.tensors
-    }
-    tensors |= {name + _SCALE: StoredTensor(t.scale) for name, t in tensors.items() if t.scale is not None}
+    tensors: dict[str, StoredTensor] = {}
+    for name in canonical_shapes(checkpoint.config):
+        if name in checkpoint.tensors:
+            tensors |= _stored(name, rounded.tensors[name], precision)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -50,12 +57,11 @@ def save_canonical(
         "source": checkpoint.source,
         "source_sha256": checkpoint.source_sha256,
         "precision": precision,
-        "data_sha256": _data_sha256(tensors),
+        "data_sha256": "",
     }
     if checkpoint.synthetic:
         metadata["synthetic"] = "true"
-    write_safetensors(path, tensors, metadata)
-    return metadata
+    return write_safetensors(path, tensors, metadata, progress)
 
 
 def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
@@ -123,17 +129,24 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return joined
 
 
-def _stored(name: str, tensor: StoredTensor, precision: str) -> StoredTensor:
-    try:
-        return tensor.stored_as(_storage(name, tensor.shape, precision))
-    except OverflowError as error:
-        raise CheckpointError(f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32") from error
+def _stored(name: str, tensor: StoredTensor, precision: str) -> dict[str, StoredTensor]:
+    """A tensor as a file of this precision holds it, made when it is written; an int8 matrix with its scales."""
+    dtype = _storage(name, tensor.shape, precision)
+
+    def stored() -> StoredTensor:
+        try:
+            return tensor.stored_as(dtype)
+        except OverflowError as error:
+            raise CheckpointError(
+                f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32"
+            ) from error
+
+    tensors: dict[str, StoredTensor] = {name: DeferredTensor(tensor.shape, dtype, lambda: stored().raw, [tensor])}
+    if dtype == "I8":
+        tensors[name + _SCALE] = DeferredTensor(tensor.shape[1:], "F32", lambda: _scale_of(stored()), [tensor])
+    return tensors
 
 
-def _data_sha256(tensors: Mapping[str, StoredTensor]) -> str:
-    import hashlib  # loads OpenSSL: not when a file is only opened
-
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor_bytes(tensor).data)
-    return digest.hexdigest()
+def _scale_of(tensor: StoredTensor) -> npt.NDArray[np.float32]:
+    assert tensor.scale is not None
+    return tensor.scale

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +40,7 @@ def convert(
     *,
     dtype: str = "fp32",
     regression: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> Conversion:
     """Convert weights to a canonical file.
 
@@ -50,6 +54,8 @@ def convert(
         Storage of the matrices; everything else is float32.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
+    progress : bool
+        Show a progress bar on stderr, if it takes longer than a second.
 
     Raises
     ------
@@ -69,8 +75,26 @@ def convert(
     for file in opened.files:
         if same_file(file, path):
             raise InvalidOption(f"{path} is the source itself: choose another output")
-    save_canonical(path, with_provenance(opened), precision=dtype)
+    with progress_bar(path, progress) as advance:
+        save_canonical(path, with_provenance(opened), precision=dtype, progress=advance)
     return Conversion(path, load_canonical(path))
+
+
+@contextmanager
+def progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """What `save_canonical` calls as it writes: shows a bar after a second, a line every ten seconds in a log."""
+    from tqdm import tqdm  # comes with huggingface-hub
+
+    every = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        desc=path.name, unit="B", unit_scale=True, delay=1, mininterval=every, maxinterval=every, disable=not show
+    ) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 def canonical_name(checkpoint: Checkpoint, dtype: str) -> str:

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from ..files import atomic_write
 from .cache import RemoteModel, cached, is_commit
 from .canonical import load_canonical, save_canonical
-from .conversion import output_path, with_provenance
+from .conversion import output_path, progress_bar, with_provenance
 from .hugging_face import WEIGHT_FILES, weight_files, weight_map
 from .load import open_checkpoint
 from .official import check_download, hub_folder, is_whole, snapshot_folder
@@ -92,7 +92,8 @@ def fetch(
         )
     if output is not None:
         path = output_path(output, opened.checkpoint, dtype)
-    save_canonical(path, with_provenance(opened), precision=dtype)
+    with progress_bar(path, progress) as advance:
+        save_canonical(path, with_provenance(opened), precision=dtype, progress=advance)
     if output is None:
         model.remember(commit)
     return path

@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,11 @@ def map_file(path: Path) -> mmap.mmap | bytes:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
-) -> None:
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
     """Write tensors in the given order, whole or not at all; equal input gives equal bytes.
 
     Parameters
@@ -119,32 +122,57 @@ def write_safetensors(
     path : str or path
         The file to make or replace.
     tensors : mapping of str to StoredTensor
-        Streamed one by one, without a second copy of them all.
+        Each is asked for its numbers when it is written, and releases them.
     metadata : mapping of str to str
-        Goes into the header, sorted by key.
+        Goes into the header, sorted by key. `data_sha256` is filled in if it is there.
+    progress : callable, optional
+        Called with the bytes of tensors that are written, and that there are.
+
+    Returns
+    -------
+    dict of str to str
+        The metadata as written.
 
     Raises
     ------
     OSError
         If the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    import hashlib  # loads OpenSSL: not when a file is only opened
+
+    entries: dict[str, Any] = {}
     position = 0
     for name, tensor in tensors.items():
-        size = tensor.raw.size * _DTYPES[tensor.dtype].itemsize
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + size],
-        }
+        size = math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize
+        offsets = [position, position + size]
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         position += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+
+    def header(metadata: Mapping[str, str]) -> bytes:
+        fields = {"__metadata__": dict(sorted(metadata.items()))} | entries
+        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        return struct.pack("<Q", len(text)) + text
+
+    written = dict(metadata)
+    digest, done = hashlib.sha256(), 0
+    if "data_sha256" in written:  # known at the end, as long as this
+        written["data_sha256"] = digest.hexdigest()
     with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(header(written))
         for tensor in tensors.values():
-            file.write(tensor_bytes(tensor).data)
+            content = tensor_bytes(tensor).data
+            digest.update(content)
+            file.write(content)
+            tensor.release()
+            done += len(content)
+            if progress is not None:
+                progress(done, position)
+        if "data_sha256" in written:
+            written["data_sha256"] = digest.hexdigest()
+            file.seek(0)
+            file.write(header(written))
+    return written
 
 
 def tensor_bytes(tensor: StoredTensor) -> npt.NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from ..config import PRESETS, ModelConfig, preset_name
 from ..errors import InvalidOption
 from .checkpoint import DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
-from .tensor import StoredTensor
+from .tensor import DeferredTensor, StoredTensor
 
 _QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
 _BRANCH_STD = 0.15  # of what one block adds to the residual stream; the embedding has 0.1
@@ -23,6 +24,8 @@ _EMBEDDING_STD = 0.1  # of the tied embedding: logits then have a standard devia
 _CONTACT_NONZERO = 0.25  # of the coefficients; 61 of 240 in the real 35M
 _CONTACT_BIAS = -4.0
 _CONTACT_STD = 90.0
+# Matrices of more numbers, those of the 3B and 15B models, are made when they are used: all of them are 11 and 60 GB.
+_DEFERRED = 6 << 20
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,21 @@ def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
 
 def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:
     """Make random weights of any shape, flagged synthetic."""
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for number, (name, shape) in enumerate(canonical_shapes(config).items()):
         if name == DECODER:  # tied, as in ESM-2
             continue
         # One stream per tensor, so that a tensor added at the end of the layout changes no other.
-        stream = np.random.Generator(np.random.PCG64([seed, number]))
-        tensors[name] = StoredTensor(_random_tensor(name, shape, config, stream))
+        make = partial(_random_tensor, name, shape, config, (seed, number))
+        tensors[name] = DeferredTensor(shape, "F32", make) if math.prod(shape) > _DEFERRED else StoredTensor(make())
     source = source or f"synthetic:custom:{seed}"
     return Checkpoint(config, tensors, source=source, synthetic=True)
 
 
 def _random_tensor(
-    name: str, shape: tuple[int, ...], config: ModelConfig, stream: np.random.Generator
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: tuple[int, int]
 ) -> npt.NDArray[np.float32]:
+    stream = np.random.Generator(np.random.PCG64(seed))
     kind = name.rsplit(".", 1)[-1]
     if name == FREQUENCIES:  # in half precision, as the official checkpoints have them
         return computed_frequencies(config.head_dim).astype(np.float16).astype(np.float32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ..files import release_pages
 
 # safetensors' dtype names. NumPy has no bfloat16: its bits are held as uint16.
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -41,6 +44,15 @@ class StoredTensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.raw.shape)
 
+    @property
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Where the numbers are: in memory, or in mapped files."""
+        return [self.raw]
+
+    def release(self) -> None:
+        """Let go of what was read of a mapped file: a tensor that is not used soon need not stay in memory."""
+        release_pages(self.arrays)
+
     def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
         """Return the numbers as `dtype`, without a copy if they are stored so."""
         values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
@@ -73,6 +85,47 @@ class StoredTensor:
         if not np.isfinite(narrow).all() and np.isfinite(values).all():
             raise OverflowError(f"a value of {float(np.abs(values).max()):g} is beyond the range of {dtype}")
         return StoredTensor(narrow, dtype)
+
+
+class DeferredTensor(StoredTensor):
+    """A tensor whose numbers are made anew each time they are asked for, so that they need not all be in memory.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : str
+        As in `StoredTensor`.
+    build : callable
+        Makes the stored numbers.
+    sources : sequence of StoredTensor
+        What they are made from.
+    """
+
+    _shape: tuple[int, ...]
+    _build: Callable[[], npt.NDArray[Any]]
+    _sources: tuple[StoredTensor, ...]
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        build: Callable[[], npt.NDArray[Any]],
+        sources: Sequence[StoredTensor] = (),
+    ) -> None:
+        for name, value in {"dtype": dtype, "_shape": shape, "_build": build, "_sources": tuple(sources)}.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    @property
+    def raw(self) -> npt.NDArray[Any]:
+        return self._build()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [array for source in self._sources for array in source.arrays]
 
 
 def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import MappedFile
 from ..printable import quoted
 from .safetensors_file import map_file
 
@@ -88,6 +89,8 @@ class ZipEntries:
             raise CheckpointError(f"{self.path} has zip entry {quoted(name)} packed with an unusual method")
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
             raise CheckpointError(f"{self.path} is corrupted: zip entry {quoted(name)} has a wrong checksum")
+        if isinstance(self._map, MappedFile):  # else reading the checksums would leave the whole file in memory
+            self._map.release()
         return data
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:

@@ -1,0 +1,103 @@
+"""Models of 3B and 15B: presets, half-precision files of fair-esm, shards, and conversion that streams."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from numpyesm.config import PRESETS, ModelConfig, preset_name
+from numpyesm.errors import CheckpointError
+from numpyesm.weights import convert, load_checkpoint
+from numpyesm.weights.canonical import save_canonical
+from numpyesm.weights.synthetic import random_checkpoint
+
+mk = pytest.importorskip("make_checkpoints")
+torch = pytest.importorskip("torch")
+
+TINY = mk.TINY
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An 8M model as fair-esm writes large ones, and in shards."""
+    folder = tmp_path_factory.mktemp("sources")
+    model = mk.fair_esm_model(PRESETS["esm2-8m"])
+    write_shards(folder / "hf", model, "bin", PRESETS["esm2-8m"])
+    mk.write_fair_esm(folder / "m.pt", model.half())
+    save_canonical(folder / "canonical.safetensors", random_checkpoint(PRESETS["esm2-8m"]))
+    return folder
+
+
+def test_presets() -> None:
+    assert preset_name("facebook/esm2_t36_3B_UR50D") == "esm2-3b"
+    assert preset_name("esm2_t48_15B_UR50D") == "esm2-15b"
+    assert PRESETS["esm2-3b"] == ModelConfig(36, 2560, 40, 10240)
+    assert PRESETS["esm2-15b"] == ModelConfig(48, 5120, 40, 20480)
+
+
+def test_half_precision_of_fair_esm(tmp_path: Path) -> None:
+    """As the 3B and 15B checkpoints are stored."""
+    model = mk.fair_esm_model().half()
+    path = mk.write_fair_esm(tmp_path / "m.pt", model)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.precision == "fp16"
+    mk.expect_same_model(checkpoint, model.float())
+    wide = convert(path, tmp_path / "wide.safetensors").checkpoint
+    assert wide.precision == "fp32"
+    mk.expect_same_model(wide, model)
+
+
+def write_shards(folder: Path, model: object, ending: str, config: ModelConfig = TINY) -> Path:
+    """As transformers shards large models: three files, and an index that says which tensor is where."""
+    from safetensors.torch import save_file
+
+    state = mk.hugging_face_state(model)
+    stem = "pytorch_model" if ending == "bin" else "model"
+    names = [f"{stem}-{number:05}-of-00003.{ending}" for number in (1, 2, 3)]
+    weight_map = {name: names[index * 3 // len(state)] for index, name in enumerate(state)}
+    folder.mkdir()
+    for shard in names:
+        part = {name: tensor for name, tensor in state.items() if weight_map[name] == shard}
+        torch.save(part, folder / shard) if ending == "bin" else save_file(part, folder / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(mk.hugging_face_config(config)))
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_shards(tmp_path: Path, ending: str) -> None:
+    model = mk.fair_esm_model()
+    folder = write_shards(tmp_path / "hf", model, ending)
+    mk.expect_same_model(load_checkpoint(folder), model)
+    mk.expect_same_model(convert(folder, tmp_path / "c.safetensors").checkpoint, model)
+    second = next(folder.glob(f"*-00002-of-00003.{ending}"))
+    second.unlink()
+    output = tmp_path / "none.safetensors"
+    with pytest.raises(
+        CheckpointError, match=rf"hf is incomplete: {second.name}, which .*index\.json names, is missing"
+    ):
+        convert(folder, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("source", ["m.pt", "hf", "canonical.safetensors"])
+def test_conversion_holds_a_few_matrices_at_a_time(sources: Path, tmp_path: Path, source: str, precision: str) -> None:
+    total = PRESETS["esm2-8m"].num_layers * 12 * 320**2 * 4
+    tracemalloc.start()
+    try:
+        convert(sources / source, tmp_path / "c.safetensors", dtype=precision)
+        assert tracemalloc.get_traced_memory()[1] < total / 3
+    finally:
+        tracemalloc.stop()
+
+
+def test_progress_of_a_conversion(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    save_canonical(tmp_path / "c.safetensors", random_checkpoint(TINY), progress=lambda *step: steps.append(step))
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]

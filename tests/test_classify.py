@@ -150,3 +150,110 @@ def test_an_unknown_head_is_left_out(tmp_path: Path, architectures: list[str] | 
         model.classify(["MKT"])
     with pytest.raises(MissingHead, match="no classification head"):
         model.encode(["MKT"], include=["classes"])
+
+
+# -- doors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A canonical file of each kind."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for kind in HEADS:
+        write(folder / kind, kind)
+        convert(folder / kind, folder / f"{kind}.safetensors")
+    return {kind: folder / f"{kind}.safetensors" for kind in HEADS}
+
+
+def run(*arguments: str | Path) -> int:
+    from numpyesm.cli import main
+
+    return main([*map(str, arguments), "--backend", "numpy"])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_command_writes_tsv_json_and_npz(weights: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(">one\nMKTAY\n>two\nGSSG\n")
+    for form in ("tsv", "json", "npz"):
+        assert run("classify", fasta, "-o", tmp_path / f"out.{form}", "--weights", weights[kind]) == 0
+    expected = ESM2.from_pretrained(weights[kind], backend="numpy").classify(["MKTAY", "GSSG"])
+    header, *rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    labels = HEADS[kind][2]
+    assert header[-len(labels) :] == labels
+    found = np.array([row[-len(labels) :] for row in rows], np.float32)
+    np.testing.assert_array_equal(found, np.vstack([np.atleast_2d(one.probabilities) for one in expected]))
+    if kind == "token":
+        assert header[:4] == ["id", "position", "residue", "label"]
+        assert [" ".join(row[:3]) for row in rows][3:6] == ["one 4 A", "one 5 Y", "two 1 G"]
+    else:
+        assert header[:-len(labels)] == ["id", *(["label"] if kind != "regression" else [])]  # fmt: skip
+        assert [row[0] for row in rows] == ["one", "two"]
+    if kind == "multi":
+        assert [row[1] for row in rows] == [
+            ";".join(label for label, p in zip(labels, row, strict=True) if p >= 0.5) for row in found
+        ]
+    elif kind != "regression":
+        named = [row[header.index("label")] for row in rows]
+        assert named == [labels[i] for i in found.argmax(axis=1)]
+    (first, _) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert first["id"] == "one"
+    np.testing.assert_array_equal(np.array(first["logits"], np.float32), expected[0].logits)
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["labels"].tolist() == labels
+        second = arrays["probabilities_1"] if kind == "token" else arrays["probabilities"][1]
+        np.testing.assert_array_equal(second, expected[1].probabilities)
+
+
+def test_the_command_refuses_weights_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("classify", "MKT", "-o", tmp_path / "x.tsv", "--weights", "synthetic:esm2-8m") == 1
+    assert "classify: the weights (synthetic:esm2-8m:0) have no classification head" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
+    from jsonschema import Draft202012Validator
+    from starlette.testclient import TestClient
+    from test_api import both_doors
+
+    from numpyesm.api.catalog import Catalog
+    from numpyesm.serverless.function import Function
+    from numpyesm.service.app import Service
+    from numpyesm.weights.synthetic import random_checkpoint
+
+    models = {kind: ESM2.from_pretrained(path, backend="numpy", threads=1) for kind, path in weights.items()}
+    catalog = Catalog(models | {"plain": ESM2(random_checkpoint(SMALL), backend="numpy", threads=1)})
+    service = Service(catalog)
+    service.prepare()
+    with TestClient(service.gate, base_url="http://localhost") as client:
+        ask = both_doors(client, Function(catalog))
+
+        def post(slug: str, action: str, **document: Any) -> Any:
+            body = json.dumps(document).encode()
+            return ask("POST", f"/api/v3/{slug}/{action}/", body, {"content-type": "application/json"})
+
+        answers = json.loads(client.get("/openapi.json").content)["components"]["schemas"]
+        for kind, model in models.items():
+            items = [{"sequence": sequence} for sequence in SEQUENCES]
+            results = post(kind, "classify", items=items).json()
+            Draft202012Validator(answers["ClassifyAnswer"]).validate(results)
+            for one, expected in zip(results["results"], model.classify(SEQUENCES), strict=True):
+                assert one.pop("sequence_index") == expected.sequence_index
+                assert one.pop("labels") == HEADS[kind][2]
+                for name, values in one.items():
+                    np.testing.assert_allclose(values, getattr(expected, name), atol=1e-5)
+            encoded = post(kind, "encode", items=items, params={"include": ["classes"]}).json()
+            Draft202012Validator(answers["EncodeAnswer"]).validate(encoded)
+            assert encoded["results"][0]["labels"] == HEADS[kind][2]
+        bad = post("single", "classify", items=[{"sequence": "MKT"}, {"sequence": "M1T"}], params={"include": []})
+        assert (bad.status_code, len(bad.json()["errors"])) == (422, 2)
+        assert post("single", "classify", items=[{"sequence": "M"}] * 9).status_code == 422
+        refused = post("plain", "classify", items=[{"sequence": "MKT"}])
+        assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (404, True)
+        refused = post("plain", "encode", items=[{"sequence": "MKT"}], params={"include": ["classes"]})
+        assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (422, True)
+        described = {one["slug"]: one for one in client.get("/api/v3/models").json()["models"]}
+        assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])
+        assert "classify" in described["token"]["actions"]
+        assert (described["plain"]["head"], described["plain"]["labels"]) == (None, [])

@@ -14,7 +14,7 @@ from ..model import ESM2
 from ..weights.checkpoint import Checkpoint
 from .errors import ApiError
 
-ACTIONS = ("encode", "predict", "log_prob")
+ACTIONS = ("encode", "predict", "log_prob", "classify")
 # Items of one request, as in the hosted API.
 MAX_ITEMS = 8
 
@@ -46,8 +46,10 @@ class ServedModel:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """What the weights can do: without an LM head, embeddings only."""
-        return ACTIONS if self.checkpoint.has_lm_head else ACTIONS[:1]
+        """What the weights can do: without any head, embeddings only."""
+        heads = {"predict": self.checkpoint.has_lm_head, "classify": self.model.head is not None}
+        heads["log_prob"] = heads["predict"]
+        return tuple(action for action in ACTIONS if heads.get(action, True))
 
     def describe(self) -> dict[str, Any]:
         """Describe the model, also in the words that the `biolmai` SDK looks for."""
@@ -62,6 +64,8 @@ class ServedModel:
             "max_items": MAX_ITEMS,
             "actions": list(self.actions),
             "contacts": self.checkpoint.has_contact_head,
+            "head": self.model.head,
+            "labels": self.model.labels,
             "synthetic": self.checkpoint.synthetic,
             # Of random weights only: another source may be a path on this machine.
             "source": self.checkpoint.source if self.checkpoint.synthetic else None,
@@ -131,6 +135,7 @@ class Catalog:
         """Find a model that can do `action`; ApiError 404 says what there is."""
         served = self.get(slug)
         if action not in served.actions:
-            reason = ": its weights have no LM head" if action in ACTIONS else ""
+            head = "classification head" if action == "classify" else "LM head"
+            reason = f": its weights have no {head}" if action in ACTIONS else ""
             raise ApiError(404, f"{slug} has no action {action[:80]!r}{reason}; it has {', '.join(served.actions)}")
         return served

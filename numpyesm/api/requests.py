@@ -33,10 +33,10 @@ class Work:
     ----------
     served : ServedModel
     action : str
-        `encode`, `predict` or `log_prob`.
+        One of `catalog.ACTIONS`.
     tokens : tuple of ndarray of uint8, each (residues + 2,)
     outputs : Outputs
-        Of `encode`; there may be none.
+        Of `encode`, of which there may be none, and of `classify`.
     positions : str
         `all` or `masked`, of `predict`.
     """
@@ -71,6 +71,8 @@ class Work:
             return passes.encode(self.tokens, self.outputs)
         if self.action == "predict":
             return passes.predict(self.tokens, self.positions)
+        if self.action == "classify":
+            return passes.classify(self.tokens)
         return iter(passes.log_prob(self.tokens).tolist())
 
 
@@ -82,11 +84,11 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
     return bool(np.isfinite(result) or not canonical.any())
 
 
-def body_schema(action: str, num_layers: int) -> Schema:
+def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schema:
     """Say in JSON Schema what a request of `action` may hold, for clients and for `check_request`."""
     item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
     fields = {
-        "params": object_schema(_params_schema(action, num_layers), required=[]),
+        "params": object_schema(_params_schema(action, num_layers, classifies), required=[]),
         "items": {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_ITEMS},
     }
     return object_schema(fields, required=["items"])
@@ -99,13 +101,13 @@ def object_schema(fields: Schema, required: list[str] | None = None, **more: Any
     return schema | ({"required": needed} if needed else {})
 
 
-def _params_schema(action: str, num_layers: int) -> Schema:
+def _params_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     if action == "predict":
         text = "Logits of all residues, or of the masks only."
         return {"positions": {"enum": list(POSITIONS), "default": "all", "description": text}}
-    if action == "log_prob":
+    if action != "encode":
         return {}
-    names = [*INCLUDES, "per_residue"]
+    names = [*(name for name in INCLUDES if classifies or name != "classes"), "per_residue"]
     # One by one: as JSON Schema has it, an integer may be written 1.0, and a layer may not.
     layers = list(range(-(num_layers + 1), num_layers + 1))
     text = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
@@ -142,10 +144,12 @@ def check_request(served: ServedModel, action: str, document: Any) -> Work:
         422; it names every item and parameter that is wrong.
     """
     reader = _Reader(served, action)
-    reader.check(document, (), body_schema(action, served.model.config.num_layers))
+    reader.check(document, (), body_schema(action, served.model.config.num_layers, served.model.head is not None))
     if reader.problems:
         raise invalid(reader.problems)
     params, tokens = document.get("params", {}), tuple(reader.tokens)
+    if action == "classify":
+        return Work(served, action, tokens, Outputs(("classes",)))
     if action != "encode":
         return Work(served, action, tokens, positions=params.get("positions", "all"))
     layers, include = params.get("repr_layers", [-1]), params.get("include", ["mean"])
@@ -203,6 +207,8 @@ class _Reader:
         checkpoint, slug = self._served.checkpoint, self._served.slug
         if isinstance(allowed[0], int):
             self._layer(value, place)
+        elif value == "classes" and self._served.model.head is None:
+            self._add(place[:-1], f"classes: the weights of {slug} have no classification head")
         elif not isinstance(value, str) or value not in allowed:
             *first, last = map(repr, allowed)
             self._add(place, f"expected one of {', '.join(first)} or {last}")

@@ -19,6 +19,7 @@ _SUMMARIES = {
     "encode": "Embeddings, contacts, logits and attentions of sequences",
     "predict": "Logits of sequences with masks",
     "log_prob": "Log-probability of sequences, from one pass",
+    "classify": "Classes of sequences or residues, by a fine-tuned model",
 }
 _ERRORS = {
     401: "No API key, or an unknown one",
@@ -40,6 +41,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "predict": {"items": [{"sequence": "MKTFFV<mask>LVLLLSGALAAPVA"}]},
     "log_prob": {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]},
+    "classify": {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]},
 }
 _TEXT = {"type": "string"}
 
@@ -52,7 +54,7 @@ def request_schema(served: ServedModel, action: str) -> Schema:
     """Make the JSON Schema of a request; clients read `properties.items.maxItems` and `throttle_rate`."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{served.slug} {action}"}
     tail = {"examples": [_EXAMPLES[action]], "throttle_rate": THROTTLE_RATE}
-    return head | body_schema(action, served.model.config.num_layers) | tail
+    return head | body_schema(action, served.model.config.num_layers, served.model.head is not None) | tail
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -62,6 +64,8 @@ def _answers() -> dict[str, Schema]:
     vector = _list({"type": "number"})
     matrix = _list(vector)
     vocabulary = _list(_TEXT, examples=[list(AMINO_ACIDS)])
+    classes = _list({"anyOf": [{"type": "number"}, vector]})
+    labels = _list(_TEXT, description="What the columns are called.")
     by_layer = _list(object_schema({"layer": {"type": "integer"}, "embedding": vector}))
     results = {
         "encode": object_schema(
@@ -77,6 +81,8 @@ def _answers() -> dict[str, Schema]:
                 "logits": matrix | {"description": "L×20, columns in the order of `vocab_tokens`."},
                 "vocab_tokens": vocabulary,
                 "attentions": matrix | {"description": "layers×L: mean over heads and query positions."},
+                "classes": classes | {"description": "Probabilities, as of `classify`."},
+                "labels": labels,
             },
             required=["sequence_index"],
             description="What was not requested is absent.",
@@ -86,6 +92,14 @@ def _answers() -> dict[str, Schema]:
                 "logits": matrix | {"description": "One row per residue, or per mask with `positions: masked`."},
                 "sequence_tokens": _list(_TEXT, description="The residues, <mask> as one token."),
                 "vocab_tokens": vocabulary,
+            }
+        ),
+        "classify": object_schema(
+            {
+                "sequence_index": {"type": "integer", "description": "Place of the item in the request."},
+                "logits": classes | {"description": "A number per label, or a row of them per residue."},
+                "probabilities": classes | {"description": "Softmax or sigmoid of them; of a regression, themselves."},
+                "labels": labels,
             }
         ),
         "log_prob": object_schema(
@@ -124,12 +138,13 @@ def openapi_document(catalog: Catalog) -> Schema:
     """Describe the whole API as OpenAPI 3.1."""
     layers = min(served.model.config.num_layers for served in catalog)  # what every served model has
     slug, action = _path_parameter("slug", catalog.slugs), _path_parameter("action", list(ACTIONS))
+    classifies = all(served.model.head is not None for served in catalog)
     paths: Schema = {}
     schemas: Schema = {"ErrorAnswer": _error_answer()}
     for name, answer in _answers().items():
         if slugs := [served.slug for served in catalog if name in served.actions]:
             title = name.title().replace("_", "")
-            schemas |= {f"{title}Request": body_schema(name, layers), f"{title}Answer": answer}
+            schemas |= {f"{title}Request": body_schema(name, layers, classifies), f"{title}Answer": answer}
             paths[f"/api/v3/{{slug}}/{name}/"] = {"post": _action_operation(name, title, slugs)}
     for path, name, summary, parameters in (
         ("/api/v3/schema/{slug}/{action}/", "schema", "JSON Schema of an action's request", [slug, action]),

@@ -1,4 +1,4 @@
-"""`numpyesm encode`, `predict`, `log-prob`."""
+"""`numpyesm encode`, `predict`, `classify`, `log-prob`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from ..alphabet import AMINO_ACIDS, nothing_to_score, residue_tokens
+from ..config import Classifier
 from ..errors import InputWarning, InvalidOption
 from ..fasta import Record
 from ..formats import Result, json_results, npz_results
 from ..heads import log_softmax
 from ..options import check_includes
-from ..results import EncodeResult, PredictResult
+from ..results import ClassifyResult, EncodeResult, PredictResult
 from .inputs import load_model, on_records, read_records
 from .outputs import Destination, csv_pieces, destination, table
 
 _ENDINGS = {".json": "json", ".npz": "npz", ".csv": "csv", ".tsv": "tsv", ".txt": "table"}
 # Outputs that a table can hold: a row per sequence, or a row per residue.
 _PER_SEQUENCE, _PER_RESIDUE = {"mean", "bos"}, {"per_token", "logits"}
+# From this probability on a label that does not exclude others is said to hold.
+_HOLDS = 0.5
 
 Table = tuple[Sequence[str], Iterable[Sequence[object]]]
 
@@ -57,6 +61,18 @@ def predict(arguments: argparse.Namespace) -> int:
         lambda: _logit_rows(records, results, masked_only),
         lambda: most_probable(records, results, masked_only),
     )
+
+
+def classify(arguments: argparse.Namespace) -> int:
+    """Write the label and the probability of each, per sequence or per residue as the head has it."""
+    target = _destination(arguments)
+    records = read_records(arguments.input, target.path, arguments.ids)
+    model = load_model(arguments)
+    results = on_records(records, model.classify)
+    classifier = model.config.classifier
+    assert classifier is not None  # or classify would have said so
+    found = partial(_class_rows, records, results, classifier)
+    return _write(target, records, results, found, partial(found, text=False))
 
 
 def log_prob(arguments: argparse.Namespace) -> int:
@@ -134,6 +150,31 @@ def _logit_rows(records: Sequence[Record], results: Sequence[PredictResult], mas
             result.mask_positions if masked_only else range(len(result.logits)), result.logits, strict=True
         )
     )
+
+
+def _class_rows(
+    records: Sequence[Record], results: Sequence[ClassifyResult], classifier: Classifier, text: bool = True
+) -> Table:
+    """Return a row per sequence or residue: id (position from 1, residue), label, and the probability of each label."""
+    residues, regression = classifier.head == "token", classifier.problem_type == "regression"
+    header = ["id", *(["position", "residue"] if residues else []), *([] if regression else ["label"])]
+
+    def rows() -> Iterator[Sequence[object]]:
+        for record, result in zip(records, results, strict=True):
+            letters = residue_tokens(record.sequence) if residues else [""]
+            for position, (letter, row) in enumerate(zip(letters, np.atleast_2d(result.probabilities), strict=True), 1):
+                place = [position, letter] if residues else []
+                label = [] if regression else [_label(row, classifier)]
+                yield [record.id, *place, *label, *(_digits(row) if text else row).tolist()]
+
+    return [*header, *classifier.labels], rows()
+
+
+def _label(probabilities: np.ndarray, classifier: Classifier) -> str:
+    """Name the most probable label or, where several may hold, all that are at least as probable as not."""
+    if classifier.problem_type == "multi_label_classification":
+        return ";".join(classifier.labels[i] for i in np.flatnonzero(probabilities >= _HOLDS))
+    return classifier.labels[int(np.argmax(probabilities))]
 
 
 def _shortest(arrays: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

@@ -88,6 +88,7 @@ def _add_inference_commands(add: Add) -> None:
     _add_embeddings(command, ["mean"], "mean")
     command = _add_inference(add, "predict", "what stands behind each <mask>")
     command.add_argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
+    _add_inference(add, "classify", "classes of sequences or of residues, by a fine-tuned model")
     _add_inference(add, "log-prob", "log-probability of each sequence, from one pass")
 
 

@@ -192,7 +192,8 @@ def _numbers(work: Work) -> int:
     if work.action == "predict":
         masked = work.positions == "masked"
         return sum(20 * (tokens == MASK).sum() if masked else 20 * (len(tokens) - 2) for tokens in work.tokens)
-    return sum(count_numbers(work.outputs, work.served.model.config, length) for length in work.lengths)
+    arrays = 2 if work.action == "classify" else 1  # logits and probabilities
+    return arrays * sum(count_numbers(work.outputs, work.served.model.config, length) for length in work.lengths)
 
 
 def _fits(size: float) -> bool:

@@ -1,4 +1,4 @@
-"""Answers `encode`, `predict` and `log_prob`: reads a body, has it computed, sends the results."""
+"""Answers an action, such as `encode`: reads a body, has it computed, sends the results."""
 
 from __future__ import annotations
 

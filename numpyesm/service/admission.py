@@ -19,9 +19,11 @@ def result_bytes(work: Work) -> int:
     """Memory of the results, in bytes; they live until the answer is sent."""
     total = _PER_ITEM * len(work.tokens)
     for length in work.lengths:
-        if work.action == "encode":
+        if work.outputs.include:
+            arrays = 2 if work.action == "classify" else 1  # logits and probabilities
             outputs = work.outputs
-            total += memory.result_bytes(work.served.model.config, length, outputs.include, len(outputs.layers))
+            of_one = memory.result_bytes(work.served.model.config, length, outputs.include, len(outputs.layers))
+            total += arrays * of_one
         elif work.action == "predict":
             total += (20 * 4 + 16) * length  # tokens are a list of shared strings
     return total
@@ -47,7 +49,7 @@ class Admission:
     def need(self, work: Work) -> int:
         """Memory of the whole process while this request is alone in it, in bytes."""
         model, longest = work.served.model, max(work.lengths) + 2
-        wanted = work.outputs.include if work.action == "encode" else ("logits",)
+        wanted = work.outputs.include or ("logits",)
         one_pass = memory.pass_bytes(model.config, max(self._pass_rows, longest), longest, wanted, model.threads)
         return self.idle + _SENDING + one_pass + result_bytes(work)
 

@@ -87,6 +87,7 @@ class Engine:
         for served in self._catalog:
             include = ["mean", "attentions"]
             include += ["logits"] * served.checkpoint.has_lm_head
+            include += ["classes"] * (served.model.head is not None)
             include += ["contacts"] * served.checkpoint.has_contact_head
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

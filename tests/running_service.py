@@ -20,11 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from conftest import SMALL
 
 from numpyesm import ESM2
-from numpyesm.weights.canonical import save_canonical
-from numpyesm.weights.synthetic import random_checkpoint
 
 
 def items(*sequences: Any) -> list[dict[str, Any]]:
@@ -183,14 +180,6 @@ def serving(*options: str, **limits: Any) -> Iterator[RunningService]:
     finally:
         service.process.kill()
         service.process.wait()
-
-
-def small_weights(folder: Path) -> Path:
-    """A small model's canonical file."""
-    path = folder / "small.safetensors"
-    if not path.exists():
-        save_canonical(path, random_checkpoint(SMALL, seed=1))
-    return path
 
 
 def load_quietly(source: str | Path, **options: Any) -> ESM2:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import random_sequence
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from running_service import check_error, items, same
 
@@ -152,6 +154,13 @@ def test_nothing_may_be_asked_for(ask: Ask, params: dict[str, Any], keys: set[st
     results = post(ask, "encode", {"params": params, "items": items("MKT", "MK")}).json()["results"]
     assert [result.pop("sequence_index") for result in results] == [0, 1]
     assert [set(result) for result in results] == [keys, keys]
+
+
+def test_longest_items(ask: Ask, library: ESM2) -> None:
+    longest = random_sequence(2048)
+    same(post(ask, "encode", {"items": items(longest)}).json()["results"], [library.encode([longest])[0].to_dict()])
+    (result,) = post(ask, "predict", {"items": items("<mask>" * 2048)}).json()["results"]
+    assert len(result["logits"]) == 2048
 
 
 @pytest.mark.parametrize("params", [None, {}, {"positions": "all"}, {"positions": "masked"}])
@@ -452,3 +461,40 @@ def test_a_number_that_is_not_finite_is_an_error(ask: Ask, library: ESM2, monkey
     results[0].embeddings[3][7] = np.nan  # type: ignore[index]
     monkeypatch.setattr(Passes, "encode", lambda *_: iter(results))
     assert check_error(post(ask, "encode", {"items": ONE}), 500)["code"] == "server.not_finite"
+
+
+# -- whatever comes ----------------------------------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+DOCUMENTS = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | SCALARS})
+PARAMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "repr_layers": st.lists(st.integers(-6, 6) | SCALARS, max_size=4) | DOCUMENTS,
+        "include": st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3) | DOCUMENTS,
+    },
+)
+NEARLY = st.fixed_dictionaries(
+    {"items": st.lists(ITEM, max_size=10) | DOCUMENTS}, optional={"params": PARAMS | DOCUMENTS, "other": DOCUMENTS}
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(document=NEARLY | DOCUMENTS, action=st.sampled_from(ACTIONS))
+def test_any_document(ask: Ask, document: Any, action: str) -> None:
+    answer = post(ask, action, document)
+    if answer.status_code == 200:
+        assert len(answer.json()["results"]) == len(document["items"])
+    else:
+        check_error(answer, 422)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=300), gzipped=st.booleans())
+def test_any_bytes(ask: Ask, data: bytes, gzipped: bool) -> None:
+    check_error(ask("POST", "/api/v3/esm2-35m/encode", data, GZIP if gzipped else JSON), 422)

@@ -42,14 +42,13 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service(small_file: str) -> Iterator[str]:
     """The address of a service that has the model of the pages, but small and synthetic."""
     pytest.importorskip("starlette")
     pytest.importorskip("requests")
-    from running_service import serving, small_weights
+    from running_service import serving
 
-    small = small_weights(tmp_path_factory.mktemp("weights"))
-    with serving("--model", f"esm2-35m={small}") as running:
+    with serving("--model", f"esm2-35m={small_file}") as running:
         yield running.url
 
 
@@ -133,13 +132,11 @@ def test_commands_exist(page: str) -> None:
 
 
 @pytest.mark.slow
-def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path, small_file: str) -> None:
     """All that need neither the network nor another program."""
-    from running_service import small_weights
-
     pytest.importorskip("pyarrow")
     pytest.importorskip("matplotlib")
-    chosen = ["--weights", str(small_weights(folder))]
+    chosen = ["--weights", small_file]
     runnable = {"encode", "embed", "predict", "contacts", "score", "scan"}
     found = [words[1:] for words in commands("docs/tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
     found = [words for words in found if "--weights" not in words]

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import re
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
-from conftest import random_sequence
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from running_service import RunningService, check_error, items, load_quietly, receive_all, same, serving, small_weights
+from running_service import RunningService, check_error, items, receive_all, serving
 
 JSON = {"Content-Type": "application/json"}
 GOOD = {"items": items("MKT")}
@@ -28,14 +22,9 @@ HEAD = "POST /api/v3/esm2-35m/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(small_weights(tmp_path_factory.mktemp("weights")))
-
-
-@pytest.fixture(scope="module")
-def service(weights: str) -> Iterator[RunningService]:
+def service(small_file: str) -> Iterator[RunningService]:
     limits = ("--head-timeout", "1.5", "--body-timeout", "1.5", "--write-timeout", "2")
-    with serving("--model", f"esm2-35m={weights}", "--backend", "numpy", "--threads", "1", *limits) as running:
+    with serving("--model", f"esm2-35m={small_file}", "--backend", "numpy", "--threads", "1", *limits) as running:
         yield running
 
 
@@ -103,19 +92,10 @@ def test_metrics(service: RunningService) -> None:
 
 
 @pytest.mark.slow
-def test_longest_items(service: RunningService, weights: str) -> None:
-    library, longest = load_quietly(weights, backend="numpy", threads=1), random_sequence(2048)
-    answer = service.post(ENCODE, {"items": items(longest)}).json()
-    same(answer, {"results": [library.encode([longest])[0].to_dict()]})
-    (result,) = service.post("esm2-35m/predict/", {"items": items("<mask>" * 2048)}).json()["results"]
-    assert len(result["logits"]) == 2048
-
-
-@pytest.mark.slow
 def test_schemathesis(service: RunningService, tmp_path: Path) -> None:
     """All its checks: status codes, answers' schemas, refusal of bad data, acceptance of good, wrong methods."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", "all"]
-    command += ["--max-examples", "15", "--seed", "1", "--suppress-health-check", "all", "--no-color"]
+    command += ["--max-examples", "8", "--seed", "1", "--suppress-health-check", "all", "--no-color"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
@@ -195,17 +175,10 @@ def test_two_lengths_close_the_connection(service: RunningService, names: tuple[
 @pytest.mark.slow
 def test_gzip_bomb_costs_nothing(service: RunningService) -> None:
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
-    bomb = b"".join(compressor.compress(b" " * 2**20) for _ in range(900)) + compressor.flush()
-    assert len(bomb) < 2**20
+    bomb = b"".join(compressor.compress(b" " * 2**20) for _ in range(200)) + compressor.flush()
     before = service.status("VmHWM")
-    headers = {**JSON, "Content-Encoding": "gzip"}
-    check_error(service.post(ENCODE, data=bomb, headers=headers), 413)
+    check_error(service.post(ENCODE, data=bomb, headers={**JSON, "Content-Encoding": "gzip"}), 413)
     assert service.status("VmHWM") - before < 30_000  # kB
-    # Few bytes that unpack to a million values: those are not even decoded.
-    for values in (b"[]," * 600_000, b"[" * 900 + b"]" * 600_000, b"{}," * 600_000, b"1," * 900_000):
-        packed = gzip.compress(b'{"items": [' + values + b"1]}")
-        document = check_error(service.post(ENCODE, data=packed, headers=headers), 422)
-        assert document["detail"] == "the JSON has more than 20000 values"
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -233,12 +206,13 @@ def test_what_does_not_come_in_time(service: RunningService, sent: str) -> None:
 def test_a_head_that_trickles(service: RunningService) -> None:
     with service.connect() as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
-        sent = 0
-        with contextlib.suppress(ConnectionError):
-            for sent in range(300):
-                connection.sendall(f"X-{sent}: 1\r\n".encode())
-                time.sleep(0.1)
-        assert sent < 200
+        connection.settimeout(0.1)
+        for number in range(300):
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(1024).startswith(b"HTTP/1.1 408")
+                return
+            connection.sendall(f"X-{number}: 1\r\n".encode())
+    pytest.fail("it may go on for ever")
 
 
 @pytest.mark.slow
@@ -288,43 +262,3 @@ def test_requests_one_behind_the_other_on_one_connection(service: RunningService
         while got.count(b'"results"') < 5:
             got += connection.recv(65536)
         assert got.count(b"HTTP/1.1 200") == 5
-
-
-# -- whatever comes ----------------------------------------------------------------------------------------------------
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-DOCUMENTS = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
-    max_leaves=10,
-)
-ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | SCALARS})
-PARAMS = st.fixed_dictionaries(
-    {},
-    optional={
-        "repr_layers": st.lists(st.integers(-6, 6) | SCALARS, max_size=4) | DOCUMENTS,
-        "include": st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3) | DOCUMENTS,
-    },
-)
-NEARLY = st.fixed_dictionaries(
-    {"items": st.lists(ITEM, max_size=10) | DOCUMENTS}, optional={"params": PARAMS | DOCUMENTS, "other": DOCUMENTS}
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(document=NEARLY | DOCUMENTS, action=st.sampled_from(["encode", "predict", "log_prob"]))
-def test_any_document(service: RunningService, document: Any, action: str) -> None:
-    response = service.post(f"esm2-35m/{action}", data=json.dumps(document), headers=JSON)
-    if response.status_code == 200:
-        assert len(response.json()["results"]) == len(document["items"])
-    else:
-        check_error(response, 422)
-
-
-@pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.binary(max_size=300), gzipped=st.booleans())
-def test_any_bytes(service: RunningService, data: bytes, gzipped: bool) -> None:
-    headers = {**JSON, "Content-Encoding": "gzip"} if gzipped else JSON
-    check_error(service.post(ENCODE, data=data, headers=headers), 422)

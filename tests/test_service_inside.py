@@ -7,7 +7,6 @@ import io
 import json
 import threading
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +16,6 @@ pytest.importorskip("starlette")
 
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.catalog import Catalog
-from numpyesm.api.keys import read_keys
 from numpyesm.api.requests import Work, check_request
 from numpyesm.config import ModelConfig
 from numpyesm.model import ESM2
@@ -176,23 +174,6 @@ class HeldPasses:
         assert await asyncio.get_running_loop().run_in_executor(None, self._begun.acquire, True, 60)
 
 
-def test_a_failure_inside_has_the_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = Inside()
-
-    def fail(client: str) -> None:
-        raise ValueError("a secret of the inside")
-
-    monkeypatch.setattr(inside.engine, "check_place", fail)
-
-    async def test() -> None:
-        status, document = await inside.call("POST", ENCODE, GOOD)
-        assert (status, document["status_code"], document["code"]) == (500, 500, "server.internal")
-        assert set(document) == {"detail", "errors", "status_code", "code", "error"}
-        assert "secret" not in str(document)
-
-    inside.run(test)
-
-
 def no_memory(tokens: Any, results: Any) -> None:
     """Fail if WWW is in the pass."""
     if any((ids[1:-1] == TOKEN_ID["W"]).all() for ids in tokens):
@@ -286,9 +267,3 @@ def test_a_request_that_joins_others_keeps_what_it_needs_alone() -> None:
     assert admission.held == 1000
     admission.held, admission.limit = 0, 1  # alone it may always start
     assert admission.admit(one)
-
-
-def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NUMPYESM_API_KEYS", raising=False)
-    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfsecret-key-1\nsecret-key-2\n")
-    assert read_keys(tmp_path / "keys.txt") == ["secret-key-1", "secret-key-2"]

@@ -1,14 +1,9 @@
-"""Chromium and a running service for the tests of the page."""
+"""Chromium for the tests of the page, and the colours that it should show."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +23,6 @@ def chromium() -> str:
     pytest.skip("no Chromium on this machine (Debian: apt-get install chromium); the page was NOT tested")
 
 
-@contextmanager
-def service(*arguments: str, **environment: str) -> Iterator[str]:
-    """`numpyesm serve` on a free port of the loopback; the address of its page."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMPYESM", "HF_"))}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "numpyesm", "serve", "--port", "0", "--backend", "numpy", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean | {"HF_HUB_OFFLINE": "1"} | environment,
-    )
-    assert process.stderr is not None
-    try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"on (http://\S+/)", line):
-                break
-        else:
-            pytest.fail("the service did not start:\n" + "".join(said))
-        # The access log would fill the pipe.
-        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-        yield found[1]
-    finally:
-        process.terminate()
-        process.wait(60)
-    drain.wait(60)
-
-
 class Tab:
     """A page with everything that it should not have done written down."""
 
@@ -70,23 +36,23 @@ class Tab:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._check_origin)
         self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+        self.load()
+
+    def load(self) -> None:
+        """Open the page, or open it again."""
+        self.page.goto(self.address)
+        self.page.wait_for_selector("#model option", state="attached")
 
     def _check_origin(self, request: Any) -> None:
         if not request.url.startswith((self.address, "data:", "blob:")):
             self.complaints.append(f"left the origin: {request.url}")
 
-    def open(self) -> Any:
-        self.page.goto(self.address)
-        self.page.wait_for_selector("#model option", state="attached")
-        return self.page
-
-    def compute(self, text: str, status: str = "Done in") -> Any:
-        """Paste, press the button, wait for the status."""
-        from playwright.sync_api import expect
-
+    def compute(self, text: str, *statuses: str) -> Any:
+        """Paste, press the button, wait for what the page says then; the page itself."""
         self.page.fill("#sequence", text)
         self.page.click("#compute")
-        expect(self.page.locator("#status")).to_contain_text(status, timeout=60_000)
+        for status in statuses or ("Done in",):
+            self.page.wait_for_selector(f"#status:has-text('{status}')")
         return self.page
 
     def screenshot(self, name: str) -> None:
@@ -141,3 +107,38 @@ def pixels(page: Any, selector: str) -> npt.NDArray[np.uint8]:
     )
     width, height, text = encoded
     return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(height, width, 4)[:, :, :3]
+
+
+def map_cells(page: Any, length: int) -> npt.NDArray[np.int64]:
+    """Colours at a quarter of each cell of the contact map (its middle may be under the cursor's box): (L, L, 3)."""
+    data = page.eval_on_selector("#contact-map", "canvas => ({...canvas.dataset})")
+    left, top, side = (float(data[name]) for name in ("left", "top", "side"))
+    at = np.floor((np.arange(length) + 0.25) * side / length).astype(int)
+    return pixels(page, "#contact-map")[np.ix_(at + int(top), at + int(left))].astype(np.int64)
+
+
+def strip_cells(page: Any, host: str, rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """Colours near the corner of each cell in view: (rows, columns, 3)."""
+    data = page.eval_on_selector(f"{host} canvas.strip", "canvas => ({...canvas.dataset})")
+    x = int(data["left"]) + np.arange(columns) * int(data["column"]) + 3
+    y = int(data["top"]) + np.arange(rows) * int(data["row"]) + 3
+    return pixels(page, f"{host} canvas.strip")[np.ix_(y, x)].astype(np.int64)
+
+
+def settle(page: Any) -> None:
+    """Until what was asked of the page is painted: the slider counts once a frame."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def says(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
+    """Wait until this is what stands there."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_have_text(text)
+
+
+def off_cursor(page: Any) -> None:
+    """Send the cursor of the contact map to the first residue, away from what is looked at."""
+    page.focus("#contact-map")
+    for key in ("Home", "PageUp"):
+        page.keyboard.press(key)

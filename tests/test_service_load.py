@@ -20,7 +20,7 @@ from numpyesm import ESM2
 
 pytestmark = pytest.mark.slow
 CLIENTS = 200
-REQUESTS = int(os.environ.get("NUMPYESM_LOAD_REQUESTS", "12"))  # of each client
+REQUESTS = int(os.environ.get("NUMPYESM_LOAD_REQUESTS", "4"))  # of each client
 EVERYTHING = {"repr_layers": [0, 1, 2, 3], "include": ["mean", "per_token", "bos", "contacts", "logits", "attentions"]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from running_service import RunningService, check_error, items, serving
 
 from numpyesm import InvalidOption
 from numpyesm.api.keys import read_keys
-from numpyesm.cli.parser import build_parser
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")]
 
@@ -70,7 +70,7 @@ def counter(service: RunningService, name: str) -> float:
     ("options", "reason"),
     [
         (["--host", "0.0.0.0"], "--api-keys-file, or say --allow-no-auth"),
-        (["--api-keys-file", "EMPTY"], "no key"),
+        (["--api-keys-file", "empty"], "no key"),
         (["--api-keys-file", "absent"], "cannot be read"),
         (["--model", "ESM/2=synthetic"], "slug"),
         (["--model", "a=synthetic:esm2-8m", "--model", "a=synthetic:esm2-8m"], "twice"),
@@ -82,16 +82,12 @@ def counter(service: RunningService, name: str) -> float:
         (["--port", "TAKEN"], "in use|taken"),
     ],
 )
-def test_wrong_use(
-    weights: list[str], keyless: RunningService, tmp_path: Path, options: list[str], reason: str
-) -> None:
-    (tmp_path / "empty").write_text("# none\n")
-    known = {"EMPTY": str(tmp_path / "empty"), "TAKEN": str(keyless.port)}
-    arguments = build_parser().parse_args(
-        ["serve", "--port", "0", *weights, *(known.get(option, option) for option in options)]
-    )
-    with pytest.raises(InvalidOption, match=reason):
-        arguments.run(arguments)
+def test_wrong_use(run: Any, weights: list[str], keyless: RunningService, options: list[str], reason: str) -> None:
+    Path("empty").write_text("# none\n")
+    options = [str(keyless.port) if option == "TAKEN" else option for option in options]
+    done = run("serve", "--port", "0", *weights, *options, bare=True)
+    assert done.code == 2
+    assert re.search(reason, done.err)
 
 
 def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
@@ -54,6 +54,9 @@ class ModelConfig:
         Number of layers, width, attention heads per layer, feed-forward width.
     classifier : Classifier or None
         The head that a fine-tune has; encoders are equal whatever their heads.
+    whole_layers : int or None
+        Of a model that is only the first layers of another: how many that one has. The LayerNorm after the last one
+        is left out.
     """
 
     num_layers: int
@@ -61,12 +64,16 @@ class ModelConfig:
     num_heads: int
     ffn_dim: int
     classifier: Classifier | None = field(default=None, compare=False)
+    whole_layers: int | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"the model configuration has {name}={value!r}, expected a positive integer")
+        whole = self.whole_layers
+        if whole is not None and (type(whole) is not int or whole <= self.num_layers or self.classifier is not None):
+            raise CheckpointError(f"the model configuration has whole_layers={whole!r}, expected more than num_layers")
         if self.embed_dim % (2 * self.num_heads):
             raise CheckpointError(
                 f"the model configuration has embed_dim={self.embed_dim} and num_heads={self.num_heads}: "
@@ -85,14 +92,15 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
-        """Preset name (`esm2-35m`), or `custom`."""
+        """Preset name (`esm2-35m`), or `custom`; `esm2-35m-first-6` for the first layers of one."""
+        if self.whole_layers is not None:
+            whole = replace(self, num_layers=self.whole_layers, whole_layers=None)
+            return f"{whole.name}-first-{self.num_layers}"
         return next((name for name, preset in PRESETS.items() if preset == self), "custom")
 
     def to_json(self) -> str:
         """Return the fields as a JSON object with sorted keys, as canonical files store it."""
-        fields = asdict(self)
-        if self.classifier is None:
-            del fields["classifier"]
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
         return json.dumps(fields, sort_keys=True)
 
     @classmethod
@@ -103,7 +111,7 @@ class ModelConfig:
             sizes = {key: fields[key] for key in _SIZES}
             said: Mapping[str, Any] | None = fields.get("classifier")
             classifier = said and Classifier(said["head"], tuple(said["labels"]), said["problem_type"])
-            return cls(**sizes, classifier=classifier or None)
+            return cls(**sizes, classifier=classifier or None, whole_layers=fields.get("whole_layers"))
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -21,6 +21,7 @@ from .errors import InvalidOption, NotEnoughMemory
 from .options import Outputs
 from .results import count_numbers
 from .weights.checkpoint import Checkpoint
+from .weights.tensor import DeferredTensor
 
 # K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
 # powers of 1000, as SI has it.
@@ -158,15 +159,17 @@ def numba_fits(limit: int | None, checkpoint: Checkpoint) -> bool:
     LLVM ends the process without a word if it cannot get what it asks for.
     """
     weights = 4 * checkpoint.num_parameters
-    limits = [size for size, _ in _containers()] + ([] if limit is None else [limit])
-    if limits and resident_memory() + _NUMBA + 2 * weights >= min(limits):
+    limits = [size for size in (limit, _machine_memory()) if size is not None] + [size for size, _ in _containers()]
+    # Packing holds more than the result for a moment only; a mapped file leaves the memory as it is packed.
+    if limits and resident_memory() + _NUMBA + weights * 5 // 4 >= min(limits):
         return False
     return all(_NUMBA_ADDRESS_SPACE + 3 * weights < size for size, _ in _ulimits())
 
 
 def unread_weights(checkpoint: Checkpoint) -> int:
     """Mapped weights that are not in memory yet and will be once the model has run, in bytes."""
-    addresses = sorted(tensor.raw.__array_interface__["data"][0] for tensor in checkpoint.tensors.values())
+    mapped = [tensor for tensor in checkpoint.tensors.values() if not isinstance(tensor, DeferredTensor)]
+    addresses = sorted(tensor.raw.__array_interface__["data"][0] for tensor in mapped)
     unread = 0
     try:
         with open("/proc/self/smaps") as maps:
@@ -180,8 +183,37 @@ def unread_weights(checkpoint: Checkpoint) -> int:
                 elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):  # memory of no file
                     size = None
     except OSError:
-        return sum(tensor.raw.nbytes for tensor in checkpoint.tensors.values())
+        return sum(tensor.raw.nbytes for tensor in mapped)
     return unread
+
+
+def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str) -> None:
+    """Refuse, before they are read or packed, weights that a limit has no room for.
+
+    Raises
+    ------
+    NotEnoughMemory
+        The message says what they would take.
+    """
+    if precision in ("bf16", "int8"):
+        weights = checkpoint.num_parameters * (2 if precision == "bf16" else 1)
+    elif backend in ("compiled", "numba"):
+        weights = checkpoint.num_parameters * 4
+    else:
+        deferred = (tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DeferredTensor))
+        weights = unread_weights(checkpoint) + sum(tensor.nbytes for tensor in deferred)
+    needed = resident_memory() + weights + pass_bytes(checkpoint.config, 16, 16, (), 1, _BLOCK_SIZES[-1])
+    if needed > limit:
+        raise _too_little(limit, checkpoint, needed)
+
+
+def _too_little(limit: int, checkpoint: Checkpoint, needed: int) -> NotEnoughMemory:
+    narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
+    smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
+    return NotEnoughMemory(
+        f"max_memory is {format_memory(limit)}, but a process with {checkpoint.config.name} stored as "
+        f"{checkpoint.precision} takes {format_memory(needed)} for the shortest sequence{smaller}"
+    )
 
 
 # -- what a call takes ---------------------------------------------------------------------------------------------
@@ -252,8 +284,10 @@ class MemoryBudget:
     threads: int
 
     @classmethod
-    def of(cls, limit: int, checkpoint: Checkpoint, threads: int) -> MemoryBudget:
+    def of(cls, limit: int, checkpoint: Checkpoint, threads: int, unread: int) -> MemoryBudget:
         """The budget of a process whose model has just been loaded, with at most so many threads.
+
+        `unread` are the bytes of its weights that are still to be read.
 
         Raises
         ------
@@ -261,19 +295,14 @@ class MemoryBudget:
             Not even one short sequence would fit.
         """
         config = checkpoint.config
-        fixed = resident_memory() + unread_weights(checkpoint) + _MARGIN
+        fixed = resident_memory() + unread + _MARGIN
         for count in range(threads, 0, -1):
             # Further threads are worth having if a middling protein fits with them; the first, if any does.
             rows = 512 if count > 1 else 16
             needed = fixed + pass_bytes(config, rows, rows, (), count, _BLOCK_SIZES[-1])
             if needed <= limit:
                 return cls(limit, fixed, config, count)
-        narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
-        smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
-        raise NotEnoughMemory(
-            f"max_memory is {format_memory(limit)}, but a process with {config.name} stored as "
-            f"{checkpoint.precision} takes {format_memory(needed)} for the shortest sequence{smaller}"
-        )
+        raise _too_little(limit, checkpoint, needed)
 
     def sizes(self, lengths: Sequence[int], wanted: Iterable[str], layers: int, most_rows: int) -> Sizes:
         """Sizes with which a call stays within the limit.

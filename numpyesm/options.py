@@ -81,22 +81,32 @@ class Outputs:
         return self.layers if BY_LAYER & set(self.include) else ()
 
 
+def _without(checkpoint: Checkpoint, head: str) -> str:
+    config = checkpoint.config
+    if config.whole_layers is None:
+        return f"the weights ({checkpoint.source}) have no {head}"
+    return (
+        f"the weights ({checkpoint.source}) are the first {config.num_layers} of {config.whole_layers} layers, and "
+        f"the {head} needs all of them"
+    )
+
+
 def require_lm_head(checkpoint: Checkpoint, output: str) -> None:
     """MissingHead if the weights have no LM head, which `output` needs."""
     if not checkpoint.has_lm_head:
-        raise MissingHead(f"{output}: the weights ({checkpoint.source}) have no LM head")
+        raise MissingHead(f"{output}: {_without(checkpoint, 'LM head')}")
 
 
 def require_contact_head(checkpoint: Checkpoint) -> None:
     """MissingHead if the weights have no contact head."""
     if not checkpoint.has_contact_head:
-        raise MissingHead(f"contacts: the weights ({checkpoint.source}) have no contact head")
+        raise MissingHead(f"contacts: {_without(checkpoint, 'contact head')}")
 
 
 def require_classifier(checkpoint: Checkpoint, output: str) -> Classifier:
     """Return what the classification head says; MissingHead if the weights have none, which `output` needs."""
     if checkpoint.config.classifier is None:
-        raise MissingHead(f"{output}: the weights ({checkpoint.source}) have no classification head")
+        raise MissingHead(f"{output}: {_without(checkpoint, 'classification head')}")
     return checkpoint.config.classifier
 
 

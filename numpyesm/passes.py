@@ -20,7 +20,7 @@ from .heads import AttentionReader, AttentionSummary, ClassificationHead, Contac
 from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels, Partition
 from .kernels.blas import blas_threads
-from .memory import MemoryBudget, Sizes, numba_fits, parse_memory
+from .memory import MemoryBudget, Sizes, numba_fits, parse_memory, require_room, unread_weights
 from .options import Outputs, require_classifier
 from .results import ClassifyResult, EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
@@ -31,6 +31,8 @@ Tokens = npt.NDArray[np.uint8]
 
 # Rows of one pass: enough to keep many threads busy, few enough that buffers stay near 50 MB.
 ROWS_PER_PASS = 4096
+# Parameters from which the NumPy backend leaves all weights where the file is mapped, for 2 % of the time.
+_LARGE = 300_000_000
 # Rows that a thread gives to the LM head at a time, least and most.
 _LM_HEAD_ROWS = 32, 192
 
@@ -85,8 +87,12 @@ class Passes:
         if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
             backend = "numpy"
         self.checkpoint = checkpoint
-        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=limit is not None)
-        self.budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count)
+        if limit is not None:
+            require_room(limit, checkpoint, backend, precision)
+        in_place = limit is not None or checkpoint.num_parameters > _LARGE
+        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place)
+        unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
+        self.budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count, unread)
         self.pool = WorkerPool(count if self.budget is None else self.budget.threads)
 
     @property

@@ -21,10 +21,13 @@ PAD, EOS, MASK = 1, 2, 32
 
 
 def forward(
-    tokens: Array, embed_tokens: Block, rotary: Block, layers: list[Block], final_norm: Block, **heads: Block
-) -> dict[
-    str, Array
-]:  # (L,) -> representations (N + 1, L, D), attentions (N, L), logits (L, V), contacts (L - 2, L - 2)
+    tokens: Array,  # (L,)
+    embed_tokens: Block,
+    rotary: Block,
+    layers: list[Block],
+    final_norm: Block | None = None,  # none for the first layers of a larger model
+    **heads: Block,
+) -> dict[str, Array]:  # representations (N + 1, L, D), attentions (N, L), logits (L, V), contacts (L - 2, L - 2)
     x = embed(tokens, **embed_tokens)
     representations, attentions, maps = [x], [], []
     for number, layer in enumerate(layers):
@@ -34,7 +37,7 @@ def forward(
         if "contact_head" in heads:
             weight = heads["contact_head"]["weight"].reshape(len(layers), -1)[number]  # (H,)
             maps.append(np.tensordot(weight, contact_features(attention, tokens), axes=1))
-    representations[-1] = x = layer_norm(x, **final_norm)
+    representations[-1] = x = layer_norm(x, **final_norm) if final_norm else x
     outputs = {"representations": np.stack(representations), "attentions": np.stack(attentions)}
     if "lm_head" in heads:
         outputs["logits"] = language_model(x, embed_tokens["weight"], **heads["lm_head"])

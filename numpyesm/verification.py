@@ -75,6 +75,11 @@ def compare_with_reference(model: ESM2, reference: Mapping[str, Any] | None = No
         `encode` and `predict`: lists of cases with a `sequence` and, by output, the first numbers of each row:
         `mean`, `bos` and `per_token` by layer, `contacts`, `logits`. By default those published for this model.
     """
+    if model.config.whole_layers is not None:
+        raise InvalidOption(
+            f"these weights are the first {model.config.num_layers} of {model.config.whole_layers} layers: the "
+            "reference numbers are of whole models"
+        )
     reference = published_numbers(model.name) if reference is None else reference
     tolerance = max(_TOLERANCES.get(p, 1e-4) for p in (model.precision, model.checkpoint.precision))
     comparisons: list[Comparison] = []

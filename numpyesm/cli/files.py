@@ -49,7 +49,12 @@ def convert(arguments: argparse.Namespace) -> int:
 
     source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
     made = convert_weights(
-        source, arguments.output, dtype=arguments.dtype, regression=arguments.regression, progress=True
+        source,
+        arguments.output,
+        dtype=arguments.dtype,
+        regression=arguments.regression,
+        layers=arguments.layers,
+        progress=True,
     )
     checkpoint = made.checkpoint
     print(made.path)

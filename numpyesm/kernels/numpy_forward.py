@@ -218,7 +218,7 @@ class NumpyForward(Forward):
         kernels.project_and_feed_forward(layer, context, rows)
         if layer + 1 < self._layers:
             self._project_qkv(layer + 1, block, self._next_qkv)
-        elif layer + 1 == kernels.config.num_layers:
+        elif layer + 1 == kernels.config.num_layers and kernels.config.whole_layers is None:
             kernels.final_norm(rows, out=rows)
 
     def _project_qkv(self, layer: int, block: Block, out: Array) -> None:

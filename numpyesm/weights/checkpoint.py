@@ -8,13 +8,13 @@ is scaled or folded: a converted file holds the checkpoint's own numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import VOCAB_SIZE, ModelConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InvalidOption
 from .tensor import StoredTensor
 
 LM_HEAD = ("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.norm.weight", "lm_head.norm.bias", "lm_head.bias")
@@ -59,9 +59,9 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{CLASSIFIER}dense.weight": (width, width), f"{CLASSIFIER}dense.bias": (width,)}
         labels = len(config.classifier.labels)
         shapes |= {f"{CLASSIFIER}out_proj.weight": (width, labels), f"{CLASSIFIER}out_proj.bias": (labels,)}
+    if config.whole_layers is None:
+        shapes |= {"final_norm.weight": (width,), "final_norm.bias": (width,)}
     return shapes | {
-        "final_norm.weight": (width,),
-        "final_norm.bias": (width,),
         "lm_head.dense.weight": (width, width),
         "lm_head.dense.bias": (width,),
         "lm_head.norm.weight": (width,),
@@ -141,6 +141,25 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         return sum(int(np.prod(tensor.shape)) for name, tensor in self.tensors.items() if name != FREQUENCIES)
+
+    def first_layers(self, count: int) -> Checkpoint:
+        """Return the first layers alone: their representations are those of the whole model, and all heads are gone.
+
+        Raises
+        ------
+        InvalidOption
+            If there are not so many.
+        """
+        layers = self.config.num_layers
+        if not 1 <= count <= layers:
+            raise InvalidOption(f"layers={count}: {self.config.name} has {layers} layers, expected 1 to {layers}")
+        if count == layers:
+            return self
+        whole = self.config.whole_layers or layers
+        config = replace(self.config, num_layers=count, classifier=None, whole_layers=whole)
+        gone = {*LM_HEAD, *CONTACT_HEAD, DECODER}
+        kept = {name: self.tensors[name] for name in canonical_shapes(config) if name not in gone}
+        return replace(self, config=config, tensors=kept)
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
         """Return one tensor as `dtype`: a view of the file if it is stored so."""

@@ -40,6 +40,7 @@ def convert(
     *,
     dtype: str = "fp32",
     regression: str | os.PathLike[str] | None = None,
+    layers: int | None = None,
     progress: bool = False,
 ) -> Conversion:
     """Convert weights to a canonical file.
@@ -54,6 +55,8 @@ def convert(
         Storage of the matrices; everything else is float32.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
+    layers : int, optional
+        Write only so many, the first, without the heads: a smaller and faster file of the same embeddings.
     progress : bool
         Show a progress bar on stderr, if it takes longer than a second.
 
@@ -71,6 +74,8 @@ def convert(
         opened = Opened(synthetic_from_spec(source), (), ())
     else:
         opened = open_checkpoint(source, regression=regression)
+    if layers is not None:
+        opened = replace(opened, checkpoint=opened.checkpoint.first_layers(layers))
     path = output_path(output, opened.checkpoint, dtype)
     for file in opened.files:
         if same_file(file, path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,11 @@ class DeferredTensor(StoredTensor):
     @property
     def shape(self) -> tuple[int, ...]:
         return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers once they are made."""
+        return math.prod(self._shape) * (1 if self.dtype == "I8" else STORAGE_DTYPES[self.dtype].itemsize)
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:

@@ -55,7 +55,7 @@ def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, 
             with np.errstate(invalid="ignore"):  # fair-esm divides 0 by 0 where no attention falls on residues
                 features = np.nan_to_num(contact_features(attention, tokens), copy=False)
             contacts = contacts + np.tensordot(coefficients, features, axes=1)
-    x = layer_norm(x, **weights["final_norm"])
+    x = layer_norm(x, **weights["final_norm"]) if "final_norm" in weights else x
     if len(weights["layers"]) in representations:
         representations[len(weights["layers"])][row, :stop] = x[:stop]
     if "logits" in result:

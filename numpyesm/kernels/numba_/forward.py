@@ -52,7 +52,7 @@ class NumbaForward(Forward):
             Pass.BLOCK_TABLE: 0,
             Pass.PIECE_TABLE: 0,
             Pass.LAST: layers,
-            Pass.NORM_AFTER: config.num_layers,
+            Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
             Pass.MAPS: 0,
             Pass.SIZE: packed.qkv_dtype.itemsize,
             Pass.QKV_STEP: packed.entries[0],

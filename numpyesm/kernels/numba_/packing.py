@@ -76,7 +76,10 @@ class PackedModel:
         self.ffn_columns = min(at_a_time, panels(config.ffn_dim) * TILE_COLUMNS)
         widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
         self._zeros = self._keep(np.zeros(widest, np.float32))
-        self._final_norm = [self._vector(checkpoint, f"final_norm.{name}") for name in ("weight", "bias")]
+        whole = config.whole_layers is None
+        self._final_norm = [
+            self._vector(checkpoint, f"final_norm.{name}") if whole else 0 for name in ("weight", "bias")
+        ]
         self.layers = table(
             [entry for layer in range(config.num_layers) for entry in self._pack_layer(checkpoint, f"layers.{layer}.")]
         ).reshape(config.num_layers, Layer.ENTRIES)
@@ -113,6 +116,7 @@ class PackedModel:
         for name in ("qkv", "out_proj", "fc1", "fc2"):
             weight, bias = checkpoint.tensors[f"{prefix}{name}.weight"], checkpoint.array(f"{prefix}{name}.bias")
             entries += self._pack(name, weight, bias, order)
+            weight.release()  # or the file's pages would stand beside the packed weights
         return entries
 
     def _pack(self, name: str, weight: StoredTensor, bias: Array, order: npt.NDArray[np.intp]) -> list[int]:

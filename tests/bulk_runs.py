@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import SMALL, random_sequence
+from conftest import SMALL, assert_close, random_sequence
 
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
@@ -27,14 +27,18 @@ def small_weights(folder: Path) -> Path:
     return path
 
 
+def fasta(path: Path, *records: tuple[str, str]) -> Path:
+    path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
+    return path
+
+
 def write_fasta(path: Path, count: int, *, seed: int = 0, longest: int = 120, duplicates: int = 0) -> Path:
     """`count` records of mixed lengths, and so many more that repeat earlier sequences under other names."""
     rng = random.Random(seed)
     records = [(f"P{i}", random_sequence(rng.randint(1, longest), seed * 100003 + i)) for i in range(count)]
     records += [(f"D{i}", rng.choice(records)[1]) for i in range(duplicates)]
     rng.shuffle(records)
-    path.write_text("".join(f">{name} protein {name}\n{sequence}\n" for name, sequence in records))
-    return path
+    return fasta(path, *((f"{name} protein {name}", sequence) for name, sequence in records))
 
 
 def command(*arguments: object) -> list[str]:
@@ -86,10 +90,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two outputs hold the same, bit for bit."""
-    first, second = rows(one), rows(other)
-    return len(first) == len(second) and all(
-        a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-        for a, b in zip(first, second, strict=True)
-    )
+def assert_same(one: Path, other: Path, within: float = 0.0) -> None:
+    """Two outputs hold the same, their numbers to a share of their scale."""
+    for first, second in zip(rows(one), rows(other), strict=True):
+        assert first.keys() == second.keys()
+        for key, value in second.items():
+            if isinstance(value, np.ndarray | list):
+                assert_close(first[key], value, within)
+            else:
+                assert first[key] == value

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import trained_weights
 
@@ -27,6 +28,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
 SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)
+
+
+# What batch mates may change. On AVX2, OpenBLAS sums a row in an order that depends on its place in the batch.
+ROUNDING = 5e-6
+
+
+def assert_close(found: object, expected: object, within: float = ROUNDING) -> None:
+    """Equal arrays, to a share of their scale, which is taken to be at least 1."""
+    array = np.asarray(expected)
+    scale = max(1.0, np.nanmax(np.abs(array), initial=0.0))
+    np.testing.assert_allclose(np.asarray(found), array, rtol=0, atol=within * scale)
 
 
 def random_sequence(length: int, seed: int = 0, letters: str = "".join(AMINO_ACIDS)) -> str:

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from bulk_runs import command, embed, environment, rows, same, small_weights, write_fasta
+from bulk_runs import assert_same, command, embed, environment, rows, small_weights, write_fasta
 
 from numpyesm.config import PRESETS
 from numpyesm.weights.canonical import save_canonical
@@ -59,7 +59,7 @@ def arguments(place: Path, out: Path) -> list[object]:
 
 
 def check(place: Path, out: Path, form: str) -> None:
-    assert same(out, output(place, form))
+    assert_same(out, output(place, form))
     rejected = out.with_name("out.rejected.tsv").read_text()
     assert rejected == (place / "out.rejected.tsv").read_text()
     assert rejected.count("\n") == 1 + REJECTED

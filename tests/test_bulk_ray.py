@@ -53,15 +53,14 @@ def actors(ancestor: int) -> list[int]:
 def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     source = write_fasta(tmp_path / "in.fasta", 90, longest=500, duplicates=20)
     source.write_text(source.read_text() + ">bad\nMKJ\n")
-    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
+    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress",
+              "--threads", "1")  # fmt: skip
     # One name in two folders: a table's metadata name its list of rejected records.
     (tmp_path / "ray").mkdir()
     (tmp_path / "local").mkdir()
     # More CPUs than the machine may have: two actors whatever it is.
     process = subprocess.Popen(
-        command(
-            source, "-o", tmp_path / "ray/out.parquet", *common, "--engine", "ray", "--workers", "2", "--threads", "1"
-        ),
+        command(source, "-o", tmp_path / "ray/out.parquet", *common, "--engine", "ray", "--workers", "2"),
         env=environment(NUMPYESM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -95,7 +94,8 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
 def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     """Both engines go on from the same journal; Ctrl-C leaves no process of the cluster behind."""
     source = write_fasta(tmp_path / "in.fasta", 90, longest=500, seed=3)
-    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress")
+    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress",
+              "--threads", "1")  # fmt: skip
     out = tmp_path / "out.parquet"
     process = subprocess.Popen(
         command(source, "-o", out, *common, "--engine", "ray"), env=environment(NUMPYESM_THREADS="1"),

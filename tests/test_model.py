@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_sequence, small_model
+from conftest import ROUNDING, SMALL, assert_close, random_sequence, small_model
 
 from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingHead, SyntheticWeightsWarning
 from numpyesm.alphabet import tokenize
@@ -23,9 +23,6 @@ from numpyesm.results import count_numbers, fields
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
-# What batch mates may change. On AVX2, OpenBLAS sums a row in an order that depends on its place in the batch.
-ROUNDING = 5e-6
-
 ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 
 
@@ -34,12 +31,10 @@ def arrays(results: list[Any]) -> list[dict[str, np.ndarray]]:
 
 
 def assert_same(a: list[Any], b: list[Any], within: float = 0.0) -> None:
-    """Equal outputs, to a share of their scale, which is taken to be at least 1."""
     for x, y in zip(arrays(a), arrays(b), strict=True):
         assert x.keys() == y.keys()
         for name in x:
-            atol = within * max(1.0, np.abs(y[name]).max())
-            np.testing.assert_allclose(x[name], y[name], rtol=0, atol=atol, err_msg=name)
+            assert_close(x[name], y[name], within)
 
 
 def test_shapes_types_and_what_is_absent(model: ESM2) -> None:

@@ -8,26 +8,26 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from ..errors import BulkError, InvalidOption, InvalidSequence
 from ..files import WriteError, overwritten_files
 from ..model import ESM2
 from ..options import Outputs
 from ..streaming.batches import DEFAULT_OVERLAP, LongSequences, encode_batch
-from ..streaming.packing import check_budget, pack, token_budget
-from .journal import FILE, Journal, Rejected, Totals, readable_error
+from ..streaming.packing import check_budget, token_budget
+from .journal import FILE, Journal, Totals, readable_error
 from .layout import Layout
 from .lock import FolderLock
 from .output import Output
 from .progress import Progress
 from .provenance import describe, difference
-from .reader import Item, Reader
+from .reader import Item, Reader, Rejected
 from .settings import Settings, Shard
 from .writers import DEFAULT_INCLUDE
 
@@ -37,6 +37,9 @@ COMMIT_SECONDS = 0.5
 COMMIT_SHARE = 0.02
 COMMIT_BYTES = 64 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# The number and the packed outputs of each sequence that a journal still lacks, in any order.
+Computed: TypeAlias = Generator[tuple[int, bytes], None, None]
 
 
 @dataclass(frozen=True)
@@ -71,33 +74,6 @@ class Summary:
     residues: int
     seconds: float
     already_complete: bool = False
-
-
-class Engine(Protocol):
-    """Computes what a journal still lacks."""
-
-    def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
-        """Yield the number and the packed outputs of each pending sequence, in any order."""
-
-    def close(self) -> None:
-        """Stop what was started."""
-
-
-class LocalEngine:
-    """Computes in this process, batch by batch."""
-
-    def __init__(self, model: ESM2, layout: Layout, budget: int) -> None:
-        self._passes, self._layout, self._budget = model.passes, layout, budget
-
-    def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
-        """Yield the number and the packed outputs of each pending sequence, in any order."""
-        settings = self._layout.settings
-        for batch in pack(journal.pending(), lambda item: len(item.sequence), self._budget):
-            for number, result in encode_batch(self._passes, batch, settings.outputs, settings.long, self._budget):
-                yield number, self._layout.pack(result)
-
-    def close(self) -> None:
-        """Nothing was started."""
 
 
 def embed_fasta(
@@ -140,21 +116,17 @@ def embed_fasta(
         As for `ESM2.encode`; by default `mean` and `bos` for Parquet, `mean` and `per_token` for HDF5, `mean` else.
     dtype : {"fp32", "fp16"}
         Of the stored numbers.
-    long : {"error", "truncate", "windows"}
-        Records of more than 2048 residues are rejected, cut, or averaged over overlapping windows.
-    overlap : int
-        Least number of residues that neighbouring windows share.
+    long, overlap, tokens_per_batch
+        As for `ESM2.embed_iter`.
     ids : {"first-word", "accession"}
-        Call records by the first word of their header, or `sp|P12345|NAME` by its accession `P12345`.
-    tokens_per_batch : int, optional
-        Chosen from threads and free memory by default.
+        Name records by the first word of their header, or `sp|P12345|NAME` by its accession `P12345`.
     shard : str, optional
         `i/n`: only the records of this share.
     strict : bool
         Raise at the first record that cannot be embedded; by default they go to `OUTPUT.rejected.tsv`.
     engine : {"local", "ray"}
     address, workers : optional
-        Of the Ray engine: a running cluster (one on this machine by default), and the number of workers.
+        Of the Ray engine: a running cluster (by default one is started here), and the number of workers.
     threads : int, optional
         Of the model, or of each Ray worker.
     overwrite : bool
@@ -187,7 +159,7 @@ def embed_fasta(
     if tokens_per_batch is not None:
         check_budget(tokens_per_batch)
     if engine == "ray":  # before anything is read
-        from .ray_engine import RayEngine, check_ray
+        from .ray_engine import check_ray, compute_on_ray
 
         check_ray(address, workers)
     target = Output(output, paths)
@@ -202,20 +174,21 @@ def embed_fasta(
     )
     layout = Layout(settings, model.config)
 
-    def make_engine() -> Engine:
+    def compute(journal: Journal) -> Computed:
+        if engine == "ray":
+            return compute_on_ray(journal, model, layout, tokens_per_batch, address, workers, threads)
         budget = tokens_per_batch or token_budget(model.config, model.threads, settings.outputs)
-        if engine == "local":
-            return LocalEngine(model, layout, budget)
-        return RayEngine(model, layout, tokens_per_batch, address=address, workers=workers, threads=threads)
+        return _compute_here(journal, model, layout, budget)
 
-    run = _Run(paths, target, model, layout, strict, progress or Progress())
-    try:
-        return run.run(make_engine, overwrite=overwrite, restart=restart)
-    except (sqlite3.Error, OSError) as error:
-        told = run.explained(error)
-        if told is error:
-            raise
-        raise told from error
+    run = _Run(paths, target, model, layout, compute, strict, progress or Progress())
+    return run.run(overwrite=overwrite, restart=restart)
+
+
+def _compute_here(journal: Journal, model: ESM2, layout: Layout, budget: int) -> Computed:
+    settings = layout.settings
+    for batch in journal.batches(budget):
+        for number, result in encode_batch(model.passes, batch, settings.outputs, settings.long, budget):
+            yield number, layout.pack(result)
 
 
 class _Run:
@@ -227,38 +200,41 @@ class _Run:
         output: Output,
         model: ESM2,
         layout: Layout,
+        compute: Callable[[Journal], Computed],
         strict: bool,
         progress: Progress,
     ) -> None:
         self.inputs, self.output, self.layout = inputs, output, layout
-        self.strict, self.progress = strict, progress
+        self.compute, self.strict, self.progress = compute, strict, progress
         self.tensors = [array for tensor in model.checkpoint.tensors.values() for array in tensor.arrays]
         self.about = describe(model, layout.settings, output.form)
         self.folder = output.path.with_name(output.path.name + ".partial")
         self.started = time.monotonic()
 
-    def run(self, make_engine: Callable[[], Engine], *, overwrite: bool, restart: bool) -> Summary:
+    def run(self, *, overwrite: bool, restart: bool) -> Summary:
         """All of it, or what is left of it."""
-        self.output.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(self.folder)
         try:
-            if restart:
-                lock.empty()
-            if self.output.about is not None and not overwrite:
-                summary = self._already_complete(self.output.about)
-                if not self._holds_another_run():
-                    lock.remove_folder()
+            self.output.path.parent.mkdir(parents=True, exist_ok=True)
+            with FolderLock(self.folder) as lock:
+                if restart:
+                    lock.empty()
+                if self.output.about is not None and not overwrite:
+                    summary = self._already_complete(self.output.about)
+                    keep = self._holds_another_run()
+                else:
+                    self.output.check_replaceable()
+                    summary = self._with_journal(lock)
+                    keep = False
+                if not keep:
+                    lock.empty()
                 return summary
-            self.output.check_replaceable()
-            summary = self._with_journal(lock, make_engine)
-            lock.remove_folder()
-            return summary
-        finally:
-            if lock.held and not any(entry.name != "lock" for entry in self.folder.iterdir()):
-                lock.remove_folder()  # nothing was begun
-            lock.release()
+        except (sqlite3.Error, OSError) as error:
+            told = self._explained(error)
+            if told is error:
+                raise
+            raise told from error
 
-    def explained(self, error: Exception) -> Exception:
+    def _explained(self, error: Exception) -> Exception:
         """The error as the user needs it: if a disk is full, with the file's name and the way on."""
         if isinstance(error, sqlite3.Error):
             error = readable_error(error, self.folder)
@@ -272,42 +248,39 @@ class _Run:
 
     def _already_complete(self, about: dict[str, Any]) -> Summary:
         """The finished run, if it is this one; BulkError if not."""
-        output = self.output
+        path = self.output.path
         if not about:
             # --overwrite would not replace a folder of others.
-            way_out = "choose another output" if output.path.is_dir() else "--overwrite replaces it"
-            raise BulkError(f"{output.path} exists and is not of numpyesm embed; {way_out}")
+            way_out = "choose another output" if path.is_dir() else "--overwrite replaces it"
+            raise BulkError(f"{path} exists and was not made by numpyesm embed; {way_out}")
         if other := difference(self.about, about):
-            raise BulkError(f"{output.path} exists and is of another run ({other}); --overwrite replaces it")
-        reader = Reader(self.inputs, self.layout)
-        for _ in self._told(reader):
+            raise BulkError(f"{path} exists and is of another run ({other}); --overwrite replaces it")
+        reader = self._reader()
+        for _ in self._items(reader):
             pass
         reader.notes.warn()
         if reader.fingerprint() != about["input"]:
-            raise BulkError(f"{output.path} exists and is of another input; --overwrite replaces it")
+            raise BulkError(f"{path} exists and is of another input; --overwrite replaces it")
         counts = about["counts"]
-        if counts["rejected"] and not output.rejected_file.exists():
-            again = self._told(Reader(self.inputs, self.layout))
-            output.write_rejected(rejected_of(item) for item in again if item.reason is not None)
-        self.progress.note(f"{output.path} is complete already: {counts['records']} records")
-        return self._summary(Totals(counts["records"], counts["sequences"], 0), counts["rejected"], complete=True)
+        if counts["rejected"] and not self.output.rejected_file.exists():
+            again = self._items(self._reader())
+            self.output.write_rejected(item.as_rejected() for item in again if item.reason is not None)
+        self.progress.note(f"{path} is complete already: {counts['records']} records")
+        totals = Totals(counts["records"], counts["sequences"], 0)
+        return self._summary(totals, counts["rejected"], Totals(0, 0, 0), already_complete=True)
 
     def _holds_another_run(self) -> bool:
-        """Whether the folder is not what this run left, but one that was to replace the output."""
+        """Whether the folder was left by a run that was to replace the output, not by the one that made it."""
         if not (self.folder / FILE).exists():
             return False
-        journal = Journal(self.folder)
-        try:
+        with closing(Journal(self.folder)) as journal:
             about = journal.get("about")
-        finally:
-            journal.close()
         return about is not None and bool(difference(self.about, json.loads(about)))
 
     # -- the three stages ---------------------------------------------------------------------------------------
 
-    def _with_journal(self, lock: FolderLock, make_engine: Callable[[], Engine]) -> Summary:
-        journal = Journal(self.folder)
-        try:
+    def _with_journal(self, lock: FolderLock) -> Summary:
+        with closing(Journal(self.folder)) as journal:
             if journal.read_completely:
                 self._compare(journal)
             else:
@@ -317,15 +290,16 @@ class _Run:
                     journal.close()
                     lock.empty()
                     raise
-            done = journal.done()
-            if done.sequences < journal.totals().sequences:
-                self._compute(journal, done, make_engine)
-            return self._write(journal, done)
-        finally:
-            journal.close()
+            before = journal.done()
+            if before.sequences < journal.totals().sequences:
+                self._compute(journal, before)
+            return self._write(journal, before)
 
-    def _told(self, reader: Reader) -> Iterator[Item]:
-        """The records of the input, of whose number progress is told."""
+    def _reader(self) -> Reader:
+        return Reader(self.inputs, self.layout)
+
+    def _items(self, reader: Reader) -> Iterator[Item]:
+        """The records of the input; progress is told how many."""
         for item in reader:
             if item.position % 256 == 0:
                 self.progress.reading(reader.records)
@@ -334,14 +308,11 @@ class _Run:
     def _read(self, journal: Journal) -> None:
         """Take in the input, all of it or nothing."""
         journal.begin_reading()
-        reader = Reader(self.inputs, self.layout)
-        for item in self._told(reader):
-            if item.reason is not None:
-                if self.strict:
-                    raise _strict_error(rejected_of(item))
-                journal.add_rejected(rejected_of(item))
-            else:
-                journal.add_record(item.position, item.id, item.description, item.sequence, item.digest)
+        reader = self._reader()
+        for item in self._items(reader):
+            if self.strict and item.reason is not None:
+                raise _strict_error(item.as_rejected())
+            journal.add_record(item)
         journal.put("about", json.dumps(self.about))
         journal.finish_reading(reader.fingerprint())
         reader.notes.warn()
@@ -353,9 +324,9 @@ class _Run:
                 f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
                 "or begin anew with --restart"
             )
-        reader = Reader(self.inputs, self.layout)
+        reader = self._reader()
         differing = None
-        for item, record in zip_longest(self._told(reader), journal.records()):
+        for item, record in zip_longest(self._items(reader), journal.records()):
             if item is None or record != _journalled(item):
                 differing = differing or (record[0] if item is None else item.position)
         if reader.fingerprint() != journal.get("input"):
@@ -368,37 +339,31 @@ class _Run:
             raise BulkError(
                 f"{journal.path} is damaged: record {differing} is not that of the input. Begin anew with --restart"
             )
-        if self.strict:
-            for rejected in journal.rejected():
-                raise _strict_error(rejected)
+        if self.strict and (rejected := next(journal.rejected(), None)):
+            raise _strict_error(rejected)
 
-    def _compute(self, journal: Journal, before: Totals, make_engine: Callable[[], Engine]) -> None:
+    def _compute(self, journal: Journal, before: Totals) -> None:
         totals = journal.totals()
         if before.sequences:
             self.progress.note(f"resuming: {before.records} of {totals.records} records are done")
         self.progress.start(totals, before)
-        engine = make_engine()
         due = time.monotonic() + COMMIT_SECONDS
         waiting = 0
-        try:
-            for number, data in engine.run(journal):
-                self.progress.advance(journal.add_result(number, data))
-                waiting += len(data)
-                now = time.monotonic()
-                if now > due or waiting > COMMIT_BYTES:
-                    self._commit(journal)
-                    due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - now) / COMMIT_SHARE)
-                    waiting = 0
-            self._commit(journal)
-        except BaseException:
-            with suppress(OSError, sqlite3.Error, BulkError):  # what is done is done
+        with closing(self.compute(journal)) as computed:
+            try:
+                for number, data in computed:
+                    self.progress.advance(journal.add_result(number, data))
+                    waiting += len(data)
+                    now = time.monotonic()
+                    if now > due or waiting > COMMIT_BYTES:
+                        self._commit(journal)
+                        due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - now) / COMMIT_SHARE)
+                        waiting = 0
                 self._commit(journal)
-            raise
-        finally:
-            engine.close()
-        missing = totals.sequences - journal.done().sequences
-        if missing:
-            raise BulkError(f"the engine returned nothing for {missing} sequences")
+            except BaseException:
+                with suppress(OSError, sqlite3.Error, BulkError):  # what is done is done
+                    self._commit(journal)
+                raise
 
     def _commit(self, journal: Journal) -> None:
         """Keep what was added, unless the weights changed under it.
@@ -418,6 +383,8 @@ class _Run:
     def _write(self, journal: Journal, before: Totals) -> Summary:
         self.progress.writing()
         totals, done, num_rejected = journal.totals(), journal.done(), journal.num_rejected()
+        if missing := totals.sequences - done.sequences:
+            raise BulkError(f"the engine returned nothing for {missing} sequences")
         counts = {"records": totals.records, "sequences": totals.sequences, "rejected": num_rejected}
         about = self.about | {"input": journal.get("input"), "counts": counts}
         if num_rejected:
@@ -434,28 +401,20 @@ class _Run:
         else:
             self.output.remove_rejected()
         self.output.replace(made, self.folder)
-        computed = Totals(*(a - b for a, b in zip(done, before, strict=True)))
-        return self._summary(totals, num_rejected, computed)
+        return self._summary(totals, num_rejected, done.minus(before))
 
-    def _summary(
-        self, totals: Totals, rejected: int, computed: Totals | None = None, *, complete: bool = False
-    ) -> Summary:
+    def _summary(self, totals: Totals, rejected: int, computed: Totals, already_complete: bool = False) -> Summary:
         return Summary(
             output=self.output.path,
             records=totals.records,
             sequences=totals.sequences,
             rejected=rejected,
             rejected_file=self.output.rejected_file if rejected else None,
-            computed=computed.sequences if computed else 0,
-            residues=computed.residues if computed else 0,
+            computed=computed.sequences,
+            residues=computed.residues,
             seconds=time.monotonic() - self.started,
-            already_complete=complete,
+            already_complete=already_complete,
         )
-
-
-def rejected_of(item: Item) -> Rejected:
-    """What is kept of a record that cannot be embedded."""
-    return Rejected(item.position, item.id, item.description, len(item.sequence), item.reason or "")
 
 
 def _strict_error(rejected: Rejected) -> InvalidSequence:

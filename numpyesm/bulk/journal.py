@@ -1,9 +1,8 @@
 """What a run has read and computed, in one SQLite file in `OUT.partial/`: the same command resumes from here.
 
-Nothing of a record is kept in memory, however long the input. A result counts once the transaction that holds it is
-committed; a crash loses what was not. The order in which sequences are computed does not matter, and any engine may
-resume. What is read back is compared with the checksum beside it: letters with the SHA-256 of their sequence, numbers
-with a CRC-32, records with the input.
+No records are kept in memory, however long the input. A result counts once its transaction is committed; a crash loses
+what was not. Any engine may resume. What is read back is compared with the checksum beside it: letters with the SHA-256
+of their sequence, numbers with a CRC-32, records with the input.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import sqlite3
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from ..errors import BulkError
 from ..files import WriteError, sync_folder
 from ..streaming.batches import Pending
+from ..streaming.packing import pack
+from .reader import Item, Rejected
 
 FILE = "journal.sqlite"
-# SQLite's own limit on what one row holds.
-MOST_BYTES = 10**9 - 1000
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sequences (
@@ -49,22 +48,20 @@ class Row(NamedTuple):
     data: bytes
 
 
-class Rejected(NamedTuple):
-    """A record that cannot be embedded."""
-
-    position: int
-    id: str
-    description: str
-    length: int
-    reason: str
-
-
 class Totals(NamedTuple):
     """How much there is, or how much of it is done."""
 
     records: int
     sequences: int
     residues: int
+
+    def plus(self, other: Totals) -> Totals:
+        """Sum of both."""
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Totals) -> Totals:
+        """What is beyond the other."""
+        return Totals(*(a - b for a, b in zip(self, other, strict=True)))
 
 
 class Journal:
@@ -83,7 +80,7 @@ class Journal:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-16000")
             self._db.execute("PRAGMA temp_store=FILE")
-            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            if not self._number("SELECT count(*) FROM sqlite_master"):
                 self._db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
         except sqlite3.DatabaseError:
             self._db.close()
@@ -103,12 +100,17 @@ class Journal:
         return self._sums("")
 
     def done(self) -> Totals:
-        """What of it is computed."""
+        """The part of it that is computed."""
         return self._sums("JOIN done USING (number)")
 
     def _sums(self, join: str) -> Totals:
         query = f"SELECT total(copies), count(*), total(length(letters)) FROM sequences {join}"
         return Totals(*map(int, self._db.execute(query).fetchone()))
+
+    def _number(self, query: str, *values: object) -> Any:
+        """The only column of the first row; None if there is no row."""
+        row = self._db.execute(query, values).fetchone()
+        return None if row is None else row[0]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -121,25 +123,18 @@ class Journal:
         """Begin with the input, in a transaction that `finish_reading` commits."""
         self._db.execute("BEGIN")
 
-    def add_record(self, position: int, id: str, description: str, sequence: str, digest: bytes) -> None:
-        """Add a record that can be embedded; its sequence is kept if it is new."""
-        found = self._db.execute("SELECT number FROM sequences WHERE digest = ?", (digest,)).fetchone()
-        if found is None:
-            new = self._db.execute("INSERT INTO sequences VALUES (NULL, ?, ?, 1)", (digest, sequence))
-            number = new.lastrowid
-        else:
-            number = found[0]
-            self._db.execute("UPDATE sequences SET copies = copies + 1 WHERE number = ?", (number,))
-        self._db.execute(
-            "INSERT INTO records VALUES (?, ?, ?, ?, ?, NULL)", (position, id, description, len(sequence), number)
-        )
-
-    def add_rejected(self, rejected: Rejected) -> None:
-        """Add a record that cannot be embedded."""
-        position, id, description, length, reason = rejected
-        self._db.execute(
-            "INSERT INTO records VALUES (?, ?, ?, ?, NULL, ?)", (position, id, description, length, reason)
-        )
+    def add_record(self, item: Item) -> None:
+        """Add a record; its sequence is kept if it is new and can be embedded."""
+        number = None
+        if item.reason is None:
+            number = self._number("SELECT number FROM sequences WHERE digest = ?", item.digest)
+            if number is None:
+                added = self._db.execute("INSERT INTO sequences VALUES (NULL, ?, ?, 1)", (item.digest, item.sequence))
+                number = added.lastrowid
+            else:
+                self._db.execute("UPDATE sequences SET copies = copies + 1 WHERE number = ?", (number,))
+        values = (item.position, item.id, item.description, len(item.sequence), number, item.reason)
+        self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def finish_reading(self, fingerprint: str) -> None:
         """Commit what was read; `fingerprint` tells this input from others."""
@@ -161,20 +156,29 @@ class Journal:
 
     def num_rejected(self) -> int:
         """How many these are."""
-        return int(self._db.execute("SELECT count(*) FROM records WHERE reason NOT NULL").fetchone()[0])
+        return int(self._number("SELECT count(*) FROM records WHERE reason NOT NULL"))
 
     # -- computing ----------------------------------------------------------------------------------------------
 
-    def pending(self) -> Iterator[Pending]:
-        """Sequences that have no result yet, in input order. Results may be added meanwhile."""
-        query = """
-            SELECT number, digest, letters FROM sequences
-            WHERE number NOT IN (SELECT number FROM done) ORDER BY number
+    def batches(self, budget: int) -> Iterator[list[Pending]]:
+        """Yield batches of at most `budget` tokens that lack a result. Results may be added meanwhile.
+
+        They are cut from all sequences, so that a resumed run computes each among the same others as the first would
+        have: NumPy's rounding may depend on that.
         """
-        for number, digest, letters in self._db.execute(query):
+        for batch in pack(self._sequences(), lambda item: len(item.sequence), budget):
+            if not all(item.done for item in batch):
+                yield batch
+
+    def _sequences(self) -> Iterator[Pending]:
+        query = """
+            SELECT number, digest, letters, done.number NOT NULL
+            FROM sequences LEFT JOIN done USING (number) ORDER BY number
+        """
+        for number, digest, letters, done in self._db.execute(query):
             if hashlib.sha256(letters.encode()).digest() != digest:
                 raise self._damaged(f"the letters of sequence {number}")
-            yield Pending(number, letters)
+            yield Pending(number, letters, bool(done))
 
     def add_result(self, number: int, data: bytes) -> Totals:
         """Add the numbers of one sequence, and return what it stands for. They count once `commit` has returned."""
@@ -202,14 +206,15 @@ class Journal:
         """Records with their numbers, in input order."""
         # CROSS keeps SQLite from another order of the tables, in which it would have to sort.
         query = """
-            SELECT position, id, description, records.length, digest, crc, data
+            SELECT position, id, description, records.length, digest, data, crc
             FROM records CROSS JOIN sequences USING (number) CROSS JOIN done USING (number)
             CROSS JOIN numbers USING (number) ORDER BY position
         """
-        for position, id, description, length, digest, crc, data in self._db.execute(query):
-            if _crc(digest, data) != crc:
-                raise self._damaged(f"the numbers of {id!r}")
-            yield Row(position, id, description, length, digest, data)
+        for *values, crc in self._db.execute(query):
+            row = Row(*values)
+            if _crc(row.digest, row.data) != crc:
+                raise self._damaged(f"the numbers of {row.id!r}")
+            yield row
 
     def _damaged(self, what: str) -> BulkError:
         return BulkError(f"{self.path} is damaged: {what} do not have their checksum. Begin anew with --restart")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from ..errors import BulkError, MissingExtra
 from .journal import FILE as JOURNAL
 
 LOCK = "lock"
+# Runs that end may remove the folder between any two steps of one that begins.
+_ATTEMPTS = 1000
 
 
 class FolderLock:
-    """Holds `folder/lock` for as long as the process lives or until `release`.
+    """Holds `folder/lock` within a `with` block, and at its end removes the folder if nothing else is in it.
 
     On NFS the lock reaches other machines if the server supports it (Linux does by default). On file systems without
     locks, such as Lustre mounted without `flock`, filelock warns and marks the file instead.
@@ -29,74 +30,59 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         try:
-            from filelock import FileLock, Timeout
+            from filelock import FileLock
         except ImportError as error:
             raise MissingExtra("bulk embedding needs filelock: pip install 'numpyesm[bulk]'") from error
         self.folder = folder
-        path = folder / LOCK
-        self._lock = FileLock(path, timeout=0)
-        while True:
-            _refuse_foreign(folder)
-            # A run that ends now may remove the folder behind any of these steps.
+        self._path = folder / LOCK
+        self._lock = FileLock(self._path, timeout=0)
+
+    def __enter__(self) -> FolderLock:
+        for attempt in range(1, _ATTEMPTS + 1):
+            self._refuse_foreign()
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                if _is_something_else(folder):
-                    raise
-                continue
-            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
                 break
             except (FileNotFoundError, FileExistsError):
-                continue
-            except Timeout:
+                if attempt == _ATTEMPTS:
+                    raise
+            except TimeoutError:
                 holder = ""
                 with suppress(OSError):
-                    holder = path.read_text(errors="replace")[:200].strip()
+                    holder = self._path.read_text(errors="replace")[:200].strip()
                 raise BulkError(
-                    f"another run is working on this output ({holder or 'unknown process'}); {folder} is its folder"
+                    f"another run is working on this output ({holder or 'unknown process'}); "
+                    f"{self.folder} is its folder"
                 ) from None
         with suppress(OSError):  # Windows locks the text, too
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        return self
 
-    @property
-    def held(self) -> bool:
-        """Whether the lock is still ours."""
-        return bool(self._lock.is_locked)
-
-    def release(self) -> None:
-        """Let the next run in."""
+    def __exit__(self, *_: object) -> None:
+        if not self._others():
+            if os.name == "nt":  # an open file cannot be removed there
+                self._lock.release()
+            # The lock goes last, so that nobody enters a folder that is going away.
+            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # another run is already making its lock in it
+                self.folder.rmdir()
         self._lock.release()
 
     def empty(self) -> None:
         """Remove what is in the folder but the lock."""
         # The journal first: without it the rest is nothing, should this be interrupted.
-        for entry in sorted(self.folder.iterdir(), key=lambda entry: not entry.name.startswith(JOURNAL)):
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in sorted(self._others(), key=lambda entry: not entry.name.startswith(JOURNAL)):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    def remove_folder(self) -> None:
-        """Remove the folder and let go: the lock last, so that nobody enters a folder that is going away."""
-        self.empty()
-        if os.name == "nt":  # an open file cannot be removed there
-            self.release()
-        (self.folder / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):  # another run is already making its lock in it
-            self.folder.rmdir()
-        self.release()
+    def _others(self) -> list[Path]:
+        return [entry for entry in self.folder.iterdir() if entry.name != LOCK]
 
-
-def _refuse_foreign(folder: Path) -> None:
-    names: set[str] = set()
-    with suppress(FileNotFoundError, NotADirectoryError):
-        names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {LOCK, JOURNAL}:
-        raise BulkError(f"{folder} is not of numpyesm embed, which needs that name: choose another output")
-
-
-def _is_something_else(folder: Path) -> bool:
-    """Whether the name belongs to a file, or to a link that leads nowhere; asked once, as others may change it."""
-    try:
-        return not stat.S_ISDIR(folder.stat().st_mode)
-    except FileNotFoundError:
-        return folder.is_symlink()
+    def _refuse_foreign(self) -> None:
+        names: set[str] = set()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            names = {entry.name for entry in self.folder.iterdir()}
+        if names and not names & {LOCK, JOURNAL}:
+            raise BulkError(
+                f"{self.folder} was not made by numpyesm embed, which needs that name: choose another output"
+            )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BulkError, InvalidOption
 from ..files import atomic_write, same_file, sync_folder
-from .journal import Rejected
+from .reader import Rejected
 from .writers import ENDINGS, make_writer, output_format
 from .writers.base import tsv_line
 from .writers.folder import is_ours

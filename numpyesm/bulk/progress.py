@@ -34,7 +34,7 @@ class Progress:
 
     def advance(self, step: Totals) -> None:
         """One more sequence is computed, which stands for so many records."""
-        self.done = Totals(*(a + b for a, b in zip(self.done, step, strict=True)))
+        self.done = self.done.plus(step)
 
     def writing(self) -> None:
         """Everything is computed; the output is being written."""

@@ -12,15 +12,14 @@ import os
 import re
 import socket
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BulkError, InvalidOption, MissingExtra, NumpyesmError
 from ..model import ESM2, SyntheticWeightsWarning
 from ..streaming.batches import Pending, encode_batch
-from ..streaming.packing import pack, token_budget
+from ..streaming.packing import token_budget
 from ..threads import default_threads
 from ..weights.checkpoint import Checkpoint
 from .journal import Journal
@@ -33,93 +32,73 @@ _RETRIES = 5
 _BATCHES_PER_WORKER = 2
 
 
-class RayEngine:
-    """Computes what a journal still lacks on a Ray cluster.
+def compute_on_ray(
+    journal: Journal,
+    model: ESM2,
+    layout: Layout,
+    tokens_per_batch: int | None,
+    address: str | None,
+    workers: int | None,
+    threads: int | None,
+) -> Generator[tuple[int, bytes], None, None]:
+    """Yield the number and the packed outputs of each sequence that a journal still lacks, in any order.
 
     Parameters
     ----------
     model : ESM2
         Its weights are put into the object store once and read from there by every worker.
-    layout : Layout
     tokens_per_batch : int or None
     address : str or None
         Of a running cluster (`auto`, `host:port`); None starts one on this machine and stops it at the end.
     workers, threads : int or None
         Workers, and CPUs of each.
     """
+    ray = check_ray(address, workers)
+    started = not ray.is_initialized()
+    if started:
+        _connect(ray, address, (workers or 1) * (threads or 1))
+    try:
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        count, threads = pool_size(cpus, workers, threads)
+        budget = tokens_per_batch or token_budget(model.config, threads, layout.settings.outputs)
+        weights = ray.put(model.checkpoint)  # held until the end: a worker that is started again reads it again
+        worker = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
+        arguments = (weights, layout, model.backend, model.precision, threads, budget)
+        actors = [worker.remote(*arguments) for _ in range(count)]
+        pool = ray.util.ActorPool(actors * _BATCHES_PER_WORKER)
+        for batch in journal.batches(budget):
+            if not pool.has_free():
+                yield from _results(pool)
+            pool.submit(lambda actor, batch: actor.encode.remote(batch), batch)
+        while pool.has_next():
+            yield from _results(pool)
+    except ray.exceptions.RayError as error:
+        inner = getattr(error, "cause", None) or error
+        text = " ".join(str(inner).split())
+        raise BulkError(f"a Ray worker failed: {type(inner).__name__}: {text[-600:]}") from error
+    finally:
+        if started:
+            ray.shutdown()
 
-    def __init__(
-        self,
-        model: ESM2,
-        layout: Layout,
-        tokens_per_batch: int | None,
-        *,
-        address: str | None = None,
-        workers: int | None = None,
-        threads: int | None = None,
-    ) -> None:
-        ray = self._ray = check_ray(address, workers)
-        self._workers: list[Any] = []
-        self._started = not ray.is_initialized()
-        if self._started:
-            self._connect(address, (workers or 1) * (threads or 1))
-        try:
-            cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-            count, threads = pool_size(cpus, workers, threads)
-            self.budget = tokens_per_batch or token_budget(model.config, threads, layout.settings.outputs)
-            # Held until the end: a worker that is started again reads it again.
-            self._weights = ray.put(model.checkpoint)
-            worker = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
-            self._workers = [
-                worker.remote(self._weights, layout, model.backend, model.precision, threads, self.budget)
-                for _ in range(count)
-            ]
-        except BaseException:
-            self.close()
-            raise
 
-    def _connect(self, address: str | None, fewest_cpus: int) -> None:
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if address is None:
-            # CPUs that this process may use, not all that the machine has; more only where more are asked for.
-            options |= {"num_cpus": max(default_threads(), fewest_cpus), "include_dashboard": False}
-        try:
-            with _quiet_stderr():
-                self._ray.init(address=address or "local", **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise BulkError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+def _connect(ray: Any, address: str | None, fewest_cpus: int) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        # CPUs that this process may use, not all that the machine has; more only where more are asked for.
+        options |= {"num_cpus": max(default_threads(), fewest_cpus), "include_dashboard": False}
+    try:
+        with _quiet_stderr():
+            ray.init(address=address or "local", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BulkError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
-    def run(self, journal: Journal) -> Iterator[tuple[int, bytes]]:
-        """Yield the number and the packed outputs of each pending sequence, in any order."""
-        free = deque(self._workers * _BATCHES_PER_WORKER)
-        running: dict[Any, Any] = {}
-        try:
-            for batch in pack(journal.pending(), lambda item: len(item.sequence), self.budget):
-                if not free:
-                    yield from self._next(running, free)
-                worker = free.popleft()
-                running[worker.encode.remote(batch)] = worker
-            while running:
-                yield from self._next(running, free)
-        except self._ray.exceptions.RayError as error:
-            inner = getattr(error, "cause", None) or error
-            text = " ".join(str(inner).split())
-            raise BulkError(f"a Ray worker failed: {type(inner).__name__}: {text[-600:]}") from error
 
-    def _next(self, running: dict[Any, Any], free: deque[Any]) -> list[tuple[int, bytes]]:
-        """Results of the batch that is finished first."""
-        (finished, *_), _ = self._ray.wait(list(running), num_returns=1)
-        free.append(running.pop(finished))
-        results: list[tuple[int, bytes]] | str = self._ray.get(finished)
-        if isinstance(results, str):
-            raise BulkError(results)
-        return results
-
-    def close(self) -> None:
-        """Stop what was started here."""
-        self._workers = []
-        if self._started:
-            self._ray.shutdown()
+def _results(pool: Any) -> list[tuple[int, bytes]]:
+    """Results of the batch that is finished first."""
+    results: list[tuple[int, bytes]] | str = pool.get_next_unordered()
+    if isinstance(results, str):
+        raise BulkError(results)
+    return results
 
 
 class _Worker:
@@ -201,6 +180,7 @@ def check_ray(address: str | None, workers: int | None) -> Any:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
+        import ray.util
     except ImportError as error:
         raise MissingExtra("the Ray engine needs ray: pip install 'numpyesm[ray]'") from error
     logging.getLogger("ray").setLevel(logging.ERROR)

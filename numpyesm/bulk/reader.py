@@ -13,8 +13,10 @@ from typing import NamedTuple, cast
 from ..alphabet import SequenceNotes
 from ..errors import InvalidOption, InvalidSequence
 from ..fasta import scan_fasta
-from .journal import MOST_BYTES
 from .layout import Layout
+
+# The most that one row of the journal holds: SQLite has a limit.
+MOST_BYTES = 10**9 - 1000
 
 
 class Item(NamedTuple):
@@ -42,6 +44,20 @@ class Item(NamedTuple):
     sequence: str
     digest: bytes
     reason: str | None
+
+    def as_rejected(self) -> Rejected:
+        """The record as the list of rejected records has it."""
+        return Rejected(self.position, self.id, self.description, len(self.sequence), self.reason or "")
+
+
+class Rejected(NamedTuple):
+    """A record that cannot be embedded."""
+
+    position: int
+    id: str
+    description: str
+    length: int
+    reason: str
 
 
 class Reader:

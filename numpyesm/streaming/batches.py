@@ -21,10 +21,11 @@ _MOST_RESIDUES_OF_CONTACTS = 16384
 
 
 class Pending(NamedTuple):
-    """A sequence that is to be computed."""
+    """A sequence of a batch; one that is `done` is there for the sake of the others, see `Journal.batches`."""
 
     number: int
     sequence: str
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ class LongSequences:
 def encode_batch(
     passes: Passes, batch: Sequence[Pending], outputs: Outputs, long: LongSequences, budget: int
 ) -> Iterator[tuple[int, EncodeResult]]:
-    """Yield the number and the result of each sequence of a batch of checked sequences, in any order."""
+    """Yield the number and the result of each sequence of a batch that is not done, in any order. All are checked."""
     short = [item for item in batch if long.residues(len(item.sequence)) <= MAX_RESIDUES]
     if short:
         tokens = [frame(residue_ids(item.sequence[:MAX_RESIDUES])) for item in short]
-        yield from zip((item.number for item in short), passes.encode(tokens, outputs, budget), strict=True)
+        for item, result in zip(short, passes.encode(tokens, outputs, budget), strict=True):
+            if not item.done:
+                yield item.number, result
     for item in batch:
-        if long.residues(len(item.sequence)) > MAX_RESIDUES:
+        if long.residues(len(item.sequence)) > MAX_RESIDUES and not item.done:
             yield item.number, _encode_windows(passes, item, outputs, long.overlap, budget)
 
 

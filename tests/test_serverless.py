@@ -187,25 +187,6 @@ def test_an_alarm_rings_in_the_midst_of_the_work(function, monkeypatch) -> None:
     assert function.handle(v2(), Context(60))["statusCode"] == 200
 
 
-def test_in_a_thread_the_clock_is_read_between_items(function, model, monkeypatch) -> None:
-    """No signal arrives there."""
-    result, given, answers, never = model.encode(["MKTFF"])[0], [], [], threading.Event()
-
-    def slow(*_):
-        for index in range(8):
-            given.append(index)
-            never.wait(0.5 if index == 3 else 0)  # the time is up by then
-            yield result
-
-    monkeypatch.setattr(Passes, "encode", slow)
-    event = v2(body={"items": ITEMS["items"] * 8})
-    thread = threading.Thread(target=lambda: answers.append(function.handle(event, Context(0.6))))
-    thread.start()
-    thread.join()
-    assert error_of(answers[0])["code"] == "server.deadline"
-    assert given == [0, 1, 2, 3][: len(given)]
-
-
 def test_too_large_an_answer_is_not_computed(function, monkeypatch) -> None:
     big = {"params": {"include": ["contacts"]}, "items": [{"sequence": "M" * 2048}]}
     monkeypatch.setattr(Passes, "encode", lambda *_: pytest.fail("computed for nothing"))

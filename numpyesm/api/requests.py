@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import AMINO_ACID_COLUMNS, ENCODE_LETTERS, MASK_TOKEN, PREDICT_LETTERS, tokenize
+from ..alphabet import AMINO_ACID_COLUMNS, AMINO_ACIDS, ENCODE_LETTERS, MASK, MASK_TOKEN, PREDICT_LETTERS, tokenize
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..formats import Result
 from ..options import INCLUDES, POSITIONS, Outputs, check_layers
+from ..results import count_numbers
 from .catalog import MAX_ITEMS, ServedModel
 from .errors import ApiError, Place, Problem, invalid
 
@@ -51,6 +52,15 @@ class Work:
     def lengths(self) -> list[int]:
         """Residues of each sequence; a mask is one."""
         return [len(tokens) - 2 for tokens in self.tokens]
+
+    def count_numbers(self) -> int:
+        """How many numbers the results hold, beside one for each sequence."""
+        if self.action == "predict":
+            masked = self.positions == "masked"
+            rows = [int((tokens == MASK).sum()) if masked else len(tokens) - 2 for tokens in self.tokens]
+            return len(AMINO_ACIDS) * sum(rows)
+        arrays = 2 if self.action == "classify" else 1  # logits and probabilities
+        return arrays * sum(count_numbers(self.outputs, self.served.model.config, length) for length in self.lengths)
 
     def compute(self) -> Iterator[Result]:
         """Yield the result of each sequence, in order.

@@ -4,51 +4,42 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ..api.errors import ApiError
+
 # Kept back for writing the refusal, in seconds.
 RESERVE = 0.25
 
 
-class DeadlinePassed(Exception):
-    """The time is nearly up."""
+@contextmanager
+def before_the_deadline(context: Any) -> Iterator[None]:
+    """Raise ApiError 503 inside when the function's time is nearly up, in the midst of whatever is being done.
 
+    Signals reach the main thread only, which is where Lambda calls a function; elsewhere, and without a Lambda context,
+    nothing is interrupted.
+    """
+    remaining = getattr(context, "get_remaining_time_in_millis", None)
+    if remaining is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-class Deadline:
-    """The moment by which an answer must be out; without a Lambda context there is none."""
+    def ring(_: int, __: FrameType | None) -> None:
+        raise ApiError(
+            503,
+            "the function's time was nearly up: send fewer or shorter sequences at a time, or raise the function's "
+            "time-out or memory",
+            code="server.deadline",
+            headers={"Retry-After": "1"},
+        )
 
-    def __init__(self, context: Any) -> None:
-        remaining = getattr(context, "get_remaining_time_in_millis", None)
-        self._end = None if remaining is None else time.monotonic() + remaining() / 1e3 - RESERVE
-
-    def check(self) -> None:
-        """Raise DeadlinePassed if the moment is gone."""
-        if self._end is not None and time.monotonic() >= self._end:
-            raise DeadlinePassed
-
-    @contextmanager
-    def alarm(self) -> Iterator[None]:
-        """Raise DeadlinePassed inside when the moment comes, in the midst of whatever is being done.
-
-        Signals reach the main thread only, which is where Lambda calls a function; elsewhere nothing is interrupted.
-        """
-        self.check()
-        if self._end is None or threading.current_thread() is not threading.main_thread():
-            yield
-            self.check()
-            return
-
-        def ring(_: int, __: FrameType | None) -> None:
-            raise DeadlinePassed
-
-        before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._end - time.monotonic()))
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, remaining() / 1e3 - RESERVE))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

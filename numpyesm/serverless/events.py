@@ -29,10 +29,6 @@ _MAX_BODY = 6 << 20  # what Lambda lets through
 _MAX_UNPACKED = 2 << 20
 
 
-class NotARequest(Exception):
-    """An event that is no HTTP request."""
-
-
 @dataclass(frozen=True)
 class Request:
     """An HTTP request, whatever it came through.
@@ -93,10 +89,11 @@ def read_event(event: Any) -> Request:
 
     Raises
     ------
-    NotARequest
+    ApiError
+        400 if the event is no HTTP request.
     """
     if not isinstance(event, Mapping):
-        raise NotARequest(f"the event is {type(event).__name__}, not an object")
+        raise ApiError(400, f"the event is {type(event).__name__}, not an object")
     context = _mapping(event, "requestContext")
     http = _mapping(context, "http")
     if http or event.get("version") == "2.0":
@@ -104,10 +101,10 @@ def read_event(event: Any) -> Request:
     else:
         method, path = event.get("httpMethod"), event.get("path")
     if not isinstance(method, str) or not isinstance(path, str):
-        raise NotARequest("the event is not of a function URL or of API Gateway (no method or path in it)")
+        raise ApiError(400, "the event is not of a function URL or of API Gateway (no method or path in it)")
     body = event.get("body")
     if body is not None and not isinstance(body, str):
-        raise NotARequest("the body in the event is not text")
+        raise ApiError(400, "the body in the event is not text")
     path = unquote(path)
     stage = context.get("stage")
     in_front = f"/{stage}/" if isinstance(stage, str) and stage not in ("", "$default") else None
@@ -133,7 +130,17 @@ def _headers(event: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def as_answer(status: int, content: bytes, headers: Mapping[str, str], binary: bool) -> dict[str, Any]:
-    """An answer in the form that all three kinds of events take."""
-    body = base64.b64encode(content).decode("ascii") if binary else content.decode("utf-8")
-    return {"statusCode": status, "headers": dict(headers), "body": body, "isBase64Encoded": binary}
+@dataclass(frozen=True)
+class Answer:
+    """An answer, which takes the same form for all three kinds of events."""
+
+    content: bytes
+    headers: Mapping[str, str]
+    status: int = 200
+    binary: bool = False
+
+    def for_aws(self, **headers: str) -> dict[str, Any]:
+        """Return the document that AWS takes, with these headers as well."""
+        body = base64.b64encode(self.content).decode("ascii") if self.binary else self.content.decode("utf-8")
+        headers = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        return {"statusCode": self.status, "headers": headers, "body": body, "isBase64Encoded": self.binary}

@@ -8,23 +8,20 @@ import os
 import time
 import uuid
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..alphabet import MASK
 from ..api.bodies import parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
 from ..api.errors import ApiError, as_api_error
 from ..api.media import JSON_TYPE, AnswerForm, check_json_type, is_gzipped
-from ..api.requests import Work, check_request
+from ..api.requests import check_request
 from ..errors import InvalidOption, NotEnoughMemory
 from ..formats import json_bytes
 from ..model import ESM2
-from ..results import count_numbers
 from ..threads import default_threads
-from .deadline import Deadline, DeadlinePassed
-from .events import NotARequest, Request, as_answer, read_event
+from .deadline import before_the_deadline
+from .events import Answer, Request, read_event
 
 if TYPE_CHECKING:
     from ..api.keys import KeyRing
@@ -41,16 +38,6 @@ _LEAST_BYTES_BINARY = 4.0 * 4 / 3
 _KEPT_BACK = 56 << 20
 # MB of memory with which AWS gives one CPU.
 _MEMORY_PER_CPU = 1769
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What goes back, before it takes AWS's form."""
-
-    content: bytes
-    headers: dict[str, str]
-    status: int = 200
-    binary: bool = False
 
 
 class Function:
@@ -107,22 +94,22 @@ class Function:
         try:
             request = read_event(event)
             facts |= {"method": request.method, "path": request.path[:200]}
-            answer = self._answer(request, Deadline(context), facts)
+            answer = self._answer(request, context, facts)
         except Exception as error:
-            refusal = _refusal(error)
+            refusal = as_api_error(error)
             if refusal.status == 500:
                 log.error("request %s failed", request_id, exc_info=error)
             facts["reason"] = refusal.detail[:300]
             headers = {name.lower(): value for name, value in refusal.headers.items()}
-            answer = _Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
-        headers = answer.headers | {"x-request-id": request_id}
+            answer = Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
+        headers = {"x_request_id": request_id}
         if self._catalog is not None and any(served.checkpoint.synthetic for served in self._catalog):
-            headers["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
-        sent = as_answer(answer.status, answer.content, headers, answer.binary)
+            headers["x_numpyesm_weights"] = "synthetic: these numbers mean nothing"
+        sent = answer.for_aws(**headers)
         _print_line(**facts, status=answer.status, bytes=len(sent["body"]), ms=_milliseconds(started))
         return sent
 
-    def _answer(self, request: Request, deadline: Deadline, facts: dict[str, Any]) -> _Answer:
+    def _answer(self, request: Request, context: Any, facts: dict[str, Any]) -> Answer:
         route = request.route()
         if "health" in route:
             _check_method(request, "GET", "HEAD")
@@ -134,7 +121,7 @@ class Function:
         if "action" in route:
             served = catalog.find(route["slug"], route["action"])
             _check_method(request, "POST")
-            return _act(request, served, route["action"], deadline, facts)
+            return _act(request, served, route["action"], context, facts)
         _check_method(request, "GET", "HEAD")
         return _json(_document(route, catalog))
 
@@ -148,29 +135,26 @@ class Function:
         self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
 
 
-def _act(request: Request, served: ServedModel, action: str, deadline: Deadline, facts: dict[str, Any]) -> _Answer:
+def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> Answer:
     check_json_type(request.header("content-type"))
     body = request.body(is_gzipped(request.header("content-encoding")))
     work = check_request(served, action, parse_json(body))
     form = AnswerForm.chosen(request.header("accept"), request.header("accept-encoding"))
     binary = form.npz or form.gzipped
-    numbers = _numbers(work)
+    numbers = work.count_numbers()
     if not _fits(numbers * (_LEAST_BYTES_BINARY if binary else _LEAST_BYTES)):
         raise _too_large(f"{numbers:,} numbers", binary)
     facts |= {"items": len(work.tokens), "residues": sum(work.lengths)}
-    with deadline.alarm():
+    with before_the_deadline(context):
         started = time.perf_counter()
-        results = []
-        for result in work.compute():
-            deadline.check()
-            results.append(result)
+        results = list(work.compute())
         facts["compute_ms"] = _milliseconds(started)
         content = b"".join(form.write(results))
     # In the answer that Lambda takes, JSON is text in JSON: each quotation mark has two bytes.
     size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
     if not _fits(size):
         raise _too_large(f"{size / (1 << 20):.1f} MB", binary)
-    return _Answer(content, form.headers, binary=binary)
+    return Answer(content, form.headers, binary=binary)
 
 
 def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
@@ -185,15 +169,6 @@ def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
 
     action = route["schema_action"]
     return request_schema(catalog.find(route["schema_slug"], action), action)
-
-
-def _numbers(work: Work) -> int:
-    """How many numbers the answer has."""
-    if work.action == "predict":
-        masked = work.positions == "masked"
-        return sum(20 * (tokens == MASK).sum() if masked else 20 * (len(tokens) - 2) for tokens in work.tokens)
-    arrays = 2 if work.action == "classify" else 1  # logits and probabilities
-    return arrays * sum(count_numbers(work.outputs, work.served.model.config, length) for length in work.lengths)
 
 
 def _fits(size: float) -> bool:
@@ -250,23 +225,8 @@ def _too_large(size: str, binary: bool) -> ApiError:
     )
 
 
-def _refusal(error: Exception) -> ApiError:
-    """What a client may know of a failure."""
-    if isinstance(error, NotARequest):
-        return ApiError(400, str(error))
-    if isinstance(error, DeadlinePassed):
-        return ApiError(
-            503,
-            "the function's time was nearly up: send fewer or shorter sequences at a time, or raise the function's "
-            "time-out or memory",
-            code="server.deadline",
-            headers={"Retry-After": "1"},
-        )
-    return as_api_error(error)
-
-
-def _json(document: dict[str, Any]) -> _Answer:
-    return _Answer(json_bytes(document), {"content-type": JSON_TYPE})
+def _json(document: dict[str, Any]) -> Answer:
+    return Answer(json_bytes(document), {"content-type": JSON_TYPE})
 
 
 def _milliseconds(started: float) -> float:

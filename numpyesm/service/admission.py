@@ -17,16 +17,8 @@ _SMALL_SHARE = 0.01
 
 def result_bytes(work: Work) -> int:
     """Memory of the results, in bytes; they live until the answer is sent."""
-    total = _PER_ITEM * len(work.tokens)
-    for length in work.lengths:
-        if work.outputs.include:
-            arrays = 2 if work.action == "classify" else 1  # logits and probabilities
-            outputs = work.outputs
-            of_one = memory.result_bytes(work.served.model.config, length, outputs.include, len(outputs.layers))
-            total += arrays * of_one
-        elif work.action == "predict":
-            total += (20 * 4 + 16) * length  # tokens are a list of shared strings
-    return total
+    tokens = 16 * sum(work.lengths) if work.action == "predict" else 0  # a list of shared strings
+    return _PER_ITEM * len(work.tokens) + 4 * work.count_numbers() + tokens
 
 
 class Admission:

@@ -17,10 +17,12 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"numpyesm_{name}", text, labels, registry=self.registry)
+
         # Labels take few values: paths and slugs that do not exist are all "other".
-        self._requests = Counter(
-            "numpyesm_requests", "Requests answered", ["route", "slug", "status"], registry=self.registry
-        )
+        self._requests = counter("requests", "Requests answered", "route", "slug", "status")
         self._seconds = Histogram(
             "numpyesm_request_seconds",
             "From the headers to the end of the answer",
@@ -28,14 +30,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._sent = Counter("numpyesm_sent_bytes", "Bytes of answers", registry=self.registry)
-        self._passes = Counter("numpyesm_passes", "Forward passes", ["slug"], registry=self.registry)
-        self._residues = Counter("numpyesm_residues", "Rows computed", ["slug"], registry=self.registry)
-        self._sequences = Counter("numpyesm_sequences", "Sequences computed", ["slug"], registry=self.registry)
-        self._busy = Counter("numpyesm_engine_seconds", "Time in forward passes", ["slug"], registry=self.registry)
+        self._sent = counter("sent_bytes", "Bytes of answers")
+        self._passes = counter("passes", "Forward passes", "slug")
+        self._residues = counter("residues", "Rows computed", "slug")
+        self._sequences = counter("sequences", "Sequences computed", "slug")
+        self._busy = counter("engine_seconds", "Time in forward passes", "slug")
+        self._hung_up = counter("hang_ups", "Clients that left before their answer")
         self._queued = Gauge("numpyesm_queue_length", "Requests waiting", registry=self.registry)
         self._held = Gauge("numpyesm_result_bytes", "Memory reserved for results", registry=self.registry)
-        self._hung_up = Counter("numpyesm_hang_ups", "Clients that left before their answer", registry=self.registry)
 
     def watch(self, engine: Engine) -> None:
         """Show the queue of an engine and the memory that it has given out."""

@@ -32,19 +32,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
     for family, address in _resolve(host, port):
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
-        made = socket.socket(family, socket.SOCK_STREAM)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            made.bind(address)
-            made.listen(2048)
-            made.setblocking(False)
+            made = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
-            made.close()
             failure = error
-            continue
-        sockets.append(made)
+        else:
+            made.setblocking(False)
+            sockets.append(made)
     if not sockets:
         raise InvalidOption(f"cannot listen on {host} port {port}: {failure.strerror if failure else 'no address'}")
     return sockets

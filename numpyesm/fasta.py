@@ -109,25 +109,20 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
     InputWarning
         Lines that were dropped or joined; once a file.
     """
-    place = first
-    for record, problem in scan_fasta(source, first=first, strict=True):
-        if problem is not None:
-            raise InvalidSequence(f"{_name_of(source)}, {problem} (record {record.id[:80]!r})")
+    record = None
+    for record in _sound(read_drafts(source, strict=True), _name_of(source), first):
         yield record
-        place += 1
-    if place == first:
+    if record is None:
         raise InvalidSequence(f"{_name_of(source)}: no sequences in it")
 
 
-def scan_fasta(
-    source: str | Path | BinaryIO, *, first: int = 1, strict: bool = False
-) -> Iterator[tuple[Record, str | None]]:
+def scan_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[tuple[Record, str | None]]:
     """As `read_fasta`, but a record that is no sequence comes with line and reason and does not end the reading.
 
     For bulk work, where one odd record must not stop a million others. Of a record that is too long, a little more than
-    `MAX_LETTERS` letters are taken, unless `strict` stops there. A file without records is no error.
+    `MAX_LETTERS` letters are read. A file without records is no error.
     """
-    for place, draft in enumerate(read_drafts(source, strict), start=first):
+    for place, draft in enumerate(read_drafts(source), start=first):
         yield draft.finish(place)
 
 
@@ -145,8 +140,13 @@ def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim
 
 
 def parse_fasta(lines: Iterable[str], name: str = "input") -> Iterator[Record]:
-    """Records from lines of text. See `read_fasta`."""
-    for place, draft in enumerate(split_records(lines, name, strict=True), start=1):
+    """Yield the records in lines of text. See `read_fasta`."""
+    return _sound(split_records(lines, name, strict=True), name)
+
+
+def _sound(drafts: Iterable[Draft], name: str, first: int = 1) -> Iterator[Record]:
+    """Yield finished records; InvalidSequence at the first that is no sequence."""
+    for place, draft in enumerate(drafts, start=first):
         record, problem = draft.finish(place)
         if problem is not None:
             raise InvalidSequence(f"{name}, {problem} (record {record.id[:80]!r})")

@@ -18,3 +18,12 @@ def quoted(value: object, limit: int = 80) -> str:
     text = repr(value[: limit + 1] if isinstance(value, str) else value) if isinstance(value, str | int) else ""
     text = text or type(value).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def in_words(error: Exception) -> str:
+    """Return the message of an error, without Python's `[Errno 28]`."""
+    if type(error).__str__ is OSError.__str__ and isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return f"standard output or an open file cannot be used ({error.strerror})"
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..errors import InvalidOption, NumpyesmError
-from ..printable import printable
+from ..printable import in_words, printable
 from .parser import build_parser
 
 
@@ -43,19 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NumpyesmError, OSError, MemoryError) as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"numpyesm: error: {printable(_describe(error))}", file=sys.stderr)
+        print(f"numpyesm: error: {printable(in_words(error))}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:
             _silence_stdout()
         return 2 if isinstance(error, InvalidOption) else 1
-
-
-def _describe(error: Exception) -> str:
-    """An error in words, without Python's `[Errno 28]`."""
-    if type(error).__str__ is OSError.__str__ and isinstance(error, OSError) and error.strerror:
-        if error.filename is None:
-            return f"standard output or an open file cannot be used ({error.strerror})"
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 def _silence_stdout() -> None:

@@ -15,10 +15,9 @@ import numpy.typing as npt
 from ..errors import InvalidOption
 from ..fasta import Record
 from ..files import safe_stem
-from ..formats import json_results, npz_results
 from ..model import ESM2
-from .inputs import load_model, on_records, read_records
-from .outputs import Destination, check_writable, csv_pieces, destination, write
+from .inputs import compute, read_records
+from .outputs import DELIMITERS, Destination, check_writable, csv_pieces, destination, result_pieces, write
 from .pictures import figure_class, png_bytes
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "map"}
@@ -44,19 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input, target.path, arguments.ids)
     if folder is None and target.form == "png" and len(records) > 1:
         raise InvalidOption(f"{len(records)} sequences give {len(records)} pictures: -o FOLDER/ --format png")
-    model = load_model(arguments)
-    results = on_records(records, lambda s: model.encode(s, include=["contacts"]))
-    ids = [record.id for record in records]
-    if target.form == "json":
-        target.write(json_results(results, ids))
-        return 0
-    if target.form == "npz":
-        target.write(npz_results(results, ids))
+    model, results = compute(arguments, records, lambda model, s: model.encode(s, include=["contacts"]))
+    if target.form in ("json", "npz"):
+        target.write(result_pieces(target.form, results, [record.id for record in records]))
         return 0
 
     def listed(record: Record, contacts: Contacts) -> bytes:
         rows = contact_list(record, contacts, arguments.threshold, arguments.min_separation)
-        return b"".join(csv_pieces(_COLUMNS, rows, "," if target.form == "csv" else "\t"))
+        return b"".join(csv_pieces(_COLUMNS, rows, target.form))
 
     render: dict[str, Callable[[Record, Contacts], bytes]] = {
         "tsv": listed,
@@ -67,12 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     maps = [result.contacts for result in results if result.contacts is not None]
     pages = [render[target.form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
     if folder is None:
-        if target.form in ("tsv", "csv"):  # one header for all
+        if target.form in DELIMITERS:  # one header for all
             pages[1:] = [page.partition(b"\n")[2] for page in pages[1:]]
         target.write(pages)
         return 0
     for number, (record, page) in enumerate(zip(records, pages, strict=True), start=1):
-        write(page, folder / f"{number:03d}_{safe_stem(record.id or 'sequence')}{_ONE_FILE_EACH[target.form]}")
+        write(page, folder / f"{number:03d}_{safe_stem(record.id)}{_ONE_FILE_EACH[target.form]}")
     return 0
 
 
@@ -90,7 +84,7 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def titled(record: Record, model: ESM2) -> Record:
-    """The record under the name that stands above its map: it says so if the weights are synthetic."""
+    """Return the record with the title of its map as id, which says so if the weights are synthetic."""
     return record._replace(id=f"{record.id} (SYNTHETIC WEIGHTS)") if model.checkpoint.synthetic else record
 
 
@@ -109,7 +103,7 @@ def contact_list(
 
 
 def contact_text(record: Record, contacts: Contacts, width: int | None = None) -> str:
-    """The map in characters, shrunk to the terminal by taking the highest probability of each cell."""
+    """Draw the map in characters, shrunk to the terminal; a cell shows its highest probability."""
     columns = width or min(120, shutil.get_terminal_size((80, 24)).columns) - 2
     cells = min(len(contacts), max(10, columns // 2))
     edges = np.arange(cells + 1) * len(contacts) // cells
@@ -121,7 +115,7 @@ def contact_text(record: Record, contacts: Contacts, width: int | None = None) -
 
 
 def contact_png(record: Record, contacts: Contacts) -> bytes:
-    """The map as a picture."""
+    """Draw the map as a PNG."""
     figure = figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     length = len(contacts)

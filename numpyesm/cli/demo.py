@@ -10,10 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import MissingExtra, WeightsNotFound
-from ..fasta import Record, parse_fasta
+from ..fasta import parse_fasta
 from ..formats import npz_results
 from ..model import ESM2
-from ..results import EncodeResult
 from .contacts import contact_png, contact_text, titled
 from .inference import most_probable
 from .inputs import load_model
@@ -28,14 +27,16 @@ _BANNER = """\
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Official weights if they can be found or fetched, else synthetic ones and a banner that says so."""
+    """Run on official weights if they can be found or fetched, else on synthetic ones, with a banner that says so."""
     output = Path(arguments.output)
     records = list(parse_fasta(files("numpyesm").joinpath("data", "example_proteins.fasta").read_text().splitlines()))
     start = time.perf_counter()
     model = _load(arguments)
     print(f"{model!r}\nloaded in {time.perf_counter() - start:.2f} s\n")
 
-    results, seconds = _timed_encode(model, records)
+    start = time.perf_counter()
+    results = model.encode([record.sequence for record in records])
+    seconds = time.perf_counter() - start
     residues = sum(len(record.sequence) for record in records)
     print(
         f"Embeddings of {len(records)} proteins, {residues} residues: "
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"What stands at position {middle + 1} of {shortest.id} (really {shortest.sequence[middle]})? "
         f"{time.perf_counter() - start:.3f} s"
     )
-    print(table(*most_probable([shortest], predicted, masked_only=True)))
+    print(table(*most_probable([shortest], predicted)))
 
     start = time.perf_counter()
     contacts = model.encode([shortest.sequence], include=["contacts"])[0].contacts
@@ -85,10 +86,3 @@ def _load(arguments: argparse.Namespace) -> ESM2:
         print(f"numpyesm: {error}\n\n{_BANNER}\n", file=sys.stderr, flush=True)
     arguments.weights = "synthetic:esm2-35m:0"
     return load_model(arguments)
-
-
-def _timed_encode(model: ESM2, records: list[Record]) -> tuple[list[EncodeResult], float]:
-    sequences = [record.sequence for record in records]
-    start = time.perf_counter()
-    results = model.encode(sequences)
-    return results, time.perf_counter() - start

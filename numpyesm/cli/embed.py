@@ -7,22 +7,25 @@ import io
 import sys
 import warnings
 from contextlib import redirect_stdout, suppress
+from dataclasses import asdict
+from pathlib import Path
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
 from ..bulk.writers import output_format
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
+from ..printable import in_words
 from .inputs import load_model
 
 
 class _QuietProgress(Progress):
-    """No progress, but what the user should know."""
+    """Prints no progress, only what the user should know."""
 
     def note(self, message: str) -> None:
         print(f"numpyesm: {message}", file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if every record is in the output, 1 if some were rejected or the run failed."""
+    """Return 0 if every record is in the output, 1 if some were rejected or the run failed."""
     if arguments.json_progress:
         return _run_in_json(arguments)
     progress: Progress = _QuietProgress()
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_in_json(arguments: argparse.Namespace) -> int:
-    """Every line on stderr is JSON: warnings, errors, and what anything else has to say."""
+    """Make every line on stderr JSON: warnings, errors, and whatever else is printed there."""
     lines = JsonProgress()
     warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
     stderr, sys.stderr = sys.stderr, _Notes(lines)
@@ -46,7 +49,7 @@ def _run_in_json(arguments: argparse.Namespace) -> int:
     except (NumpyesmError, OSError, MemoryError) as error:
         if arguments.debug:
             raise
-        lines.emit("error", message=str(error) or type(error).__name__)
+        lines.emit("error", message=in_words(error))
         return 2 if isinstance(error, InvalidOption) else 1
     except KeyboardInterrupt:
         lines.emit("error", message="interrupted")
@@ -56,7 +59,7 @@ def _run_in_json(arguments: argparse.Namespace) -> int:
 
 
 class _Notes(io.TextIOBase):
-    """Stands for stderr: each line written to it becomes a note."""
+    """Takes the place of stderr: each line written to it becomes a note."""
 
     def __init__(self, lines: JsonProgress) -> None:
         self._lines = lines
@@ -73,27 +76,17 @@ class _Notes(io.TextIOBase):
 
 
 def _summarise(lines: JsonProgress, summary: Summary) -> int:
-    lines.emit(
-        "done",
-        output=str(summary.output),
-        records=summary.records,
-        sequences=summary.sequences,
-        rejected=summary.rejected,
-        rejected_file=None if summary.rejected_file is None else str(summary.rejected_file),
-        computed=summary.computed,
-        residues=summary.residues,
-        seconds=round(summary.seconds, 3),
-        already_complete=summary.already_complete,
-    )
+    values = asdict(summary) | {"seconds": round(summary.seconds, 3)}
+    lines.emit("done", **{name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
     return 1 if summary.rejected else 0
 
 
 def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
     if arguments.max_memory is not None and arguments.engine == "ray":
-        raise InvalidOption("--max-memory is of the local engine: Ray's own resources limit its workers")
+        raise InvalidOption("--max-memory belongs to the local engine: Ray limits its workers by its own resources")
     output_format(arguments.output)  # an output that cannot be written is refused before the model is loaded
     model = load_model(arguments)
-    with redirect_stdout(sys.stderr):  # Ray tells on stdout what became of its workers
+    with redirect_stdout(sys.stderr):  # Ray prints on stdout what becomes of its workers
         return embed_fasta(
             arguments.input,
             arguments.output,

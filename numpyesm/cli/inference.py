@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,20 +16,22 @@ from ..alphabet import AMINO_ACIDS, nothing_to_score, residue_tokens
 from ..config import Classifier
 from ..errors import InputWarning, InvalidOption
 from ..fasta import Record
-from ..formats import Result, json_results, npz_results
+from ..formats import Result
 from ..heads import log_softmax
+from ..model import ESM2
 from ..options import check_includes
 from ..results import ClassifyResult, EncodeResult, PredictResult
-from .inputs import load_model, on_records, read_records
-from .outputs import Destination, csv_pieces, destination, table
+from .inputs import compute, read_records
+from .outputs import Destination, csv_pieces, destination, result_pieces, table
 
 _ENDINGS = {".json": "json", ".npz": "npz", ".csv": "csv", ".tsv": "tsv", ".txt": "table"}
 # Outputs that a table can hold: a row per sequence, or a row per residue.
 _PER_SEQUENCE, _PER_RESIDUE = {"mean", "bos"}, {"per_token", "logits"}
-# From this probability on a label that does not exclude others is said to hold.
+# The least probability at which a label that does not exclude others is said to hold.
 _HOLDS = 0.5
 
 Table = tuple[Sequence[str], Iterable[Sequence[object]]]
+AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -40,84 +43,71 @@ def encode(arguments: argparse.Namespace) -> int:
             f"{target.form} has a row per sequence (mean, bos) or a row per residue (per_token, logits), "
             f"and --include asks for {', '.join(sorted(wanted))}: write .npz or .json"
         )
-    records = read_records(arguments.input, target.path, arguments.ids)
-    model = load_model(arguments)
-    results = on_records(records, lambda s: model.encode(s, arguments.layers, arguments.include))
-    spreadsheet = _sequence_rows if wanted <= _PER_SEQUENCE else _residue_rows
-    return _write(target, records, results, lambda: spreadsheet(records, results), lambda: _summary(records, results))
+    records = _records(arguments, target)
+    _, results = compute(arguments, records, lambda model, s: model.encode(s, arguments.layers, arguments.include))
+    return _write(target, records, results, _sequence_rows if wanted <= _PER_SEQUENCE else _residue_rows, _summary)
 
 
 def predict(arguments: argparse.Namespace) -> int:
     """Write logits at the masks or everywhere."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path, arguments.ids, masks=True)
-    model = load_model(arguments)
-    results = on_records(records, lambda s: model.predict(s, arguments.positions))
-    masked_only = arguments.positions == "masked"
-    return _write(
-        target,
-        records,
-        results,
-        lambda: _logit_rows(records, results, masked_only),
-        lambda: most_probable(records, results, masked_only),
-    )
+    records = _records(arguments, target, masks=True)
+    _, results = compute(arguments, records, lambda model, s: model.predict(s, arguments.positions))
+    return _write(target, records, results, _logit_rows, most_probable)
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    """Write the label and the probability of each, per sequence or per residue as the head has it."""
+    """Write the label and the probability of each label, per sequence or per residue, depending on the head."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path, arguments.ids)
-    model = load_model(arguments)
-    results = on_records(records, model.classify)
-    classifier = model.config.classifier
-    assert classifier is not None  # or classify would have said so
-    found = partial(_class_rows, records, results, classifier)
-    return _write(target, records, results, found, partial(found, text=False))
+    records = _records(arguments, target)
+    model, results = compute(arguments, records, ESM2.classify)
+    assert model.config.classifier is not None  # or classify would have said so
+    rows = partial(_class_rows, classifier=model.config.classifier)
+    return _write(target, records, results, rows, partial(rows, text=False))
 
 
 def log_prob(arguments: argparse.Namespace) -> int:
     """Write one number per sequence."""
     target = _destination(arguments)
-    records = read_records(arguments.input, target.path, arguments.ids)
-    model = load_model(arguments)
+    records = _records(arguments, target)
     with warnings.catch_warnings():
-        # It counts items, here they have names.
+        # The model's own note counts items; here they have names.
         warnings.filterwarnings("ignore", re.escape(nothing_to_score([])), InputWarning)
-        scores = on_records(records, model.log_prob).tolist()
+        _, found = compute(arguments, records, ESM2.log_prob)
+    scores = found.tolist()
     if empty := [r.id for r, score in zip(records, scores, strict=True) if math.isnan(score)]:
         warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=1)
-    rows = [(r.id, len(residue_tokens(r.sequence)), score) for r, score in zip(records, scores, strict=True)]
-    found: Table = (("id", "length", "log_prob"), rows)
-    return _write(target, records, scores, lambda: found, lambda: found)
+    return _write(target, records, scores, _score_rows, _score_rows)
 
 
 def _destination(arguments: argparse.Namespace) -> Destination:
     return destination(arguments, _ENDINGS, terminal="table", otherwise="json")
 
 
+def _records(arguments: argparse.Namespace, target: Destination, masks: bool = False) -> list[Record]:
+    return read_records(arguments.input, target.path, arguments.ids, masks)
+
+
 def _write(
     target: Destination,
     records: Sequence[Record],
-    results: Sequence[Result],
-    spreadsheet: Callable[[], Table],
-    summary: Callable[[], Table],
+    results: Sequence[AnyResult],
+    spreadsheet: Callable[[Sequence[Record], Sequence[AnyResult]], Table],
+    summary: Callable[[Sequence[Record], Sequence[AnyResult]], Table],
 ) -> int:
     """Write whichever form is chosen; the others are not made."""
-    ids = [record.id for record in records]
-    if target.form == "json":
-        target.write(_with_line_end(json_results(results, ids)))
-    elif target.form == "npz":
-        target.write(npz_results(results, ids))
+    if target.form in ("json", "npz"):
+        target.write(result_pieces(target.form, results, [record.id for record in records]))
     elif target.form == "table":
-        target.write(table(*summary()).encode("utf-8", "replace"))
+        target.write(table(*summary(records, results)).encode("utf-8", "replace"))
     else:
-        target.write(csv_pieces(*spreadsheet(), delimiter="," if target.form == "csv" else "\t"))
+        target.write(csv_pieces(*spreadsheet(records, results), target.form))
     return 0
 
 
-def _with_line_end(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    yield from pieces
-    yield b"\n"
+def _score_rows(records: Sequence[Record], scores: Sequence[float]) -> Table:
+    rows = [(r.id, len(residue_tokens(r.sequence)), score) for r, score in zip(records, scores, strict=True)]
+    return ("id", "length", "log_prob"), rows
 
 
 def _sequence_rows(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
@@ -141,15 +131,19 @@ def _residue_rows(records: Sequence[Record], results: Sequence[EncodeResult]) ->
     )
 
 
-def _logit_rows(records: Sequence[Record], results: Sequence[PredictResult], masked_only: bool) -> Table:
+def _logit_rows(records: Sequence[Record], results: Sequence[PredictResult]) -> Table:
     """Return a row per residue or mask: id, position (from 1), token, and a logit per amino acid."""
     return ["id", "position", "token", *AMINO_ACIDS], (
         [record.id, position + 1, result.sequence_tokens[position], *_digits(row).tolist()]
         for record, result in zip(records, results, strict=True)
-        for position, row in zip(
-            result.mask_positions if masked_only else range(len(result.logits)), result.logits, strict=True
-        )
+        for position, row in _rows(result)
     )
+
+
+def _rows(result: PredictResult) -> Iterator[tuple[int, np.ndarray]]:
+    """Pair each row of logits with its position (from 0): all residues, or the masks alone."""
+    everywhere = len(result.logits) != len(result.mask_positions)
+    return zip(range(len(result.logits)) if everywhere else result.mask_positions, result.logits, strict=True)
 
 
 def _class_rows(
@@ -202,13 +196,13 @@ def _summary(records: Sequence[Record], results: Sequence[EncodeResult]) -> Tabl
     return ("id", "length", "output", "shape", "first values"), rows
 
 
-def most_probable(records: Sequence[Record], results: Sequence[PredictResult], masked_only: bool) -> Table:
+def most_probable(records: Sequence[Record], results: Sequence[PredictResult]) -> Table:
     """Return a line per mask: the five most probable amino acids."""
     rows = []
     for record, result in zip(records, results, strict=True):
-        for row, position in enumerate(result.mask_positions):
-            index = row if masked_only else position
-            probability = np.exp(log_softmax(result.logits[index : index + 1]))[0]
-            best = np.argsort(-probability)[:5]
-            rows.append((record.id, position + 1, "  ".join(f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in best)))
+        for position, logits in _rows(result):
+            if position in result.mask_positions:
+                probability = np.exp(log_softmax(logits[None]))[0]
+                best = [f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in np.argsort(-probability)[:5]]
+                rows.append((record.id, position + 1, "  ".join(best)))
     return ("id", "position", "most probable"), rows

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,15 +16,15 @@ from ..fasta import Record, clean_sequence, nameless, read_fasta, record_name
 from ..files import same_file
 from ..model import ESM2
 
-Result = TypeVar("Result")
+Results = TypeVar("Results")
 
 _BARE_SEQUENCE = re.compile(r"(?:[A-Z*-]|<mask>)+")
-# Chains that are joined, gaps and stops as others write them: no name of a file is only that.
+# Joined chains, gaps and stops as others write them. No file name consists of these alone.
 _NEARLY_A_SEQUENCE = re.compile(r"[A-Z]{2}(?:[A-Z.:/|*~-]|<mask>)*[A-Z*]")
 
 
 def load_model(arguments: argparse.Namespace) -> ESM2:
-    """The model that the common options name."""
+    """Load the model that the common options name."""
     return ESM2.from_pretrained(
         arguments.weights or "esm2-35m",
         backend=arguments.backend,
@@ -37,9 +37,10 @@ def load_model(arguments: argparse.Namespace) -> ESM2:
 def read_records(
     inputs: Sequence[str], output: str | None = None, ids: str = "first-word", masks: bool = False
 ) -> list[Record]:
-    """Records of all inputs in order; bare sequences are named by their place. `output` must not be one of them.
+    """Read the records of all inputs in order; bare sequences are named by their place.
 
-    `ids` says how records are called, see `fasta.record_name`. `masks` says whether `<mask>` is expected in them.
+    `output` must not be one of the inputs. `ids` says how records are named, see `fasta.record_name`; `masks`, whether
+    `<mask>` is expected in them.
     """
     records: list[Record] = []
     for text in inputs:
@@ -64,7 +65,7 @@ def _is_file(text: str) -> bool:
 
 
 def _no_input(text: str, masks: bool) -> str:
-    """Why an argument that names no file is no sequence either."""
+    """Say why an argument that names no file is no sequence either."""
     if os.path.isdir(text):
         return f"{text!r} is a folder, expected a file"
     if not text or (set(text) & set("./\\:~") and not _NEARLY_A_SEQUENCE.fullmatch(text)):
@@ -76,10 +77,13 @@ def _no_input(text: str, masks: bool) -> str:
     return f"{text[:80]!r} is neither a file nor a sequence"
 
 
-def on_records(records: Sequence[Record], compute: Callable[[Iterable[str]], Result]) -> Result:
-    """`compute(sequences)`, with the record's name in the error if one is refused."""
+def compute(
+    arguments: argparse.Namespace, records: Sequence[Record], call: Callable[[ESM2, list[str]], Results]
+) -> tuple[ESM2, Results]:
+    """Load the model; return it and `call(model, sequences)`. An error about a sequence names its record."""
+    model = load_model(arguments)
     try:
-        return compute([record.sequence for record in records])
+        return model, call(model, [record.sequence for record in records])
     except InvalidSequence as error:
         if error.item is None:
             raise

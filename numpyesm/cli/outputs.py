@@ -1,4 +1,4 @@
-"""Where results go and in which format: what the output's name says, or an error before anything is computed."""
+"""Where results go and in which format: as the output's name says, or an error before anything is computed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from ..errors import InvalidOption
 from ..files import WriteError, atomic_write
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,15 @@ def write(data: bytes | Iterable[bytes], output: str | Path) -> None:
     Destination("", str(output)).write(data)
 
 
-def json_pieces(document: Any) -> Iterator[bytes]:
-    """Write JSON and a line end, piece by piece; arrays may stand in it for lists of numbers."""
-    yield from formats.json_pieces(document)
-    yield b"\n"
+def result_pieces(form: str, results: Sequence[formats.Result], ids: Sequence[str]) -> Iterator[bytes]:
+    """Write results as `npz`, or as `json` with a line end."""
+    return formats.npz_results(results, ids) if form == "npz" else chain(formats.json_results(results, ids), [b"\n"])
 
 
-def csv_pieces(header: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ",") -> Iterator[bytes]:
-    """Write a table with a header, a row at a time; NaN is an empty field."""
+def csv_pieces(header: Sequence[str], rows: Iterable[Sequence[object]], form: str) -> Iterator[bytes]:
+    """Write a table with a header as `csv` or `tsv`, one row at a time; NaN is an empty field."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
+    writer = csv.writer(buffer, delimiter=DELIMITERS[form], lineterminator="\n")
     for row in chain([header], rows):
         writer.writerow(["" if isinstance(cell, float) and cell != cell else cell for cell in row])
         yield buffer.getvalue().encode("utf-8", "backslashreplace")
@@ -133,7 +134,7 @@ def csv_pieces(header: Sequence[str], rows: Iterable[Sequence[object]], delimite
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns padded with blanks."""
+    """Return a table for reading: columns padded with blanks."""
     cells = [list(map(str, header)), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "".join(
@@ -146,22 +147,16 @@ def _cell(value: object) -> str:
 
 
 def _is_stream(output: str) -> bool:
-    """Whether a name means a pipe or device, which has no ending to go by: /dev/stdout, /dev/null, a FIFO."""
+    """Whether a name means a pipe or device, whose name has no ending to go by: /dev/stdout, /dev/null, a FIFO."""
     return output.startswith(("/dev/", "/proc/self/fd/")) or (
         os.path.exists(output) and not os.path.isfile(output) and not os.path.isdir(output)
     )
 
 
 def _compressed(file: BinaryIO, compression: str) -> Any:
-    """A file object that compresses into `file`, and leaves it open."""
+    """Return a file object that compresses into `file` and leaves it open."""
     if compression == ".gz":
         return gzip.GzipFile("", "wb", fileobj=file, mtime=0)
-    if compression == ".bz2":
-        import bz2
-
-        return bz2.BZ2File(file, "wb")
-    if compression == ".xz":
-        import lzma
-
-        return lzma.LZMAFile(file, "wb")
+    if compression:
+        return import_module({".bz2": "bz2", ".xz": "lzma"}[compression]).open(file, "wb")
     return nullcontext(file)

@@ -6,15 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InvalidOption, MissingExtra
 from ..files import same_file
+from ..formats import json_pieces
 from ..scoring.scan import MutationScan
 from .inputs import load_model
-from .outputs import Destination, check_writable, csv_pieces, destination, json_pieces, write
+from .outputs import Destination, check_writable, csv_pieces, destination, write
 from .pictures import figure_class, png_bytes
 from .score import progress_line, read_wild_type
 
@@ -48,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress=progress_line("positions"),
     )
     if target.form == "json":
-        target.write(json_pieces(_document(scan)))
+        target.write(chain(json_pieces(_document(scan)), [b"\n"]))
     else:
-        target.write(scan_table(scan, "," if target.form == "csv" else "\t"))
+        target.write(scan_table(scan, target.form))
     if picture is not None:
         write(scan_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
     return 0
@@ -85,15 +87,15 @@ def _document(scan: MutationScan) -> dict[str, object]:
     }
 
 
-def scan_table(scan: MutationScan, delimiter: str = ",") -> Iterator[bytes]:
+def scan_table(scan: MutationScan, form: str) -> Iterator[bytes]:
     """Write `position,wild_type,A,C,…,Y`, one row per position."""
     rows = zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True)
     header = ["position", "wild_type", *scan.amino_acids]
-    return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), delimiter)
+    return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
 
 
 def scan_png(scan: MutationScan, note: str = "") -> bytes:
-    """Amino acids against positions in strips; red is worse than the wild type, whose own cells are dotted."""
+    """Draw amino acids against positions, in strips; red is worse than the wild type, whose own cells are dotted."""
     length = len(scan.wild_type)
     strip = max(_STRIP, -(-length // _MOST_STRIPS))
     strips = range(0, length, strip)

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..files import same_file
@@ -14,7 +15,7 @@ from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, apply_changes, check_same_terms, check_wild_type, fit_mutant, parse_mutant
 from .inputs import load_model, read_records
-from .outputs import destination
+from .outputs import DELIMITERS, destination
 from .variant_table import InvalidTable, VariantTable, read_table
 
 # ProteinGym's names; fair-esm's example has the first too.
@@ -25,7 +26,7 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Everything about the table is checked before the model is loaded."""
+    """Check everything about the table, then load the model, score, and write the table with its new column."""
     wild_text, table_text = _inputs(arguments)
     target = destination(arguments, _ENDINGS, terminal="as it was", otherwise="as it was")
     if target.path is not None and table_text != "-" and same_file(table_text, target.path):
@@ -54,14 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     values = [math.nan if mutant is None else next(scores) for mutant in mutants]
     texts = ["" if math.isnan(value) else repr(value) for value in values]
-    target.write(table.with_column(column, texts, {"csv": ",", "tsv": "\t"}.get(target.form)))
+    target.write(table.with_column(column, texts, DELIMITERS.get(target.form)))
     if measured is not None:
         _report(column, values, *measured)
     return 0
 
 
 def read_wild_type(text: str, output: str | None) -> str:
-    """The one sequence of a FASTA file, of standard input, or given as it is."""
+    """Read the one sequence of a FASTA file or of standard input, or take the text itself."""
     records = read_records([text], output)
     if len(records) != 1:
         names = ", ".join(record.id for record in records[:3])
@@ -70,7 +71,7 @@ def read_wild_type(text: str, output: str | None) -> str:
 
 
 def progress_line(unit: str) -> Callable[[int, int], None] | None:
-    """A counter on the terminal; None where stderr is not one."""
+    """Return a function that shows progress on the terminal; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
 
@@ -81,7 +82,7 @@ def progress_line(unit: str) -> Callable[[int, int], None] | None:
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Wild type and table, by place or by fair-esm's option names."""
+    """Return wild type and table, given by position or by fair-esm's option names."""
     places = [text for text in (arguments.wild_type, arguments.variants) if text is not None]
     wild_type = arguments.sequence if arguments.sequence is not None else (places.pop(0) if places else None)
     table = arguments.dms_input if arguments.dms_input is not None else (places.pop(0) if places else None)
@@ -99,7 +100,7 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def _read(text: str) -> tuple[bytes, str]:
-    """Contents and name of the table."""
+    """Return contents and name of the table."""
     if text == "-":
         return sys.stdin.buffer.read(), "standard input"
     path = Path(text)
@@ -112,69 +113,54 @@ def _read(text: str) -> tuple[bytes, str]:
 
 
 def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:
-    """A mutation for each row; None for those that `--skip-invalid` leaves out."""
+    """Return a mutation for each row; None for those that `--skip-invalid` leaves out."""
     name = arguments.mutation_col or _MUTANT
     column, sequences = table.column(name, _MUTATION_COL), table.column(_SEQUENCE, _MUTATION_COL)
     if column is None and (arguments.mutation_col or sequences is None):
-        table.require(name, _MUTATION_COL)
-    no_mutations = column is not None and bool(column) and not any(map(_is_mutation, column))
-    hint = f" (nothing in column {name!r} is a mutation: choose another with {_MUTATION_COL} NAME)"
-    parsed: list[tuple[Substitution, ...] | None] = []
-    problems: list[str] = []
-
-    def refuse(line: int, reason: str) -> None:
-        message = f"{table.name}, line {line}: {reason}{hint if no_mutations and not problems else ''}"
-        if not arguments.skip_invalid:
-            raise InvalidMutation(message)
-        problems.append(message)
-
-    for i, row in enumerate(table.rows):
-        try:
-            if column is None:
-                assert sequences is not None
-                parsed.append(_from_sequence(wild_type, sequences[i], arguments.offset))
-            else:
-                parsed.append(parse_mutant(column[i]))
-        except InvalidMutation as error:
-            refuse(row.line, error.reason)
-            parsed.append(None)
-    readable = [mutant for mutant in parsed if mutant is not None]
+        column = table.require(name, _MUTATION_COL)
+    if column is not None:
+        parsed = [_attempt(parse_mutant, text) for text in column]
+    else:
+        parsed = [_attempt(_from_sequence, wild_type, text, arguments.offset) for text in sequences or []]
+    readable = [mutant for mutant in parsed if not isinstance(mutant, InvalidMutation)]
     mutants: list[str | None] = []
+    problems: list[str] = []
     for i, (row, mutant) in enumerate(zip(table.rows, parsed, strict=True)):
-        mutants.append(None)
-        if mutant is None:
-            continue
         try:
-            # The first problem gets the hint; to look for it costs as much as all rows together.
-            others = [mutant] if problems else readable
-            changes = fit_mutant(wild_type, mutant, arguments.offset, others=others)
+            if isinstance(mutant, InvalidMutation):
+                raise mutant
+            # Only the first problem gets a hint at the offset: to look for one costs as much as all rows together.
+            changes = fit_mutant(wild_type, mutant, arguments.offset, others=[mutant] if problems else readable)
             if arguments.method == "log-prob":
                 check_same_terms(changes, arguments.offset)
-            changed = apply_changes(wild_type, changes)
+            if column and sequences and sequences[i].strip() not in ("", apply_changes(wild_type, changes)):
+                reason = f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it another one?"
+                raise InvalidMutation(reason)
+            mutants.append(":".join(map(str, mutant)) or "WT")
         except InvalidMutation as error:
-            refuse(row.line, error.reason)
-            continue
-        if column is not None and sequences is not None and sequences[i].strip() not in ("", changed):
-            refuse(row.line, f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it another one?")
-            continue
-        mutants[-1] = ":".join(map(str, mutant)) or "WT"
+            problem = f"{table.name}, line {row.line}: {error.reason}"
+            if column and not readable and not problems:
+                problem += f" (nothing in column {name!r} is a mutation: choose another with {_MUTATION_COL} NAME)"
+            if not arguments.skip_invalid:
+                raise InvalidMutation(problem) from error
+            problems.append(problem)
+            mutants.append(None)
     if problems:
         print(f"numpyesm: {len(problems)} of {len(mutants)} rows left without a score:", file=sys.stderr)
-        for problem in problems[:10]:
-            print(f"  {problem}", file=sys.stderr)
+        print("".join(f"  {problem}\n" for problem in problems[:10]), end="", file=sys.stderr)
     return mutants
 
 
-def _is_mutation(text: str) -> bool:
+def _attempt(parse: Callable[..., tuple[Substitution, ...]], *given: Any) -> tuple[Substitution, ...] | InvalidMutation:
+    """Parse one mutant; an error is returned, not raised, because other rows count as well."""
     try:
-        parse_mutant(text)
-    except InvalidMutation:
-        return False
-    return True
+        return parse(*given)
+    except InvalidMutation as error:
+        return error
 
 
 def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitution, ...]:
-    """Where a whole mutated sequence differs from the wild type."""
+    """Find where a whole mutated sequence differs from the wild type."""
     sequence = sequence.strip()
     if len(sequence) != len(wild_type):
         raise InvalidMutation(
@@ -187,52 +173,42 @@ def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitu
 
 
 def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] | None:
-    """The measured column as numbers, NaN where there is none; None if the table has no such column."""
+    """Return the measured column's name and numbers (NaN where there is none); None if there is no such column."""
     if name is None:
         name = _MEASURED if table.column(_MEASURED, _MEASURED_COL) is not None else _only_numbers(table)
     if name is None:
         return None
-    texts = table.require(name, _MEASURED_COL)
-    numbers: list[float] = []
-    unread: list[int] = []
-    for row, text in zip(table.rows, texts, strict=True):
-        try:
-            numbers.append(float(text))
-        except ValueError:
-            numbers.append(math.nan)
-            if text.strip().lower() not in _MISSING:
-                unread.append(row.line)
+    numbers = [_number(text) for text in table.require(name, _MEASURED_COL)]
+    unread = [row.line for row, number in zip(table.rows, numbers, strict=True) if number is None]
     if unread:
         print(
             f"numpyesm: {table.name}: {len(unread)} values of {name} are no numbers (first in line "
             f"{unread[0]}) and left out of the correlation",
             file=sys.stderr,
         )
-    return name, numbers
+    return name, [math.nan if number is None else number for number in numbers]
 
 
 def _only_numbers(table: VariantTable) -> str | None:
-    """The one column of numbers, if there is but one: fair-esm's example calls its measurements `2500`."""
-    found = [
-        name
-        for name in table.columns
-        if name
-        and name not in SCORING_METHODS
-        and table.columns.count(name) == 1
-        and _all_numbers(table.require(name, _MEASURED_COL))
-    ]
+    """Return the only column of numbers, if there is just one: fair-esm's example calls its measurements `2500`."""
+    found = []
+    for name in table.columns:
+        if name and name not in SCORING_METHODS and table.columns.count(name) == 1:
+            numbers = [_number(text) for text in table.require(name, _MEASURED_COL)]
+            if None not in numbers and not all(number != number for number in numbers):
+                found.append(name)
     if len(found) > 1:
         names = ", ".join(map(repr, found[:6]))
         print(f"numpyesm: no correlation: --measured-col says which of {names} is measured", file=sys.stderr)
     return found[0] if len(found) == 1 else None
 
 
-def _all_numbers(texts: Sequence[str]) -> bool:
-    present = [text for text in texts if text.strip().lower() not in _MISSING]
+def _number(text: str) -> float | None:
+    """Return the number, NaN for a missing value, None for anything else."""
     try:
-        return bool([float(text) for text in present])
+        return math.nan if text.strip().lower() in _MISSING else float(text)
     except ValueError:
-        return False
+        return None
 
 
 def _report(column: str, scores: Sequence[float], name: str, measured: Sequence[float]) -> None:

@@ -60,18 +60,8 @@ def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
 
 
 def test_contacts_of_several_to_stdout_have_one_header(tmp_path: Path) -> None:
-    done = cli(
-        "contacts",
-        "MKTAYIAK",
-        "MKTAYIAKQR",
-        "-o",
-        "-",
-        "--format",
-        "tsv",
-        "--weights",
-        "synthetic:esm2-8m",
-        cwd=tmp_path,
-    )
+    formats = ("-o", "-", "--format", "tsv", "--weights", "synthetic:esm2-8m")
+    done = cli("contacts", "MKTAYIAK", "MKTAYIAKQR", *formats, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.count(b"residue_i") == 1
     assert list(tmp_path.iterdir()) == []

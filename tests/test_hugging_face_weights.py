@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -44,41 +42,6 @@ def test_what_transformers_writes(tmp_path, model, kind):
     theirs.load_state_dict(mk.hugging_face_state(model, prefix=prefix, writer=5), strict=False)
     theirs.save_pretrained(tmp_path / "hf")
     mk.expect_same_model(load_checkpoint(tmp_path / "hf"), model, lm_head=kind == "EsmForMaskedLM")
-
-
-@pytest.mark.parametrize("binary", [False, True])
-def test_shards(tmp_path, model, binary):
-    from safetensors.torch import save_file
-
-    state = mk.hugging_face_state(model)
-    folder = mk.write_hugging_face(tmp_path / "hf", {"x": torch.ones(1)}, binary=binary)
-    names = sorted(state)
-    stem, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
-    (folder / f"{stem}{suffix}").unlink()
-    weight_map = {}
-    for number, piece in enumerate((names[::2], names[1::2]), 1):
-        file = f"{stem}-{number:05}-of-00002{suffix}"
-        shard = {name: state[name] for name in piece}
-        torch.save(shard, folder / file) if binary else save_file(shard, folder / file)
-        weight_map |= dict.fromkeys(piece, file)
-    index = folder / f"{stem}{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    mk.expect_same_model(load_checkpoint(folder), model)
-
-    index.write_text(json.dumps({"weight_map": weight_map | {"more": file}}))
-    with pytest.raises(CheckpointError, match="'more' is in none"):
-        load_checkpoint(folder)
-    for impossible in ("a\0b", "\ud800"):
-        index.write_text(json.dumps({"weight_map": {"x": impossible}}))
-        with pytest.raises(CheckpointError, match="cannot be"):
-            load_checkpoint(folder)
-    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
-    with pytest.raises(CheckpointError, match="outside its folder"):
-        load_checkpoint(folder)
-    (folder / file).unlink()
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"is incomplete: .*, which .* names, is missing"):
-        load_checkpoint(folder)
 
 
 def test_mixed_dtypes_are_widened(tmp_path, model):

@@ -38,16 +38,12 @@ def test_presets() -> None:
     assert PRESETS["esm2-15b"] == ModelConfig(48, 5120, 40, 20480)
 
 
-def test_half_precision_of_fair_esm(tmp_path: Path) -> None:
-    """As the 3B and 15B checkpoints are stored."""
+def test_half_precision_of_fair_esm_becomes_float32(tmp_path: Path) -> None:
+    """The 3B and 15B checkpoints are stored so."""
     model = mk.fair_esm_model().half()
-    path = mk.write_fair_esm(tmp_path / "m.pt", model)
-    checkpoint = load_checkpoint(path)
-    assert checkpoint.precision == "fp16"
-    mk.expect_same_model(checkpoint, model.float())
-    wide = convert(path, tmp_path / "wide.safetensors").checkpoint
+    wide = convert(mk.write_fair_esm(tmp_path / "m.pt", model), tmp_path / "wide.safetensors").checkpoint
     assert wide.precision == "fp32"
-    mk.expect_same_model(wide, model)
+    mk.expect_same_model(wide, model.float())
 
 
 def write_shards(folder: Path, model: object, ending: str, config: ModelConfig = TINY) -> Path:
@@ -74,6 +70,22 @@ def test_shards(tmp_path: Path, ending: str) -> None:
     folder = write_shards(tmp_path / "hf", model, ending)
     mk.expect_same_model(load_checkpoint(folder), model)
     mk.expect_same_model(convert(folder, tmp_path / "c.safetensors").checkpoint, model)
+
+    index = next(folder.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    for change, message in (
+        ({"more": "model.bin"}, "is incomplete: model.bin, which .* names, is missing"),
+        ({"more": content["weight_map"]["lm_head.bias"]}, "'more' is in none of its files"),
+        ({"x": "../../etc/passwd"}, "outside its folder"),
+        ({"x": "a\0b"}, "cannot be"),
+        ({"x": "\ud800"}, "cannot be"),
+        ({"x": 3}, "not an index of weights"),
+    ):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | change}))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder)
+    index.write_text(json.dumps(content))
+
     second = next(folder.glob(f"*-00002-of-00003.{ending}"))
     second.unlink()
     output = tmp_path / "none.safetensors"

@@ -11,7 +11,6 @@ import os
 import pickle
 import pickletools
 import runpy
-import struct
 import subprocess
 import sys
 import timeit
@@ -342,7 +341,3 @@ def test_damaged_pickles(data: bytes, changes: list[tuple[int, bytes]]) -> None:
         data = data[: where % len(data)] + new + data[where % len(data) + 1 :]
     with contextlib.suppress(CheckpointError):
         read_pickle(data)
-
-
-def test_unicode_text() -> None:
-    assert read_pickle(b"X" + struct.pack("<I", 2) + "é".encode() + b".") == "é"

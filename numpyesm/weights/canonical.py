@@ -43,8 +43,7 @@ def save_canonical(
         See `write_safetensors`.
     """
     precision = precision or checkpoint.precision
-    if precision not in PRECISION_DTYPES:
-        raise InvalidOption(f"dtype is {precision!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    check_dtype(precision)
     rounded = equalised(checkpoint) if precision == "int8" else checkpoint
     tensors: dict[str, StoredTensor] = {}
     for name in canonical_shapes(checkpoint.config):
@@ -62,6 +61,12 @@ def save_canonical(
     if checkpoint.synthetic:
         metadata["synthetic"] = "true"
     return write_safetensors(path, tensors, metadata, progress)
+
+
+def check_dtype(dtype: str) -> None:
+    """InvalidOption unless a file can hold its matrices so."""
+    if dtype not in PRECISION_DTYPES:
+        raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
 
 
 def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import CheckpointError, InvalidOption
+from ..errors import InvalidOption
 from ..files import file_sha256, same_file
-from .canonical import load_canonical, save_canonical
+from .canonical import check_dtype, load_canonical, save_canonical
 from .checkpoint import Checkpoint
 from .load import Opened, open_checkpoint
+from .reading import reading
 from .synthetic import is_synthetic_spec, synthetic_from_spec
-from .tensor import PRECISION_DTYPES
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def convert(
     CheckpointError, WeightsNotFound, InvalidOption
         If the source cannot be read, its numbers do not fit the dtype, or the output would replace the source.
     """
-    if dtype not in PRECISION_DTYPES:
-        raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    check_dtype(dtype)
     _check_suffix(output)
     if isinstance(source, str) and is_synthetic_spec(source):
         if regression is not None:
@@ -125,10 +124,8 @@ def with_provenance(opened: Opened) -> Checkpoint:
         if narrow and not checkpoint.source.endswith(note):
             return replace(checkpoint, source=checkpoint.source + note)
         return checkpoint
-    try:
+    with reading(opened.weight_files[0]):
         return replace(checkpoint, source_sha256=file_sha256(*opened.weight_files))
-    except OSError as error:
-        raise CheckpointError(f"{opened.weight_files[0]} cannot be read ({error.strerror or error})") from error
 
 
 def _check_suffix(output: str | os.PathLike[str]) -> None:

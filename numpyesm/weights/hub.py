@@ -14,15 +14,14 @@ from importlib import import_module
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
-from ..errors import CheckpointError, InvalidOption, WeightsNotFound
+from ..errors import CheckpointError, WeightsNotFound
 from ..files import atomic_write
 from .cache import RemoteModel, cached, is_commit
-from .canonical import load_canonical, save_canonical
+from .canonical import check_dtype, load_canonical, save_canonical
 from .conversion import output_path, progress_bar, with_provenance
 from .hugging_face import WEIGHT_FILES, weight_files, weight_map
 from .load import open_checkpoint
 from .official import check_download, hub_folder, is_whole, snapshot_folder
-from .tensor import PRECISION_DTYPES
 
 _FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _TIMEOUT = 10  # seconds to the first answer of the Hub
@@ -71,8 +70,7 @@ def fetch(
     CheckpointError
         If what was downloaded has a wrong checksum or is not an ESM-2 model.
     """
-    if dtype not in PRECISION_DTYPES:
-        raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
+    check_dtype(dtype)
     model = RemoteModel.named(name, revision)
     found = cached(name, revision=revision, dtype=dtype)
     if found is not None and _opens(found):  # a damaged file is fetched anew

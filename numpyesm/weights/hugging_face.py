@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ..config import PROBLEM_TYPES, VOCAB_SIZE, Classifier
 from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER
+from .reading import read_json
 from .recognise import Model, Naming
 
 NAMING = Naming(
@@ -186,17 +186,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a model configuration")
     return config
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of plausible size."""
-    try:
-        if path.stat().st_size > 64 << 20:
-            raise CheckpointError(f"{path} is implausibly large")
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
@@ -17,6 +16,7 @@ import numpy as np
 from ..errors import CheckpointError, InvalidOption
 from ..files import file_sha256
 from .checkpoint import Checkpoint
+from .reading import reading
 
 SUMS_FILE = "SHA256SUMS"
 _VARIABLE = "NUMPYESM_VERIFY"
@@ -55,10 +55,8 @@ def verify_files(files: Iterable[Path]) -> int:
         stated = stated_sha256(file)
         if stated is None:
             continue
-        try:
+        with reading(file):
             found = file_sha256(file)
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
         if found != stated:
             raise CheckpointError(f"{file} is corrupted: its SHA-256 is not the one that stands beside it")
         verified += 1
@@ -76,14 +74,10 @@ def verify_data(path: Path, data_sha256: str) -> None:
     import hashlib  # loads OpenSSL: not when a file is only opened
 
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            file.seek(8 + length)
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except (OSError, struct.error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    with reading(path), open(path, "rb", buffering=0) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     if digest.hexdigest() != data_sha256:
         raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
 
@@ -126,11 +120,8 @@ def stated_sha256(path: Path) -> str | None:
 def _read_sums(path: Path) -> str:
     if not path.is_file():  # opening a FIFO would wait for a writer
         raise CheckpointError(f"{path} should list checksums, and is no regular file")
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read(_MAX_SUMS)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    with reading(path), open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read(_MAX_SUMS)
 
 
 def _read_sum(line: str) -> tuple[str, str]:

@@ -13,8 +13,10 @@ from typing import Any
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
+from .hugging_face import weight_files
 from .integrity import verify_at_load, verify_data, verify_files
 from .official import source_name
+from .reading import reading
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_from_spec
 from .tensor import StoredTensor
@@ -106,7 +108,7 @@ def open_checkpoint(
     files = [place]
     if place.is_dir():
         place = _in_folder(place)
-        files = _weight_files(place) if place.is_dir() else [place]
+        files = weight_files(place) if place.is_dir() else [place]
     beside = [place / "config.json"] if place.is_dir() else []
     checksums = verify_files([*files, *beside]) if verify else 0
     contents = [_read(file) for file in files]
@@ -139,12 +141,10 @@ def find_in_folder(folder: Path) -> Path | None:
     CheckpointError
         If there are several.
     """
-    if _weight_files(folder):
+    if weight_files(folder):
         return folder
-    try:
+    with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror or error})") from error
     names = [name for name in names if not name.startswith(".") and not _TRAINING_STATE.fullmatch(name)]
     names = [name for name in names if not _ADAPTER.fullmatch(name)] or names
     if len(names) > 1:
@@ -163,12 +163,6 @@ def _in_folder(folder: Path) -> Path:
     if others := [name for name in names if name in ("tf_model.h5", "flax_model.msgpack", "model.onnx")]:
         raise WeightsNotFound(f"the folder {folder} holds weights for another framework only ({others[0]})")
     raise WeightsNotFound(f"the folder {folder} holds no weights (*{', *'.join(WEIGHT_SUFFIXES)})")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    from .hugging_face import weight_files
-
-    return weight_files(folder)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
@@ -283,13 +277,8 @@ def _refuse_regression(place: Path, regression: str | os.PathLike[str] | None) -
 
 
 def _head(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except FileNotFoundError as error:
-        raise WeightsNotFound(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    with reading(path), open(path, "rb") as file:
+        head = file.read(512)
     if not head:
         raise CheckpointError(f"{path} is empty")
     return head

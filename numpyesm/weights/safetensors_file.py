@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointError, WeightsNotFound
+from ..errors import CheckpointError
 from ..files import MappedFile, atomic_write
 from ..printable import quoted
+from .reading import reading
 from .tensor import STORAGE_DTYPES, StoredTensor
 
 # Found beside weights (position_ids), and carried along so that a reader can ignore them by name.
@@ -93,20 +94,15 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def map_file(path: Path) -> mmap.mmap | bytes:
     """Map a whole file read-only; read it where files cannot be mapped."""
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-                raise CheckpointError(f"{path} is empty")
-            try:
-                return MappedFile.open(file)
-            except OSError as error:
-                if error.errno not in _CANNOT_MAP:
-                    raise
-                return file.read()
-    except FileNotFoundError as error:
-        raise WeightsNotFound(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    with reading(path), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
+            raise CheckpointError(f"{path} is empty")
+        try:
+            return MappedFile.open(file)
+        except OSError as error:
+            if error.errno not in _CANNOT_MAP:
+                raise
+            return file.read()
 
 
 def write_safetensors(

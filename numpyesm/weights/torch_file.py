@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import CheckpointError
 from ..printable import quoted
 from .safe_pickle import Inert, Name, builder, read_pickle
-from .safetensors_file import OTHER_DTYPES
+from .safetensors_file import OTHER_DTYPES, map_file
 from .tensor import STORAGE_DTYPES, StoredTensor
 from .zip_entries import ZipEntries
 
@@ -107,9 +107,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         If it is truncated, corrupted, of an older format, or not written by torch.
     """
     path = Path(path)
-    with _opened(path) as file:
-        head = file.read(512)
-    if is_legacy_torch(head):
+    if is_legacy_torch(map_file(path)[:512]):
         raise CheckpointError(f"{path} is in the format of torch before 1.6; {_RESAVE}")
     entries = ZipEntries(path)
     prefix = _prefix(path, entries)
@@ -120,13 +118,6 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     if entries.size(f"{prefix}data.pkl") > _MAX_PICKLE:
         raise CheckpointError(f"{path} holds much more than a model's weights; save only its state_dict()")
     return _TorchArchive(path, entries, prefix).load()
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def _prefix(path: Path, entries: ZipEntries) -> str:

@@ -1,4 +1,4 @@
-"""A pool of worker threads that the caller only waits for: Ctrl-C reaches the caller at once and stops the workers."""
+"""A thread pool. The caller does no work itself, so Ctrl-C is handled at once and stops the workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 def default_threads() -> int:
-    """`NUMPYESM_THREADS`, else the CPUs that this process may use (affinity and container quota counted)."""
+    """Return `NUMPYESM_THREADS`, else the CPUs that this process may use (by affinity and container quota)."""
     setting = os.environ.get("NUMPYESM_THREADS")
     if setting:
         return check_threads(setting)
@@ -29,7 +29,7 @@ def default_threads() -> int:
 
 
 def check_threads(threads: object) -> int:
-    """A positive number of threads, or InvalidOption."""
+    """Return a positive number of threads, or raise InvalidOption."""
     try:
         count = int(threads) if isinstance(threads, str) else operator.index(threads)  # type: ignore[arg-type]
     except (ValueError, TypeError):
@@ -72,7 +72,7 @@ class WorkerPool:
         take = threading.Lock()
         stop = threading.Event()
 
-        def worker() -> None:
+        def worker(_: int) -> None:
             while not stop.is_set():
                 with take:
                     item = next(queue, None)
@@ -84,29 +84,13 @@ class WorkerPool:
                     stop.set()
                     raise
 
-        executor = self._get_executor()
-        futures: list[Future[None]] = []
-        try:
-            try:
-                for _ in range(workers):
-                    futures.append(executor.submit(worker))
-            except RuntimeError:
-                # Threads cannot be started (WebAssembly), or no more of them (a limit): those there are do all of it.
-                if not futures:
-                    worker()
-            for future in futures:
-                future.result()
-        finally:
-            # On an error or an interrupt the others finish the item in hand: their buffers are the caller's.
-            stop.set()
-            for future in futures:
-                future.exception()
+        self.run_together(worker, workers, stop.set)
 
     def run_together(self, work: Callable[[int], None], count: int, give_up: Callable[[], None]) -> None:
         """Call `work(0)` … `work(count - 1)` on workers, even a single one, and return when all are done.
 
-        For long calls of compiled code, which cannot be interrupted: on an error, and on KeyboardInterrupt in the
-        caller, `give_up` is called, and must make them return soon. They may run one after the other.
+        On an error, and on KeyboardInterrupt in the caller, `give_up` is called, and must make them return soon:
+        compiled code cannot be interrupted. They may run one after the other.
         """
         from concurrent.futures import Future
 

@@ -1,54 +1,54 @@
-"""Killed, interrupted or out of disk at any moment: the same command goes on, and the result is the same."""
+"""Killed, interrupted or out of disk at any moment: the same command resumes, and the output is the same."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bulk_runs import assert_same, command, embed, environment, rows, small_weights, write_fasta
+from conftest import SMALL
 
-from numpyesm.config import PRESETS
+from numpyesm import ESM2
+from numpyesm.bulk import Progress, Summary, embed_fasta, job
+from numpyesm.errors import BulkError
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 resource = pytest.importorskip("resource")  # not on Windows
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
+    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ["parquet", "h5", "folder"]
 COUNT, DUPLICATES, REJECTED = 60, 20, 2
+WRITES_ALL = COUNT + DUPLICATES + REJECTED + 10  # steps of a run until it computes
 
 
 def output(folder: Path, form: str) -> Path:
     return folder / ("out" if form == "folder" else f"out.{form}")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, an input with duplicates and two records that cannot be embedded, and the result of a quiet run."""
-    folder = tmp_path_factory.mktemp("crash")
-    small_weights(folder)
-    fasta = write_fasta(folder / "in.fasta", COUNT, duplicates=DUPLICATES)
-    fasta.write_text(fasta.read_text() + ">bad1\nMKJ\n>bad2\n\n")
-    for form in FORMATS:
-        done = embed(*arguments(folder, output(folder, form)))
-        assert done.returncode == 1, done.stderr.decode()
-        assert len(rows(output(folder, form))) == COUNT + DUPLICATES
-    return folder
+def run(place: Path, out: Path, **options: Any) -> Summary:
+    """`embed_fasta` in this process, as `arguments` have it."""
+    model = ESM2.from_pretrained(options.pop("weights", place / "small.safetensors"), backend="numpy", threads=1)
+    options = {"include": ["mean", "per_token"], "tokens_per_batch": 300} | options
+    return embed_fasta(options.pop("inputs", place / "in.fasta"), out, model, **options)
 
 
 def arguments(place: Path, out: Path) -> list[object]:
@@ -58,34 +58,50 @@ def arguments(place: Path, out: Path) -> list[object]:
     ]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, an input with duplicates and two records that cannot be embedded, and the results of quiet runs."""
+    folder = tmp_path_factory.mktemp("crash")
+    small_weights(folder)
+    fasta = write_fasta(folder / "in.fasta", COUNT, duplicates=DUPLICATES)
+    fasta.write_text(fasta.read_text() + ">bad1\nMKJ\n>bad2\n\n")
+    for form in FORMATS:
+        assert run(folder, output(folder, form)).rejected == REJECTED
+        assert len(rows(output(folder, form))) == COUNT + DUPLICATES
+    return folder
+
+
 def check(place: Path, out: Path, form: str) -> None:
     assert_same(out, output(place, form))
+    if form == "parquet":
+        assert out.read_bytes() == output(place, form).read_bytes()
     rejected = out.with_name("out.rejected.tsv").read_text()
     assert rejected == (place / "out.rejected.tsv").read_text()
     assert rejected.count("\n") == 1 + REJECTED
-    left = {entry.name for entry in out.parent.iterdir()}
-    assert left == {out.name, "out.rejected.tsv"}
+    assert {entry.name for entry in out.parent.iterdir()} == {out.name, "out.rejected.tsv"}
 
 
-# Kills its own process just before, or just after, the n-th call of anything that touches the disk for good.
+# -- stopped ------------------------------------------------------------------------------------------------------
+
+# Sends itself a signal just before, or just after, the n-th call of anything that touches the disk for good.
 _CRASHING = """
-import os, signal, sys, pathlib, itertools
+import os, signal, sys, itertools
 calls = itertools.count(1)
-at, after = int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
+at, after, number = int(sys.argv.pop(1)), sys.argv.pop(1) == "after", int(sys.argv.pop(1))
 
 def crashing(function):
     def call(*arguments, **keywords):
         now = next(calls) == at
         if now and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         try:
             return function(*arguments, **keywords)
         finally:
             if now:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
     return call
 
-import numpyesm.bulk.job as job, numpyesm.bulk.journal as journal, numpyesm.bulk.writers.folder as folder
+from numpyesm.bulk import job, journal
 for name in ("fsync", "replace", "mkdir", "rmdir", "unlink", "rename"):
     setattr(os, name, crashing(getattr(os, name)))
 job.COMMIT_SECONDS, job.COMMIT_SHARE = 0, 1e9
@@ -97,14 +113,11 @@ sys.exit(main(["embed", *sys.argv[1:]]))
 """
 
 
-def crash(place: Path, out: Path, at: int, when: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", _CRASHING, str(at), when, *map(str, arguments(place, out))],
-        env=environment(),
-        capture_output=True,
-        timeout=100,
-    )
-    return done.returncode
+def crash(
+    place: Path, out: Path, at: int, when: str, number: signal.Signals = signal.SIGKILL
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", _CRASHING, str(at), when, str(int(number)), *map(str, arguments(place, out))]
+    return subprocess.run(command, env=environment(), capture_output=True, timeout=100)
 
 
 def has_read(out: Path) -> bool:
@@ -117,108 +130,77 @@ def has_read(out: Path) -> bool:
         return bool(tables and db.execute("SELECT count(*) FROM about WHERE key = 'input'").fetchone()[0])
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str) -> None:
-    """Each run is killed at its n-th step and goes on where the one before was: nothing lost, doubled or torn."""
+@pytest.mark.parametrize(("form", "step"), [("parquet", 2), ("h5", 4), ("folder", 4)])
+def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str, step: int) -> None:
+    """Each run is killed at its n-th step and resumes where the one before was: nothing lost, doubled or torn."""
     out = output(tmp_path, form)
-    # While reading, and about its end; then a step or two further each time, through computing and writing.
-    reading, later = iter([3, 50, *range(82, 100)]), iter(range(2, 100, 2 if form == "parquet" else 3))
+    # While reading, and about its end; then a few steps further each time, through computing and writing.
+    reading, later = iter([3, 50, *range(82, 100)]), iter(range(2, 100, step))
     killed = 0
-    while True:
-        at = next(later if has_read(out) else reading)
-        if crash(place, out, at, "before" if killed % 2 else "after") != -signal.SIGKILL:
-            break
+    while crash(
+        place, out, next(later if has_read(out) else reading), "before" if killed % 2 else "after"
+    ).returncode == -signal.SIGKILL:  # fmt: skip
         killed += 1
-    assert killed >= 10
+    assert killed >= 8
     done = embed(*arguments(place, out))
     assert done.returncode == 1  # two records were rejected
     assert b"complete already" in done.stderr
     check(place, out, form)
 
 
-def test_killed_by_the_clock(place: Path, tmp_path: Path) -> None:
-    """`kill -9` from outside at random moments of real runs, until one gets through."""
-    rng = random.Random(5)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_what_is_done(place: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     out = output(tmp_path, "parquet")
-    for attempt in range(40):
-        process = subprocess.Popen(command(*arguments(place, out)), env=environment(), stderr=subprocess.PIPE)
-        try:
-            _, stderr = process.communicate(timeout=rng.uniform(0.3, 1.3) if attempt < 8 else 100)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-    assert process.returncode == 1, stderr.decode()
-    again = embed(*arguments(place, out))
-    assert again.returncode == 1
-    assert b"complete already" in again.stderr
+    done = crash(place, out, WRITES_ALL + 10, "after", number)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    assert not out.exists()
+    assert 0 < run(place, out).computed < COUNT
     check(place, out, "parquet")
 
 
-def slow_arguments(place: Path, folder: Path, name: str = "out.parquet") -> list[object]:
-    """Some seconds of work on a small machine."""
-    fasta = folder / "slow.fasta"
-    if not fasta.exists():
-        write_fasta(fasta, 120, seed=7, longest=500)
-    return [
-        *(fasta, "-o", folder / name, "--weights", "synthetic:esm2-8m", "--backend", "numpy"),
-        *("--tokens-per-batch", 400, "--json-progress"),
-    ]
+class Acting(Progress):
+    """Does something once so many sequences are computed, and collects notes."""
+
+    def __init__(self, after: int = -1, act: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._after, self._act = after, act
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def advance(self, step: Any) -> None:
+        super().advance(step)
+        if self.done.sequences == self._after:
+            self._act()
 
 
-def begun(place: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """A slow run that has computed and kept something."""
-    process = subprocess.Popen(command(*slow_arguments(place, folder)), env=environment(), stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    for line in process.stderr:
-        event = json.loads(line)
-        if event["event"] == "progress" and event["records"] > 8:
-            return process
-    raise AssertionError("the run ended early")
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_is_done(place: Path, tmp_path: Path, number: signal.Signals) -> None:
-    process = begun(place, tmp_path)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-    assert b"Traceback" not in stderr
-    assert not (tmp_path / "out.parquet").exists()
-
-    # The same command now: says that it goes on, and one at a time.
-    process = begun(place, tmp_path)
-    try:
-        second = embed(*slow_arguments(place, tmp_path))
-        assert second.returncode == 1
-        assert f"process {process.pid} on" in second.stderr.decode()
-    finally:
-        process.kill()
-        process.communicate()
-    fasta = tmp_path / "slow.fasta"
-    fasta.write_text(fasta.read_text() + ">one_more\nMKT\n")
-    changed = embed(*slow_arguments(place, tmp_path))
-    assert changed.returncode == 1
-    assert b"the input has changed" in changed.stderr
-    other = embed(*slow_arguments(place, tmp_path), "--layers", "2")
-    assert other.returncode == 1
-    assert b"interrupted run of another kind (repr_layers [6] instead of [2])" in other.stderr
-    assert (tmp_path / "out.parquet.partial").is_dir()  # nothing of it was lost by asking
+def interrupted(place: Path, out: Path, after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(place, out, progress=Acting(after, interrupt))
 
 
 def test_resuming_computes_only_the_rest(place: Path, tmp_path: Path) -> None:
-    process = begun(place, tmp_path)
-    process.kill()
-    process.communicate()
-    done = embed(*slow_arguments(place, tmp_path))
-    assert done.returncode == 0, done.stderr.decode()
-    found = [json.loads(line) for line in done.stderr.splitlines()]
-    assert found[-1]["event"] == "done"
-    assert 0 < found[-1]["computed"] < found[-1]["sequences"] == 120
-    assert any(e["event"] == "note" and "resuming" in e["message"] for e in found)
-    fresh = embed(*slow_arguments(place, tmp_path, "fresh.parquet"))
-    assert fresh.returncode == 0
-    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+    out, progress = output(tmp_path, "parquet"), Acting()
+    interrupted(place, out, 15)
+    interrupted(place, out, 40)
+    other = write_fasta(tmp_path / "other.fasta", 3)
+    with pytest.raises(BulkError, match="the input has changed"):
+        run(place, out, inputs=other)
+    other.unlink()
+    with pytest.raises(BulkError, match=r'interrupted run of another kind \(dtype "fp32" instead of "fp16"\)'):
+        run(place, out, dtype="fp16")
+    assert run(place, out, progress=progress).computed == COUNT - 40
+    assert "resuming" in progress.notes[0]
+    check(place, out, "parquet")
+
+
+# -- a full disk --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -239,25 +221,16 @@ def test_full_disk(place: Path, small_disk: Path, form: str) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(900 << 10))
     out = small_disk / output(place, form).name
-    failures = 0
-    for room in (900, 850, 780, 700, 560, 400, 0):
+    for room in (900, 850, 700, 560, 400):
         os.truncate(ballast, room << 10)
-        if not room:
-            ballast.unlink()
-            subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-        done = embed(*arguments(place, out))
-        text = done.stderr.decode()
-        assert "Traceback" not in text
-        if "rejected" in text:
-            break
-        assert done.returncode == 1
         # The file that could not be written, and what to do.
-        assert re.search(rf"{re.escape(str(out))}\.partial\S* cannot be written", text), text
-        assert "the same command resumes once there is space" in text
+        with pytest.raises(OSError, match=rf"{re.escape(str(out))}\.partial\S* cannot be written") as told:
+            run(place, out)
+        assert "the same command resumes once there is space" in str(told.value)
         assert not out.exists()
-        failures += 1
-    assert failures >= 3
-    ballast.unlink(missing_ok=True)
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    run(place, out)
     check(place, out, form)
 
 
@@ -276,7 +249,7 @@ def test_files_that_must_not_grow(place: Path, tmp_path: Path) -> None:
     assert b"Traceback" not in done.stderr
     assert b"the same command resumes" in done.stderr
     assert not out.exists()
-    assert embed(*arguments(place, out)).returncode == 1
+    run(place, out)
     check(place, out, "parquet")
 
 
@@ -318,28 +291,29 @@ except KeyboardInterrupt:
 """
 
 
-def write_hdf5(code: str, *arguments: object) -> tuple[int, bytes]:
-    """Exit code and output of the writer in a process of its own."""
+@pytest.mark.parametrize(
+    ("trouble", "at", "code"),
+    [
+        (UNDER_A_LIMIT, 500, errno.EFBIG),
+        (UNDER_A_LIMIT, 300_000, errno.EFBIG),
+        (UNDER_A_LIMIT, 9_000_000, errno.EFBIG),
+        (INTERRUPTED, 1, 130),
+        (INTERRUPTED, 100, 130),
+    ],
+)
+def test_hdf5_bears_a_full_disk_and_an_interrupt_anywhere(tmp_path: Path, trouble: str, at: int, code: int) -> None:
+    """The library itself crashes, or leaves tracebacks, when it cannot write while it closes a data set."""
     done = subprocess.run(
-        [sys.executable, "-c", WRITE_HDF5 + code, *map(str, arguments)],
+        [sys.executable, "-c", WRITE_HDF5 + trouble, str(tmp_path / "out.h5"), str(at)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])),
         timeout=100,
     )
-    return done.returncode, done.stdout
+    assert (done.returncode, done.stdout) == (code, b"")
 
 
-@pytest.mark.parametrize("size", [500, 300_000, 3_000_000, 9_000_000])
-def test_hdf5_bears_a_full_disk_anywhere(tmp_path: Path, size: int) -> None:
-    """The library itself crashes, or leaves tracebacks, when it cannot write while it closes a data set."""
-    assert write_hdf5(UNDER_A_LIMIT, tmp_path / "out.h5", size) == (errno.EFBIG, b"")
-
-
-@pytest.mark.parametrize("write", [1, 100])
-def test_hdf5_bears_an_interrupt_while_it_writes(tmp_path: Path, write: int) -> None:
-    assert write_hdf5(INTERRUPTED, tmp_path / "out.h5", write) == (130, b"")
-
+# -- changed ------------------------------------------------------------------------------------------------------
 
 DAMAGES = {
     "the letters": "UPDATE sequences SET letters = 'W' || substr(letters, 2) "
@@ -350,75 +324,63 @@ DAMAGES = {
     "an id": "UPDATE records SET id = 'other' WHERE position = 3",
     "the order": "UPDATE records SET number = (SELECT number FROM records WHERE position = 1) WHERE position = 2",
     "a hash": "UPDATE sequences SET digest = x'00' WHERE number = 2",
+    "no database": None,
 }
 
 
 @pytest.fixture(scope="module")
 def half_done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("half")
-    process = begun(place, folder)
-    process.kill()
-    process.communicate()
+    interrupted(place, output(folder, "parquet"), 30)
     return folder
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "no database"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found(place: Path, half_done: Path, tmp_path: Path, damage: str) -> None:
     """Whatever was changed in what an interrupted run left: an error that names the file, not a wrong number."""
-    shutil.copytree(half_done, tmp_path / "copy")
-    journal = tmp_path / "copy" / "out.parquet.partial" / "journal.sqlite"
-    if damage == "no database":
+    shutil.copytree(half_done, tmp_path, dirs_exist_ok=True)
+    out = output(tmp_path, "parquet")
+    journal = tmp_path / "out.parquet.partial" / "journal.sqlite"
+    statements = DAMAGES[damage]
+    if statements is None:
         journal.write_bytes(b"not a database at all" * 100)
     else:
         with closing(sqlite3.connect(journal)) as db:
-            db.executescript(DAMAGES[damage])
-    done = embed(*slow_arguments(place, tmp_path / "copy"))
-    assert done.returncode == 1, done.stderr.decode()
-    message = json.loads(done.stderr.splitlines()[-1])["message"]
-    assert "journal.sqlite" in message
-    assert "--restart" in message
-    assert not (tmp_path / "copy" / "out.parquet").exists()
-
-
-def overwrite(path: Path, data: bytes) -> None:
-    with open(path, "r+b") as file:
-        file.write(data)
+            db.executescript(statements)
+    with pytest.raises(BulkError, match=r"journal\.sqlite .*--restart"):
+        run(place, out)
+    assert not out.exists()
+    run(place, out, restart=True)
+    check(place, out, "parquet")
 
 
 @pytest.mark.parametrize("way", ["overwritten", "replaced"])
-def test_weights_that_change_during_a_run(tmp_path: Path, way: str) -> None:
+def test_weights_that_change_during_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     """Overwritten in place: stops, and keeps what it had. Replaced: the old file is still mapped, and all is right."""
-    weights, other, backup = (tmp_path / f"{name}.safetensors" for name in ("w", "other", "backup"))
-    for path, seed in ((weights, 0), (other, 1)):
-        save_canonical(path, random_checkpoint(PRESETS["esm2-8m"], seed=seed))
-    shutil.copy(weights, backup)
-    fasta = write_fasta(tmp_path / "in.fasta", 120, seed=7, longest=500)
+    monkeypatch.setattr(job, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(job, "COMMIT_SHARE", 1e9)
+    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    save_canonical(other, random_checkpoint(SMALL, seed=2))
+    original, changed = (place / "small.safetensors").read_bytes(), other.read_bytes()
+    weights.write_bytes(original)
 
-    def options(name: str, path: Path = weights) -> list[object]:
-        return [fasta, "-o", tmp_path / name, "--weights", path, "--backend", "numpy", "--tokens-per-batch", 400,
-                "--json-progress"]  # fmt: skip
+    def overwrite(data: bytes) -> None:
+        with open(weights, "r+b") as file:
+            file.write(data)
 
-    process = subprocess.Popen(command(*options("out.parquet")), env=environment(), stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(json.loads(line))
-        if lines[-1].get("records", 0) > 8:
-            overwrite(weights, other.read_bytes()) if way == "overwritten" else os.replace(other, weights)
-            break
-    _, rest = process.communicate(timeout=100)
-    last = json.loads(rest.splitlines()[-1])
+    def change() -> None:
+        overwrite(changed) if way == "overwritten" else os.replace(other, weights)
+
+    out, progress = tmp_path / "out.parquet", Acting(20, change)
     if way == "replaced":
-        assert (process.returncode, last["event"]) == (0, "done")
+        assert run(place, out, weights=weights, progress=progress).computed == COUNT
     else:
-        assert process.returncode == 1
-        assert f"{weights} was overwritten during the run" in last["message"]
-        changed = embed(*options("out.parquet"))
-        assert changed.returncode == 1
-        assert b"another kind (weights sha256" in changed.stderr
-        overwrite(weights, backup.read_bytes())
-        done = embed(*options("out.parquet"))
-        assert done.returncode == 0, done.stderr.decode()
-        assert 0 < json.loads(done.stderr.splitlines()[-1])["computed"] < 120
-    assert embed(*options("fresh.parquet", backup)).returncode == 0
-    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+        with pytest.raises(BulkError, match=rf"{weights} was overwritten during the run"):
+            run(place, out, weights=weights, progress=progress)
+        with pytest.raises(BulkError, match=r"another kind \(weights sha256"):
+            run(place, out, weights=weights)
+        overwrite(original)
+        assert 0 < run(place, out, weights=weights).computed < COUNT
+    assert_same(out, output(place, "parquet"))

@@ -12,6 +12,15 @@ from ..journal import Row
 from ..layout import Layout
 
 METADATA_KEY = "numpyesm"
+# What every format says of a record beside its numbers: Parquet's columns, HDF5's attributes, columns of the index.
+COLUMNS = {
+    "record": "int64",
+    "id": "string",
+    "description": "string",
+    "length": "int32",
+    "residues": "int32",
+    "sequence_hash": "string",
+}
 _BREAKS = re.compile(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029\0]")
 
 
@@ -25,6 +34,12 @@ class Writer(ABC):
     @abstractmethod
     def read_about(self, path: Path) -> dict[str, Any] | None:
         """The metadata of a finished output; None if it is not numpyesm's."""
+
+
+def described(row: Row, layout: Layout) -> dict[str, Any]:
+    """The values of `COLUMNS` for a record."""
+    residues = layout.settings.long.residues(row.length)
+    return dict(zip(COLUMNS, (*row[:4], residues, row.digest.hex()), strict=True))
 
 
 def missing_bulk(what: str, library: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from ...files import safe_stem
 from ..journal import Row
 from ..layout import Layout
-from .base import METADATA_KEY, Writer, free_name, tsv_line
+from .base import COLUMNS, METADATA_KEY, Writer, described, free_name, tsv_line
 
 ABOUT = "numpyesm.json"
 INDEX = "index.tsv"
@@ -42,15 +42,14 @@ class FolderWriter(Writer):
             taken.executescript(
                 "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
             )
-            index.write(tsv_line("record", "id", "file", "length", "residues", "sequence_hash"))
+            index.write(tsv_line(*("file" if name == "description" else name for name in COLUMNS)))
             for row in rows:
                 name = _take_name(taken, safe_stem(row.id)) + ".npz"
-                residues = layout.settings.long.residues(row.length)
                 arrays = {field.name: array for field, array in layout.unpack(row.data, row.length)}
                 texts = {"id": np.array(row.id), "description": np.array(row.description)}
                 with open(path / name, "wb") as file:
                     np.savez(file, **texts, length=np.int64(row.length), **arrays)  # type: ignore[arg-type]
-                index.write(tsv_line(row.position, row.id, name, row.length, residues, row.digest.hex()))
+                index.write(tsv_line(*(described(row, layout) | {"description": name}).values()))
         names.unlink()
         (path / ABOUT).write_text(json.dumps({METADATA_KEY: about}, indent=1) + "\n")
         if hasattr(os, "sync"):

@@ -9,14 +9,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import MissingExtra
 from ...results import Field
 from ...threads import WorkerPool
 from ..journal import Row
 from ..layout import Layout
-from .base import METADATA_KEY, Writer, free_name, missing_bulk
+from .base import METADATA_KEY, Writer, described, free_name, missing_bulk
 from .unfailing import UnfailingFile
 
 # Which output is the dataset that bears the id alone: the first of these that is there.
@@ -60,12 +58,9 @@ class Hdf5Writer(Writer):
                     name = free_name(lambda name: name in file, hdf5_name(row.id), "#")
                     arrays = dict(layout.unpack(row.data, row.length))
                     dataset = file.create_dataset(name, data=arrays[main])
-                    dataset.attrs["original_id"] = _text(row.id)
-                    dataset.attrs["description"] = _text(row.description)
-                    dataset.attrs["sequence_hash"] = row.digest.hex()
-                    dataset.attrs["length"] = np.int64(row.length)
-                    dataset.attrs["residues"] = np.int64(layout.settings.long.residues(row.length))
-                    dataset.attrs["record"] = np.int64(row.position)
+                    for column, value in described(row, layout).items():
+                        attribute = "original_id" if column == "id" else column
+                        dataset.attrs[attribute] = _text(value) if isinstance(value, str) else value
                     for field in attributes:
                         dataset.attrs[field.name] = arrays[field]
                     for field in others:

@@ -14,7 +14,7 @@ from ...errors import MissingExtra
 from ...results import Field
 from ..journal import Row
 from ..layout import Layout
-from .base import METADATA_KEY, Writer, missing_bulk
+from .base import COLUMNS, METADATA_KEY, Writer, described, missing_bulk
 
 # A row group: small enough that writing adds little to the memory of the model, large enough to scan quickly.
 _GROUP_BYTES = 8 << 20
@@ -38,7 +38,7 @@ class ParquetWriter(Writer):
     def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
         pa = self._pa
         schema = self._schema(layout).with_metadata({METADATA_KEY: json.dumps(about)})
-        strings = ["id", "description", "sequence_hash"]
+        strings = [name for name, kind in COLUMNS.items() if kind == "string"]
         with open(path, "wb") as file:
             with pa.parquet.ParquetWriter(
                 file,
@@ -46,7 +46,7 @@ class ParquetWriter(Writer):
                 # Embeddings do not shrink: only what is text is compressed.
                 compression={name: "zstd" if name in strings else "none" for name in self._leaves(schema)},
                 use_dictionary=False,
-                write_statistics=["record", "id", "length", "residues", "sequence_hash"],
+                write_statistics=[name for name in COLUMNS if name != "description"],
                 store_schema=True,
             ) as writer:
                 group: list[Row] = []
@@ -73,14 +73,7 @@ class ParquetWriter(Writer):
     def _schema(self, layout: Layout) -> Any:
         pa = self._pa
         number = pa.float16() if layout.dtype.itemsize == 2 else pa.float32()
-        columns = [
-            ("record", pa.int64()),
-            ("id", pa.string()),
-            ("description", pa.string()),
-            ("length", pa.int32()),
-            ("residues", pa.int32()),
-            ("sequence_hash", pa.string()),
-        ]
+        columns: list[tuple[str, Any]] = list(COLUMNS.items())
         for field in layout.fields:
             shape = layout.shape(field, 1)
             if len(shape) == 1:
@@ -91,27 +84,17 @@ class ParquetWriter(Writer):
 
     def _leaves(self, schema: Any) -> list[str]:
         """Paths of the columns as Parquet names them."""
-        pa = self._pa
-        nested = (pa.types.is_list, pa.types.is_fixed_size_list)
-        return [
-            f"{field.name}.list.element" if any(test(field.type) for test in nested) else field.name for field in schema
-        ]
+        return [field.name if field.name in COLUMNS else f"{field.name}.list.element" for field in schema]
 
     def _batch(self, group: list[Row], layout: Layout, schema: Any) -> Any:
         pa = self._pa
+        said = [described(row, layout) for row in group]
+        columns = [pa.array([one[name] for one in said], kind) for name, kind in COLUMNS.items()]
         lengths = [row.length for row in group]
         arrays: dict[str, list[Any]] = {field.name: [] for field in layout.fields}
         for row in group:
             for field, array in layout.unpack(row.data, row.length):
                 arrays[field.name].append(array.reshape(-1))
-        columns = [
-            pa.array([row.position for row in group], pa.int64()),
-            pa.array([row.id for row in group], pa.string()),
-            pa.array([row.description for row in group], pa.string()),
-            pa.array(lengths, pa.int32()),
-            pa.array([layout.settings.long.residues(length) for length in lengths], pa.int32()),
-            pa.array([row.digest.hex() for row in group], pa.string()),
-        ]
         for field in layout.fields:
             columns += self._columns(field, arrays[field.name], lengths, layout)
         return pa.record_batch(columns, schema=schema)

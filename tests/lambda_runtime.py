@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import queue
@@ -15,6 +16,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+
+
+def url_event(path: str, body: Any, method: str = "POST", stage: str = "$default", **headers: str) -> dict[str, Any]:
+    """What a function URL sends; bytes are in base64, and what is no text is JSON."""
+    binary = isinstance(body, bytes)
+    text = base64.b64encode(body).decode() if binary else body if isinstance(body, str | None) else json.dumps(body)
+    return {
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": path,
+        "rawQueryString": "",
+        "headers": headers,
+        "requestContext": {"stage": stage, "http": {"method": method, "path": path, "protocol": "HTTP/1.1"}},
+        "body": text,
+        "isBase64Encoded": binary,
+    }
 
 
 @dataclass

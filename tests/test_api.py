@@ -16,6 +16,7 @@ from conftest import random_sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from lambda_runtime import url_event
 from running_service import check_error, items, same
 
 from numpyesm import ESM2
@@ -73,14 +74,7 @@ def catalog(library: ESM2) -> Catalog:
 
 def ask_lambda(function: Function, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
     """Through a function URL."""
-    event = {
-        "version": "2.0",
-        "rawPath": path,
-        "headers": headers,
-        "requestContext": {"http": {"method": method, "path": path}},
-        "body": base64.b64encode(body).decode(),
-        "isBase64Encoded": True,
-    }
+    event = url_event(path, body, method, **headers)
     answer = json.loads(json.dumps(function.handle(event)))
     content = base64.b64decode(answer["body"]) if answer["isBase64Encoded"] else answer["body"].encode()
     return Answer(answer["statusCode"], answer["headers"], content)

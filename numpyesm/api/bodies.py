@@ -1,4 +1,4 @@
-"""Request bodies: unpacked no further than allowed, and decoded."""
+"""Unpack request bodies, up to a limit, and decode them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from .errors import ApiError, invalid
 
-# A request has hundreds of values. Two kilobytes of gzip can hold a million, and decoding them would take seconds in
-# which nobody else is served. (Eight sequences with a comma between letters still get their own message.)
+# A request has hundreds of values. Two kilobytes of gzip can hold a million, and decoding those would keep everybody
+# else waiting for seconds. (Eight sequences with a comma between letters still get their own message.)
 MAX_VALUES = 20_000
 # Python's gzip module writes one member; a few more are legal, thousands of empty ones are an attack.
 _MAX_MEMBERS = 16
@@ -42,7 +42,7 @@ def too_large(limit: int, what: str = "the body") -> ApiError:
 def parse_json(body: bytes) -> Any:
     """Decode a body; ApiError 422 says where it is not JSON.
 
-    A key that an object has twice is refused: which of two sequences is meant, nobody knows.
+    A repeated key is refused: nobody can tell which of the two sequences is meant.
     """
     if not body.strip():
         raise _refusal('the body is empty; expected a JSON object such as {"items": [{"sequence": "MKT"}]}')
@@ -71,7 +71,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in document if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+        raise ValueError(f"the key {twice[:100]!r} occurs twice in one object")
     return document
 
 

@@ -23,7 +23,7 @@ _RESERVED = ("models", "schema")
 
 
 def check_slug(slug: str) -> str:
-    """Return a slug that can stand in a path, or raise InvalidOption."""
+    """Return the slug, or raise InvalidOption if it cannot be part of a path."""
     if not _SLUG.fullmatch(slug) or slug in _RESERVED:
         raise InvalidOption(
             f"{slug[:80]!r} cannot be a model's slug: it has lower-case letters, digits, dots, dashes and underscores, "
@@ -100,7 +100,7 @@ class Catalog:
     Raises
     ------
     InvalidOption
-        There is no model, or a slug cannot stand in a path.
+        There is no model, or a slug cannot be part of a path.
     """
 
     def __init__(self, models: Mapping[str, ESM2]) -> None:

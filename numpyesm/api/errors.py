@@ -17,7 +17,7 @@ _MAX_PROBLEMS = 64
 _MAX_TEXT = 1000
 _MAX_NAME = 100
 
-# The kind of failure, for programs: `user.*` is for the client to mend, `server.*` for the operator or for time.
+# The kind of failure, for programs: `user.*` is for the client to fix, `server.*` for the operator, or it will pass.
 _CODES = {
     400: "user.bad_request",
     401: "user.authentication",
@@ -35,7 +35,7 @@ _CODES = {
 
 
 class ApiError(Exception):
-    """An answer that is not a result.
+    """An error to answer a request with.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Say what a client may know of a failure inside."""
+    """Turn any failure into what a client may be told about it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NotEnoughMemory):
@@ -112,7 +112,7 @@ def field_name(place: Place) -> str:
 
 
 def _first_of_each(problems: list[Problem]) -> list[Problem]:
-    """Put the first problem of every item and parameter in front: if not all can be named, each of them still is."""
+    """Put the first problem of each item and parameter in front: each is named, even if not every problem is."""
     if len(problems) <= _MAX_PROBLEMS:
         return problems
     first: dict[Place, Problem] = {}

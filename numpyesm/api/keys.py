@@ -16,10 +16,10 @@ ENVIRONMENT = "NUMPYESM_API_KEYS"
 
 
 class KeyRing:
-    """The keys that are let in; if there are none, everybody is."""
+    """The accepted API keys; without any, everybody is let in."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        # Digests are of one length, so the time of a comparison says nothing about a key's.
+        # Digests are of one length, so the time of a comparison reveals nothing about a key's.
         self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a client's headers say: how its body is coded, and in which form it takes the answer."""
+"""What a client's headers say: how its body is coded, and in which form it wants the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NPZ_TYPE = "application/x-npz"
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """The form in which a client takes results: JSON, gzipped if asked, or npz, which does not shrink."""
+    """The form in which a client wants its results: JSON, gzipped if asked, or npz, which does not shrink."""
 
     npz: bool
     gzipped: bool

@@ -1,4 +1,4 @@
-"""What a request may hold, and its checks: everything that is wrong is named at once."""
+"""What a request may contain, and its validation: all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
 
 
 def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schema:
-    """Say in JSON Schema what a request of `action` may hold, for clients and for `check_request`."""
+    """Say in JSON Schema what a request of `action` may contain, for clients and for `check_request`."""
     item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
     fields = {
         "params": object_schema(_params_schema(action, num_layers, classifies), required=[]),
@@ -146,7 +146,7 @@ def _sequence_schema(masks: bool) -> Schema:
 def check_request(served: ServedModel, action: str, document: Any) -> Work:
     """Check a decoded body.
 
-    As in the hosted API, `include` and `repr_layers` may be empty: items then have no outputs, or no embeddings.
+    As in the hosted API, `include` and `repr_layers` may be empty: results then have no outputs, or no embeddings.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def check_request(served: ServedModel, action: str, document: Any) -> Work:
 
 
 class _Reader:
-    """Goes through a document by its schema, and collects what is wrong and the tokens of its sequences."""
+    """Validates a document against its schema; collects the problems, and the tokens of the sequences."""
 
     def __init__(self, served: ServedModel, action: str) -> None:
         self._served = served

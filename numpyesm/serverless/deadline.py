@@ -17,7 +17,7 @@ RESERVE = 0.25
 
 @contextmanager
 def before_the_deadline(context: Any) -> Iterator[None]:
-    """Raise ApiError 503 inside when the function's time is nearly up, in the midst of whatever is being done.
+    """Raise ApiError 503 inside when the function's time is nearly up, whatever is being done.
 
     Signals reach the main thread only, which is where Lambda calls a function; elsewhere, and without a Lambda context,
     nothing is interrupted.

@@ -1,4 +1,4 @@
-"""One container of the function: its model, its keys, and what it does with an event."""
+"""One container of the function: its model, its keys, and how it answers an event."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ log = logging.getLogger("numpyesm.serverless")
 # Lambda takes no larger answer, as JSON, in which a binary body is base64; and what is in it around the body.
 _MAX_ANSWER = 6 << 20
 _AROUND = 2048
-# Bytes of a number in an answer, at least: what is too large even so is refused before it is computed.
+# Least bytes of a number in an answer: what is too large even so is refused before it is computed.
 _LEAST_BYTES = 8.0
 _LEAST_BYTES_BINARY = 4.0 * 4 / 3
-# Of the function's memory that the model may not have: the runtime itself, the event, the answer as text.
+# Memory of the function that the model may not use: it is for the runtime, the event, the answer as text.
 _KEPT_BACK = 56 << 20
 # MB of memory with which AWS gives one CPU.
 _MEMORY_PER_CPU = 1769
@@ -80,14 +80,14 @@ class Function:
                         f"the runtime and the answer): {error}",
                         code="server.memory",
                     ) from None
-            # What is made when first used is made in the init phase; the first event then runs at full speed.
+            # What is made on first use is made in the init phase, so the first event runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
             self._catalog = Catalog({slug or model.name: model})
             _print_line(event="loaded", model=repr(model), seconds=round(time.perf_counter() - started, 3))
         return self._catalog
 
     def handle(self, event: Any, context: Any = None) -> dict[str, Any]:
-        """Answer one event; whatever happens, in the shape that AWS expects."""
+        """Answer one event, whatever happens, in the form that AWS expects."""
         started = time.perf_counter()
         request_id = str(getattr(context, "aws_request_id", "") or uuid.uuid4())
         facts: dict[str, Any] = {"id": request_id}
@@ -158,7 +158,7 @@ def _act(request: Request, served: ServedModel, action: str, context: Any, facts
 
 
 def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
-    """What there is to read: the models, and the schema of an action."""
+    """Return the list of models, one of them, or the schema of an action."""
     if "models" in route:
         return catalog.describe()
     if "sdk_slug" in route:
@@ -172,7 +172,7 @@ def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
 
 
 def _fits(size: float) -> bool:
-    """Whether a body of so many bytes (base64 counted) can be sent."""
+    """Tell whether a body of so many bytes (as base64, if it is binary) can be sent."""
     return size + _AROUND <= _MAX_ANSWER
 
 

@@ -36,7 +36,7 @@ class Actions:
         self._writers = ThreadPoolExecutor(4, thread_name_prefix="numpyesm-answer")
 
     def stop(self) -> None:
-        """Let the threads end that write large answers."""
+        """Stop the threads that write large answers."""
         self._writers.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +54,7 @@ class Actions:
             self._engine.release(job)
 
     async def _read(self, request: Request, record: Record) -> Work:
-        """Check who asks and for what, cheapest first; the body comes last."""
+        """Check who asks and for what, the cheapest checks first; read the body last."""
         headers = request.headers
         authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
         record.client = self._keys.identify(authorization) or record.client
@@ -92,7 +92,7 @@ class Actions:
             raise ApiError(408, message, headers={"Connection": "close"}) from None
 
     async def _wait(self, job: Job, gone: asyncio.Task[None], due: float) -> None:
-        """Wait for the results of a job; ApiError 503 if they are not there in time."""
+        """Wait for the results of a job; ApiError 503 if they do not come in time."""
         ends: set[asyncio.Future[None]] = {job.done, gone}
         await asyncio.wait(ends, timeout=max(0.0, due - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
         if job.done.done():

@@ -1,4 +1,4 @@
-"""Which jobs may start, by the memory that their results and their passes will take."""
+"""Decide which jobs may start, from the memory that their results and passes need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .jobs import Job
 _SENDING = 16 << 20
 # Python's objects of one item.
 _PER_ITEM = 4096
-# Jobs below this share of the limit are let past one that waits for memory.
+# Jobs smaller than this share of the limit may overtake one that waits for memory.
 _SMALL_SHARE = 0.01
 
 
@@ -22,7 +22,7 @@ def result_bytes(work: Work) -> int:
 
 
 class Admission:
-    """The memory that jobs may take together: the limit, less what the idle process takes.
+    """The memory that all jobs share: the limit, less what the idle process takes.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Admission:
         waiting = self._starved if self._starved is not None and not self._starved.cancelled else job
         if waiting is not job and job.memory > _SMALL_SHARE * self.limit:
             return False  # large jobs do not overtake one that waits for memory
-        # Alone a job may always start: whether it fits at all was settled when it came.
+        # A job may always start alone: whether it fits at all was checked when it arrived.
         if self.held and self.held + self.need(job.work) > self.limit:
             self._starved = waiting
             return False

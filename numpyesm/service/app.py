@@ -1,4 +1,4 @@
-"""The application: its addresses, and what each of them answers."""
+"""The application: its addresses and what each of them answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .settings import Settings
 
 Document: TypeAlias = Callable[[Request], Any]
 
-# Nothing from elsewhere; pictures that the page draws itself come as blob: or data:.
+# Nothing is loaded from elsewhere; pictures that the page draws itself come as blob: or data:.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -69,12 +69,12 @@ class Service:
         self.gate = Gate(router, self.settings, self.metrics, self._log)
 
     def prepare(self) -> None:
-        """Start the threads, and have ready what the first request would otherwise wait for.
+        """Start the threads and warm up the models, so that the first request does not wait.
 
         Raises
         ------
         InvalidOption
-            The memory limit leaves nothing for requests.
+            The memory limit leaves no room for any request.
         NumpyesmError
             The system allows no more threads.
         """
@@ -150,7 +150,7 @@ class Service:
 
 
 class _Page(StaticFiles):
-    """The files of the page, asked for anew each time, under a policy that lets nothing in from elsewhere."""
+    """The files of the page, revalidated each time, under a policy that loads nothing from elsewhere."""
 
     def answer(self, name: str) -> Callable[[Request], Any]:
         """Make an endpoint that answers with one file."""

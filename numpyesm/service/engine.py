@@ -26,19 +26,19 @@ PASS_ROWS = 2112
 
 
 class Engine:
-    """Takes jobs from the event loop that it runs on, in the order that fairness gives.
+    """Runs jobs in the order that fairness gives; its methods are called from the event loop.
 
     Parameters
     ----------
     catalog : Catalog
     settings : Settings
     on_pass : callable (slug, sequences, rows, seconds), optional
-        Told of every pass.
+        Called after every pass.
 
     Attributes
     ----------
     draining : bool
-        Nothing new is taken; what was accepted finishes.
+        No new jobs are accepted; accepted ones finish.
     admission : Admission
     """
 
@@ -64,12 +64,12 @@ class Engine:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Start the thread, and compile and touch what the first request would otherwise wait for.
+        """Start the thread, and run each model once so that the first request does not wait for compilation.
 
         Raises
         ------
         InvalidOption
-            The memory limit leaves nothing for requests: every one would be refused.
+            The memory limit leaves no room for any request.
         """
         self._thread.submit(self._warm_up).result()
         self.admission = Admission(self._settings.max_memory, PASS_ROWS)
@@ -95,11 +95,11 @@ class Engine:
                     served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
 
     def start(self) -> None:
-        """Begin, in the event loop that calls this; `prepare` comes first."""
+        """Start serving in the running event loop; call `prepare` first."""
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     async def stop(self) -> None:
-        """Fail what waits, and end with the pass in hand."""
+        """Fail all waiting jobs, and finish the current pass."""
         self.draining = self._stopped = True
         self._fail(self._queue)
         self._wake.set()
@@ -107,7 +107,7 @@ class Engine:
             await asyncio.wait([self._task])
 
     def abandon(self) -> None:
-        """Fail what waits or runs: its clients are told now, and the pass in hand ends unheard."""
+        """Fail all jobs, running ones too: clients are told now, and the current pass is discarded."""
         self.draining = True
         self._fail(self._queue)
         self._fail(self._running)
@@ -119,13 +119,13 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs of which some sequence still waits."""
+        """Number of jobs with sequences still waiting."""
         return len(self._queue)
 
     # -- for requests ---------------------------------------------------------------------------------------------
 
     def check_place(self, client: str) -> None:
-        """Raise ApiError 503 or 429 if a job would not be taken now; asked before a body is read."""
+        """Raise ApiError 503 or 429 if a job would not be accepted now; called before the body is read."""
         if self.draining:
             raise _shutting_down()
         if not self.alive:
@@ -154,7 +154,7 @@ class Engine:
         return job
 
     def release(self, job: Job) -> None:
-        """Free a job's place and memory: its answer is sent, or nobody waits for it."""
+        """Free a job's place and memory, once its answer is sent or nobody waits for it."""
         job.cancelled = True
         job.done.cancel()
         self._queue.remove(job)

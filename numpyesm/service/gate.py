@@ -1,4 +1,4 @@
-"""What every request passes first and last: id, Host, safety headers, the rest of its body, log and metrics."""
+"""The outermost layer of every request: id, Host check, safety headers, unread bodies, log and metrics."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _SAFETY = {
     b"cache-control": b"no-store",
     b"content-security-policy": b"default-src 'none'",
 }
-# What is still taken of a body that was not read, before the connection is cut.
+# How much of an unread body is still received before the connection is cut.
 _MAX_DISCARDED = 16 << 20
 
 
 @dataclass
 class Record:
-    """What is known of a request, for its line in the log and for the counters."""
+    """What the log and the counters are told about a request."""
 
     id: str
     client: str
@@ -54,13 +54,13 @@ class Record:
 
 
 def record_of(scope: Scope) -> Record:
-    """The record of the request in hand."""
+    """Return the record of the current request."""
     record: Record = scope["numpyesm.record"]
     return record
 
 
 class Gate:
-    """Wraps the application: whatever happens inside ends in an answer, a log line and a count."""
+    """Wraps the application: whatever happens inside leads to an answer, a log line and a count."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, access_log: AccessLog) -> None:
         self._app = app
@@ -77,7 +77,7 @@ class Gate:
         client = scope["client"][0] if scope.get("client") else "unknown"
         record = Record(_request_id(scope["headers"]), client, scope["method"], _printable(scope["path"]))
         exchange = _Exchange(scope, receive, send, record, self._settings)
-        # Every address is taken with and without a slash at its end.
+        # Every address works with and without a slash at its end.
         inner = {**scope, "app": self, "path": scope["path"].removesuffix("/") or "/", "numpyesm.record": record}
         self.active += 1
         try:
@@ -112,7 +112,7 @@ class Gate:
             await response(scope, exchange.receive, exchange.send)
 
     def count(self, record: Record, seconds: float = 0.0) -> None:
-        """Count and log a request that is over, or what never became one."""
+        """Count and log a finished request, or one that was refused before it became one."""
         self._metrics.request(record.route, record.slug, record.status, seconds, record.sent)
         self._log.add(
             {
@@ -205,7 +205,7 @@ def _from_router(error: HTTPException) -> ApiError:
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's own id, if it is harmless, otherwise a new one."""
+    """Return the client's own id if it is harmless, otherwise a new one."""
     for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return value.decode()

@@ -25,9 +25,9 @@ class Job:
     memory : int
         Bytes of its results.
     done : Future
-        Done when the results are there; or gets an ApiError.
+        Resolved when the results are complete, or with an ApiError.
     taken : int
-        Sequences that the engine has taken so far.
+        How many sequences the engine has taken so far.
     """
 
     work: Work
@@ -49,7 +49,7 @@ class Job:
         self.rows = [length + 2 for length in self.work.lengths]
 
     def times(self) -> dict[str, float]:
-        """Milliseconds in the queue and in the engine, as far as they are over."""
+        """Milliseconds spent in the queue and in the engine, as far as known."""
         if self.started is None:
             return {}
         times = {"queue_ms": round((self.started - self.arrived) * 1e3, 2)}
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def group(self) -> Hashable:
-        """What may share a pass: sequences of which the same is wanted."""
+        """Jobs may share a pass if they want the same outputs."""
         return replace(self.work, tokens=())
 
     @property
@@ -75,7 +75,7 @@ Part: TypeAlias = tuple[Job, int]
 def compute(parts: Sequence[Part]) -> None:
     """Compute one pass and give each job its results; if the pass fails, each job on its own.
 
-    So no job suffers from another. This is what the engine's thread does.
+    So no job fails because of another. Runs in the engine's thread.
     """
     jobs = list(dict.fromkeys(job for job, _ in parts))
     try:

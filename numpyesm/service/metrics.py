@@ -45,7 +45,7 @@ class Metrics:
         self._held.set_function(lambda: engine.admission.held)
 
     def request(self, route: str, slug: str, status: int, seconds: float, sent: int) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         self._requests.labels(route, slug, str(status)).inc()
         self._seconds.labels(route, slug).observe(seconds)
         self._sent.inc(sent)
@@ -53,14 +53,14 @@ class Metrics:
             self._hung_up.inc()
 
     def forward_pass(self, slug: str, sequences: int, rows: int, seconds: float) -> None:
-        """Count a pass that is over."""
+        """Count a finished pass."""
         self._passes.labels(slug).inc()
         self._sequences.labels(slug).inc(sequences)
         self._residues.labels(slug).inc(rows)
         self._busy.labels(slug).inc(seconds)
 
     def page(self) -> bytes:
-        """Write all counters as Prometheus reads them."""
+        """Write all counters in Prometheus's text format."""
         return generate_latest(self.registry)
 
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with what it lacks: a deadline for heads, a limit of connections, errors in our shape."""
+"""uvicorn's HTTP/1.1 plus what it lacks: a deadline for request heads, a connection limit, errors in our format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_protocol(settings: Settings, gate: Gate) -> type[asyncio.Protocol]:
 
 
 class _LimitedProtocol(H11Protocol):
-    """A connection that waits for a request's head only so long."""
+    """A connection with a deadline for the head of each request."""
 
     limits: Settings
     gate: Gate
@@ -70,7 +70,7 @@ class _LimitedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _watch_head(self) -> None:
-        """Start the clock if a head is awaited, stop it if a request is in hand."""
+        """Start the timer while waiting for a head, stop it while a request is being handled."""
         if not self._between_requests:
             self._stop_timer()
         elif self._head_timer is None and not self.transport.is_closing():
@@ -107,5 +107,5 @@ class _LimitedProtocol(H11Protocol):
         self.gate.count(Record(request_id, client, status=error.status, sent=len(body), facts=facts))
 
     def _abort_later(self) -> None:
-        """Break the connection in the end: closing waits for the client to read, and it may never do."""
+        """Break the connection later on: closing waits for the client to read, which it may never do."""
         self.loop.call_later(self.limits.write_timeout, self.transport.abort)

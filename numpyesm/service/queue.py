@@ -1,4 +1,4 @@
-"""Waiting jobs, taken so that no client crowds out the others."""
+"""Waiting jobs, served so that no client crowds out the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Listening, and leaving: sockets, signals, and the time that accepted requests have to finish."""
+"""Listening and shutting down: sockets, signals, and the time that accepted requests have to finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("numpyesm.service")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address that `host` means; port 0 takes a free one.
+    """Listen on every address that `host` resolves to; port 0 takes a free one.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def addresses(host: str) -> list[str]:
-    """IP addresses that a host name means."""
+    """Return the IP addresses that a host name resolves to."""
     return sorted({str(address[0]) for _, address in _resolve(host, 0)})
 
 
@@ -58,9 +58,9 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any
 
 
 class Server(uvicorn.Server):
-    """Leaves in two steps: first nothing new is taken and what was accepted finishes, then connections close.
+    """Shuts down in two steps: first accepted requests finish and new ones are refused, then connections close.
 
-    The second signal ends the first step at once: who waits is told so.
+    The second signal ends the first step at once, and waiting clients are told so.
     """
 
     def __init__(self, service: Service, trusted_proxies: str = "") -> None:
@@ -85,14 +85,14 @@ class Server(uvicorn.Server):
         self._leave_by = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Count signals; what they mean is done in the event loop."""
+        """Count signals; the event loop acts on them."""
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Leave, if a signal has come."""
+        """Shut down if a signal has come."""
         engine = self._service.engine
         if self._signals and not engine.draining:
-            log.warning("leaving: nothing new is taken, %d requests finish", self._service.gate.active)
+            log.warning("shutting down: new requests are refused, %d accepted ones finish", self._service.gate.active)
             engine.draining = True
             self._leave_by = time.monotonic() + self._service.settings.grace
         if self._signals > 1:

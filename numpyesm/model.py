@@ -63,7 +63,7 @@ class ESM2:
         precision: str = "fp32",
         threads: int | None = None,
         max_memory: int | str | None = None,
-        _reload_from: str | None = None,
+        _reload_from: tuple[str, Path | None] | None = None,
     ) -> None:
         self._passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
         self._reload_from = _reload_from
@@ -80,6 +80,7 @@ class ESM2:
         cls,
         source: str | os.PathLike[str] = "esm2-35m",
         *,
+        adapter: str | os.PathLike[str] | None = None,
         backend: str = "auto",
         precision: str = "fp32",
         threads: int | None = None,
@@ -92,7 +93,11 @@ class ESM2:
         source : str or path
             A name (`esm2-8m`, `-35m`, `-150m`, `-650m`, `-3b`, `-15b`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
-            up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub.
+            up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub. The folder or Hub id of a PEFT adapter stands
+            for the base that it names, with the adapter merged in.
+        adapter : str or path, optional
+            Folder or Hub id of a PEFT adapter (LoRA, rsLoRA) that is merged into `source`. Models of one process that
+            are made so from one base share what their adapters do not touch.
         backend, precision, threads, max_memory
             See `ESM2`.
 
@@ -109,13 +114,14 @@ class ESM2:
         from .weights.locate import load_found, resolve
 
         found = resolve(source)
+        place = None if adapter is None else Path(resolve(adapter)).absolute()
         return cls(
-            load_found(source, found),
+            load_found(source, found, adapter=place),
             backend=backend,
             precision=precision,
             threads=threads,
             max_memory=max_memory,
-            _reload_from=str(found.absolute()) if isinstance(found, Path) else found,
+            _reload_from=(str(found.absolute()) if isinstance(found, Path) else found, place),
         )
 
     # -- what it is ---------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ class ESM2:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
         budget = self._passes.budget
         limit = None if budget is None else budget.limit
-        return _reload, (self._reload_from, self.backend, self.precision, self.threads, limit)
+        return _reload, (*self._reload_from, self.backend, self.precision, self.threads, limit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
@@ -439,5 +445,9 @@ def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.ui
     return tokens
 
 
-def _reload(source: str, backend: str, precision: str, threads: int, max_memory: int | None = None) -> ESM2:
-    return ESM2.from_pretrained(source, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
+def _reload(
+    source: str, adapter: Path | None, backend: str, precision: str, threads: int, max_memory: int | None = None
+) -> ESM2:
+    return ESM2.from_pretrained(
+        source, adapter=adapter, backend=backend, precision=precision, threads=threads, max_memory=max_memory
+    )

@@ -230,6 +230,21 @@ def test_two_processes_at_once_download_once(hub, tmp_path):
     assert len(hub.transfers("model.safetensors")) == 1
 
 
+def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    tensors = {"lora_A": np.ones((2, 40), np.float32), "lora_B": np.ones((40, 2), np.float32)}
+    prefix = "base_model.model.esm.encoder.layer.0.attention.self.query."
+    named = {f"{prefix}{part}.weight": StoredTensor(array) for part, array in tensors.items()}
+    write_safetensors(folder / "adapter_model.safetensors", named, {"format": "pt"})
+    config = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY, "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    hub.repositories["someone/lora"] = {FIRST: folder}
+    call = "'someone/lora'), open_weights('someone/lora').array('layers.0.qkv.weight')[0, ::40].tolist("
+    for offline in ("", "1"):
+        assert str(fetch(hub, tmp_path, call, HF_HUB_OFFLINE=offline)).endswith(f"{FIRST} [2.5, 0.5, 0.5]")
+
+
 @pytest.mark.parametrize("variable", ["NUMPYESM_OFFLINE", "HF_HUB_OFFLINE"])
 def test_offline_makes_no_call(hub, tmp_path, variable):
     error = failure(hub, tmp_path, "'esm2-35m'", **{variable: "1"})

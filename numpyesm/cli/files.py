@@ -45,15 +45,21 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Any checkpoint in, one canonical file out; print where it is."""
+    from ..weights.adapter import base_of
     from ..weights.conversion import convert as convert_weights
+    from ..weights.hugging_face import adapter_file
 
     source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
+    adapter = None if arguments.adapter is None else Path(resolve(arguments.adapter))
+    if adapter is None and adapter_file(Path(source)) is not None:
+        adapter, source = Path(source), resolve(base_of(Path(source)))
     made = convert_weights(
         source,
         arguments.output,
         dtype=arguments.dtype,
         regression=arguments.regression,
         layers=arguments.layers,
+        adapter=adapter,
         progress=True,
     )
     checkpoint = made.checkpoint

@@ -76,6 +76,7 @@ def _add_weights_commands(add: Add) -> None:
     regression = "fair-esm's -contact-regression.pt, if it is not beside the checkpoint"
     command.add_argument("--regression", type=_named, help=regression)
     command.add_argument("--layers", type=int, metavar="N", help="write the first N layers only, without heads")
+    command.add_argument("--adapter", type=_named, help="folder or Hub id of a PEFT adapter (LoRA) to merge in")
 
     add("verify", "files:verify", "compare the weights with the published reference numbers")
     command = add("warmup", "files:warmup", "compile the compiled backend's kernels before they are first used")

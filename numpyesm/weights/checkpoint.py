@@ -92,6 +92,8 @@ class Checkpoint:
         How the matrices are stored: `fp32`, `fp16`, `bf16` or `int8`.
     synthetic : bool
         True for seeded random weights: their outputs mean nothing.
+    base : Checkpoint or None
+        What an adapter was merged into; tensors that the adapter does not touch are the same objects.
     """
 
     config: ModelConfig
@@ -101,6 +103,7 @@ class Checkpoint:
     precision: str = "fp32"
     synthetic: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
+    base: Checkpoint | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # First, because the names of all layers are made next, and a damaged file may state a billion.

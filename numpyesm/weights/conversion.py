@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ..errors import InvalidOption
 from ..files import file_sha256, same_file
+from .adapter import merged, read_adapter
 from .canonical import check_dtype, load_canonical, save_canonical
 from .checkpoint import Checkpoint
+from .hugging_face import adapter_file
 from .load import Opened, open_checkpoint
 from .reading import reading
 from .synthetic import is_synthetic_spec, synthetic_from_spec
@@ -41,6 +43,7 @@ def convert(
     dtype: str = "fp32",
     regression: str | os.PathLike[str] | None = None,
     layers: int | None = None,
+    adapter: Path | None = None,
     progress: bool = False,
 ) -> Conversion:
     """Convert weights to a canonical file.
@@ -57,6 +60,8 @@ def convert(
         The contact regression of a fair-esm checkpoint, if it is not beside it.
     layers : int, optional
         Write only so many, the first, without the heads: a smaller and faster file of the same embeddings.
+    adapter : Path, optional
+        A folder of peft, to be merged in.
     progress : bool
         Show a progress bar on stderr, if it takes longer than a second.
 
@@ -73,10 +78,14 @@ def convert(
         opened = Opened(synthetic_from_spec(source), (), ())
     else:
         opened = open_checkpoint(source, regression=regression)
+    read = list(opened.files)
+    if adapter is not None:
+        opened = replace(opened, checkpoint=merged(opened.checkpoint, read_adapter(adapter), os.fspath(source)))
+        read += [adapter_file(adapter) or adapter]
     if layers is not None:
         opened = replace(opened, checkpoint=opened.checkpoint.first_layers(layers))
     path = output_path(output, opened.checkpoint, dtype)
-    for file in opened.files:
+    for file in read:
         if same_file(file, path):
             raise InvalidOption(f"{path} is the source itself: choose another output")
     with progress_bar(path, progress) as advance:

@@ -14,12 +14,12 @@ from importlib import import_module
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
-from ..errors import CheckpointError, WeightsNotFound
+from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from ..files import atomic_write
 from .cache import RemoteModel, cached, is_commit
 from .canonical import check_dtype, load_canonical, save_canonical
 from .conversion import output_path, progress_bar, with_provenance
-from .hugging_face import WEIGHT_FILES, weight_files, weight_map
+from .hugging_face import WEIGHT_FILES, adapter_file, weight_files, weight_map
 from .load import open_checkpoint
 from .official import check_download, hub_folder, is_whole, snapshot_folder
 
@@ -61,7 +61,7 @@ def fetch(
     Returns
     -------
     Path
-        The canonical file.
+        The canonical file; of an adapter, the folder as it was downloaded.
 
     Raises
     ------
@@ -78,6 +78,11 @@ def fetch(
     snapshot = _downloaded(model) or _download(model, progress)
     _verify(model, snapshot)
     commit = snapshot.name
+    if adapter_file(snapshot) is not None:  # small, and its base is a model of its own
+        if output is not None:
+            raise InvalidOption(f"{name} is an adapter: `numpyesm convert BASE --adapter {name} -o FILE` merges it")
+        model.remember(commit)
+        return snapshot
     if output is None:
         path = model.cache_path(commit, dtype)
         if path.is_file() and _opens(path):  # of a branch that points to a known commit
@@ -160,8 +165,11 @@ def _wanted(model: RemoteModel, names: list[str]) -> list[str]:
     """What is needed of the files in a repository; the weights, or the index of their shards, come last."""
     weights = next((name for name in WEIGHT_FILES if name in names), None)
     adapter = [name for name in names if name == "adapter_config.json"]
+    alone = [name for name in names if name in ("adapter_model.safetensors", "adapter_model.bin")]
+    if adapter and alone and weights is None:
+        return [*(name for name in ("config.json",) if name in names), *adapter, max(alone)]
     if adapter and weights is None:
-        raise CheckpointError(f"{model.repository} is a PEFT adapter, not a whole model")
+        raise CheckpointError(f"{model.repository} is a PEFT adapter without adapter_model.safetensors")
     if weights is None or "config.json" not in names:
         missing = "config.json" if weights else " or ".join(WEIGHT_FILES[::2])
         raise CheckpointError(f"{model.repository} on the Hub has no {missing}")
@@ -173,7 +181,8 @@ def _verify(model: RemoteModel, snapshot: Path) -> None:
     try:
         check_download(snapshot)
     except CheckpointError as error:
-        for file in weight_files(snapshot):
+        adapter = adapter_file(snapshot)
+        for file in [adapter] if adapter else weight_files(snapshot):
             for path in (Path(os.path.realpath(file)), file):
                 path.unlink(missing_ok=True)
         raise CheckpointError(

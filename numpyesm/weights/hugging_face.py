@@ -78,6 +78,14 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def adapter_file(folder: Path) -> Path | None:
+    """The weights of an adapter that stands alone, its base elsewhere; None if the folder is something else."""
+    if not (folder / "adapter_config.json").is_file() or weight_files(folder):
+        return None
+    files = (folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin"))
+    return next((file for file in files if file.is_file()), None)
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Which file of a sharded checkpoint each tensor is in."""
     content = read_json(index)

@@ -111,7 +111,7 @@ def open_checkpoint(
         files = weight_files(place) if place.is_dir() else [place]
     beside = [place / "config.json"] if place.is_dir() else []
     checksums = verify_files([*files, *beside]) if verify else 0
-    contents = [_read(file) for file in files]
+    contents = [read_weights(file) for file in files]
     content, metadata = contents[0]
     if is_canonical(metadata):
         checkpoint = checkpoint_from(content, metadata, files[0])
@@ -165,7 +165,7 @@ def _in_folder(folder: Path) -> Path:
     raise WeightsNotFound(f"the folder {folder} holds no weights (*{', *'.join(WEIGHT_SUFFIXES)})")
 
 
-def _read(path: Path) -> tuple[Any, dict[str, str]]:
+def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
     """Read a weights file of any format: its object, and its metadata if it has any."""
     head = _head(path)
     try:
@@ -216,7 +216,7 @@ def _convert(
         if value != getattr(shape, field):
             raise CheckpointError(f"{origin} has {field}={getattr(shape, field)}, its configuration says {value}")
     if beside:
-        found = fair_esm.regression_of(_read(chosen)[0], chosen, shape)
+        found = fair_esm.regression_of(read_weights(chosen)[0], chosen, shape)
         model = replace(model, tensors=model.tensors | found)
     assembled = assemble(model, shape, origin)
     checkpoint = Checkpoint(shape, assembled.tensors, source=source_name(place), precision=assembled.precision)

@@ -8,19 +8,25 @@ error, never passed over. Synthetic weights are not taken for a published model,
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from .cache import cache_dir, cached, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
+from .hugging_face import adapter_file, weight_files
 from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
 from .official import check_official, hub_snapshot, official_files
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 
 _VARIABLE = "NUMPYESM_WEIGHTS"
+# Bases of adapters that some model uses.
+_bases: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
+_lock = threading.Lock()
 
 
 def open_weights(
@@ -28,6 +34,7 @@ def open_weights(
     *,
     allow_download: bool = True,
     regression: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Load the weights that `spec` names, wherever they are.
@@ -40,6 +47,8 @@ def open_weights(
         Whether to ask the Hub for what is not on this machine.
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
+    adapter : str or path, optional
+        A folder of peft or a Hub id, to be merged in.
     progress : bool
         Show a progress bar while downloading.
 
@@ -48,19 +57,52 @@ def open_weights(
     WeightsNotFound, CheckpointError, InvalidOption
         One sentence each; WeightsNotFound says what to do.
     """
-    return load_found(spec, resolve(spec, allow_download=allow_download, progress=progress), regression=regression)
+    found = resolve(spec, allow_download=allow_download, progress=progress)
+    place = None if adapter is None else Path(resolve(adapter, allow_download=allow_download, progress=progress))
+    return load_found(spec, found, regression=regression, adapter=place)
 
 
 def load_found(
-    spec: str | os.PathLike[str], found: Path | str, *, regression: str | os.PathLike[str] | None = None
+    spec: str | os.PathLike[str],
+    found: Path | str,
+    *,
+    regression: str | os.PathLike[str] | None = None,
+    adapter: Path | None = None,
 ) -> Checkpoint:
-    """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names."""
+    """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names.
+
+    An adapter is merged into what is found; one that is found itself, into the base that it names.
+    """
+    if isinstance(found, Path) and adapter_file(found) is not None:
+        if adapter is not None:
+            raise InvalidOption(f"{found} is an adapter, on which {adapter} cannot be put: name a base")
+        from .adapter import base_of
+
+        base = base_of(found)
+        return load_found(base, resolve(base), adapter=found)
+    if adapter is not None:
+        from .adapter import merged, read_adapter  # not for canonical files
+
+        return merged(_shared_base(spec, found, regression), read_adapter(adapter), os.fspath(spec))
     name = preset_name(spec) if isinstance(spec, str) else None
     if isinstance(found, Path):
         check_official(found)
     checkpoint = load_checkpoint(found, regression=regression)
     if name is not None:
         _check_model(checkpoint.config, name, found)
+    return checkpoint
+
+
+def _shared_base(
+    spec: str | os.PathLike[str], found: Path | str, regression: str | os.PathLike[str] | None
+) -> Checkpoint:
+    """Load a base of adapters once for all models of this process that are made from it."""
+    times = [file.stat().st_mtime_ns for file in weight_files(found) or [found]] if isinstance(found, Path) else []
+    key = (os.fspath(spec), str(found), None if regression is None else os.fspath(regression), *times)
+    with _lock:
+        checkpoint = _bases.get(key)
+        if checkpoint is None:
+            checkpoint = _bases[key] = load_found(spec, found, regression=regression)
     return checkpoint
 
 

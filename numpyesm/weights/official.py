@@ -15,7 +15,7 @@ from ..config import OFFICIAL_NAMES
 from ..errors import CheckpointError
 from ..files import file_sha256
 from .cache import PINNED_COMMITS
-from .hugging_face import weight_files
+from .hugging_face import adapter_file, weight_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Of fair-esm's files and of the Hub's; those of the other models were not to be had when this was written.
@@ -64,7 +64,8 @@ def snapshot_folder(repository: str, commit: str) -> Path:
 def is_whole(snapshot: Path) -> bool:
     """Whether all files are there, not only the tokenizer or some of the shards."""
     try:
-        return (snapshot / "config.json").is_file() and bool(weight_files(snapshot))
+        whole = (snapshot / "config.json").is_file() and bool(weight_files(snapshot))
+        return whole or adapter_file(snapshot) is not None
     except CheckpointError:
         return False
 
@@ -92,7 +93,8 @@ def check_official(place: Path) -> None:
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
         warnings.warn(f"{place} has another SHA-256 than the published file of this name", stacklevel=4)
-    for file in weight_files(place) if place.is_dir() else [place]:
+    adapter = adapter_file(place) if place.is_dir() else None
+    for file in [adapter] if adapter else weight_files(place) if place.is_dir() else [place]:
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:
             raise CheckpointError(f"{file} is corrupted: it has another checksum than its name in the cache states")

@@ -1,0 +1,331 @@
+"""LoRA adapters of peft, merged into their base: only the matrices that they touch are made anew.
+
+A module `m` with weight W (out, in) becomes W + s·B·A with A (r, in), B (out, r) and s = alpha / r or, for rsLoRA,
+alpha / √r. Modules that were trained whole (`modules_to_save`, biases) replace those of the base.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import PRESETS, Classifier, ModelConfig, preset_name
+from ..errors import CheckpointError
+from ..printable import quoted
+from .assemble import is_finite
+from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
+from .hugging_face import NAMING, adapter_file, classifier_of, read_config
+from .load import read_weights
+from .recognise import Model, named_tensors
+from .tensor import STORAGE_DTYPES, DeferredTensor, StoredTensor
+
+Array = npt.NDArray[Any]
+
+_KINDS = {"IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning"}
+# Variants of LoRA that compute something else, by the keys of adapter_config.json that ask for them.
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "LoRA with replicated layers",
+    "target_parameters": "LoRA of bare parameters",
+    "trainable_token_indices": "LoRA with trained tokens",
+}
+# Ways to begin that change the base as well, unless peft converted the adapter when it was saved.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TASKS = {"SEQ_CLS": "EsmForSequenceClassification", "TOKEN_CLS": "EsmForTokenClassification"}
+_LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
+# What peft puts into names: around everything, around a bias that it trained, around a module that it trained whole.
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save(\.default)?(?=\.|$)")
+_POOLER = "pooler."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder of peft holds.
+
+    Attributes
+    ----------
+    origin : str
+        The folder.
+    base : str or None
+        What its configuration names as its base.
+    config : dict
+    tensors : dict of str to StoredTensor
+    """
+
+    origin: str
+    base: str | None
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+@dataclass
+class _Change:
+    """What becomes of one linear map or norm of the base; arrays are as peft has them, matrices (out, in)."""
+
+    low_rank: dict[str, Array] = field(default_factory=dict)  # "A" (r, in), "B" (out, r), "bias" (out,)
+    whole: dict[str, Array] = field(default_factory=dict)  # "weight", "bias"
+    scale: float = 1.0
+
+    def touches(self, kind: str) -> bool:
+        """Whether it changes the weight, or the bias."""
+        return kind in self.whole or ("A" if kind == "weight" else "bias") in self.low_rank
+
+    def fits(self, kind: str, shape: tuple[int, ...]) -> bool:
+        """Whether it can be applied to an array of the canonical shape."""
+        sizes = [self.whole[kind].T.shape] if kind in self.whole else []
+        if kind == "bias" and "bias" in self.low_rank:
+            sizes.append(self.low_rank["bias"].shape)
+        elif kind == "weight" and self.low_rank:
+            a, b = self.low_rank["A"], self.low_rank["B"]
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                return False
+            sizes.append((a.shape[1], b.shape[0]))
+        return all(size == shape or (len(shape) == 1 and size == (*shape, 1)) for size in sizes)
+
+    def apply(self, kind: str, values: Array) -> None:
+        """Change an array of the base in place."""
+        if kind in self.whole:
+            values[...] = self.whole[kind].T.reshape(values.shape)
+        if kind == "bias" and "bias" in self.low_rank:
+            values += self.scale * self.low_rank["bias"]
+        elif kind == "weight" and self.low_rank:
+            values += (self.scale * (self.low_rank["A"].T @ self.low_rank["B"].T)).reshape(values.shape)
+
+
+def base_of(folder: Path) -> str:
+    """What an adapter names as its base."""
+    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder} is an adapter that does not name its base: name both (adapter=…)")
+    return base
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a folder of peft.
+
+    Raises
+    ------
+    CheckpointError
+        It is none, or of a kind that is not merged here, which the message names.
+    """
+    file = adapter_file(folder)
+    if file is None:
+        raise CheckpointError(f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
+    config = read_config(folder / "adapter_config.json")
+    kind = str(config.get("peft_type"))
+    refused = None if kind == "LORA" else _KINDS.get(kind, kind[:40])
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        refused = f"LoRA begun as {start[:40]}, which changes its base"
+    refused = next((name for key, name in _VARIANTS.items() if config.get(key)), refused)
+    if refused:
+        raise CheckpointError(f"{folder} is an adapter of {refused}; numpyesm merges LoRA and rsLoRA")
+    base = config.get("base_model_name_or_path")
+    tensors = named_tensors(read_weights(file)[0], str(file))
+    return Adapter(str(folder), base if isinstance(base, str) and base else None, config, tensors)
+
+
+def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoint:
+    """Return the base with an adapter merged in; what the adapter does not touch is shared.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    adapter : Adapter
+    name : str, optional
+        What the user calls the base.
+
+    Raises
+    ------
+    CheckpointError
+        The adapter is for another base, touches what ESM-2 lacks, or is damaged.
+    """
+    base = name or checkpoint.source
+    _check_base(checkpoint, adapter, base)
+    if checkpoint.precision == "int8":
+        raise CheckpointError(
+            f"{base} is stored as int8: merge {adapter.origin} before rounding (convert --dtype int8)"
+        )
+    changes = _changes(adapter)
+    classifier, head = _classifier(checkpoint, adapter, changes)
+    config = replace(checkpoint.config, classifier=classifier)
+    places = _places(config)
+    tensors = {n: t for n, t in checkpoint.tensors.items() if head is None or not n.startswith(CLASSIFIER)}
+    tensors |= head or {}
+    for module, change in changes.items():
+        if module not in places and module.startswith(NAMING.layers):
+            raise CheckpointError(f"{_another_base(adapter, base)}, which has no {quoted(module)}")
+        if module not in places:
+            raise CheckpointError(
+                f"{adapter.origin} adapts {quoted(module)}, which is not a linear map or norm of ESM-2"
+            )
+        ours, part = places[module]
+        if ours == "contact_head" and not checkpoint.has_contact_head:
+            continue
+        for kind in filter(change.touches, ("weight", "bias")):
+            target = f"{ours}.{kind}"
+            if target not in tensors:
+                raise CheckpointError(f"{adapter.origin} adapts {quoted(module)}, which {base} does not have")
+            width = config.embed_dim
+            columns = slice(None) if part is None else slice(part * width, (part + 1) * width)
+            shape = tensors[target].shape if part is None else (*tensors[target].shape[:-1], width)
+            if not change.fits(kind, shape):
+                raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has another size")
+            tensors[target] = _changed(tensors[target], kind, columns, change)
+    source = f"{checkpoint.source} + {Path(adapter.origin).name}"
+    return replace(
+        checkpoint, config=config, tensors=tensors, source=source, source_sha256="", metadata={}, base=checkpoint
+    )
+
+
+def _check_base(checkpoint: Checkpoint, adapter: Adapter, base: str) -> None:
+    preset = preset_name(adapter.base) if adapter.base else None
+    if preset is not None and PRESETS[preset] != checkpoint.config:
+        raise _another_base(adapter, base)
+
+
+def _another_base(adapter: Adapter, base: str) -> CheckpointError:
+    return CheckpointError(f"{adapter.origin} is an adapter for {adapter.base or 'another base'}, not for {base}")
+
+
+def _changes(adapter: Adapter) -> dict[str, _Change]:
+    """The tensors of an adapter by the module of transformers that they change."""
+    changes: dict[str, _Change] = {}
+    for name, tensor in adapter.tensors.items():
+        if ".original_module." in name:
+            continue  # what a module was before it was trained
+        array = _array(name, tensor, adapter.origin)
+        if low := _LORA.fullmatch(name):
+            change = changes.setdefault(_module(low[1]), _Change())
+            change.low_rank["bias" if low[3] == "bias" else low[2]] = array
+        elif "lora_" in name or not name.endswith((".weight", ".bias")):
+            raise CheckpointError(
+                f"{adapter.origin} has tensor {quoted(name)}, which is no part of LoRA of a linear map"
+            )
+        else:
+            module, _, kind = name.rpartition(".")
+            changes.setdefault(_module(module), _Change()).whole[kind] = array
+    for module, change in changes.items():
+        low_rank = change.low_rank
+        if low_rank and not {"A", "B"} <= low_rank.keys():
+            missing = "lora_A" if "A" not in low_rank else "lora_B"
+            raise CheckpointError(f"{adapter.origin} is incomplete: {missing} of {quoted(module)} is missing")
+        if low_rank:
+            change.scale = _scale(adapter, module, low_rank["A"])
+    return {module: change for module, change in changes.items() if not module.startswith(_POOLER)}
+
+
+def _module(name: str) -> str:
+    """A module's name without what peft and transformers' heads put around it."""
+    return _WRAPPERS.sub("", name).removeprefix("esm.")
+
+
+def _array(name: str, tensor: StoredTensor, origin: str) -> Array:
+    if tensor.dtype not in STORAGE_DTYPES or not is_finite(tensor):
+        raise CheckpointError(f"{origin} has tensor {quoted(name)} that is not made of finite floats")
+    return tensor.astype(np.float64)
+
+
+def _scale(adapter: Adapter, module: str, a: Array) -> float:
+    """alpha / r, or alpha / √r of rsLoRA."""
+    alpha, patterns = adapter.config.get("lora_alpha"), adapter.config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        plain = pattern.removeprefix("^")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise CheckpointError(f"{adapter.origin}: alpha_pattern has {quoted(pattern)}, expected names of modules")
+        if f".{module}".endswith(f".{plain}"):
+            alpha = value
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{adapter.origin} does not give lora_alpha as a number")
+    rank = a.shape[0] if a.ndim else 0
+    return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank) if rank else 0.0
+
+
+def _places(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Canonical name of each linear map and norm by transformers' name; which third, if it is a part of `qkv`."""
+    places: dict[str, tuple[str, int | None]] = {
+        NAMING.final_norm: ("final_norm", None),
+        "lm_head.dense": ("lm_head.dense", None),
+        NAMING.lm_norm: ("lm_head.norm", None),
+        "contact_head.regression": ("contact_head", None),
+    }
+    if config.classifier is not None:
+        token = config.classifier.head == "token"
+        places |= (
+            {"classifier": ("classifier.out_proj", None)}
+            if token
+            else {f"classifier.{part}": (f"classifier.{part}", None) for part in ("dense", "out_proj")}
+        )
+    for index in range(config.num_layers):
+        theirs, ours = NAMING.layer(index), f"layers.{index}."
+        for part, name in enumerate((NAMING.query, NAMING.key, NAMING.value)):
+            places[theirs + name] = (ours + "qkv", part)
+        for name in ("attention_norm", "out_proj", "ffn_norm", "fc1", "fc2"):
+            places[theirs + getattr(NAMING, name)] = (ours + name, None)
+    return places
+
+
+def _changed(tensor: StoredTensor, kind: str, columns: slice, change: _Change) -> StoredTensor:
+    """A tensor of the base with a change; a matrix is made when its numbers are asked for."""
+
+    def build() -> Array:
+        values = np.array(tensor.astype(np.float64))
+        change.apply(kind, values[..., columns])
+        return values.astype(np.float32)
+
+    return DeferredTensor(tensor.shape, "F32", build, [tensor]) if len(tensor.shape) == 2 else StoredTensor(build())
+
+
+def _classifier(
+    checkpoint: Checkpoint, adapter: Adapter, changes: dict[str, _Change]
+) -> tuple[Classifier | None, dict[str, StoredTensor] | None]:
+    """The classification head of the merged model, and its tensors if the adapter brings the whole head.
+
+    The labels are those of a config.json beside the adapter or, if the head has the same size, of the base.
+    """
+    found = {
+        f"{module}.{kind}": StoredTensor(array.astype(np.float32))
+        for module, change in changes.items()
+        if module == CLASSIFIER[:-1] or module.startswith(CLASSIFIER)
+        for kind, array in change.whole.items()
+    }
+    theirs = checkpoint.config.classifier
+    if f"{CLASSIFIER}weight" not in found and f"{CLASSIFIER}out_proj.weight" not in found:
+        return theirs, None
+    beside = Path(adapter.origin, "config.json")
+    config = read_config(beside) if beside.is_file() else {}
+    mapping = adapter.config.get("auto_mapping")
+    stated = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    architecture = _TASKS.get(str(adapter.config.get("task_type")), stated)
+    config = {key: config.get(key) for key in ("id2label", "problem_type")} | {"architectures": [architecture]}
+    ours = classifier_of(Model(NAMING, found, ()), config, adapter.origin)
+    if ours is None:
+        raise CheckpointError(f"{adapter.origin} brings a classifier, and does not say of which class of transformers")
+    if theirs is not None and theirs.head == ours.head and len(theirs.labels) == len(ours.labels):
+        ours = replace(
+            theirs,
+            labels=ours.labels if config["id2label"] else theirs.labels,
+            problem_type=ours.problem_type if config["problem_type"] else theirs.problem_type,
+        )
+    zeros = {n: StoredTensor(np.zeros(s, np.float32)) for n, s in _head_shapes(checkpoint.config, ours).items()}
+    return ours, zeros
+
+
+def _head_shapes(config: ModelConfig, classifier: Classifier) -> dict[str, tuple[int, ...]]:
+    shapes = canonical_shapes(replace(config, classifier=classifier))
+    return {name: shape for name, shape in shapes.items() if name.startswith(CLASSIFIER)}

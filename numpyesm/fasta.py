@@ -66,10 +66,10 @@ _TITLE = re.compile(
 )
 _MISSING = frozenset({"nan", "NaN", "none", "None", "null", "Null", "NULL", "N/A", "n/a", "#N/A"})
 _ACCESSION = re.compile(r"(?:gi\|\d+\|)?(?:sp|tr|ref|gb|emb|dbj|lcl|pir|prf)\|([^|\s]+)")
-# How records may be called, see `record_name`.
+# How records may be named, see `record_name`.
 IDS = ("first-word", "accession")
 _TOO_LONG = f"more than {MAX_LETTERS} letters, not read to the end"
-_EXPECTED = "expected FASTA (>name, and the sequence below it) or one sequence a line"
+_EXPECTED = "expected FASTA (>name, and the sequence below it) or one sequence per line"
 
 
 class Record(NamedTuple):
@@ -81,12 +81,12 @@ class Record(NamedTuple):
 
 
 def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Record]:
-    """Records of a file, or of an open binary stream, one at a time.
+    """Yield the records of a file, or of an open binary stream.
 
     The file may be compressed (gzip, bzip2, xz, a zip archive of one file) and in UTF-8, UTF-16 or Latin-1, in any
-    locale. Lower case is raised (`<mask>` is kept); blanks between blocks of residues, one trailing `*` a record,
-    comment lines (`;`) and grep's separators (`--`) are dropped. A record without a name is called `sequence_N` by its
-    place. Letters are not checked here: the model's error names item and position.
+    locale. Lower case becomes upper case (`<mask>` is kept); blanks between blocks of residues, one trailing `*` per
+    record, comment lines (`;`) and grep's separators (`--`) are dropped. A record without a name is called `sequence_N`
+    after its place. Letters are not checked here: the model's error names item and position.
 
     Without any header each line is a sequence; lines of one width, the last one shorter, are one wrapped sequence.
 
@@ -107,7 +107,7 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
     Warns
     -----
     InputWarning
-        Lines that were dropped or joined; once a file.
+        Lines that were dropped or joined; once per file.
     """
     record = None
     for record in _sound(read_drafts(source, strict=True), _name_of(source), first):
@@ -127,7 +127,7 @@ def scan_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[tup
 
 
 def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
-    """Records of a file, unpacked and decoded as in `read_fasta`, as they stand in it.
+    """Yield the records of a file as they are written there, unpacked and decoded as in `read_fasta`.
 
     `verbatim` is for fair-esm's readers: every record has a header, and lower case may mean insertions (A3M).
     """
@@ -154,30 +154,30 @@ def _sound(drafts: Iterable[Draft], name: str, first: int = 1) -> Iterator[Recor
 
 
 def clean_sequence(text: str) -> str:
-    """Upper case (`<mask>` kept), without blanks and without one trailing `*`."""
+    """Return the text in upper case (`<mask>` kept), without blanks and without one trailing `*`."""
     residues = "".join(text.split()).removesuffix("*")
     residues = residues.upper() if residues.isascii() else residues.translate(_UPPER)
     return residues.replace("<MASK>", "<mask>")
 
 
 def nameless(place: int) -> str:
-    """What a record without a name is called everywhere: `sequence_3` for the third."""
+    """Name a record that has no name: `sequence_3` for the third."""
     return f"sequence_{place}"
 
 
 def record_name(first_word: str, ids: str) -> str:
-    """The id of a record: of `sp|P12345|NAME_HUMAN` the whole, or with `ids="accession"` `P12345`."""
+    """Return the id of a record: `sp|P12345|NAME_HUMAN` as it is, or, with `ids="accession"`, `P12345`."""
     return accession(first_word) if ids == "accession" else first_word
 
 
 def accession(name: str) -> str:
-    """The accession in a name such as UniProt's `sp|P12345|AATM_RABIT`; other names as they are."""
+    """Return the accession in a name such as UniProt's `sp|P12345|AATM_RABIT`; other names as they are."""
     match = _ACCESSION.match(name)
     return match[1] if match else name
 
 
 class _Source:
-    """The text that is read: its name, whether a record of too many letters ends the reading, what has been told."""
+    """The text that is read: its name, whether a record of too many letters is an error, and which warnings it gave."""
 
     def __init__(self, name: str, strict: bool) -> None:
         self.name = name
@@ -185,17 +185,17 @@ class _Source:
         self._told: set[str] = set()
 
     def error(self, number: int, what: str) -> InvalidSequence:
-        """The error that names file and line."""
+        """Return an error that names file and line."""
         return InvalidSequence(f"{self.name}, line {number}: {what}")
 
     def tell(self, what: str, number: int) -> None:
-        """Warn once for each kind."""
+        """Warn, once for each kind."""
         if what not in self._told:
             warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
         self._told.add(what)
 
     def is_comment(self, number: int, text: str) -> bool:
-        """Whether a line is dropped: a comment, or the `--` that `grep -A` puts between groups, which is told."""
+        """Whether a line is dropped: a comment or, with a warning, the `--` that `grep -A` puts between groups."""
         if text == "--":
             self.tell("lines of -- (grep's separator) are left out, the first in", number)
             return True
@@ -204,7 +204,7 @@ class _Source:
 
 @dataclass
 class Draft:
-    """A record as it stands in the file.
+    """A record as it is written in the file.
 
     Attributes
     ----------
@@ -226,7 +226,7 @@ class Draft:
     letters: int = 0
 
     def add(self, text: str) -> None:
-        """Take in one more line of sequence."""
+        """Append a line of sequence."""
         if self.letters >= _TOO_MANY:
             return
         if len(self.parts) == 1000:  # a record of a million lines costs no more than its letters
@@ -240,7 +240,7 @@ class Draft:
             self.letters = len(self.parts[0])
 
     def add_checked(self, number: int, text: str, headed: bool) -> None:
-        """Take in one more line, if it is one of sequence."""
+        """Append a line if it is sequence; else note the problem."""
         unlike = _unlike_sequence(text, headed)
         if unlike is None:
             self.add(text)
@@ -248,13 +248,13 @@ class Draft:
             self.problem = self.problem or (number, unlike)
 
     def text(self) -> str:
-        """The sequence as it stands, case and all; InvalidSequence with file and line if a line is none."""
+        """Return the sequence as written; InvalidSequence, with file and line, if one of its lines is no sequence."""
         if self.problem is not None:
             raise self.source.error(*self.problem)
         return "".join(self.parts)
 
     def finish(self, place: int) -> tuple[Record, str | None]:
-        """The record, and line and reason if it is no sequence."""
+        """Return the record and, if it is no sequence, line and reason."""
         sequence = clean_sequence("".join(self.parts))
         words = self.header.split(maxsplit=1)
         record = Record(words[0] if words else nameless(place), self.header.strip(), sequence)
@@ -275,7 +275,7 @@ class Draft:
 
 
 def split_records(lines: Iterable[str], name: str, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
-    """Records as they stand; of a text without headers, single lines or wrapped sequences.
+    """Split lines into records; without headers, each line or each wrapped sequence is one.
 
     With `verbatim`, text without headers is refused, and A3M is not.
 
@@ -317,14 +317,14 @@ def _headed(
 
 
 class _InsertionsInLowerCase:
-    """Tells A3M and A2M: without insertions (in lower case, or `.`), every record is as long as the first."""
+    """Recognises A3M and A2M: without insertions (lower case or `.`), every record is as long as the first."""
 
     def __init__(self, refuse: bool) -> None:
         self._columns: int | None = None
         self._aligned = refuse
 
     def check(self, draft: Draft) -> None:
-        """Look at one more record; InvalidSequence at the first that has insertions."""
+        """Look at a record; InvalidSequence at the first that has insertions."""
         if not self._aligned:
             return
         text = "".join(draft.parts)
@@ -343,13 +343,13 @@ class _InsertionsInLowerCase:
 
 
 def _headerless(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
-    """Each paragraph is one wrapped sequence or one sequence a line."""
+    """Read each paragraph as one wrapped sequence, or as one sequence per line."""
     first: tuple[int, str] | None = (number, text)
     group = _Paragraph(source)
     yield from group.add(number, text)
     for number, text in rest:
         if text.startswith(">"):
-            raise source.error(number, "a FASTA header behind lines that belong to no record")
+            raise source.error(number, "a FASTA header after lines that belong to no record")
         if not text or source.is_comment(number, text):
             yield from group.end()
             continue
@@ -361,7 +361,7 @@ def _headerless(number: int, text: str, rest: Iterator[tuple[int, str]], source:
 
 
 class _Paragraph:
-    """Headerless lines up to a blank one, held back as long as they may be one wrapped sequence."""
+    """Headerless lines up to a blank line, held back as long as they may be one wrapped sequence."""
 
     def __init__(self, source: _Source) -> None:
         self._source = source
@@ -370,7 +370,7 @@ class _Paragraph:
         self._one_a_line = False
 
     def add(self, number: int, text: str) -> Iterator[Draft]:
-        """Take in a line; yield the sequences that are known now."""
+        """Append a line; yield the sequences that are complete now."""
         self._lines.append((number, text))
         self._letters += len(text)
         widths = [len(self._lines[0][1]), *(len(text) for _, text in self._lines[-2:-1])]
@@ -379,7 +379,7 @@ class _Paragraph:
             yield from self._singly()
 
     def end(self) -> Iterator[Draft]:
-        """Yield what is held back."""
+        """Yield the lines that were held back."""
         if not self._is_wrapped([len(text) for _, text in self._lines]):
             yield from self._singly()
         else:
@@ -418,12 +418,12 @@ def _check_format(number: int, text: str, source: _Source) -> None:
 
 
 def _unlike_sequence(text: str, headed: bool = True) -> str | None:
-    """Why a line is no sequence, whatever its letters; None if it may be one."""
+    """Say why a line is no sequence, whatever its letters; None if it may be one."""
     if text.isalpha():
         return None
     for separator, called in (("\t", "tabs"), (",", "commas"), (";", "semicolons")):
         if separator in text and not (headed and separator == "\t"):
-            return f"this is a table (columns parted by {called})"
+            return f"this is a table (columns separated by {called})"
     blocks = _MASK.sub("X", text).split()
     if len(blocks) == 1 or any(block.isdigit() for block in blocks):  # position numbers: the letters' error says so
         return None
@@ -441,7 +441,7 @@ def _name_of(source: str | Path | BinaryIO) -> str:
 
 
 def _lines(text: io.TextIOWrapper, name: str, strict: bool) -> Iterator[str]:
-    """Lines of text, none of them without end: a small gzip file may hold a line of gigabytes."""
+    """Yield lines of bounded length: a small gzip file may hold a line of gigabytes."""
     number = 0
     while line := text.readline(MAX_LETTERS + 1):
         number += 1

@@ -23,20 +23,14 @@ def test_vocabulary_is_fair_esms() -> None:
     assert "".join(AMINO_ACIDS) == "LAGVSERTIDPKQNFYMHWC"
 
 
-def test_tokens_of_all_letters() -> None:
-    ids = tokenize(["ACDEFGHIKLMNPQRSTVWYBXZUO-"])[0]
-    assert [TOKENS[i] for i in ids] == ["<cls>", *"ACDEFGHIKLMNPQRSTVWYBXZUO-", "<eos>"]
-
-
-def test_mask_is_one_residue() -> None:
-    assert [TOKENS[i] for i in tokenize(["M<mask>U"], masks=True)[0]] == ["<cls>", "M", "<mask>", "U", "<eos>"]
+def test_tokens() -> None:
+    for text, masks in (("ACDEFGHIKLMNPQRSTVWYBXZUO-", False), ("M<mask><mask>U", True)):
+        (ids,) = tokenize([text], masks=masks)
+        assert [TOKENS[i] for i in ids] == ["<cls>", *residue_tokens(text), "<eos>"]
     assert residue_tokens("M<mask><mask>F") == ["M", "<mask>", "<mask>", "F"]
-
-
-@pytest.mark.parametrize("length", [1, 2048])
-def test_allowed_lengths(length: int) -> None:
-    assert len(tokenize(["A" * length])[0]) == length + 2
-    assert len(tokenize(["<mask>" * length], masks=True)[0]) == length + 2
+    for length in (1, 2048):
+        assert len(tokenize(["A" * length])[0]) == length + 2
+        assert len(tokenize(["<mask>" * length], masks=True)[0]) == length + 2
 
 
 # sequence, position, character, part of the message
@@ -68,45 +62,41 @@ def test_bad_character_in_encode(sequence: str, position: int, character: str, m
 
 
 # What people write, and what the message says of it.
-HINTS = [
-    ("MK*T", "a stop codon"),
-    ("MK.T", "a stop codon or a gap"),
-    ("MKT10", "remove position numbers"),
-    ("MKJT", "leucine or isoleucine"),
-    ("MKT:MKT", "between chains"),
-    ("MKT|MKT", "between chains"),
-    ("MKT/MKT", "between chains"),
-    ("MK_T", "an unknown residue is X"),
-    ("MK?T", "an unknown residue is X"),
-    ("MK#T", "an unknown residue is X"),
-    ("MK[MASK]T", "an unknown residue is X"),
-    ("MK\u0410T", "U+0410, CYRILLIC CAPITAL LETTER A, which looks like A"),
-    ("MK\u039aT", "U+039A, GREEK CAPITAL LETTER KAPPA, which looks like K"),
-    ("MK\uff34T", "U+FF34, FULLWIDTH LATIN CAPITAL LETTER T, which looks like T"),
-    ("MK\u2013T", "U+2013, EN DASH, which looks like -"),
-    ("MK\u200bT", "U+200B"),
-]
+HINTS = {
+    "MK*T": "a stop codon",
+    "MK.T": "a stop codon or a gap",
+    "MKT10": "remove position numbers",
+    "MKJT": "leucine or isoleucine",
+    **dict.fromkeys(["MKT:MKT", "MKT|MKT", "MKT/MKT"], "between chains"),
+    **dict.fromkeys(["MK_T", "MK?T", "MK#T", "MK[MASK]T"], "an unknown residue is X"),
+    "MK\u0410T": "U+0410, CYRILLIC CAPITAL LETTER A, which looks like A",
+    "MK\u039aT": "U+039A, GREEK CAPITAL LETTER KAPPA, which looks like K",
+    "MK\uff34T": "U+FF34, FULLWIDTH LATIN CAPITAL LETTER T, which looks like T",
+    "MK\u2013T": "U+2013, EN DASH, which looks like -",
+    "MK\u200bT": "U+200B",
+}
 
 
-@pytest.mark.parametrize(("sequence", "hint"), HINTS)
-def test_hints_at_every_door(model: ESM2, tmp_path: Path, sequence: str, hint: str) -> None:
-    with pytest.raises(InvalidSequence) as caught:
-        tokenize([sequence])
-    assert hint in str(caught.value)
-    with pytest.raises(InvalidSequence) as caught:
-        model.score_mutations(sequence, ["M1A"])
-    assert hint in str(caught.value)
+@pytest.mark.parametrize("sequence", HINTS)
+def test_hints_at_every_door(model: ESM2, tmp_path: Path, sequence: str) -> None:
+    hint = HINTS[sequence]
     fasta = tmp_path / "x.fasta"
     fasta.write_text(f">a\n{sequence}\n>b\nMKT\n", encoding="utf-8")
+    doors: list[Any] = [
+        lambda: tokenize([sequence]),
+        lambda: model.score_mutations(sequence, ["M1A"]),
+        lambda: tokenize(record.sequence for record in read_records([sequence])),  # as on the command line
+        lambda: embed_fasta(fasta, tmp_path / "out", model, strict=True),
+    ]
+    for door in doors:
+        with pytest.raises(InvalidSequence) as caught:
+            door()
+        assert hint in str(caught.value)
     assert embed_fasta(fasta, tmp_path / "out", model).rejected == 1
     assert hint in (tmp_path / "out.rejected.tsv").read_text(encoding="utf-8")
-    with pytest.raises(InvalidSequence) as caught:
-        tokenize(record.sequence for record in read_records([sequence]))  # as on the command line
-    assert hint in str(caught.value)
     if "." not in sequence:  # tokens of fair-esm
-        alphabet = fair_esm.Alphabet.from_architecture("ESM-1b")
         with pytest.raises(InvalidSequence) as caught:
-            alphabet.get_batch_converter()([("a", sequence)])
+            fair_esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()([("a", sequence)])
         assert hint.replace("an unknown residue is X", "a mask is written <mask>") in str(caught.value)
 
 
@@ -160,9 +150,8 @@ def test_one_note_a_call_at_every_door(model: ESM2, tmp_path: Path) -> None:
         with pytest.warns(InputWarning) as told:
             door()
         assert {one.filename for one in told if one.category is InputWarning} == {__file__}
-    with pytest.warns(InputWarning, match="nucleotides"):
-        model.predict([DNA + "<mask>"])
     scores: list[Any] = [
+        lambda: model.predict([DNA + "<mask>"]),
         lambda: model.score_mutations(DNA, ["A1C"], "wt-marginals"),
         lambda: model.scan_mutations(DNA, "wt-marginals"),
     ]
@@ -177,12 +166,6 @@ def test_one_note_a_call_at_every_door(model: ESM2, tmp_path: Path) -> None:
             model.score_mutations(DNA, ["A1"])
 
 
-def test_bad_character_in_predict_counts_masks_as_one() -> None:
-    with pytest.raises(InvalidSequence, match="gaps") as caught:
-        tokenize(["M<mask><mask>-"], masks=True)
-    assert caught.value.position == 4
-
-
 @pytest.mark.parametrize(
     ("batch", "masks", "message"),
     [
@@ -193,6 +176,7 @@ def test_bad_character_in_predict_counts_masks_as_one() -> None:
         (["A" * 100_000], False, "100000"),
         (["<mask>" * 2049], True, "2049 residues, at most 2048"),
         (["MKT"], True, "no <mask>"),
+        (["M<mask><mask>-"], True, "'-' at position 4.*gaps"),
         ("MKT", False, "list of sequences"),
         (b"MKT", False, "list of sequences"),
         ([b"MKT"], False, "item 0.*expected a string, got bytes"),

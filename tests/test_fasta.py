@@ -162,13 +162,13 @@ OTHERS = {
     "HTML": "<!DOCTYPE html>",
     "HTML or XML": "<uniprot xmlns='x'>",
     "Git LFS": "version https://git-lfs.github.com/spec/v1\n",
-    "table .columns parted by tabs": "LYSC\tKVFGRC\n",
-    "table .columns parted by commas": "id,sequence\na,MKT\n",
+    "table .columns separated by tabs": "LYSC\tKVFGRC\n",
+    "table .columns separated by commas": "id,sequence\na,MKT\n",
     "'sequence' is a column's title": "sequence\nMKT\n",
     "'Heavy' is a column's title": "Heavy\nMKT\nMKA\n",
     "is text or a table": "Cow       MKTAYI\n",
     "line 2: 'Sequence unavailable' is text": ">a\nSequence unavailable\n",
-    "line 4: .* parted by commas": ">a\nMKT\n>b\nMKT,AYI\n",
+    "line 4: .* separated by commas": ">a\nMKT\n>b\nMKT,AYI\n",
 }
 
 
@@ -189,7 +189,7 @@ def test_what_is_no_fasta_is_named(said: str) -> None:
         (b">a\n*\n", "no sequence"),
         (b">a\nMK\n>b\n--.-\n", "no residue, only gaps .record 'b'"),
         (b">a\nNaN\n", "a missing value"),
-        (b"MK\n>b\nMK\n", "line 2: a FASTA header behind"),
+        (b"MK\n>b\nMK\n", "line 2: a FASTA header after"),
         (gzip.compress(PLAIN)[:-6], "the gzip data are damaged or cut short"),
         (gzip.compress(PLAIN) + b"x", "damaged"),
         (bz2.compress(PLAIN)[:-6], "the bzip2 data are damaged"),

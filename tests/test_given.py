@@ -74,9 +74,7 @@ def test_taken_for_what_it_is(name: str) -> None:
 def test_every_door_takes_it(model: ESM2, name: str) -> None:
     make, ids = TAKEN[name]
     for one, other in zip(model.encode(make()), model.encode(FEW), strict=True):
-        assert {k: v.tolist() for k, v in one.embeddings.items()} == {
-            k: v.tolist() for k, v in other.embeddings.items()
-        }
+        np.testing.assert_equal(one.embeddings, other.embeddings)
     np.testing.assert_array_equal(model.log_prob(make()), model.log_prob(FEW))
     found = list(model.embed_iter(make()))
     assert [(record.id, record.sequence) for record, _ in found] == [
@@ -94,18 +92,23 @@ def test_every_door_refuses_it(model: ESM2, name: str) -> None:
             call(given)
 
 
-def test_used_up(model: ESM2) -> None:
+def test_what_is_iterated_over(model: ESM2) -> None:
+    """Used up, with an error of their own, or endless; and a record, which is not a list of them."""
     sequences = (s for s in FEW)
     assert len(model.encode(sequences)) == 3
     with pytest.raises(InvalidSequence, match="a generator gives its items only once"):
         model.encode(sequences)
     with pytest.raises(InvalidSequence, match="got one Record"):
         model.embed_iter(Record("a", "a", "MKT"))  # type: ignore[arg-type]
-
-
-def test_errors_of_a_generator_are_its_own(model: ESM2) -> None:
     with pytest.raises(TypeError, match="unsupported"):
         model.encode(1 + s for s in FEW)  # type: ignore[operator]
+
+    def endless() -> Any:
+        yield "MKT"
+        pytest.fail("read ahead")
+
+    assert next(labelled(endless())) == (None, "MKT")
+    assert texts(iter(["MKT"])) == ["MKT"]
 
 
 def test_mutations(model: ESM2) -> None:
@@ -133,12 +136,3 @@ def test_scikit_learn_reads_a_generator_once() -> None:
     for given, said in REFUSED.values():
         with pytest.raises(InvalidSequence, match=said):
             embedder.fit(given)
-
-
-def test_nothing_is_read_ahead() -> None:
-    def endless() -> Any:
-        yield "MKT"
-        pytest.fail("read ahead")
-
-    assert next(labelled(endless())) == (None, "MKT")
-    assert texts(iter(["MKT"])) == ["MKT"]

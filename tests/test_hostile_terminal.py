@@ -8,10 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from numpyesm.cli import main
 from numpyesm.config import ModelConfig
 from numpyesm.printable import printable, quoted
 from numpyesm.weights import save_canonical
@@ -60,55 +60,46 @@ def test_closed_and_full_streams(redirection: str, said: str | None, code: int, 
 OURS = {"format": "numpyesm", "format_version": "2", "precision": "fp32"}
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        OURS | {"config": "\x1b[31m"},
-        OURS | {"config": "[" * 100_000},
-        OURS | {"config": "{}", "source": "\x9b2J"},
-        OURS | {"config": "\ud800"},
-        OURS | {"format_version": "\x1b]0;title\x07"},
-        OURS | {"precision": "\x1b[2J"},
-        {"format": 3},
-        [],
-    ],
-)
-@pytest.mark.parametrize("command", ["info", "verify"])
-def test_hostile_metadata_is_a_sentence(
-    metadata: object, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    header = json.dumps({"__metadata__": metadata, "a": tensor}).encode()
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    check_one_sentence(command, path, capsys)
+HOSTILE: list[Any] = [
+    OURS | {"config": "\x1b[31m"},
+    OURS | {"config": "[" * 100_000},
+    OURS | {"config": "{}", "source": "\x9b2J"},
+    OURS | {"config": "\ud800"},
+    OURS | {"format_version": "\x1b]0;title\x07"},
+    OURS | {"precision": "\x1b[2J"},
+    {"format": 3},
+    [],
+    # Keys of a state dict.
+    (1,),
+    (None, ("a",)),
+    ("\ud800",),
+    (3, b"x", "\udc00\x1b[2J"),
+    ("\x9b2J", ""),
+]
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [(1,), (None, ("a",)), ("\ud800",), (3, b"x", "\udc00\x1b[2J"), ("\x9b2J", "")],
-)
-@pytest.mark.parametrize("command", ["info", "verify"])
-def test_hostile_keys_of_a_state_dict_are_a_sentence(
-    keys: tuple[object, ...], command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "x.pt"
-    torch.save({"model": {key: torch.ones(2) for key in keys}}, path)
-    check_one_sentence(command, path, capsys)
+@pytest.mark.parametrize("content", HOSTILE)
+def test_hostile_weights_are_a_sentence(content: Any, run: Any) -> None:
+    if isinstance(content, tuple):
+        torch = pytest.importorskip("torch")
+        torch.save({"model": {key: torch.ones(2) for key in content}}, "x")
+    else:
+        tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+        header = json.dumps({"__metadata__": content, "a": tensor}).encode()
+        Path("x").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    path = "x.pt" if isinstance(content, tuple) else "x.safetensors"
+    Path("x").rename(path)
+    for command in ("info", "verify"):
+        code, out, err = run(command, "--weights", path)
+        assert code in (1, 2)
+        (error,) = filter(None, err.splitlines())
+        assert error.startswith("numpyesm: error: ")
+        assert path in error
+        assert printable(out.decode() + err) == out.decode() + err
 
 
-def test_info_shows_the_source_of_a_file_tamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_source_of_a_file_tamed(run: Any) -> None:
     checkpoint = random_checkpoint(ModelConfig(1, 40, 20, 160))
-    save_canonical(tmp_path / "x.safetensors", replace(checkpoint, source="from\x1b[2J\x9b", synthetic=False))
-    assert main(["info", "--weights", str(tmp_path / "x.safetensors")]) == 0
-    assert r"from\x1b[2J\x9b" in capsys.readouterr().out
-
-
-def check_one_sentence(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--weights", str(path)]) in (1, 2)
-    streams = capsys.readouterr()
-    (error,) = (line for line in streams.err.splitlines() if line)
-    assert error.startswith("numpyesm: error: ")
-    assert str(path) in error
-    assert printable(streams.out + streams.err) == streams.out + streams.err
+    save_canonical("x.safetensors", replace(checkpoint, source="from\x1b[2J\x9b", synthetic=False))
+    code, out, _ = run("info", "--weights", "x.safetensors")
+    assert (code, r"from\x1b[2J\x9b" in out.decode()) == (0, True)

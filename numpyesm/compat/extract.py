@@ -30,7 +30,7 @@ from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
 from .fair_esm.model import ESM2
 
-# What `--include` calls the outputs of each layer, and what they are called in a file.
+# Names of each layer's outputs: for `--include`, and in a file.
 _BY_LAYER = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
 _LONGEST_NAME = 255  # of a file, in bytes, on common file systems
 

@@ -34,14 +34,10 @@ def load_model_and_alphabet_local(model_location: str | os.PathLike[str], **opti
 
 
 load_model_and_alphabet_hub = load_model_and_alphabet
-esm2_t6_8M_UR50D = partial(load_model_and_alphabet, "esm2_t6_8M_UR50D")
-esm2_t12_35M_UR50D = partial(load_model_and_alphabet, "esm2_t12_35M_UR50D")
-esm2_t30_150M_UR50D = partial(load_model_and_alphabet, "esm2_t30_150M_UR50D")
-esm2_t33_650M_UR50D = partial(load_model_and_alphabet, "esm2_t33_650M_UR50D")
 
 
 def __getattr__(name: str) -> Any:
-    """Other models of fair-esm raise NotSupported when they are called, as code may name them without using them."""
+    """Return the loader of a fair-esm model; for a model that numpyesm lacks, calling it raises NotSupported."""
     if _FAIR_ESM_NAME.fullmatch(name):
         return partial(load_model_and_alphabet, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, named after records, told apart, hashed. Errors are OSErrors."""
+"""Files: write them whole or not at all, name them after records, identify and hash them. Errors are OSErrors."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def file_identity(file: _AnyPath | int) -> FileIdentity:
 
 
 class MappedFile(mmap.mmap):
-    """A file mapped read-only, with what tells whether it was overwritten in place since."""
+    """A file mapped read-only, which knows whether it has been overwritten in place since."""
 
     path: str
     identity: FileIdentity

@@ -8,11 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bulk_runs import LAST, assert_same, command, embed, environment, events, rows, small_weights, write_fasta
-from conftest import assert_close
+from conftest import Done, assert_close
 
 from numpyesm.cli.parser import build_parser
 
@@ -66,18 +67,15 @@ def test_every_line_is_json_for_schedulers(weights: Path, tmp_path: Path) -> Non
     assert len(rows(tmp_path / "out/a.parquet")) == 35
 
 
-def test_the_limit_of_memory_is_obeyed(weights: Path, tmp_path: Path) -> None:
-    source = write_fasta(tmp_path / "in.fasta", 3)
-    arguments = [source, "-o", tmp_path / "a.parquet", "--weights", weights, "--backend", "numpy", "--max-memory"]
-    for limit, said in (("20M", b"max_memory"), ("lots", b"max_memory")):
-        failed = embed(*arguments, limit)
-        assert failed.returncode != 0
-        assert said in failed.stderr, failed.stderr.decode()
+def test_the_limit_of_memory_is_obeyed(run: Callable[..., Done], tmp_path: Path) -> None:
+    write_fasta(tmp_path / "in.fasta", 3)
+    command = ("embed", "in.fasta", "-o", "a.parquet", "--overwrite", "--max-memory")
+    for limit, code in ((("20M",), 1), (("lots",), 2), (("2G", "--engine", "ray"), 2)):
+        failed = run(*command, *limit)
+        assert failed.code == code
+        assert re.search("max.memory", failed.err)
         assert not (tmp_path / "a.parquet").exists()
-    assert embed(*arguments, "2G").returncode == 0
-    refused = embed(*arguments, "2G", "--engine", "ray", "--overwrite")
-    assert refused.returncode == 2
-    assert b"--max-memory" in refused.stderr
+    assert run(*command, "9G").code == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
@@ -122,29 +120,23 @@ def test_a_bar_on_a_terminal(weights: Path, tmp_path: Path) -> None:
         (["in.fasta", "-o", "in.fasta/x.parquet"], 1, "in.fasta"),
     ],
 )
-def test_wrong_use(weights: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+def test_wrong_use(run: Callable[..., Done], tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     write_fasta(tmp_path / "in.fasta", 2)
-    done = embed(*arguments, *(["--weights", weights] if len(arguments) > 2 else []), cwd=tmp_path)
-    assert done.returncode == code, done.stderr.decode()
-    assert message in done.stderr.decode()
-    assert b"Traceback" not in done.stderr
+    done = run("embed", *arguments)
+    assert done.code == code, done.err
+    assert message in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
-def test_options_reach_the_output(weights: Path, tmp_path: Path) -> None:
-    source = write_fasta(tmp_path / "in.fasta", 5)
-    done = embed(
-        *(source, "-o", tmp_path / "all", "--weights", weights, "--layers", "0", "-1", "--dtype", "fp16"),
-        *("--include", "per_residue", "contacts", "--tokens-per-batch", "50", "--threads", "1"),
-    )
-    assert done.returncode == 0, done.stderr.decode()
+def test_options_reach_the_output(run: Callable[..., Done], tmp_path: Path) -> None:
+    write_fasta(tmp_path / "in.fasta", 5)
+    common = ("embed", "in.fasta", "--layers", "0", "-1", "--dtype", "fp16", "--tokens-per-batch")
+    done = run(*common, "50", "-o", "all", "--threads", "1", "--include", "per_residue", "contacts")
+    assert done.code == 0, done.err
     row = rows(tmp_path / "all")[0]
-    length = row["length"]
     assert {"per_token_0", f"per_token_{LAST}", "contacts"} < set(row)
-    assert row["contacts"].shape == (length, length)
-    assert row["contacts"].dtype == "float16"
-    embed(source, "-o", tmp_path / "again", "--weights", weights, "--layers", "0", "-1", "--dtype", "fp16",
-          "--include", "contacts", "per_token", "--tokens-per-batch", "5000")  # fmt: skip
+    assert (row["contacts"].shape, row["contacts"].dtype) == ((row["length"],) * 2, "float16")
+    assert run(*common, "5000", "-o", "again", "--include", "contacts", "per_token").code == 0
     assert_same(tmp_path / "all", tmp_path / "again", 1e-3)
 
 

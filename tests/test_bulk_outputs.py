@@ -267,7 +267,7 @@ def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path) ->
     again = run()
     assert again.already_complete
     assert (again.records, again.rejected, again.computed) == (1, 1, 0)
-    with pytest.raises(BulkError, match=r"of another run \(dtype \"fp32\" instead of \"fp16\"\)"):
+    with pytest.raises(BulkError, match=r"to another run \(dtype \"fp32\" instead of \"fp16\"\)"):
         run(dtype="fp16")
     fasta(source, ("a", "MKTA"))
     with pytest.raises(BulkError, match="another input"):

@@ -134,7 +134,7 @@ def embed_fasta(
     restart : bool
         Forget what an interrupted run left.
     progress : Progress, optional
-        Is told how far the run is.
+        Receives the state of the run.
 
     Returns
     -------
@@ -212,7 +212,7 @@ class _Run:
         self.started = time.monotonic()
 
     def run(self, *, overwrite: bool, restart: bool) -> Summary:
-        """All of it, or what is left of it."""
+        """Do all of the work, or what is left of it."""
         try:
             self.output.path.parent.mkdir(parents=True, exist_ok=True)
             with FolderLock(self.folder) as lock:
@@ -235,7 +235,7 @@ class _Run:
             raise told from error
 
     def _explained(self, error: Exception) -> Exception:
-        """The error as the user needs it: if a disk is full, with the file's name and the way on."""
+        """Return the error as the user needs it: for a full disk, with the name of the file and how to resume."""
         if isinstance(error, sqlite3.Error):
             error = readable_error(error, self.folder)
         if not isinstance(error, OSError) or error.errno not in _FULL:
@@ -247,20 +247,20 @@ class _Run:
     # -- an output that is there already ------------------------------------------------------------------------
 
     def _already_complete(self, about: dict[str, Any]) -> Summary:
-        """The finished run, if it is this one; BulkError if not."""
+        """Return the summary of the finished run if it is this one; else raise BulkError."""
         path = self.output.path
         if not about:
             # --overwrite would not replace a folder of others.
             way_out = "choose another output" if path.is_dir() else "--overwrite replaces it"
             raise BulkError(f"{path} exists and was not made by numpyesm embed; {way_out}")
         if other := difference(self.about, about):
-            raise BulkError(f"{path} exists and is of another run ({other}); --overwrite replaces it")
+            raise BulkError(f"{path} exists and belongs to another run ({other}); --overwrite replaces it")
         reader = self._reader()
         for _ in self._items(reader):
             pass
         reader.notes.warn()
         if reader.fingerprint() != about["input"]:
-            raise BulkError(f"{path} exists and is of another input; --overwrite replaces it")
+            raise BulkError(f"{path} exists and was made from another input; --overwrite replaces it")
         counts = about["counts"]
         if counts["rejected"] and not self.output.rejected_file.exists():
             again = self._items(self._reader())
@@ -299,7 +299,7 @@ class _Run:
         return Reader(self.inputs, self.layout)
 
     def _items(self, reader: Reader) -> Iterator[Item]:
-        """The records of the input; progress is told how many."""
+        """Yield the records of the input, and report their number to `progress`."""
         for item in reader:
             if item.position % 256 == 0:
                 self.progress.reading(reader.records)
@@ -318,7 +318,7 @@ class _Run:
         reader.notes.warn()
 
     def _compare(self, journal: Journal) -> None:
-        """Make sure that the journal is of this run, and that it holds the records of the input."""
+        """Make sure that the journal belongs to this run and holds the records of the input."""
         if other := difference(self.about, json.loads(journal.get("about") or "{}")):
             raise BulkError(
                 f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
@@ -337,7 +337,7 @@ class _Run:
         reader.notes.warn()
         if differing is not None:
             raise BulkError(
-                f"{journal.path} is damaged: record {differing} is not that of the input. Begin anew with --restart"
+                f"{journal.path} is damaged: record {differing} differs from the input. Begin anew with --restart"
             )
         if self.strict and (rejected := next(journal.rejected(), None)):
             raise _strict_error(rejected)
@@ -368,8 +368,8 @@ class _Run:
     def _commit(self, journal: Journal) -> None:
         """Keep what was added, unless the weights changed under it.
 
-        A file that was replaced by a new one is still there for us, as it was. One that was overwritten in place is
-        not: results since the last commit may mix two models.
+        A file that was replaced by a new one is still mapped as it was. Once one was overwritten in place, results
+        since the last commit may mix two models.
         """
         changed = overwritten_files(self.tensors)
         if changed:

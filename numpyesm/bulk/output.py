@@ -63,7 +63,7 @@ class Output:
         return self.writer.read_about(self.path) or {}
 
     def _find_list(self) -> tuple[Path, bool]:
-        """The list of rejected records, and whether it is of the output that is there.
+        """Return the path of the list of rejected records, and whether it belongs to the existing output.
 
         `OUT.rejected.tsv`; with the form in its name if another output of that stem lies beside it.
         """

@@ -12,7 +12,7 @@ from .journal import Totals
 
 
 class Progress:
-    """Says nothing; the base of those that do.
+    """Report nothing; the base of classes that report.
 
     Calls come in this order: `reading` while the input is read, `start`, `advance` per sequence, `writing`, `stop`.
     """
@@ -25,15 +25,15 @@ class Progress:
         """Tell the user something."""
 
     def reading(self, records: int) -> None:
-        """So many records have been read."""
+        """This many records have been read."""
 
     def start(self, totals: Totals, done: Totals) -> None:
-        """Computing begins; `done` is left from an earlier run."""
+        """Computing begins; an earlier run has left `done`."""
         self.totals, self.done, self._at_start = totals, done, done
         self._started = time.monotonic()
 
     def advance(self, step: Totals) -> None:
-        """One more sequence is computed, which stands for so many records."""
+        """One more sequence is computed; `step` says how many records it stands for."""
         self.done = self.done.plus(step)
 
     def writing(self) -> None:
@@ -48,7 +48,7 @@ class Progress:
         return (self.done.residues - self._at_start.residues) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self) -> float | None:
-        """Estimate from the residues that remain; None as long as there is no telling."""
+        """Estimate from the residues that remain; None while there is nothing to go by."""
         rate = self.residues_per_second()
         return (self.totals.residues - self.done.residues) / rate if rate > 0 else None
 

@@ -139,7 +139,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def pool_size(cpus: Sequence[int], workers: int | None, threads: int | None) -> tuple[int, int]:
-    """How many workers, and CPUs of each, fit nodes of so many CPUs.
+    """Return how many workers, and with how many CPUs each, fit nodes with these numbers of CPUs.
 
     Raises
     ------

@@ -98,7 +98,7 @@ class Reader:
             raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")
 
     def _reason(self, sequence: str) -> str | None:
-        """Why a record cannot be embedded; None if it can."""
+        """Return why a record cannot be embedded, or None."""
         try:
             self._settings.long.check(sequence, self._settings.outputs)
         except InvalidSequence as error:
@@ -107,7 +107,7 @@ class Reader:
         return f"its outputs take {size / 1e9:.2f} GB, a record can have 1 GB" if size > MOST_BYTES else None
 
     def fingerprint(self) -> str:
-        """Tells this input from others, headers and sequences counted, once all records have been taken."""
+        """Identify the input by its headers and sequences, once all records have been read."""
         return f"{self.records}:{self._fingerprint.hexdigest()}"
 
 

@@ -12,7 +12,7 @@ from ..journal import Row
 from ..layout import Layout
 
 METADATA_KEY = "numpyesm"
-# What every format says of a record beside its numbers: Parquet's columns, HDF5's attributes, columns of the index.
+# What every format says about a record beside its numbers: Parquet's columns, HDF5's attributes, columns of the index.
 COLUMNS = {
     "record": "int64",
     "id": "string",
@@ -37,7 +37,7 @@ class Writer(ABC):
 
 
 def described(row: Row, layout: Layout) -> dict[str, Any]:
-    """The values of `COLUMNS` for a record."""
+    """Return the values of `COLUMNS` for a record."""
     residues = layout.settings.long.residues(row.length)
     return dict(zip(COLUMNS, (*row[:4], residues, row.digest.hex()), strict=True))
 

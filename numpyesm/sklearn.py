@@ -1,4 +1,4 @@
-"""scikit-learn: protein sequences in, embeddings out, as a transformer for pipelines (extra `sklearn`)."""
+"""scikit-learn: protein sequences in, embeddings or classes out, as estimators for pipelines (extra `sklearn`)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import operator
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .alphabet import tokenize, warn_of_odd_sequences
-from .errors import InvalidOption, MissingExtra
+from .config import Classifier
+from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
-from .options import Outputs, check_layers
+from .options import Outputs, check_layers, require_classifier
 
 try:
-    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 except ImportError as error:
     raise MissingExtra("numpyesm.sklearn needs scikit-learn: pip install 'numpyesm[sklearn]'") from error
 
@@ -31,7 +34,64 @@ _loaded: dict[tuple[Any, ...], ESM2] = {}
 _lock = threading.Lock()
 
 
-class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class _FromWeights(BaseEstimator):  # type: ignore[misc]
+    """What every estimator here has: weights that are loaded when they are needed, and nothing to learn."""
+
+    weights: str | os.PathLike[str]
+    backend: str
+    precision: str
+    threads: int | None
+    batch_size: int
+
+    def _check_number(self, name: str, least: int | None = None) -> None:
+        value = getattr(self, name)
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or isinstance(value, bool) or (least is not None and number < least):
+            raise InvalidOption(f"{name}={value!r}: expected a whole number" + ("" if least is None else " from 1"))
+
+    def _batches(self, sequences: list[str]) -> Iterator[list[npt.NDArray[np.uint8]]]:
+        """Tokens of a few sequences at a time."""
+        for start in range(0, len(sequences), self.batch_size):
+            yield tokenize(sequences[start : start + self.batch_size])
+
+    def _model(self) -> ESM2:
+        from .model import ESM2, SyntheticWeightsWarning
+
+        key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
+        with _lock:
+            model = _loaded.get(key)
+            if model is None:
+                model = ESM2.from_pretrained(
+                    self.weights, backend=self.backend, precision=self.precision, threads=self.threads
+                )
+                _loaded.clear()  # one at a time: a search over models should not hold them all
+                _loaded[key] = model
+            elif model.checkpoint.synthetic:
+                warnings.warn(
+                    f"{model.checkpoint.source}: SYNTHETIC random weights.", SyntheticWeightsWarning, stacklevel=3
+                )
+        return model
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.no_validation = True
+        tags.requires_fit = False
+        return tags
+
+    def _more_tags(self) -> dict[str, Any]:
+        """The same for scikit-learn before 1.6."""
+        return {"X_types": ["string"], "no_validation": True, "requires_fit": False, "preserves_dtype": []}
+
+
+class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeights):  # type: ignore[misc]
     """Embeddings of protein sequences.
 
     Nothing is learnt: `fit` checks its input. The weights are loaded at the first `transform`, once a process for all
@@ -106,12 +166,11 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         warn_of_odd_sequences(sequences)
         outputs = Outputs.check(model.checkpoint, [layer], [self.pooling])
         rows = np.empty((len(sequences), model.config.embed_dim), np.float32)
-        for start in range(0, len(sequences), self.batch_size):
-            results = model.passes.encode(tokenize(sequences[start : start + self.batch_size]), outputs)
-            for i, result in enumerate(results, start=start):
-                pooled = result.embeddings if self.pooling == "mean" else result.bos_embeddings
-                assert pooled is not None
-                rows[i] = pooled[layer]
+        results = chain.from_iterable(model.passes.encode(tokens, outputs) for tokens in self._batches(sequences))
+        for row, result in zip(rows, results, strict=True):
+            pooled = result.embeddings if self.pooling == "mean" else result.bos_embeddings
+            assert pooled is not None
+            row[...] = pooled[layer]
         return rows
 
     def fit_transform(self, X: Sequences, y: object = None, **options: Any) -> npt.NDArray[np.float32]:
@@ -129,48 +188,97 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _check_parameters(self) -> None:
         if self.pooling not in POOLING:
             raise InvalidOption(f"pooling={self.pooling!r}: allowed are {', '.join(POOLING)}")
-        for name, least in (("layer", None), ("batch_size", 1)):
-            value = getattr(self, name)
-            try:
-                number = operator.index(value)
-            except TypeError:
-                number = None
-            if number is None or isinstance(value, bool) or (least is not None and number < least):
-                raise InvalidOption(f"{name}={value!r}: expected a whole number" + ("" if least is None else " from 1"))
-
-    def _model(self) -> ESM2:
-        from .model import ESM2, SyntheticWeightsWarning
-
-        key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
-        with _lock:
-            model = _loaded.get(key)
-            if model is None:
-                model = ESM2.from_pretrained(
-                    self.weights, backend=self.backend, precision=self.precision, threads=self.threads
-                )
-                _loaded.clear()  # one at a time: a search over models should not hold them all
-                _loaded[key] = model
-            elif model.checkpoint.synthetic:
-                warnings.warn(
-                    f"{model.checkpoint.source}: SYNTHETIC random weights.", SyntheticWeightsWarning, stacklevel=3
-                )
-        return model
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
+        self._check_number("layer")
+        self._check_number("batch_size", least=1)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.string = True
-        tags.input_tags.two_d_array = False
-        tags.no_validation = True
-        tags.requires_fit = False
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    def _more_tags(self) -> dict[str, Any]:
-        """The same for scikit-learn before 1.6."""
-        return {"X_types": ["string"], "no_validation": True, "requires_fit": False, "preserves_dtype": []}
+
+class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
+    """A classifier that was fine-tuned elsewhere, for sequences.
+
+    Nothing is learnt: `fit` checks its input. Weights are loaded and shared as by `ESM2Embedder`.
+
+    Parameters
+    ----------
+    weights : str or path
+        What `ESM2.from_pretrained` takes, with a classification head for sequences; also the folder of an adapter.
+    backend, precision, threads, batch_size
+        As for `ESM2Embedder`.
+
+    Attributes
+    ----------
+    classes_ : ndarray of str (labels,)
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike[str] = "",
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.weights = weights
+        self.backend = backend
+        self.precision = precision
+        self.threads = threads
+        self.batch_size = batch_size
+
+    def fit(self, X: Sequences, y: object = None) -> ESM2Classifier:
+        """Check parameters and sequences; nothing is kept of them.
+
+        Parameters
+        ----------
+        X : as for `ESM2Embedder`
+        y : ignored
+        """
+        self._check_number("batch_size", least=1)
+        _check_letters(as_sequences(X))
+        return self
+
+    def predict_proba(self, X: Sequences) -> npt.NDArray[np.float32]:
+        """Probability of each label, columns in the order of `classes_`: (n, labels).
+
+        Raises
+        ------
+        InvalidSequence
+            A ValueError that names the item, the position and what is allowed.
+        MissingHead
+            The weights have no classification head for sequences.
+        """
+        self._check_number("batch_size", least=1)
+        sequences = as_sequences(X)
+        _check_letters(sequences)
+        warn_of_odd_sequences(sequences)
+        model, labels = self._model(), self.classes_
+        rows = [result.probabilities for tokens in self._batches(sequences) for result in model.passes.classify(tokens)]
+        return np.array(rows, np.float32).reshape(len(sequences), len(labels))
+
+    def predict(self, X: Sequences) -> npt.NDArray[Any]:
+        """The most probable label of each sequence (n,) or, if several may hold, 0 or 1 for each: (n, labels)."""
+        probabilities = self.predict_proba(X)
+        if self._head().problem_type == "multi_label_classification":
+            return (probabilities >= 0.5).astype(np.int64)
+        labels: npt.NDArray[Any] = self.classes_[probabilities.argmax(axis=1)]
+        return labels
+
+    @property
+    def classes_(self) -> npt.NDArray[np.str_]:
+        """The labels."""
+        return np.array(self._head().labels)
+
+    def _head(self) -> Classifier:
+        model = self._model()
+        head = require_classifier(model.checkpoint, "ESM2Classifier")
+        if head.head != "sequence" or head.problem_type == "regression":
+            kind = "for residues" if head.head == "token" else "that gives no probabilities (regression)"
+            raise MissingHead(f"{self.weights} has a head {kind}: use ESM2.classify")
+        return head
 
 
 def as_sequences(X: Any) -> list[str]:

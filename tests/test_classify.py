@@ -257,3 +257,62 @@ def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
         assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])
         assert "classify" in described["token"]["actions"]
         assert (described["plain"]["head"], described["plain"]["labels"]) == (None, [])
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_scikit_learn(weights: dict[str, Path], kind: str) -> None:
+    pytest.importorskip("sklearn")
+    import pickle
+
+    from sklearn.base import clone
+
+    from numpyesm.sklearn import ESM2Classifier
+
+    classifier = ESM2Classifier(weights[kind], backend="numpy", batch_size=2)
+    expected = [one.probabilities for one in ESM2.from_pretrained(weights[kind], backend="numpy").classify(SEQUENCES)]
+    for estimator in (classifier, clone(classifier).fit(SEQUENCES), pickle.loads(pickle.dumps(classifier))):  # noqa: S301
+        found = estimator.predict_proba(SEQUENCES)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert estimator.classes_.tolist() == HEADS[kind][2]
+        predicted = estimator.predict(SEQUENCES)
+        if kind == "single":
+            assert predicted.tolist() == [HEADS[kind][2][i] for i in found.argmax(axis=1)]
+            assert estimator.score(SEQUENCES, predicted) == 1
+        else:
+            np.testing.assert_array_equal(predicted, found >= 0.5)
+    with pytest.raises(MissingHead, match="has a head for residues"):
+        ESM2Classifier(weights["token"], backend="numpy").predict(SEQUENCES)
+    with pytest.raises(MissingHead, match="regression"):
+        ESM2Classifier(weights["regression"], backend="numpy").predict_proba(SEQUENCES)
+
+
+@pytest.mark.parametrize("kind", ["single", "token"])
+def test_bulk_embedding_keeps_classes(weights: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    parquet, h5py = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("h5py")
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(SEQUENCES)))
+    expected = [one.probabilities for one in ESM2.from_pretrained(weights[kind], backend="numpy").classify(SEQUENCES)]
+    options = ["--weights", weights[kind], "--include", "mean", "classes", "--quiet"]
+    assert run("embed", fasta, "-o", tmp_path / "out.parquet", *options) == 0
+    assert run("embed", fasta, "-o", tmp_path / "out.h5", *options) == 0
+    table = parquet.read_table(tmp_path / "out.parquet")
+    (about,) = (json.loads(value) for key, value in table.schema.metadata.items() if key.startswith(b"numpyesm"))
+    assert about["labels"] == HEADS[kind][2]
+    with h5py.File(tmp_path / "out.h5") as file:
+        for index, wanted in enumerate(expected):
+            found = np.array(table["classes"][index].as_py(), np.float32).reshape(wanted.shape)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+            stored = file[f"s{index}"].attrs["classes"] if kind == "single" else file[f"classes/s{index}"][...]
+            np.testing.assert_allclose(stored, wanted, atol=1e-5)
+
+
+def test_windows_average_the_classes_of_long_sequences(weights: dict[str, Path]) -> None:
+    sequence = random_sequence(2500, 1)
+    windows = [sequence[:2048], sequence[452:]]
+    for kind, place in (("single", slice(None)), ("token", slice(2100, None))):
+        model = ESM2.from_pretrained(weights[kind], backend="numpy")
+        ((_, found),) = model.embed_iter([sequence], include=["classes"], long="windows")
+        first, second = (one.probabilities for one in model.classify(windows))
+        expected = (first + second) / 2 if kind == "single" else second[2100 - 452 :]
+        np.testing.assert_allclose(found.classes[place], expected, atol=1e-5)
+        assert found.labels == model.labels

@@ -30,6 +30,7 @@ def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, A
         "precision": model.precision,
         "format": output_format,
         "parameters": settings.to_dict(),
+        **({"labels": model.labels} if "classes" in settings.outputs.include else {}),
     }
 
 

@@ -30,6 +30,7 @@ def build_parser() -> Command:
     _add_contacts(add)
     _add_score(add)
     _add_scan(add)
+    _add_layers(add)
     _add_serve(add)
     _add_embed(add)
     return parser
@@ -147,6 +148,16 @@ def _add_score(add: Add) -> None:
     command.add_argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
     command.add_argument("--column", metavar="NAME", help="name of the new column (the method)")
     command.add_argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")
+
+
+def _add_layers(add: Add) -> None:
+    command = add("layers", "layers:run", "which layer's embeddings predict a property best, by cross-validation")
+    command.add_argument("table", metavar="TABLE", help="CSV, TSV, .xlsx or .parquet with a header, or -")
+    command.add_argument("--target", required=True, metavar="COLUMN", help="column of what is to be predicted")
+    command.add_argument("--task", choices=["regression", "classification"], help="(regression if it holds numbers)")
+    command.add_argument("--sequence-column", default="sequence", metavar="COLUMN", help="(%(default)s)")
+    command.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (%(default)s)")
+    command.add_argument("-o", "--output", help="file: .tsv, .csv or .txt (stdout)")
 
 
 def _add_scan(add: Add) -> None:

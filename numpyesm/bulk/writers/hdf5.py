@@ -18,7 +18,7 @@ from .base import METADATA_KEY, Writer, described, free_name, missing_bulk
 from .unfailing import UnfailingFile
 
 # Which output is the dataset that bears the id alone: the first of these that is there.
-_MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions")
+_MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions", "classes")
 
 
 class Hdf5Writer(Writer):
@@ -86,7 +86,7 @@ class Hdf5Writer(Writer):
 def _places(layout: Layout) -> tuple[Field, list[Field], list[Field]]:
     """The output under the bare id, those in groups of their own, and those that are attributes."""
     main = min(layout.fields, key=lambda field: (_MAIN.index(field.kind), -(field.layer or 0)))
-    vectors = [field for field in layout.fields if field.kind in ("mean", "bos") and field != main]
+    vectors = [field for field in layout.fields if len(layout.shape(field, 1)) == 1 and field != main]
     return main, [field for field in layout.fields if field != main and field not in vectors], vectors
 
 

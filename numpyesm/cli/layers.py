@@ -1,0 +1,153 @@
+"""`numpyesm layers`: which layer's embeddings predict a property best, by cross-validation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..alphabet import tokenize
+from ..errors import InvalidOption, InvalidSequence, MissingExtra
+from ..model import ESM2
+from ..options import Outputs
+from ..scoring.correlation import spearman
+from .inputs import load_model
+from .outputs import Destination, csv_pieces, destination, table
+from .variant_table import InvalidTable, VariantTable, read_table
+
+_ENDINGS = {".tsv": "tsv", ".csv": "csv", ".txt": "table"}
+_BAR = 40  # characters of the best score's bar
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Embed once with all layers, score each, say which is best and what stopping there saves."""
+    target = destination(arguments, _ENDINGS, terminal="table", otherwise="table")
+    models = _scikit_learn()
+    if arguments.folds < 2:
+        raise InvalidOption(f"--folds {arguments.folds}: expected 2 or more")
+    data = sys.stdin.buffer.read() if arguments.table == "-" else Path(arguments.table).read_bytes()
+    found = read_table(data, arguments.table, [arguments.sequence_column, arguments.target])
+    sequences = found.require(arguments.sequence_column, "--sequence-column")
+    task, labels = _labels(found, arguments)
+    tokens = _tokens(found, sequences)
+    model = load_model(arguments)
+    embeddings = _embeddings(model, tokens)
+    layers = range(embeddings.shape[1])
+    scores = [_scores(models, embeddings[:, layer], labels, task, arguments.folds) for layer in layers]
+    _write(target, np.array(scores), task)
+    _advise(np.mean(scores, axis=1), model)
+    return 0
+
+
+def _scikit_learn() -> Any:
+    try:
+        from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
+    except ImportError as error:
+        raise MissingExtra("layers needs scikit-learn: pip install 'numpyesm[sklearn]'") from error
+    return SimpleNamespace(
+        linear=linear_model, metrics=metrics, selection=model_selection, pipeline=pipeline, preprocessing=preprocessing
+    )
+
+
+def _labels(found: VariantTable, arguments: argparse.Namespace) -> tuple[str, npt.NDArray[Any]]:
+    """The task, and the target's values: numbers for regression, names for classification."""
+    fields = [field.strip() for field in found.require(arguments.target, "--target")]
+    numbers = [_number(field) for field in fields]
+    task = arguments.task or ("regression" if sum(map(math.isfinite, numbers)) * 2 > len(fields) else "classification")
+    for row, field, number in zip(found.rows, fields, numbers, strict=True):
+        if not field or (task == "regression" and not math.isfinite(number)):
+            raise InvalidTable(
+                f"{found.name}, line {row.line}: {arguments.target} is {field[:40]!r}, "
+                + (
+                    "expected a number (--task classification takes names)"
+                    if task == "regression"
+                    else "expected a name"
+                )
+            )
+    smallest, what = len(fields), "rows"
+    if task == "classification":
+        smallest, what = min(Counter(fields).values(), default=0), "rows of the rarest class"
+    if smallest < arguments.folds:
+        raise InvalidTable(f"{found.name} has {smallest} {what}, fewer than the {arguments.folds} --folds")
+    if len(set(fields)) < 2:
+        raise InvalidTable(f"{found.name}: {arguments.target} is {fields[0][:40]!r} in every row")
+    return task, np.array(fields if task == "classification" else numbers)
+
+
+def _number(field: str) -> float:
+    try:
+        return float(field)
+    except ValueError:
+        return math.nan
+
+
+def _tokens(found: VariantTable, sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+    try:
+        return tokenize([sequence.strip() for sequence in sequences])
+    except InvalidSequence as error:
+        if error.item is None:
+            raise
+        raise InvalidTable(f"{found.name}, line {found.rows[error.item].line}: {error.reason}") from error
+
+
+def _embeddings(model: ESM2, tokens: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    """Means of all layers from one pass each: (n, layers + 1, D)."""
+    outputs = Outputs.check(model.checkpoint, range(model.config.num_representations), ["mean"])
+    embeddings = np.empty((len(tokens), model.config.num_representations, model.config.embed_dim), np.float32)
+    for row, result in zip(embeddings, model.passes.encode(tokens, outputs), strict=True):
+        row[...] = list((result.embeddings or {}).values())
+    return embeddings
+
+
+def _scores(models: Any, X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, folds: int) -> list[float]:
+    """One score per fold: Spearman's correlation of ridge regression, accuracy of logistic regression."""
+    classes = task == "classification"
+    head = models.linear.LogisticRegression(max_iter=1000) if classes else models.linear.RidgeCV(np.logspace(-2, 5, 8))
+    cut = models.selection.StratifiedKFold if classes else models.selection.KFold
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about convergence: the ranking of layers does not hang on it
+        scores: npt.NDArray[np.float64] = models.selection.cross_val_score(
+            models.pipeline.make_pipeline(models.preprocessing.StandardScaler(), head),
+            X,
+            y,
+            cv=cut(folds, shuffle=True, random_state=0),
+            scoring="accuracy" if classes else models.metrics.make_scorer(lambda a, b: spearman(a, b) or 0.0),
+        )
+    return list(map(float, np.nan_to_num(scores)))
+
+
+def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> None:
+    """A line per layer: mean and standard deviation over the folds and, for people, a bar."""
+    name = "accuracy" if task == "classification" else "spearman"
+    means, spread = scores.mean(axis=1), scores.std(axis=1)
+    if target.form != "table":
+        rows = [(layer, float(mean), float(std)) for layer, (mean, std) in enumerate(zip(means, spread, strict=True))]
+        target.write(csv_pieces(("layer", name, "std"), rows, target.form))
+        return
+    best, most = int(means.argmax()), max(float(means.max()), 1e-9)
+    bars = ["█" * round(_BAR * max(0.0, float(mean)) / most) for mean in means]
+    lines = [
+        (layer, float(mean), f"±{std:.4f}", bar + (" best" if layer == best else ""))
+        for layer, (mean, std, bar) in enumerate(zip(means, spread, bars, strict=True))
+    ]
+    target.write(table(("layer", name, "std", ""), lines).encode("utf-8", "replace"))
+
+
+def _advise(means: npt.NDArray[np.float64], model: ESM2) -> None:
+    best, last = int(means.argmax()), len(means) - 1
+    saved = round(100 * (last - best) / last)
+    text = f"layer {best} is best: {means[best]:.4f}, the last one has {means[last]:.4f}"
+    if best == 0:
+        text += "; layer 0 is the embedding of the letters alone, so composition says as much as the model here"
+    elif saved:
+        text += f"; `numpyesm convert WEIGHTS --layers {best} -o FILE` leaves out the others: {saved} % less to compute"
+    print(f"numpyesm: {text}", file=sys.stderr)

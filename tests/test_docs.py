@@ -21,7 +21,7 @@ from numpyesm.compat.extract import create_parser
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 WITH_PYTHON = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "scoring", "from-fair-esm", "service"))]
-WITH_COMMANDS = [*WITH_PYTHON, *(f"docs/{name}.md" for name in ("scaling", "lambda", "small-machines"))]
+WITH_COMMANDS = [*WITH_PYTHON, *(f"docs/{name}.md" for name in ("scaling", "lambda", "small-machines", "fine-tuned"))]
 WITH_COMMANDS += ["weights/README.md"]
 HOST = "http://127.0.0.1:8000"
 NEEDS = {

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from running_service import serving
 
 from numpyesm import ESM2, InvalidSequence
 from numpyesm.alphabet import AMINO_ACIDS
+from numpyesm.config import PRESETS, PROBLEM_TYPES, Classifier
 from numpyesm.fasta import parse_fasta, read_fasta
+from numpyesm.weights import save_canonical
+from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::numpyesm.InputWarning")]
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -473,6 +477,30 @@ def test_weights_without_a_contact_head(tab: Any) -> None:
     assert '"contacts"' not in page.text_content("#code")
     found = json.loads(opened.download("#save-json"))["results"][0]
     assert set(found) == {"sequence_index", "logits", "vocab_tokens", "attentions"}
+
+
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_classes_are_shown(browser: Any, tmp_path: Path, head: str) -> None:
+    config = replace(PRESETS["esm2-8m"], classifier=Classifier(head, ("<b>inside</b>", "outside"), PROBLEM_TYPES[0]))
+    checkpoint = replace(random_checkpoint(config), synthetic=False)
+    save_canonical(tmp_path / "x.safetensors", checkpoint)
+    with serving("--model", f"tuned={tmp_path / 'x.safetensors'}", "--backend", "numpy") as running:
+        opened = Tab(browser, f"{running.url}/", viewport={"width": 1280, "height": 900})
+        opened.load()
+        page = opened.compute("MKTAYI")
+        expected = ESM2(checkpoint, backend="numpy").classify(["MKTAYI"])[0]
+        assert page.is_visible("#classes-section")
+        found = json.loads(opened.download("#save-json"))["results"][0]
+        assert found["labels"] == expected.labels
+        np.testing.assert_allclose(found["classes"], expected.probabilities, atol=1e-5)
+        if head == "sequence":
+            best = int(expected.probabilities.argmax())
+            row = page.text_content("#class-table tbody tr")
+            assert row == f"{expected.labels[best]}{expected.probabilities[best]:.4f}"
+        else:
+            assert page.is_visible("#class-map canvas.strip")
+        assert opened.complaints == []
+        opened.context.close()
 
 
 # -- how it is used --------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class ServedModel:
             "contacts": self.checkpoint.has_contact_head,
             "head": self.model.head,
             "labels": self.model.labels,
+            "problem_type": None if config.classifier is None else config.classifier.problem_type,
             "synthetic": self.checkpoint.synthetic,
             # Of random weights only: another source may be a path on this machine.
             "source": self.checkpoint.source if self.checkpoint.synthetic else None,

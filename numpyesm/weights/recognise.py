@@ -265,7 +265,7 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
 
 def _adapter_sentence(kind: str) -> str:
     return (
-        f"holds {kind} that is not merged into its base model, which is not supported: "
+        f"holds {kind} that is not merged into its base model: name the folder of a LoRA adapter, or "
         "merge it first (merge_and_unload of peft) and save the whole model"
     )
 

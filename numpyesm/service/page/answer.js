@@ -1,5 +1,6 @@
 // The service's answer, JSON or npz, as the one shape that the figures read:
-// {contacts: Float32Array L·L, logits: Float32Array L·20, vocabulary: 20 letters, attentions: Float32Array layers·L, layers}
+// {contacts: Float32Array L·L, logits: Float32Array L·20, vocabulary: 20 letters, attentions: Float32Array layers·L, layers,
+// classes: Float32Array labels or L·labels, labels: their names}
 // with null for what was not asked for, because the weights have no such head.
 import { readNpz } from "./npz.js";
 
@@ -8,9 +9,10 @@ const COLUMNS = [..."LAGVSERTIDPKQNFYMHWC"];
 
 export async function readAnswer(buffer, contentType, length) {
   const result = /json/.test(contentType) ? fromJson(buffer) : await fromNpz(buffer);
-  const { contacts, logits, attentions } = result;
+  const { contacts, logits, attentions, classes, labels } = result;
   const layers = attentions.length / length;
-  if ((contacts?.length ?? length ** 2) !== length ** 2 || (logits?.length ?? 20 * length) !== 20 * length || layers % 1) {
+  if ((contacts?.length ?? length ** 2) !== length ** 2 || (logits?.length ?? 20 * length) !== 20 * length || layers % 1
+    || (classes && ![1, length].includes(classes.length / labels.length))) {
     throw new Error("the answer does not fit the sequence");
   }
   return { ...result, layers, length };
@@ -22,6 +24,8 @@ function fromJson(buffer) {
     contacts: result.contacts ? flat(result.contacts) : null,
     logits: result.logits ? flat(result.logits) : null,
     attentions: flat(result.attentions),
+    classes: result.classes ? Float32Array.from(result.classes.flat()) : null,
+    labels: result.labels ?? [],
     vocabulary: result.vocab_tokens ?? COLUMNS,
   };
 }
@@ -34,6 +38,8 @@ async function fromNpz(buffer) {
     contacts: named("contacts"),
     logits: named("logits"),
     attentions: named("attentions"),
+    classes: named("classes"),
+    labels: named("labels") ?? [],
     vocabulary: named("vocab_tokens") ?? COLUMNS,
   };
 }

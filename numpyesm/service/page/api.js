@@ -5,7 +5,8 @@ import { currentKey } from "./key.js";
 
 /** What the page asks of a model: all that its weights have a head for. */
 export function outputs({ contacts, actions }) {
-  return [...(contacts === false ? [] : ["contacts"]), ...(actions.includes("predict") ? ["logits"] : []), "attentions"];
+  const has = (action, output) => (actions.includes(action) ? [output] : []);
+  return [...(contacts === false ? [] : ["contacts"]), ...has("predict", "logits"), "attentions", ...has("classify", "classes")];
 }
 
 const TRIES = 5;

@@ -25,7 +25,7 @@ export function filename(name, ending) {
 
 /** The answer of the API for this sequence, with what it was asked. */
 export async function toJson(about, sequence, result) {
-  const { contacts, logits, attentions, vocabulary, length, layers } = result;
+  const { contacts, logits, attentions, vocabulary, length, layers, classes, labels } = result;
   const head = {
     name: about.name,
     model: about.slug,
@@ -40,6 +40,9 @@ export async function toJson(about, sequence, result) {
     parts.push(`,"vocab_tokens":${JSON.stringify(vocabulary)}`);
   }
   await addMatrix(parts, "attentions", attentions, layers, length);
+  if (classes?.length === labels.length) parts.push(`,"classes":[${Array.from(classes, number).join(",")}]`);
+  else if (classes) await addMatrix(parts, "classes", classes, length, labels.length);
+  if (classes) parts.push(`,"labels":${JSON.stringify(labels)}`);
   parts.push("}]}\n");
   return new Blob(parts, { type: "application/json" });
 }

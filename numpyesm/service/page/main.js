@@ -1,5 +1,6 @@
 // The page: what is asked, what is computed, what is shown.
 import { encode, fetchModels, outputs } from "./api.js";
+import { showClasses } from "./classes.js";
 import { contactSettings, onContacts, showContacts, shownContacts, startContactView } from "./contact_view.js";
 import { byId, calm, make } from "./dom.js";
 import { attentionCsv, contactsCsv, filename, matrixCsv, mutationsCsv, save, toJson } from "./downloads.js";
@@ -25,6 +26,7 @@ let running = null; // AbortController of the run
 let scores = null;
 let mutationMap;
 let attentionMap;
+let classMap;
 
 start();
 
@@ -32,6 +34,7 @@ async function start() {
   startTheme();
   startContactView();
   mutationMap = new StripMap(byId("mutation-map"), "Mutation heat map");
+  classMap = new StripMap(byId("class-map"), "Classes of residues");
   attentionMap = new StripMap(byId("attention-map"), "Attention heat map");
   byId("examples").append(...EXAMPLES.map(exampleItem));
   byId("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
@@ -313,6 +316,7 @@ function show(record, scroll) {
   byId("contacts-section").hidden = !result.contacts;
   byId("mutations-section").hidden = !result.logits;
   scores = result.logits && mutations(sequence, result);
+  showClasses(sequence, result, model, classMap);
   if (result.contacts) showContacts(sequence, result);
   if (scores) mutationMap.show(mutationStrip(sequence, scores));
   attentionMap.show(attentionData());

@@ -51,6 +51,26 @@ export function attentionStrip(sequence, { attentions, layers, length }, byLayer
   };
 }
 
+/** What a head for residues says of each: a row for every label. */
+export function classStrip(sequence, classes, labels, title) {
+  const [low, high] = title === "Probability" ? [0, 1] : extremes(classes);
+  const at = (row, column) => classes[column * labels.length + row];
+  return {
+    sequence,
+    rows: labels,
+    left: 12 + 8 * Math.min(16, Math.max(...labels.map((label) => label.length))),
+    table: "sequential",
+    title,
+    low,
+    high: high > low ? high : low + 1e-9,
+    marks: [[low, brief(low)], [high, brief(high)]],
+    value: at,
+    bounds: () => [low, high],
+    dot: () => false,
+    describe: (row, column) => `${sequence[column]}${column + 1}, ${labels[row]}: ${brief(at(row, column))}`,
+  };
+}
+
 function extremes(values) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {

@@ -31,7 +31,7 @@ ENCODE_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO-"
 PREDICT_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO"
 MASK_TOKEN = "<mask>"
 
-# The longest beginning of a text that is allowed.
+# The longest allowed prefix of a text.
 _ENCODE_BEGINNING = re.compile(f"[{ENCODE_LETTERS}]*")
 _PREDICT_BEGINNING = re.compile(f"(?:[{PREDICT_LETTERS}]+|{MASK_TOKEN})*")
 _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
@@ -42,14 +42,14 @@ _LETTERS = bytes([ord(token) if len(token) == 1 else 0 for token in TOKENS]).lju
 
 
 def tokenize(sequences: Sequences, *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
-    """Token ids of a batch, `<cls>` in front and `<eos>` behind each sequence.
+    """Turn a batch of sequences into token ids, with `<cls>` in front and `<eos>` at the end of each.
 
     Parameters
     ----------
     sequences : iterable of str, mapping from ids to str, or a column of a table
         See `given.labelled`. For `encode` (`masks=False`): the 20 amino acids, `B X Z U O` and `-`.
         For `predict` (`masks=True`): the same letters without `-`, and at least one `<mask>`, which counts as one
-        residue. 1 to 2048 residues each; upper case.
+        residue. 1 to 2048 residues each, in upper case.
     masks : bool
         Which of the two alphabets.
 
@@ -75,7 +75,7 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
         raise InvalidSequence(f"expected a string, got {type(sequence).__name__}", item=item)
     if not sequence:
         raise InvalidSequence(f"the sequence is empty; 1 to {MAX_RESIDUES} residues are allowed", item=item)
-    if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # far too long even if all masks: not worth taking apart
+    if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # too long even if all were masks: not worth parsing
         raise InvalidSequence(f"{len(sequence)} characters, at most {MAX_RESIDUES} residues are allowed", item=item)
     check_letters(sequence, masks=masks, item=item)
     ids = residue_ids(sequence)
@@ -103,25 +103,25 @@ def check_letters(sequence: str, *, masks: bool = False, item: int | None = None
 
 
 def residue_tokens(sequence: str) -> list[str]:
-    """The residues of a sequence as a list, `<mask>` being one: `M<mask>F` is `["M", "<mask>", "F"]`."""
+    """Split a sequence into residues, `<mask>` being one: `M<mask>F` is `["M", "<mask>", "F"]`."""
     return _RESIDUE.findall(sequence)
 
 
 def residue_ids(sequence: str) -> npt.NDArray[np.uint8]:
-    """Token ids (L,) of letters and `<mask>` that have been checked, without `<cls>` and `<eos>`."""
+    """Return token ids (L,) of checked letters and `<mask>`, without `<cls>` and `<eos>`."""
     letters = sequence.replace(MASK_TOKEN, _MASK_BYTE).encode("ascii")
     return np.frombuffer(letters.translate(_IDS), np.uint8)
 
 
 def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """`<cls>` in front and `<eos>` behind: (L,) -> (L + 2,), a new array."""
+    """Put `<cls>` in front and `<eos>` at the end: (L,) -> (L + 2,), a new array."""
     framed = np.empty(len(ids) + 2, np.uint8)
     framed[0], framed[1:-1], framed[-1] = CLS, ids, EOS
     return framed
 
 
 def letters_of(tokens: npt.NDArray[np.uint8]) -> str:
-    """The letters of a framed sequence, (L + 2,) token ids; masks are left out."""
+    """Return the letters of a framed sequence, (L + 2,) token ids; masks are left out."""
     return tokens[1:-1].tobytes().translate(_LETTERS, bytes([MASK])).decode("ascii")
 
 
@@ -141,7 +141,7 @@ _LOOK_ALIKES = str.maketrans(
 )
 _MASK_MEANT = re.compile(r"\[MASK\]|<mask|[_?#\[]|<M", re.IGNORECASE)
 _HINTS = {
-    "*": "a stop codon: end the sequence in front of it",
+    "*": "a stop codon: end the sequence before it",
     ".": "a stop codon or a gap: end the sequence there, or write the gap as -",
     "~": "a gap is written -",
     "J": "leucine or isoleucine: write L, I or X",
@@ -149,19 +149,19 @@ _HINTS = {
     "<": "<cls> and <eos> are added by the model; the only word in a sequence is <mask>",
     **dict.fromkeys(":|/", "between chains? give each chain as a sequence of its own, or join them by a linker"),
     **dict.fromkeys("0123456789", "a number: remove position numbers"),
-    **dict.fromkeys(",;", "a list or a table? give each sequence by itself"),
+    **dict.fromkeys(",;", "a list or a table? give each sequence on its own"),
     **dict.fromkeys("\"'`", "a quotation mark: remove it"),
-    **dict.fromkeys("({", "a modified residue? write its plain letter"),
+    **dict.fromkeys("({", "a modified residue? write its unmodified letter"),
 }
 
 
 def letter_hint(text: str, *, masks: bool = False) -> str:
-    """What the user probably meant by the letter that `text` begins with, in brackets; empty if there is no telling.
+    """Say in brackets what the user probably meant by the letter that `text` begins with; empty if unclear.
 
     Parameters
     ----------
     text : str
-        The letter that is not allowed and a few behind it.
+        The letter that is not allowed, and a few after it.
     masks : bool
         Whether `<mask>` is allowed, and `-` is not.
     """
@@ -201,21 +201,18 @@ _NOTES = (
 def nothing_to_score(names: Sequence[str]) -> str:
     """Say that these have no log-probability, having none of the 20 amino acids."""
     listed = ", ".join(name[:80] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"no log-probability (NaN), because none of the letters is one of the 20 amino acids: {listed}"
+    return f"no log-probability (NaN), because they contain none of the 20 amino acids: {listed}"
 
 
 class SequenceNotes:
-    """What is allowed and yet seldom meant: nucleotides, three-letter codes, gaps. One note for each kind, not one
-    for each sequence.
-    """
+    """Notes on what is allowed but seldom meant: nucleotides, three-letter codes, gaps. One note per kind."""
 
     def __init__(self) -> None:
         self._seen = 0
-        self._counts = [0, 0, 0]
-        self._first = ["", "", ""]
+        self._found: dict[int, tuple[int, str]] = {}  # kind: how many, and the first of them
 
     def look(self, sequence: str, name: str = "") -> None:
-        """Take notice of one sequence, which messages call by its name or, without one, by its place from 1."""
+        """Look at one sequence; notes call it by its name or, without one, by its place (from 1)."""
         self._seen += 1
         letters = sequence.replace(MASK_TOKEN, "")
         found = (
@@ -225,15 +222,14 @@ class SequenceNotes:
         )
         kind = next((kind for kind, yes in enumerate(found) if yes), None)
         if kind is not None:
-            self._first[kind] = self._first[kind] or name or f"number {self._seen}"
-            self._counts[kind] += 1
+            count, first = self._found.get(kind, (0, name or f"number {self._seen}"))
+            self._found[kind] = count + 1, first
 
     def texts(self) -> list[str]:
-        """The notes, at most three."""
+        """Return the notes, at most three."""
         return [
-            text.format(f"{count} sequence{'s' if count > 1 else ''} (first: {first[:80]})")
-            for text, count, first in zip(_NOTES, self._counts, self._first, strict=True)
-            if count
+            _NOTES[kind].format(f"{count} sequence{'s' if count > 1 else ''} (first: {first[:80]})")
+            for kind, (count, first) in sorted(self._found.items())
         ]
 
     def warn(self, stacklevel: int = 2) -> None:
@@ -243,7 +239,7 @@ class SequenceNotes:
 
 
 def warn_of_odd_sequences(sequences: Iterable[str], *, stacklevel: int = 3) -> None:
-    """Issue `InputWarning` for sequences that are allowed and yet seldom meant, see `SequenceNotes`."""
+    """Issue `InputWarning` for sequences that are allowed but seldom meant, see `SequenceNotes`."""
     notes = SequenceNotes()
     for sequence in sequences:
         notes.look(sequence)

@@ -1,6 +1,6 @@
-"""What callers hand over as many texts: lists, generators, mappings from ids, Series, frames of one column.
+"""Batches of texts as callers pass them: lists, generators, mappings from ids, Series, frames of one column.
 
-Objects of pandas, polars, pyarrow and NumPy are recognised by what they have; nothing is imported for them.
+Objects of pandas, polars, pyarrow and NumPy are recognised by their attributes; nothing is imported for them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def labelled(
 def texts(
     given: Any, what: str = "sequence", error: type[InvalidSequence | InvalidMutation] = InvalidSequence
 ) -> list[Any]:
-    """All items of `given`, see `labelled`; one that has an id must be text."""
+    """Return all items of `given`, see `labelled`; an item that has an id must be text."""
     items: list[Any] = []
     for label, item in labelled(given, what, error):
         if label is not None and not isinstance(item, str):

@@ -69,7 +69,7 @@ def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.Buffe
 
 
 def encoding_of(head: bytes, name: str) -> str:
-    """The encoding of a text that begins with `head`; "utf-8" also stands for everything that has no sign of its own.
+    """Recognise the encoding of a text by its beginning; "utf-8" if nothing shows another one.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def encoding_of(head: bytes, name: str) -> str:
 
 
 def decoded(stream: io.BufferedReader, name: str) -> io.TextIOWrapper:
-    """The stream as text: UTF-8, UTF-16 or UTF-32; bytes that are not UTF-8 are read as Latin-1."""
+    """Decode a stream: UTF-8, UTF-16 or UTF-32; bytes that are not UTF-8 are read as Latin-1."""
     encoding = encoding_of(stream.peek(512), name)
     errors = _AS_LATIN_1 if encoding.startswith("utf-8") else "replace"
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors)
@@ -116,7 +116,7 @@ def _unpacked(stream: BinaryIO, name: str) -> io.BufferedReader:
 
 
 def _zip_member(stream: io.BufferedReader, name: str) -> BinaryIO:
-    """The one file of an archive."""
+    """Open the only file of an archive."""
     try:
         archive = zipfile.ZipFile(stream if stream.seekable() else io.BytesIO(stream.read()))
         members = [
@@ -156,7 +156,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _latin_1(error: UnicodeError) -> tuple[str, int]:
-    """Decoding error handler: what is not UTF-8 is Latin-1, as older databases wrote names of species."""
+    """Handle a decoding error: what is not UTF-8 is Latin-1, as in species names of older databases."""
     assert isinstance(error, UnicodeDecodeError)
     return error.object[error.start : error.end].decode("latin-1"), error.end
 

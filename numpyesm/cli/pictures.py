@@ -9,7 +9,7 @@ from ..errors import MissingExtra
 
 
 def figure_class() -> Any:
-    """matplotlib's `Figure`, or MissingExtra; no pyplot: nothing here needs a screen."""
+    """Return matplotlib's `Figure`, or raise MissingExtra. No pyplot, as nothing here needs a screen."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -18,7 +18,7 @@ def figure_class() -> Any:
 
 
 def png_bytes(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -26,7 +26,7 @@ def is_spreadsheet(data: bytes) -> bool:
 
 
 def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
-    """The table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first.
+    """Return the table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
     Warns
     -----
     InputWarning
-        The workbook has several sheets: which one is read.
+        The workbook has several sheets; says which one is read.
     """
     parquet = data.startswith(b"PAR1")
     try:

@@ -1,4 +1,4 @@
-"""Tables of variants, as people have them, that get one more column while every byte of the others stays as it is."""
+"""Tables of variants as people have them; they get one more column, and every other byte stays as it is."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class VariantTable:
 
     @property
     def columns(self) -> list[str]:
-        """Names as they stand, without blanks around them."""
+        """The names as written, without surrounding blanks."""
         return [name.strip() for name in self.header.fields]
 
     def column(self, name: str, option: str) -> list[str] | None:
-        """The fields of a column, or None if there is none of that name; capitals count only if they must.
+        """Return the fields of a column, or None if there is no such name; case counts where names differ by it.
 
-        `option` is the one that names another column, for the message.
+        `option` chooses another column; errors name it.
         """
         places = [i for i, found in enumerate(self.columns) if found == name]
         if not places:
@@ -75,7 +75,7 @@ class VariantTable:
         return [row.fields[places[0]] for row in self.rows] if places else None
 
     def require(self, name: str, option: str) -> list[str]:
-        """The fields of a column, or InvalidTable that lists the columns there are."""
+        """Return the fields of a column, or raise InvalidTable, which lists the columns there are."""
         found = self.column(name, option)
         if found is None:
             raise InvalidTable(
@@ -85,10 +85,10 @@ class VariantTable:
         return found
 
     def with_column(self, name: str, values: Sequence[str], delimiter: str | None = None) -> bytes:
-        """Return the table with one more column behind the others.
+        """Return the table with one more column at the end.
 
-        The text before it is what it was, byte for byte, unless another delimiter is asked for: a comma turns no
-        table with semicolons into another one, as both are CSV.
+        The rest stays as it is, byte for byte, unless another delimiter is asked for. A comma does not change a table
+        with semicolons, as both are CSV.
         """
         same = delimiter in (None, self.delimiter) or (delimiter == "," and self.delimiter == ";")
         if not same:
@@ -163,7 +163,7 @@ def read_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
 
 
 def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
-    """The text, with its byte order mark, and the encoding that gives back the same bytes."""
+    """Return the text, with its byte order mark, and the encoding that gives back the same bytes."""
     if is_spreadsheet(data):
         try:
             return as_csv(data, name, wanted).decode(), "utf-8"
@@ -195,7 +195,7 @@ def _delimiter(text: str, wanted: Sequence[str]) -> str:
 
 
 def _records(text: str, delimiter: str, name: str, wanted: Sequence[str], first: int) -> Iterator[Row]:
-    """Records with their own text: the reader is fed line by line, and what it took is what belongs to the record."""
+    """Yield records with their text: the reader is fed line by line, and the lines it took belong to the record."""
     taken: list[str] = []
     header: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Scores of mutations: what the model thinks of a substitution, of several at once, and of all that there are."""
+"""Scores of mutations: of a substitution, of several at once, of every one a protein can have."""
 
 from .correlation import spearman
 from .methods import score_mutations

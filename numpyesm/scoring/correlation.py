@@ -9,7 +9,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def average_ranks(values: npt.ArrayLike) -> FloatArray:
-    """Ranks from 1; equal values share the mean of their ranks: (n,) -> (n,)."""
+    """Rank from 1; equal values share the mean of their ranks: (n,) -> (n,)."""
     array = np.asarray(values, np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)  # rank of the last of each group of equals
@@ -18,9 +18,9 @@ def average_ranks(values: npt.ArrayLike) -> FloatArray:
 
 
 def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Pearson's correlation of the average ranks, over the pairs in which neither is NaN.
+    """Compute Pearson's correlation of the average ranks, over the pairs in which neither value is NaN.
 
-    NaN where it is not defined: fewer than two pairs, or one side constant.
+    NaN where it is undefined: fewer than two pairs, or one side constant.
     """
     a, b = np.asarray(x, np.float64).ravel(), np.asarray(y, np.float64).ravel()
     if len(a) != len(b):

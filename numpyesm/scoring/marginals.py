@@ -1,4 +1,4 @@
-"""Logits of single positions, masked or not, many masked copies packed into one pass through the layers."""
+"""Logits of single positions, masked or not; many masked copies are packed into one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Progress = Callable[[int], None]
 
 ALL_TOKENS = slice(None)
 
-# Token rows given to the model at a time: several passes, so that none runs half empty, and little memory.
+# Token rows given to the model at a time: enough for several full passes, few enough to take little memory.
 _ROWS_AT_A_TIME = 32768
 
 
@@ -35,7 +35,7 @@ class _Query(NamedTuple):
 def masked_logits(
     passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
 ) -> FloatArray:
-    """Logits of all 33 tokens at each index, that residue alone being masked: (n, 33).
+    """Compute the logits of all 33 tokens at each index, with only that residue masked: (n, 33).
 
     Each index costs one masked copy of its window; copies are packed, and the LM head sees one row of each.
     """
@@ -45,7 +45,7 @@ def masked_logits(
 def plain_logits(
     passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
 ) -> FloatArray:
-    """Logits of all 33 tokens at each index of the sequence as it is: (n, 33). One pass a distinct window."""
+    """Compute the logits of all 33 tokens at each index, nothing masked: (n, 33). One pass per distinct window."""
     ids = residue_ids(sequence)
     by_window: dict[tuple[int, int], list[int]] = {}
     for place, index in enumerate(indices):
@@ -63,7 +63,7 @@ def plain_logits(
 def pseudo_log_likelihoods(
     passes: Passes, sequences: Sequence[str], window: Window, progress: Progress | None = None
 ) -> FloatArray:
-    """Sum over the residues of log p(residue | all others), over the 33 tokens as fair-esm: (n,) sequences of (L,)."""
+    """Sum log p(residue | all others) over the residues of each sequence: (n,). Over 33 tokens, as fair-esm."""
     residues = sum(map(len, sequences))
     queries = (query for sequence in sequences for query in _masked_queries(sequence, range(len(sequence)), window))
     right = np.concatenate([np.empty(0, np.uint8), *map(residue_ids, sequences)])
@@ -86,7 +86,7 @@ def _masked_queries(sequence: str, indices: Iterable[int], window: Window) -> It
 
 
 def _logits_of(passes: Passes, queries: Iterable[_Query], count: int, progress: Progress | None) -> FloatArray:
-    """All logits of all queries in order: (count, 33)."""
+    """Compute the logits of all queries, in order: (count, 33)."""
     logits = np.empty((count, len(TOKEN_ID)))
     done = 0
     for chunk in _chunks(passes, queries, progress):
@@ -96,7 +96,7 @@ def _logits_of(passes: Passes, queries: Iterable[_Query], count: int, progress: 
 
 
 def _chunks(passes: Passes, queries: Iterable[_Query], progress: Progress | None) -> Iterator[FloatArray]:
-    """Logits (n, 33) of as many queries as the model gets at a time; `progress` gets the n of each."""
+    """Yield logits (n, 33), as many queries at a time as the model gets; `progress` is called with each n."""
     batch: list[_Query] = []
     rows = 0
 

@@ -1,4 +1,4 @@
-"""The four ways to score a mutant, each in the terms of fair-esm and ProteinGym where they have it."""
+"""The four ways to score a mutant, as fair-esm and ProteinGym define them where they have them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def score_mutations(
     window: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FloatArray:
-    """One number a mutant; see `ESM2.score_mutations`."""
+    """Compute one number per mutant; see `ESM2.score_mutations`."""
     check_method(method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
     mutants = read_mutants(wild_type, mutations, check_offset(offset))
@@ -76,7 +76,7 @@ def score_mutations(
 
 
 def check_method(method: object, allowed: Sequence[str]) -> str:
-    """One of the allowed ones."""
+    """Return the method, or raise InvalidOption."""
     if not isinstance(method, str) or method not in allowed:
         raise InvalidOption(f"method={method!r}: allowed are {', '.join(allowed)}")
     return method
@@ -85,13 +85,13 @@ def check_method(method: object, allowed: Sequence[str]) -> str:
 def position_logits(
     passes: Passes, wild_type: str, indices: Sequence[int], method: str, window: Window, progress: Progress | None
 ) -> FloatArray:
-    """Logits (n, 33) that a marginal method reads at these positions."""
+    """Compute the logits (n, 33) that a marginal method needs at these positions."""
     compute = masked_logits if method == "masked-marginals" else plain_logits
     return compute(passes, wild_type, indices, window, progress)
 
 
 def counter(progress: Callable[[int, int], None] | None, total: int) -> Progress | None:
-    """`progress(done, total)` from calls that say how much was added."""
+    """Turn increments into calls of `progress(done, total)`."""
     if progress is None:
         return None
     done = 0
@@ -112,7 +112,7 @@ def _marginals(
     window: Window,
     progress: Callable[[int, int], None] | None,
 ) -> FloatArray:
-    """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever softmax runs over."""
+    """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever the softmax covers."""
     # A42A is worth 0 and needs no pass.
     indices = sorted({change.at for mutant in mutants for change in mutant if change.mutant != change.wild})
     logits = position_logits(passes, wild_type, indices, method, window, counter(progress, len(indices)))

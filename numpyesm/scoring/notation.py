@@ -1,4 +1,4 @@
-"""Mutations as people write them: `A42G`, `A42G:V50L`, `WT`, HGVS such as `p.Ala42Gly`; do they fit a wild type?"""
+"""Mutations as people write them: `A42G`, `A42G:V50L`, `WT`, `p.Ala42Gly` (HGVS); and whether they fit a wild type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THREE_LETTER_NAMES = (
 )
 _ONE_LETTER = dict(zip(_THREE_LETTER_NAMES.split(), "ARNDCQEGHILKMFPSTWYVBZUOX", strict=True))
 
-# Why a text is no substitution, by what it looks like; the first that fits is said.
+# Why a text is no substitution, judged by what it looks like; the first match counts.
 _LOOKS_LIKE = (
     (re.compile(r"^[cgmnor]\.|>"), "a change of DNA or RNA; give the protein's, such as p.Ala42Gly"),
     (re.compile(r"[0-9]\w*fs|frame", re.IGNORECASE), "a frame shift has no score, substitutions only"),
@@ -51,7 +51,7 @@ class Substitution(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A substitution that has been found to fit: 0-based place in the wild type, and both letters."""
+    """A substitution that fits the wild type: its 0-based place there, and both letters."""
 
     at: int
     wild: str
@@ -59,7 +59,7 @@ class Change(NamedTuple):
 
 
 def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitution, ...]:
-    """The substitutions of one mutant; none for the wild type.
+    """Parse the substitutions of one mutant; none for the wild type.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitutio
 
 
 def _parts(text: str) -> list[str]:
-    """Single changes, without what HGVS has around them: a reference, `p.`, and brackets that mean "predicted"."""
+    """Split into single changes, without what HGVS puts around them: a reference, `p.`, brackets for "predicted"."""
     text = text.replace("%3D", "=")  # as Ensembl's VEP writes it
     reference, _, change = text.partition(":")
     if _HGVS_KIND.match(change.lstrip()) and not _HGVS_KIND.match(reference) and _substitution(reference) is None:
@@ -116,7 +116,7 @@ def _without_brackets(part: str) -> str:
 
 
 def _meant(part: str) -> str:
-    """Why a part is no substitution."""
+    """Say why a part is no substitution."""
     for pattern, hint in _LOOKS_LIKE:
         if pattern.search(part):
             return hint
@@ -125,7 +125,7 @@ def _meant(part: str) -> str:
 
 
 def _substitution(part: str) -> Substitution | None:
-    """`A42G`, `Ala42Gly`, `A42=` or `Ala42=`; None if it is none of these."""
+    """Parse `A42G`, `Ala42Gly`, `A42=` or `Ala42=`; None if it is none of these."""
     if match := _THREE_LETTERS.fullmatch(part):
         wild = _ONE_LETTER.get(match[1].capitalize())
         mutant = wild if match[3] == "=" else _ONE_LETTER.get(match[3].capitalize())
@@ -136,7 +136,7 @@ def _substitution(part: str) -> Substitution | None:
 
 
 def check_wild_type(wild_type: object) -> str:
-    """A wild type of `ACDEFGHIKLMNPQRSTVWY` and `BXZUO`, of any length, or InvalidSequence."""
+    """Return a wild type of `ACDEFGHIKLMNPQRSTVWY` and `BXZUO`, of any length, or raise InvalidSequence."""
     if not isinstance(wild_type, str):
         raise InvalidSequence(f"the wild type: expected a string, got {type(wild_type).__name__}")
     if not wild_type:
@@ -153,7 +153,7 @@ def check_wild_type(wild_type: object) -> str:
 
 
 def check_offset(offset: object) -> int:
-    """A whole number: the position that the first residue has."""
+    """Return the position of the first residue, a whole number, or raise InvalidOption."""
     try:
         number = operator.index(offset)  # type: ignore[arg-type]
     except TypeError:
@@ -164,7 +164,7 @@ def check_offset(offset: object) -> int:
 
 
 def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> list[tuple[Change, ...]]:
-    """All mutants as changes of the wild type.
+    """Parse all mutants as changes of the wild type.
 
     Raises
     ------
@@ -184,7 +184,7 @@ def fit_mutant(
     item: int | None = None,
     others: Sequence[Sequence[Substitution]] = (),
 ) -> tuple[Change, ...]:
-    """The mutant as changes of the wild type, or InvalidMutation; `others` are for a hint at the right offset."""
+    """Return the mutant as changes of the wild type, or raise InvalidMutation; `others` help to guess the offset."""
     changes = []
     for substitution in mutant:
         wild, position, letter = substitution
@@ -209,7 +209,7 @@ def fit_mutant(
 
 
 def apply_changes(wild_type: str, changes: Iterable[Change]) -> str:
-    """The mutated sequence."""
+    """Return the mutated sequence."""
     letters = list(wild_type)
     for change in changes:
         letters[change.at] = change.mutant
@@ -232,7 +232,7 @@ def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = 
 
 
 def _offset_hint(wild_type: str, mutants: Sequence[Sequence[Substitution]]) -> str:
-    """The one offset with which all mutations fit, in brackets; empty if there is none, or several."""
+    """Name in brackets the only offset with which all mutations fit; empty if there is none, or several."""
     letters = {position: wild for mutant in mutants for wild, position, _ in mutant}
     if len(letters) < 3:  # a letter or two fit somewhere by chance
         return ""

@@ -1,4 +1,4 @@
-"""Every substitution of a protein: an L×20 matrix."""
+"""Every single substitution of a protein: an L×20 matrix."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def scan_mutations(
     window: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MutationScan:
-    """All single substitutions; see `ESM2.scan_mutations`."""
+    """Score all single substitutions; see `ESM2.scan_mutations`."""
     check_method(method, SCAN_METHODS)
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)

@@ -1,4 +1,4 @@
-"""How much of a protein the model sees when it scores a residue."""
+"""How much of a protein the model sees when a residue is scored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Window:
     of_tokens: bool = False
 
     def around(self, ids: TokenArray, index: int) -> tuple[TokenArray, int]:
-        """Tokens that are seen, in an array of their own, and the row of residue `index` among them.
+        """Return a new array of the tokens that are seen, and the row of residue `index` in it.
 
         `ids` (L,) are the residues of the whole protein.
         """
@@ -47,16 +47,16 @@ class Window:
 
 
 def window_around(index: int, length: int, window: int) -> tuple[int, int]:
-    """First and last (excluded) of the `window` residues around `index`, shifted inwards at the ends."""
+    """Return start and stop of the `window` residues around `index`, shifted inwards at the ends."""
     start = min(max(0, index - window // 2), length - window)
     return start, start + window
 
 
 def optimal_window(position: int, length: int, window: int) -> tuple[int, int]:
-    """First and last (excluded) of the tokens that ProteinGym gives the model around `position`.
+    """Return start and stop of the tokens that ProteinGym gives the model around `position`.
 
     Its `get_optimal_window`, which is called with tokens: `<cls>` is position 0, and `length` counts it and `<eos>`. An
-    odd window has one token less inside of the protein than at its ends.
+    odd window has one token less inside the protein than at its ends.
     """
     half = window // 2
     if length <= window:
@@ -69,7 +69,7 @@ def optimal_window(position: int, length: int, window: int) -> tuple[int, int]:
 
 
 def check_window(window: object, length: int, method: str) -> Window:
-    """What the model sees of a wild type of `length` residues.
+    """Return what the model sees of a wild type of `length` residues.
 
     Raises
     ------

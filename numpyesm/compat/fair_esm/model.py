@@ -70,7 +70,7 @@ class ESM2:
         Parameters
         ----------
         tokens : array of int (B, T)
-            Any length, any of the 33 tokens. A row with `<pad>` between other tokens is computed in a slower way.
+            Any length, any of the 33 tokens. A row with `<pad>` between other tokens is computed more slowly.
         repr_layers : iterable of int
             0 to `num_layers`; others (negative ones too) are ignored, as in fair-esm.
         need_head_weights, return_contacts : bool
@@ -80,7 +80,7 @@ class ESM2:
         -------
         dict
             `logits` (B, T, 33), absent if the weights have no LM head; `representations`, {layer: (B, T, D)};
-            `attentions` (B, num_layers, H, T, T); `contacts` (B, T - 2, T - 2). Behind the last token of a sequence the
+            `attentions` (B, num_layers, H, T, T); `contacts` (B, T - 2, T - 2). After the last token of a sequence the
             first two are zero (fair-esm has numbers without meaning there), attentions are zero as in fair-esm, and
             contacts are what fair-esm has: the regression's probability for no attention at all.
 
@@ -146,21 +146,19 @@ class ESM2:
     def _shapes(
         self, batch: int, width: int, *, logits: bool, attentions: bool, contacts: bool
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs that are no representations."""
+        """Return the shapes of the outputs other than representations."""
         inside = max(width - 2, 0)
-        shapes: dict[str, tuple[int, ...]] = {}
-        if logits:
-            shapes["logits"] = (batch, width, self.alphabet_size)
-        if attentions:
-            shapes["attentions"] = (batch, self.num_layers, self.attention_heads, width, width)
-        if contacts:
-            shapes["contacts"] = (batch, inside, inside)
-        return shapes
+        outputs: list[tuple[bool, str, tuple[int, ...]]] = [
+            (logits, "logits", (batch, width, self.alphabet_size)),
+            (attentions, "attentions", (batch, self.num_layers, self.attention_heads, width, width)),
+            (contacts, "contacts", (batch, inside, inside)),
+        ]
+        return {name: shape for wanted, name, shape in outputs if wanted}
 
     def _sizes(
         self, ids: Array, lengths: list[int], layers: int, shapes: dict[str, tuple[int, ...]], exact: bool
     ) -> Sizes:
-        """How the call is cut up; NotEnoughMemory if the arrays would exceed the limit."""
+        """Plan how the call is cut up; NotEnoughMemory if the arrays would exceed the limit."""
         held = 4 * (sum(map(math.prod, shapes.values())) + layers * ids.size * self.embed_dim)
         held += exact_bytes(self.core.checkpoint, ids.shape[1]) if exact else 0
         try:
@@ -220,7 +218,7 @@ class MSATransformer(ProteinBertModel):
 
 
 def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Token numbers (B, T), or InvalidSequence."""
+    """Return token numbers (B, T), or raise InvalidSequence."""
     ids = np.asarray(tokens)
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise InvalidSequence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -32,8 +33,16 @@ class Writer(ABC):
         """Write everything to `path`, which nobody reads yet, and sync it."""
 
     @abstractmethod
+    def metadata(self, path: Path) -> str | bytes:
+        """Return the metadata of a finished output as JSON; an error if there are none."""
+
     def read_about(self, path: Path) -> dict[str, Any] | None:
-        """The metadata of a finished output; None if it is not numpyesm's."""
+        """Return the metadata of a finished output; None if it was not made by numpyesm."""
+        try:
+            about = json.loads(self.metadata(path))
+        except (OSError, KeyError, ValueError, TypeError):
+            return None
+        return about if isinstance(about, dict) else None
 
 
 def described(row: Row, layout: Layout) -> dict[str, Any]:

@@ -55,12 +55,8 @@ class FolderWriter(Writer):
         if hasattr(os, "sync"):
             os.sync()  # once, not a wait for every file
 
-    def read_about(self, path: Path) -> dict[str, Any] | None:
-        try:
-            about: dict[str, Any] = json.loads((path / ABOUT).read_text())[METADATA_KEY]
-            return about
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def metadata(self, path: Path) -> str | bytes:
+        return json.dumps(json.loads((path / ABOUT).read_text())[METADATA_KEY])
 
 
 def is_ours(entry: Path) -> bool:

@@ -74,13 +74,10 @@ class Hdf5Writer(Writer):
             disk.check()
             disk.sync()
 
-    def read_about(self, path: Path) -> dict[str, Any] | None:
-        try:
-            with self._h5py.File(path, "r") as file:
-                about: dict[str, Any] = json.loads(file.attrs[METADATA_KEY])
-                return about
-        except (OSError, KeyError, ValueError, TypeError):
-            return None
+    def metadata(self, path: Path) -> str | bytes:
+        with self._h5py.File(path, "r") as file:
+            found: str = file.attrs[METADATA_KEY]
+            return found
 
 
 def _places(layout: Layout) -> tuple[Field, list[Field], list[Field]]:

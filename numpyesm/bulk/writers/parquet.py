@@ -62,13 +62,9 @@ class ParquetWriter(Writer):
             file.flush()
             os.fsync(file.fileno())
 
-    def read_about(self, path: Path) -> dict[str, Any] | None:
-        try:
-            metadata = self._pa.parquet.read_schema(path).metadata or {}
-            about: dict[str, Any] = json.loads(metadata[METADATA_KEY.encode()])
-            return about
-        except (self._pa.ArrowException, OSError, KeyError, ValueError):
-            return None
+    def metadata(self, path: Path) -> str | bytes:
+        found: dict[bytes, bytes] = self._pa.parquet.read_schema(path).metadata or {}
+        return found[METADATA_KEY.encode()]
 
     def _schema(self, layout: Layout) -> Any:
         pa = self._pa

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import io
 import os
-import pickle
 import struct
 import zipfile
 from argparse import Namespace
@@ -299,9 +298,3 @@ def test_an_honest_file_of_the_largest_model_is_read(tmp_path):
     moments = {i: {"step": torch.ones(1), "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)} for i in range(770)}
     torch.save({"model": state, "optimizer": {"state": moments}, "loss": [0.5] * 50_000}, tmp_path / "x.pt")
     assert read_torch(tmp_path / "x.pt")["model"].keys() == state.keys()
-
-
-def test_plain_pickles_are_named(tmp_path):
-    (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(CheckpointError, match="Python pickle"):
-        load_checkpoint(tmp_path / "x.pt")

@@ -7,23 +7,20 @@ it, which is compared with the content, and so is the sum written here, where it
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from ..config import OFFICIAL_NAMES, PRESETS, preset_name
+from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from ..files import atomic_write
 from .cache import RemoteModel, cached, is_commit
 from .canonical import check_dtype, load_canonical, save_canonical
 from .conversion import output_path, progress_bar, with_provenance
 from .hugging_face import WEIGHT_FILES, adapter_file, weight_files, weight_map
 from .load import open_checkpoint
-from .official import check_download, hub_folder, is_whole, snapshot_folder
+from .official import check_download, hub_folder, is_whole, snapshot_folder, ways_out
 
-_FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _TIMEOUT = 10  # seconds to the first answer of the Hub
 _ABSENT = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}
 
@@ -74,7 +71,12 @@ def fetch(
     model = RemoteModel.named(name, revision)
     found = cached(name, revision=revision, dtype=dtype)
     if found is not None and _opens(found):  # a damaged file is fetched anew
-        return found if output is None else _copy(found, output_path(output, load_canonical(found), dtype))
+        if output is None:
+            return found
+        checkpoint = load_canonical(found)
+        path = output_path(output, checkpoint, dtype)
+        save_canonical(path, checkpoint, precision=dtype)
+        return path
     snapshot = _downloaded(model) or _download(model, progress)
     _verify(model, snapshot)
     commit = snapshot.name
@@ -100,27 +102,6 @@ def fetch(
     if output is None:
         model.remember(commit)
     return path
-
-
-def ways_out(name: str = "esm2-35m") -> str:
-    """What a user without a network can do, as the end of a sentence."""
-    preset = preset_name(name)
-    official = OFFICIAL_NAMES.get(preset or "", "")
-    ways = [
-        f"run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point NUMPYESM_WEIGHTS to "
-        "it or put it into weights/",
-    ]
-    if official:
-        ways.append(
-            f"or download {_FAIR_ESM_URL}/models/{official}.pt and "
-            f"{_FAIR_ESM_URL}/regression/{official}-contact-regression.pt and run "
-            f"`numpyesm convert {official}.pt -o weights/{preset}.safetensors`"
-        )
-    ways.append(
-        f"to try things out on random weights, ask for 'synthetic{f':{preset}' if preset else ''}' by name "
-        "(its numbers mean nothing)"
-    )
-    return "ways out: " + "; ".join(ways)
 
 
 def _downloaded(model: RemoteModel) -> Path | None:
@@ -241,9 +222,3 @@ def _opens(path: Path) -> bool:
         return not open_checkpoint(path).checkpoint.synthetic
     except CheckpointError:
         return False
-
-
-def _copy(source: Path, target: Path) -> Path:
-    with open(source, "rb") as file, atomic_write(target) as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
-    return target

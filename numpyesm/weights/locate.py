@@ -19,7 +19,7 @@ from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
 from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
-from .official import check_official, hub_snapshot, official_files
+from .official import check_official, hub_snapshot, official_files, ways_out
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 
@@ -128,7 +128,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
                 _check_model(ModelConfig.from_json(metadata.get("config", "")), name, found)
             return found
         if not allow_download:
-            raise WeightsNotFound(f"no weights of {name} were found on this machine; {_ways_out(name)}")
+            raise WeightsNotFound(f"no weights of {name} were found on this machine; {ways_out(name)}")
         return _fetch(name, progress=progress)
     path = Path(spec).expanduser()
     if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
@@ -136,7 +136,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
     if found := cached(spec) or hub_snapshot(spec):
         return found
     if not allow_download:
-        raise WeightsNotFound(f"{spec} is neither a path nor in the cache; {_ways_out(spec)}")
+        raise WeightsNotFound(f"{spec} is neither a path nor in the cache; {ways_out(spec)}")
     return _fetch(spec, progress=progress)
 
 
@@ -213,19 +213,10 @@ def checkout_folders() -> list[Path]:
     return [root / "weights"] if (root / "pyproject.toml").is_file() else []
 
 
-# The Hub's module loads every reader, so it is imported only when it is needed.
-
-
 def _fetch(name: str, *, progress: bool) -> Path:
-    from .hub import fetch
+    from .hub import fetch  # loads every reader
 
     return fetch(name, progress=progress)
-
-
-def _ways_out(name: str) -> str:
-    from .hub import ways_out
-
-    return ways_out(name)
 
 
 def _existing(path: Path, bare_name: str = "") -> Path:

@@ -11,12 +11,13 @@ import re
 import warnings
 from pathlib import Path
 
-from ..config import OFFICIAL_NAMES
+from ..config import OFFICIAL_NAMES, preset_name
 from ..errors import CheckpointError
 from ..files import file_sha256
 from .cache import PINNED_COMMITS
 from .hugging_face import adapter_file, weight_files
 
+_FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Of fair-esm's files and of the Hub's; those of the other models were not to be had when this was written.
 _PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
@@ -107,6 +108,27 @@ def check_download(snapshot: Path) -> None:
         pinned = snapshot_folder(f"facebook/{OFFICIAL_NAMES[preset]}", PINNED_COMMITS[preset])
         if snapshot == pinned and [file_sha256(file) for file in weight_files(snapshot)] != [digest]:
             raise CheckpointError(f"{snapshot} holds other weights than the published {preset}")
+
+
+def ways_out(name: str = "esm2-35m") -> str:
+    """What a user without a network can do, as the end of a sentence."""
+    preset = preset_name(name)
+    official = OFFICIAL_NAMES.get(preset or "", "")
+    ways = [
+        f"run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point NUMPYESM_WEIGHTS to "
+        "it or put it into weights/",
+    ]
+    if official:
+        ways.append(
+            f"or download {_FAIR_ESM_URL}/models/{official}.pt and "
+            f"{_FAIR_ESM_URL}/regression/{official}-contact-regression.pt and run "
+            f"`numpyesm convert {official}.pt -o weights/{preset}.safetensors`"
+        )
+    ways.append(
+        f"to try things out on random weights, ask for 'synthetic{f':{preset}' if preset else ''}' by name "
+        "(its numbers mean nothing)"
+    )
+    return "ways out: " + "; ".join(ways)
 
 
 def hub_folder() -> Path:

@@ -118,7 +118,9 @@ class DeferredTensor(StoredTensor):
 
     @property
     def raw(self) -> npt.NDArray[Any]:
-        return self._build()
+        built = self._build()
+        self.release()  # or what it is made from would stand in memory beside it
+        return built
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from conftest import SMALL, random_sequence
 from safetensors.numpy import load_file, save_file
 
 from numpyesm import ESM2
+from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError
 from numpyesm.weights import convert, load_checkpoint, open_weights, save_canonical
+from numpyesm.weights.adapter import merged, read_adapter
 from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import DeferredTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
@@ -139,6 +144,34 @@ def test_models_of_one_base_share_it(base: Path, tmp_path: Path) -> None:
     first, second = (ESM2.from_pretrained(base, adapter=folder, backend="numpy") for folder in folders)
     for name, tensor in first.checkpoint.tensors.items():
         assert (second.checkpoint.tensors[name] is tensor) == (name != "layers.0.qkv.weight"), name
+
+
+@pytest.mark.parametrize("backend", ["numpy", "compiled"])
+@pytest.mark.parametrize("stored", ["canonical", "deferred"])
+def test_further_models_of_a_base_take_little_memory(tmp_path: Path, backend: str, stored: str) -> None:
+    if backend == "compiled":
+        pytest.importorskip("numba")
+    config = ModelConfig(2, 320, 20, 1280)
+    save_canonical(tmp_path / "base.safetensors", random_checkpoint(config, 1))
+    plain = load_checkpoint(tmp_path / "base.safetensors")
+    if stored == "deferred":  # as the matrices of a Hugging Face folder are
+        made = {
+            name: DeferredTensor(tensor.shape, "F32", lambda tensor=tensor: np.array(tensor.raw), [tensor])
+            for name, tensor in plain.tensors.items()
+        }
+        plain = replace(plain, tensors=made)
+    query = {"q.lora_A.weight": draw(1, 4, 320), "q.lora_B.weight": draw(2, 320, 4)}
+    prefix = "base_model.model.esm.encoder.layer.0.attention.self."
+    folder = write(tmp_path / "a", {name.replace("q.", f"{prefix}query."): array for name, array in query.items()})
+    adapter = read_adapter(folder)
+    models = [ESM2(merged(plain, adapter), backend=backend, threads=1)]
+    wanted = models[0].encode(["MKTAYI"])[0].embeddings[2]
+    tracemalloc.start()
+    models.append(ESM2(merged(plain, adapter), backend=backend, threads=1))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3_500_000  # of 10 MB of weights: one matrix of 1.2 MB, and a vocabulary
+    np.testing.assert_array_equal(models[1].encode(["MKTAYI"])[0].embeddings[2], wanted)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from .narrow import NarrowMatrix
 from .numpy_steps import attend, gelu, layer_norm, linear
 from .rotary import rotary_pair_order, rotary_turns
 from .scratch import scratch
+from .shared import shared
 
 # Batches of at most this many rows are one block: two Python threads in lock step would lose more to the interpreter
 # lock than they gain, and BLAS's own threads win.
@@ -61,7 +63,9 @@ class NumpyKernels(Kernels):
             prefix = f"layers.{layer}.qkv."
             reorders_rows = in_place or isinstance(w[prefix + "weight"], NarrowMatrix)
             if not reorders_rows:
-                w[prefix + "weight"] = np.take(w[prefix + "weight"], order, axis=-1)
+                plain = w[prefix + "weight"]
+                tensor = checkpoint.tensors[prefix + "weight"]
+                w[prefix + "weight"] = shared(tensor, (self.dtype, "pairs"), partial(np.take, plain, order, axis=-1))
                 w[prefix + "bias"] = w[prefix + "bias"][order]
             self._reorders_rows.append(reorders_rows)
         if checkpoint.has_lm_head:
@@ -73,8 +77,7 @@ class NumpyKernels(Kernels):
         narrow = self.dtype == np.float32 and NarrowMatrix.suits(tensor) and name != "embed_tokens.weight"
         if narrow:
             return NarrowMatrix(tensor)
-        wide: Array = tensor.astype(self.dtype)
-        return wide
+        return shared(tensor, self.dtype, lambda: tensor.astype(self.dtype))
 
     def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
         return NumpyForward(self, pool, batch, layers, partition)

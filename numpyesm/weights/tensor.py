@@ -23,7 +23,7 @@ FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one tensor is another only if it is the same object
 class StoredTensor:
     """Stored numbers and their meaning.
 

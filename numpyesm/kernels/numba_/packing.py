@@ -13,6 +13,7 @@ from ...weights.equalise import equalised
 from ...weights.tensor import StoredTensor, round_to_bfloat16
 from ..base import Array
 from ..rotary import rotary_angles, rotary_pair_order
+from ..shared import shared
 from . import attention, bf16, cache, fp32, int8
 from .emitter import TILE_COLUMNS, TILE_ROWS
 from .gemm import NARROW_ROWS, aligned, pack_panels, padded_columns, panels
@@ -121,26 +122,17 @@ class PackedModel:
 
     def _pack(self, name: str, weight: StoredTensor, bias: Array, order: npt.NDArray[np.intp]) -> list[int]:
         """The row of `layout.Matrix` of one matrix, as the products of this precision take it."""
-        bias = np.asarray(bias, np.float32)
-        values: Array
-        scales: Array | None = None
-        if self.precision == "int8":
-            values, scales = weight.quantised()
-        else:
-            values = weight.astype(np.float32)
         if name == "qkv":
-            values, bias = values[:, order], bias[order]
-            values, bias = self._fill_heads(values, axis=1), self._fill_heads(bias, axis=0)
-            scales = None if scales is None else self._fill_heads(scales[order], axis=0)
-        elif name == "out_proj":
-            values = self._fill_heads(values, axis=0)
-        packed_bias = self._keep(padded_columns(bias))
-        if self.precision == "fp32":
-            return [address(self._keep(pack_panels(values))), address(packed_bias), 0, 0]
-        if self.precision == "bf16":
-            packed = pack_panels(round_to_bfloat16(values), group=2)
+            bias = self._fill_heads(bias[order], axis=0)
+        packed_bias = self._keep(padded_columns(np.asarray(bias, np.float32)))
+        if self.precision != "int8":
+            form = (self.precision, name, self.head_dim)
+            packed = shared(weight, form, lambda: self._panels(self._ordered(name, weight.astype(np.float32), order)))
             return [address(self._keep(packed)), address(packed_bias), 0, 0]
-        assert scales is not None
+        levels, scales = weight.quantised()
+        values: Array = self._ordered(name, levels, order)
+        if name == "qkv":
+            scales = self._fill_heads(scales[order], axis=0)
         # Activations of the second half of the feed-forward part are quantised a part at a time.
         part = self.ffn_columns if name == "fc2" else len(values)
         parts = [values[first : first + part] for first in range(0, len(values), part)]
@@ -148,6 +140,15 @@ class PackedModel:
         packed = pack_panels(values, group=4)
         kept = [self._keep(array) for array in (packed, packed_bias, offsets, padded_columns(scales))]
         return [address(array) for array in kept]
+
+    def _ordered(self, name: str, values: Array, order: npt.NDArray[np.intp]) -> Array:
+        """The channels of heads as the kernels take them: in the columns of `qkv`, in the rows of `out_proj`."""
+        if name == "qkv":
+            return self._fill_heads(values[:, order], axis=1)
+        return self._fill_heads(values, axis=0) if name == "out_proj" else values
+
+    def _panels(self, values: Array) -> Array:
+        return pack_panels(values) if self.precision == "fp32" else pack_panels(round_to_bfloat16(values), group=2)
 
     def _fill_heads(self, array: Array, axis: int) -> Array:
         """Zeros behind the channels of each head, up to the width that the kernels take."""

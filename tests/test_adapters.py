@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from numpyesm import ESM2
 from numpyesm.config import ModelConfig
-from numpyesm.errors import CheckpointError
+from numpyesm.errors import CheckpointError, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, open_weights, save_canonical
 from numpyesm.weights.adapter import merged, read_adapter
 from numpyesm.weights.synthetic import random_checkpoint
@@ -226,6 +226,21 @@ def test_refused(base: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFi
     assert "\n" not in str(caught.value)
     assert main(["convert", str(base), "--adapter", str(folder), "-o", str(tmp_path / "x.safetensors")]) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_base_of_the_same_shape(base: Path, tmp_path: Path) -> None:
+    """The base that the adapter names is there, and it is not the one that is given."""
+    other, rounded = tmp_path / "other.safetensors", tmp_path / "rounded.safetensors"
+    save_canonical(other, random_checkpoint(SMALL, 2))
+    convert(base, rounded, dtype="bf16")
+    folder = write(tmp_path / "adapter", lora(), base)
+    with pytest.raises(CheckpointError, match=r"for .*/base\.safetensors, not for .*/other\.safetensors$"):
+        open_weights(other, adapter=folder)
+    assert open_weights(rounded, adapter=folder).config == SMALL
+    write(folder, lora(), "/train/on/another/machine")
+    assert open_weights(other, adapter=folder).config == SMALL
+    with pytest.raises(WeightsNotFound, match="is an adapter for /train/on/another/machine, name its base yourself"):
+        open_weights(folder)
 
 
 def test_an_int8_base_is_refused(base: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ import numpy.typing as npt
 
 from ..config import PRESETS, Classifier, ModelConfig, preset_name
 from ..errors import CheckpointError
+from ..files import same_file
 from ..printable import quoted
 from .assemble import is_finite
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
 from .hugging_face import NAMING, adapter_file, classifier_of, read_config
-from .load import read_weights
+from .load import load_checkpoint, read_weights
 from .recognise import Model, named_tensors
 from .tensor import STORAGE_DTYPES, DeferredTensor, StoredTensor
 
@@ -196,6 +198,18 @@ def _check_base(checkpoint: Checkpoint, adapter: Adapter, base: str) -> None:
     preset = preset_name(adapter.base) if adapter.base else None
     if preset is not None and PRESETS[preset] != checkpoint.config:
         raise _another_base(adapter, base)
+    if preset is None and adapter.base and Path(adapter.base).exists() and not same_file(adapter.base, base):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about heads that are not looked at
+            theirs = load_checkpoint(Path(adapter.base))
+        if theirs.config != checkpoint.config or not _same_numbers(theirs, checkpoint):
+            raise _another_base(adapter, base)
+
+
+def _same_numbers(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints of one shape are the same model, perhaps rounded."""
+    first, second = (checkpoint.array("embed_tokens.weight") for checkpoint in (one, other))
+    return bool(np.allclose(first, second, rtol=0.01, atol=0.01 * float(np.abs(first).max())))
 
 
 def _another_base(adapter: Adapter, base: str) -> CheckpointError:

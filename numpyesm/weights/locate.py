@@ -79,7 +79,11 @@ def load_found(
         from .adapter import base_of
 
         base = base_of(found)
-        return load_found(base, resolve(base), adapter=found)
+        try:
+            place = resolve(base)
+        except WeightsNotFound as error:
+            raise WeightsNotFound(f"{found} is an adapter for {base}, name its base yourself: {error}") from error
+        return load_found(base, place, adapter=found)
     if adapter is not None:
         from .adapter import merged, read_adapter  # not for canonical files
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..weights.tensor import StoredTensor
+from ..weights.tensor import GROUP, StoredTensor
 from .scratch import scratch
 
 Array = npt.NDArray[Any]
@@ -32,13 +32,11 @@ class NarrowMatrix:
     Attributes
     ----------
     shape : tuple of int
-    scale : ndarray (N,) float32, or None
-        What the product with an int8 matrix is to be multiplied by: its slices are the bare levels.
     """
 
     def __init__(self, tensor: StoredTensor) -> None:
         self.shape: tuple[int, ...] = tensor.shape
-        self.scale = tensor.scale
+        self._scale = tensor.scale
         self._raw = tensor.raw
         self._dtype = tensor.dtype
         if self._dtype == "F16" and _has_non_finite(self._raw):
@@ -65,7 +63,11 @@ class NarrowMatrix:
             np.bitwise_and(signed, _FLOAT16_BITS, out=signed)
             np.multiply(out, _FLOAT16_FACTOR, out=out)
         else:
-            np.copyto(out, raw)
+            assert self._scale is not None
+            first = rows.start or 0
+            for group in range(first // GROUP, -(-(first + len(raw)) // GROUP)):
+                part = slice(max(0, group * GROUP - first), (group + 1) * GROUP - first)
+                np.multiply(raw[part], self._scale[group], out=out[part])
         return out
 
 

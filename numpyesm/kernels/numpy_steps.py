@@ -95,8 +95,6 @@ def linear(
         part = scratch.room("part", out.shape, out.dtype)
         for start in range(first, inner, piece):
             out += _product(x[:, start : start + piece], weight[start : start + piece], part)
-    if isinstance(weight, NarrowMatrix) and weight.scale is not None:
-        out *= weight.scale
     if bias is not None:
         out += bias
     return out

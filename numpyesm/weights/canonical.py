@@ -6,17 +6,19 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
+from .calibration import with_input_means
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
-from .equalise import equalised
 from .integrity import verify_at_load, verify_data, verify_files
+from .rounding import RoundedLayers
 from .safetensors_file import read_safetensors, write_safetensors
-from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor
+from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor, groups_of
 
 FORMAT = "numpyesm"
 FORMAT_VERSION = "2"  # 1 had no rotary frequencies
@@ -38,17 +40,22 @@ def save_canonical(
     checkpoint : Checkpoint
     precision : {'fp32', 'fp16', 'bf16', 'int8'}, optional
         Storage of the matrices; the default is the checkpoint's own. Norms, biases, rotary frequencies, contact head
-        and classifier are always float32, being small and sensitive; with int8 so are the embedding and the LM head.
+        and classifier are always float32, being small and sensitive; with bf16 and int8 so are the embedding and the
+        LM head. Lower precision is rounded as `rounding.py` says; all files hold the mean input of each matrix.
     progress : callable, optional
         See `write_safetensors`.
     """
     precision = precision or checkpoint.precision
     check_dtype(precision)
-    rounded = equalised(checkpoint) if precision == "int8" else checkpoint
+    layers = RoundedLayers(checkpoint, precision)
+    if not layers.needed:
+        checkpoint = with_input_means(checkpoint)
     tensors: dict[str, StoredTensor] = {}
-    for name in canonical_shapes(checkpoint.config):
-        if name in checkpoint.tensors:
-            tensors |= _stored(name, rounded.tensors[name], precision)
+    for name, shape in canonical_shapes(checkpoint.config).items():
+        if layers.makes(name):
+            tensors |= _rounded(name, shape, precision, layers)
+        elif name in checkpoint.tensors:
+            tensors |= _stored(name, checkpoint.tensors[name], precision)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -118,7 +125,9 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
 
 def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:
     """Return the dtype of a tensor in a file of this precision."""
-    narrow = len(shape) == 2 and not name.startswith(CLASSIFIER) and (precision != "int8" or name.startswith("layers."))
+    narrow = len(shape) == 2 and not name.startswith(CLASSIFIER) and not name.endswith(_SCALE)
+    if precision in ("bf16", "int8"):
+        narrow = narrow and name.startswith("layers.")
     return PRECISION_DTYPES[precision] if narrow else "F32"
 
 
@@ -128,8 +137,12 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     for name, tensor in joined.items():
         if tensor.dtype == "I8":
             scale = tensors.get(name + _SCALE)
-            if scale is None or scale.shape != tensor.shape[1:]:
-                raise CheckpointError(f"tensor {name + _SCALE!r} is missing or has a wrong shape")
+            if scale is None:
+                raise CheckpointError(f"tensor {name + _SCALE!r} is missing")
+            if scale.shape == tensor.shape[1:]:
+                raise CheckpointError("int8 with one scale a column was less exact: convert the original again")
+            if scale.shape != (groups_of(tensor.shape[0]), tensor.shape[1]):
+                raise CheckpointError(f"tensor {name + _SCALE!r} has a wrong shape")
             joined[name] = replace(tensor, scale=scale.raw)
     return joined
 
@@ -137,21 +150,31 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 def _stored(name: str, tensor: StoredTensor, precision: str) -> dict[str, StoredTensor]:
     """A tensor as a file of this precision holds it, made when it is written; an int8 matrix with its scales."""
     dtype = _storage(name, tensor.shape, precision)
+    if tensor.dtype == dtype == "I8":
+        assert tensor.scale is not None
+        return {name: tensor, name + _SCALE: StoredTensor(tensor.scale)}
 
-    def stored() -> StoredTensor:
+    def stored() -> npt.NDArray[Any]:
         try:
-            return tensor.stored_as(dtype)
+            return tensor.stored_as(dtype).raw
         except OverflowError as error:
             raise CheckpointError(
                 f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32"
             ) from error
 
-    tensors: dict[str, StoredTensor] = {name: DeferredTensor(tensor.shape, dtype, lambda: stored().raw, [tensor])}
+    return {name: DeferredTensor(tensor.shape, dtype, stored, [tensor])}
+
+
+def _rounded(name: str, shape: tuple[int, ...], precision: str, layers: RoundedLayers) -> dict[str, StoredTensor]:
+    """What `layers` make of a tensor, once it is written; an int8 matrix with its scales."""
+    dtype = _storage(name, shape, precision)
+    tensors: dict[str, StoredTensor] = {name: DeferredTensor(shape, dtype, lambda: layers.tensor(name).raw)}
     if dtype == "I8":
-        tensors[name + _SCALE] = DeferredTensor(tensor.shape[1:], "F32", lambda: _scale_of(stored()), [tensor])
+
+        def scale() -> npt.NDArray[np.float32]:
+            found = layers.tensor(name).scale
+            assert found is not None
+            return found
+
+        tensors[name + _SCALE] = DeferredTensor((groups_of(shape[0]), shape[1]), "F32", scale)
     return tensors
-
-
-def _scale_of(tensor: StoredTensor) -> npt.NDArray[np.float32]:
-    assert tensor.scale is not None
-    return tensor.scale

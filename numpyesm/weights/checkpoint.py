@@ -2,7 +2,8 @@
 
 Matrices are (in_features, out_features), so a layer is `rows @ weight`: OpenBLAS runs this up to twice as fast as
 `rows @ weight.T` at the 16 to 100 rows of a short protein. Query, key and value are one matrix, in this order. Nothing
-is scaled or folded: a converted file holds the checkpoint's own numbers.
+is scaled or folded: a file converted to float32 holds the checkpoint's own numbers, and beside them the mean input of
+each matrix, which lower precisions need.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ CONTACT_HEAD = ("contact_head.weight", "contact_head.bias")
 CLASSIFIER = "classifier."  # how the names of a classification head begin
 FREQUENCIES = "rotary.frequencies"
 DECODER = "lm_head.decoder.weight"  # (D, V), only where fine-tuning untied it from the embedding
+
+
+# The matrices of a layer.
+MATRICES = ("qkv", "out_proj", "fc1", "fc2")
+
+
+def input_mean(layer: int, matrix: str) -> str:
+    """Return the name of the mean input of a layer's matrix: (K,), over natural sequences (`calibration.py`)."""
+    return f"input_means.{layer}.{matrix}"
 
 
 def computed_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
@@ -71,6 +81,11 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "contact_head.bias": (1,),
         FREQUENCIES: (config.head_dim // 2,),
         DECODER: (width, VOCAB_SIZE),
+        **{
+            input_mean(layer, name): (ffn if name == "fc2" else width,)
+            for layer in range(config.num_layers)
+            for name in MATRICES
+        },
     }
 
 
@@ -112,7 +127,8 @@ class Checkpoint:
                 f"the configuration states {self.config.num_layers} layers, but there are {len(self.tensors)} tensors"
             )
         expected = canonical_shapes(self.config)
-        for head in (LM_HEAD, CONTACT_HEAD, (DECODER,)):
+        means = tuple(input_mean(layer, name) for layer in range(self.config.num_layers) for name in MATRICES)
+        for head in (LM_HEAD, CONTACT_HEAD, (DECODER,), means):
             present = [name for name in head if name in self.tensors]
             if present and len(present) < len(head):
                 missing = next(name for name in head if name not in self.tensors)
@@ -142,8 +158,17 @@ class Checkpoint:
         return CONTACT_HEAD[0] in self.tensors
 
     @property
+    def has_input_means(self) -> bool:
+        return input_mean(0, MATRICES[0]) in self.tensors
+
+    @property
     def num_parameters(self) -> int:
-        return sum(int(np.prod(tensor.shape)) for name, tensor in self.tensors.items() if name != FREQUENCIES)
+        """Numbers that training set: all but frequencies and mean inputs."""
+        return sum(
+            int(np.prod(tensor.shape))
+            for name, tensor in self.tensors.items()
+            if name != FREQUENCIES and not name.startswith("input_means.")
+        )
 
     def first_layers(self, count: int) -> Checkpoint:
         """Return the first layers alone: their representations are those of the whole model, and all heads are gone.

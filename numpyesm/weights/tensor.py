@@ -22,6 +22,9 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
 FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
+# Rows of an int8 matrix that share a scale in each column. It divides the widths of all published models.
+GROUP = 80
+
 
 @dataclass(frozen=True, eq=False)  # one tensor is another only if it is the same object
 class StoredTensor:
@@ -33,8 +36,8 @@ class StoredTensor:
         The stored numbers; bfloat16 as uint16 bit patterns. May be a read-only view of a mapped file.
     dtype : str
         `F32`, `F16`, `BF16`, `F64`, or `I8` with a scale.
-    scale : ndarray (N,) float32, optional
-        Of an int8 matrix (K, N): the step size of each column (output channel).
+    scale : ndarray (groups, N) float32, optional
+        Of an int8 matrix (K, N): the step size of `GROUP` neighbouring rows of each column (output channel).
     """
 
     raw: npt.NDArray[Any]
@@ -58,12 +61,8 @@ class StoredTensor:
         """Return the numbers as `dtype`, without a copy if they are stored so."""
         values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
         if self.scale is not None:
-            values = values * self.scale
+            values = values * row_scales(self.scale, len(values))
         return values.astype(dtype, copy=False)
-
-    def quantised(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-        """Levels (K, N) and scales (N,) of a matrix: the stored ones, or as `quantise_columns` makes them."""
-        return (self.raw, self.scale) if self.scale is not None else quantise_columns(self.astype(np.float32))
 
     def stored_as(self, dtype: str) -> StoredTensor:
         """The same numbers, rounded to nearest even, in another storage dtype.
@@ -77,8 +76,8 @@ class StoredTensor:
             return self
         values = self.astype(np.float32)
         if dtype == "I8":
-            levels, scale = quantise_columns(values)
-            return StoredTensor(levels, dtype, scale)
+            scale = group_scales(values)
+            return StoredTensor(nearest_levels(values, row_scales(scale, len(values))), dtype, scale)
         if dtype == "BF16":
             return StoredTensor(round_to_bfloat16(values), dtype)
         with np.errstate(over="ignore"):
@@ -162,22 +161,24 @@ def round_to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return rounded
 
 
-def quantise_columns(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round each column to whole multiples of 1/127 of its largest magnitude.
+def groups_of(rows: int) -> int:
+    """Return how many groups of `GROUP` rows there are, the last one perhaps a smaller one."""
+    return -(-rows // GROUP)
 
-    Parameters
-    ----------
-    weight : ndarray (K, N) float32
 
-    Returns
-    -------
-    levels : ndarray (K, N) int8
-        -127 to 127.
-    scales : ndarray (N,) float32
-        `levels * scales` is the weight, to half a scale.
-    """
-    largest = np.abs(weight).max(axis=0)
-    scales = (largest / np.float32(127)).astype(np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    levels = np.clip(np.rint(weight * inverse), -127, 127).astype(np.int8)
-    return levels, scales
+def group_scales(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return 1/127 of the largest magnitude in each group of `GROUP` rows of a column: (K, N) -> (groups, N)."""
+    starts = np.arange(0, len(weight), GROUP)
+    return (np.maximum.reduceat(np.abs(weight), starts, axis=0) / np.float32(127)).astype(np.float32)
+
+
+def row_scales(scale: npt.NDArray[np.float32], rows: int) -> npt.NDArray[np.float32]:
+    """Return the scale of every number of a matrix: (groups, N) -> (K, N)."""
+    return np.repeat(scale, GROUP, axis=0)[:rows]
+
+
+def nearest_levels(weight: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.int8]:
+    """Round to the nearest whole multiples of `scale`, -127 to 127; 0 where it is 0."""
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    levels: npt.NDArray[np.int8] = np.clip(np.rint(weight * inverse), -127, 127).astype(np.int8)
+    return levels

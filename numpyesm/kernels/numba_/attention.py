@@ -39,11 +39,12 @@ from .emitter import (
     wide_scores,
     wide_scores_bf16,
 )
-from .int8 import NARROW
+from .layer import NARROW
 from .layout import Maps, Model, Room
 from .steps import REASSOCIATE
 from .tiles import HALF_ROWS, ROWS, configure_tiles, release_tiles
 from .vectors import (
+    PIECE,
     carray,
     column_maximum,
     float32_at,
@@ -53,6 +54,7 @@ from .vectors import (
     load_number,
     store_number,
     store_pair,
+    store_piece_bf16,
     store_scaled,
     transpose_eight,
     uint16_at,
@@ -65,6 +67,10 @@ _TILES = ISA.tiles
 # Keys whose scores are held at a time: 16 kB of them, half of a small first cache.
 CHUNK_KEYS = max(32, 16384 // (4 * TILE_COLUMNS) // TILE_ROWS * TILE_ROWS)
 
+# Up to so many tokens, attention is in float32 at all precisions: it is little work there, and a short peptide's few
+# rows do not average rounding out.
+SHORT = 66
+
 # Sums of exponentials outside this range are computed again: below it some of their terms may have vanished.
 _SAFE_LOWEST, _SAFE_HIGHEST = np.float32(2.0**-60), np.float32(2.0**100)
 
@@ -75,6 +81,8 @@ _LOWEST = np.float32(-np.inf)
 _HEADS, _HEAD_DIM = int(Model.HEADS), int(Model.HEAD_DIM)
 _QUERIES, _SCORES, _STATE, _CONTEXT = int(Room.QUERIES), int(Room.SCORES), int(Room.STATE), int(Room.STRIP_CONTEXT)
 _KEPT, _VALUES, _PAIRS, _FACTORS = int(Room.KEPT), int(Room.VALUES), int(Room.PAIRS), int(Room.FACTORS)
+_NARROW_QUERIES, _NARROW_KEYS = int(Room.NARROW_QUERIES), int(Room.NARROW_KEYS)
+_NARROW_VALUES, _SHIFTS = int(Room.NARROW_VALUES), int(Room.SHIFTS)
 _MAP_OF_HEAD, _COEFFICIENTS, _SUMMARY = int(Maps.MAP_OF_HEAD), int(Maps.COEFFICIENTS), int(Maps.SUMMARY)
 _WEIGHTED, _WEIGHTED_STEP = int(Maps.WEIGHTED), int(Maps.WEIGHTED_STEP)
 _ROW_SUMS, _ROW_SUMS_STEP = int(Maps.ROW_SUMS), int(Maps.ROW_SUMS_STEP)
@@ -89,13 +97,19 @@ def strip_size(length: int, with_maps: bool) -> int:
     return (rows if with_maps else CHUNK_KEYS) * TILE_COLUMNS
 
 
-def bf16_sizes(length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
-    """Numbers of the buffers of `Room` that bf16 needs or needs larger."""
+def bf16_sizes(rows: int, length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
+    """Numbers of the buffers of `Room` that bf16 needs or needs larger, for blocks of `rows` rows."""
+    sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
+        Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
+        Room.NARROW_KEYS: ((length + ROWS) * head_dim, np.uint16),
+        Room.NARROW_VALUES: (length * head_dim, np.uint16),
+        Room.SHIFTS: (2 * head_dim, np.float32),
+    }
     if not _TILES:
         pairs = CHUNK_KEYS * TILE_COLUMNS
-        return {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
+        return sizes | {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
     channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
-    return {
+    return sizes | {
         Room.VALUES: (value_size(length, head_dim), np.uint16),
         Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * TILE_COLUMNS, np.uint32),
         Room.QUERIES: (max(head_dim, query_rows(head_dim)) * TILE_COLUMNS, np.float32),
@@ -195,6 +209,36 @@ def _add_context(narrow, scores, values, step, count, head_dim, lanes, context, 
 
 
 # -- in and out of strips -------------------------------------------------------------------------------------------
+
+
+@helper
+def _narrow(source, rows, head_dim, shift, out):
+    """out = source + shift, rounded to bf16: (rows, C), (C,) float32 -> (rows, C)."""
+    for row in range(rows):
+        for channel in range(0, head_dim, PIECE):
+            at = row * head_dim + channel
+            store_piece_bf16(source + 4 * at, shift + 4 * channel, out + 2 * at)
+
+
+@helper
+def _narrow_head(queries, rows, keys, values, length, head_dim, room):
+    """One head's queries, keys less their mean, and values, as bf16 in this thread's buffers."""
+    shifts = load_integer(room, _SHIFTS)
+    sums, key_rows = carray(float32_at(shifts), (2 * head_dim,)), carray(float32_at(keys), (length, head_dim))
+    sums[:] = _ZERO
+    for key in range(length):
+        for channel in range(head_dim):
+            sums[channel] -= key_rows[key, channel]
+    for channel in range(head_dim):
+        sums[channel] /= np.float32(length)
+    zeros = shifts + 4 * head_dim
+    narrow_keys = load_integer(room, _NARROW_KEYS)
+    _narrow(queries, rows, head_dim, zeros, load_integer(room, _NARROW_QUERIES))
+    _narrow(keys, length, head_dim, shifts, narrow_keys)
+    _narrow(values, length, head_dim, zeros, load_integer(room, _NARROW_VALUES))
+    if _TILES:  # they read behind the last key
+        rest = carray(uint16_at(narrow_keys + 2 * length * head_dim), (ROWS * head_dim,))
+        rest[:] = np.uint16(0)
 
 
 @helper
@@ -412,9 +456,8 @@ def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, f
 def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, maps):
     """See `attend`."""
     heads, head_dim = load_integer(model, _HEADS), load_integer(model, _HEAD_DIM)
-    size = 2 if narrow else 4
-    step, out_step = size * head_dim, 4 * heads * head_dim
-    head_step = all_rows * step
+    step, out_step = (2 if narrow else 4) * head_dim, 4 * heads * head_dim
+    head_step = 4 * all_rows * head_dim
     part_step = heads * head_step
     items = head_dim // 2 if narrow else head_dim
     strip, scores, state = load_integer(room, _QUERIES), load_integer(room, _SCORES), load_integer(room, _STATE)
@@ -435,8 +478,11 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         if maps_only and not keep:
             continue
         at = head * head_step
-        head_keys, values = keys + part_step + at, keys + 2 * part_step + at
+        head_queries, head_keys, values = queries + at, keys + part_step + at, keys + 2 * part_step + at
         if narrow:
+            _narrow_head(head_queries, rows, head_keys, values, length, head_dim, room)
+            head_queries, head_keys = load_integer(room, _NARROW_QUERIES), load_integer(room, _NARROW_KEYS)
+            values = load_integer(room, _NARROW_VALUES)
             if _TILES:
                 transpose_values(values, length, head_dim, scores, value_pairs)
             else:
@@ -446,7 +492,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         for start in range(0, rows, TILE_COLUMNS):
             count = min(TILE_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else TILE_COLUMNS
-            _gather_queries(queries + start * step + at, step, count, items, lanes, strip)
+            _gather_queries(head_queries + start * step, step, count, items, lanes, strip)
             if narrow and _TILES:
                 fill_queries(items, lanes, strip)
             shift = carray(float32_at(state), (lanes,))
@@ -502,7 +548,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         release_tiles()
 
 
-@kernel("fp32" if NARROW else ("fp32", "int8"), *[INT] * 9)
+@kernel("fp32" if NARROW else ("fp32", "bf16", "int8"), *[INT] * 9)
 def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
     """Attention of `rows` rows over the `length` rows of their sequence: -> out (rows, all heads) float32.
 
@@ -513,7 +559,10 @@ def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
     _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
 
 
-@kernel(("bf16", "int8") if NARROW else "bf16", *[INT] * 9)
+@kernel(("bf16", "int8") if NARROW else (), *[INT] * 9)
 def attend_bf16(model, room, queries, rows, keys, length, all_rows, out, maps):
-    """`attend` on bf16, summed in float32."""
-    _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)
+    """`attend` with products in bf16, summed in float32, unless the sequence is short."""
+    if length <= SHORT:
+        _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
+    else:
+        _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)

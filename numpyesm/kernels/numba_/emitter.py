@@ -2,7 +2,7 @@
 
 What it makes are Numba intrinsics that take addresses as integers: products here, arithmetic on a vector in
 `vectors.py`; `gemm.py` and `attention.py` build on them.
-The IR names vector widths and, for bf16 and int8, instructions; which ones comes from `isa.host_isa()`.
+The IR names vector widths and, for bf16, instructions; which ones comes from `isa.host_isa()`.
 
 A product intrinsic computes one tile, C (rows × columns) = A (rows × k) · B (k × columns), with all of C in registers.
 Every element of C is one chain of multiply-adds in ascending k, whatever the height of the tile: a row's result does
@@ -150,6 +150,10 @@ class Emitter:
 
     def narrow(self, x: Any) -> Any:
         """float32 rounded to bf16, as the bits that memory holds."""
+        if not self.isa.bf16 or self.isa.spelled_out:  # it would be a call into a library for every lane
+            bits = self.b.add(self.b.bitcast(x, self.integers), ir.Constant(self.integers, [0x8000] * self.isa.lanes))
+            high = self.b.lshr(bits, ir.Constant(self.integers, [16] * self.isa.lanes))
+            return self.b.trunc(high, ir.VectorType(ir.IntType(16), self.isa.lanes))
         kind = ir.VectorType(_BFloat(), self.isa.lanes)
         return self.b.bitcast(self.b.fptrunc(x, kind), ir.VectorType(ir.IntType(16), self.isa.lanes))
 
@@ -225,25 +229,17 @@ def _multiply_fp32(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 
 def _multiply_bf16(e: Emitter, a: Any, b: Any, total: Any) -> Any:
     """Two neighbours in k at a time, summed in float32."""
+    if e.isa.spelled_out:
+        sixteen, upper = (ir.Constant(e.integers, [value] * e.isa.lanes) for value in (16, 0xFFFF0000))
+        low = [e.b.bitcast(e.b.shl(x, sixteen), e.vector) for x in (a, b)]
+        high = [e.b.bitcast(e.b.and_(x, upper), e.vector) for x in (a, b)]
+        return e.fma(high[0], high[1], e.fma(low[0], low[1], total))
     pairs = ir.VectorType(_BFloat(), 2 * e.isa.lanes)
     name = "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if e.isa.name == "neon" else "llvm.x86.avx512bf16.dpbf16ps.512"
     return e.call(name, e.vector, total, e.b.bitcast(a, pairs), e.b.bitcast(b, pairs))
 
 
-def _multiply_int8(e: Emitter, a: Any, b: Any, total: Any) -> Any:
-    """Four neighbours in k at a time, summed in int32; A is unsigned on x86 and signed on ARM."""
-    if e.isa.name == "neon":
-        quads = ir.VectorType(ir.IntType(8), 4 * e.isa.lanes)
-        return e.call(
-            "llvm.aarch64.neon.sdot.v4i32.v16i8", e.integers, total, e.b.bitcast(a, quads), e.b.bitcast(b, quads)
-        )
-    # LLVM 21 changed the type of the operands.
-    quads = ir.VectorType(ir.IntType(8), 64) if llvm.llvm_version_info[0] >= 21 else e.integers
-    name = "llvm.x86.avx512.vpdpbusd.512"
-    return e.call(name, e.integers, total, e.b.bitcast(a, quads), e.b.bitcast(b, quads))
-
-
-_MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16, "int8": _multiply_int8}
+_MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16}
 
 
 def function(name: str, count: int, emit: Callable[..., None]) -> Any:
@@ -318,7 +314,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
 
     `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
     `b` (k, vectors · lanes) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one
-    float32, two bf16, four int8. `rows` is one of `heights`. With `add` the product is added to C.
+    float32, two bf16. `rows` is one of `heights`. With `add` the product is added to C.
     Each step along k also brings a line from `ahead` on, `ahead_step` bytes further each time, into the second cache.
     """
 
@@ -326,8 +322,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
         e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any, *ahead: Any
     ) -> None:
         builder = e.b
-        total = e.integers if kind == "int8" else e.vector
-        zero = ir.Constant(total, None)
+        zero = ir.Constant(e.vector, None)
         add = builder.icmp_signed("!=", add, e.number(0))
 
         def tile(height: int) -> None:
@@ -341,8 +336,7 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
             with builder.if_else(add) as (yes, no):
                 with yes:
                     for value, address in zip(totals, addresses, strict=True):
-                        plus = builder.add if kind == "int8" else builder.fadd
-                        e.store(plus(e.load(address, total), value), address)
+                        e.store(builder.fadd(e.load(address, e.vector), value), address)
                 with no:
                     for value, address in zip(totals, addresses, strict=True):
                         e.store(value, address)
@@ -401,7 +395,6 @@ _SOME_HEIGHTS = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
 
 multiply_fp32 = _product("fp32", ISA.vectors, _ALL_HEIGHTS, fetch=True)
 multiply_bf16 = _product("bf16", ISA.vectors, _ALL_HEIGHTS, fetch=True)
-multiply_int8 = _product("int8", ISA.vectors, _ALL_HEIGHTS, fetch=True)
 
 # Attention, for a full tile of query columns and for one register of them.
 wide_scores = _scores("fp32", ISA.vectors, _SOME_HEIGHTS, pairs=False)

@@ -12,7 +12,7 @@ from ...batch import Batch
 from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Forward, Partition
 from .emitter import TILE_COLUMNS
-from .gemm import NARROW_ROWS, aligned
+from .gemm import aligned
 from .layout import Maps, Pass, address, table
 from .packing import PackedModel
 from .runner import run_phases
@@ -44,8 +44,7 @@ class NumbaForward(Forward):
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
         self._model, rotary = packed.model_table(self._length)
-        # Tile registers may read keys behind the last one.
-        qkv_size = (3 * rows * config.num_heads + NARROW_ROWS) * packed.head_dim
+        qkv_size = 3 * rows * config.num_heads * packed.head_dim
         entries = {
             Pass.ROWS: rows,
             Pass.BLOCKS: 0,
@@ -54,7 +53,6 @@ class NumbaForward(Forward):
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
             Pass.MAPS: 0,
-            Pass.SIZE: packed.qkv_dtype.itemsize,
             Pass.QKV_STEP: packed.entries[0],
             Pass.ATTEND: packed.entries[1],
             Pass.REST: packed.entries[2],
@@ -64,8 +62,8 @@ class NumbaForward(Forward):
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
             Pass.X: self.x,
-            Pass.QKV: aligned(qkv_size, packed.qkv_dtype),
-            Pass.QKV_ODD: aligned(qkv_size, packed.qkv_dtype),
+            Pass.QKV: aligned(qkv_size),
+            Pass.QKV_ODD: aligned(qkv_size),
             Pass.LAYERS: packed.layers,
             # A line of the cache for each counter.
             Pass.COUNTERS: aligned(16 * (layers + 1), np.int64),

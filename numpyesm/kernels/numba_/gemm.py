@@ -1,5 +1,7 @@
 """Products of rows with packed weights, with the step that follows while the tile is in the first cache.
 
+Weights that are stored in less than the product takes are widened one panel at a time, for all rows at hand.
+
 Rows, weights and outputs are addresses; `step`s are bytes from row to row.
 """
 
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...weights.tensor import GROUP
 from ..base import Array
 from .cache import helper
 from .emitter import (
@@ -21,43 +24,38 @@ from .emitter import (
     VECTOR_BYTES,
     multiply_bf16,
     multiply_fp32,
-    multiply_int8,
 )
-from .layout import Matrix
-from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles_bf16, multiply_tiles_int8, release_tiles, store_tiles
+from .layout import Matrix, Room
+from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
     PIECE,
     add_biased,
-    add_dequantised,
     carray,
-    dequantise,
-    float32_at,
     int64_at,
     load_integer,
     load_number,
     store_biased,
-    store_dequantised,
-    store_dequantised_gelu,
     store_gelu,
     store_gelu_bf16,
-    store_gelu_coarse,
     store_number,
     store_piece,
-    store_piece_bf16,
     store_rotated,
-    store_rotated_bf16,
+    widen_bf16,
+    widen_int8,
 )
 
 # What becomes of a finished tile.
-STORE, GELU, ADD, GELU_BF16, GELU_COARSE = 0, 1, 2, 3, 4
+STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
+# How weights lie: as the product takes them, or to be widened.
+READY, BF16, INT8 = 0, 1, 2
 
 _VECTORS = TILE_COLUMNS // LANES
-# Where bf16 and int8 are multiplied on tile registers, their products take more rows, and steps of k by the tile.
+# Where bf16 is multiplied on tile registers, its products take more rows, and steps of k by the tile.
 _TILES = ISA.tiles
 NARROW_ROWS = ROWS if _TILES else TILE_ROWS
 _MULTIPLE = STEPS if _TILES else 1
-_LATE = 1 if _TILES else 0
-_WEIGHT, _BIAS, _OFFSETS, _SCALES = (int(entry) for entry in Matrix)
+_WEIGHT, _BIAS, _SCALES, _CENTRE = (int(entry) for entry in Matrix)
+_TILE, _WIDE, _ZEROS = int(Room.TILE), int(Room.WIDE), int(Room.ZEROS)
 
 
 def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
@@ -81,18 +79,19 @@ def padded_columns(vector: Array) -> Array:
     return out
 
 
-def narrow_steps(inner: int, group: int) -> int:
-    """Steps of `group` numbers along K that a product in bf16 (2) or int8 (4) takes."""
-    return -(-inner // (group * _MULTIPLE)) * _MULTIPLE
+def product_steps(inner: int, narrow: bool) -> int:
+    """Steps along K that a product takes: of one number, or of two in bf16."""
+    return -(-inner // (2 * _MULTIPLE)) * _MULTIPLE if narrow else inner
 
 
-def pack_panels(weight: Array, group: int = 1) -> Array:
+def pack_panels(weight: Array, narrow: bool = False) -> Array:
     """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
 
-    `group` neighbours in K lie together, as one step of the product takes them; K and N are padded with zeros.
+    `group` neighbours in K, two for a product in bf16 (`narrow`) and else one, lie together as one step of the product
+    takes them; K and N are padded with zeros.
     """
     inner, columns = weight.shape
-    steps, count = inner if group == 1 else narrow_steps(inner, group), panels(columns)
+    group, steps, count = 2 if narrow else 1, product_steps(inner, narrow), panels(columns)
     out = aligned(count * steps * TILE_COLUMNS * group, weight.dtype)
     by_panel = out.reshape(count, steps, TILE_COLUMNS, group)
     if (steps * group, count * TILE_COLUMNS) != weight.shape:
@@ -103,30 +102,38 @@ def pack_panels(weight: Array, group: int = 1) -> Array:
     return out
 
 
+def pack_scales(scale: Array, inner: int, narrow: bool) -> Array:
+    """Scales of int8 weights, panel by panel: (groups, N) -> flat (panel, groups of all steps, tile column)."""
+    rows = product_steps(inner, narrow) * (2 if narrow else 1)
+    padded = np.zeros((-(-rows // GROUP), panels(scale.shape[1]) * TILE_COLUMNS), np.float32)
+    padded[: len(scale), : scale.shape[1]] = scale
+    return pack_panels(padded)
+
+
 @helper
-def steps_of(inner, group):
-    """`narrow_steps` for compiled code."""
-    return (inner + group * _MULTIPLE - 1) // (group * _MULTIPLE) * _MULTIPLE
+def steps_of(inner, narrow):
+    """`product_steps` for compiled code."""
+    return (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE if narrow else inner
 
 
 # -- the end of a tile ----------------------------------------------------------------------------------------------
 
 
 @helper
-def _finish(step, height, width, tile, bias, out, out_step):
-    """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it."""
+def _finish(step, height, width, tile, bias, centre, out, out_step):
+    """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it.
+
+    GELU_BF16 also takes off `centre`.
+    """
     for row in range(height):
         source, target = tile + row * TILE_BYTES, out + row * out_step
-        # Those two have room for whole tiles.
-        if width == TILE_COLUMNS or step == GELU_BF16 or step == GELU_COARSE:  # noqa: SIM109
+        if width == TILE_COLUMNS or step == GELU_BF16:  # which has room for whole tiles
             for vector in range(_VECTORS):
                 at = vector * VECTOR_BYTES
                 if step == GELU:
                     store_gelu(source + at, bias + at, target + at)
-                elif step == GELU_COARSE:
-                    store_gelu_coarse(source + at, bias + at, target + at)
                 elif step == GELU_BF16:
-                    store_gelu_bf16(source + at, bias + at, target + at // 2)
+                    store_gelu_bf16(source + at, bias + at, centre + at, target + at // 2)
                 elif step == ADD:
                     add_biased(source + at, bias + at, target + at)
                 else:
@@ -146,36 +153,28 @@ def _finish(step, height, width, tile, bias, out, out_step):
 
 
 @helper
-def _finish_heads(narrow, height, first_column, tile, bias, table, positions, heads, head_dim, rows, out):
+def _finish_heads(height, first_column, tile, bias, table, positions, heads, head_dim, rows, out):
     """Rotate queries and keys of a tile and put every head's rows where they follow each other.
 
     The columns are (part, head, channel); at `out` lies row `first row` of query head 0, and the heads of `rows` rows
-    each follow it, then keys, then values: bf16 if `narrow`, else float32.
+    each follow it, then keys, then values.
     """
-    size = 2 if narrow else 4
     width = heads * head_dim
-    head_step = rows * head_dim * size
+    head_step = rows * head_dim * 4
     position = carray(int64_at(positions), (height,))
     for column in range(first_column, min(first_column + TILE_COLUMNS, 3 * width), PIECE):
         at = 4 * (column - first_column)
         part, within = column // width, column % width
         channel = within % head_dim
-        target = out + (part * heads + within // head_dim) * head_step + channel * size
+        target = out + (part * heads + within // head_dim) * head_step + channel * 4
         turn = table + 4 * (channel + (2 * head_dim if part == 0 else 0))
         for row in range(height):
-            source, here = tile + row * TILE_BYTES + at, target + row * head_dim * size
+            source, here = tile + row * TILE_BYTES + at, target + row * head_dim * 4
             if part == 2:
-                if narrow:
-                    store_piece_bf16(source, bias + at, here)
-                else:
-                    store_piece(source, bias + at, here)
+                store_piece(source, bias + at, here)
                 continue
             cosine = turn + position[row] * 16 * head_dim
-            sine = cosine + 4 * head_dim
-            if narrow:
-                store_rotated_bf16(source, bias + at, cosine, sine, here)
-            else:
-                store_rotated(source, bias + at, cosine, sine, here)
+            store_rotated(source, bias + at, cosine, cosine + 4 * head_dim, here)
 
 
 # -- one tile -------------------------------------------------------------------------------------------------------
@@ -200,25 +199,45 @@ def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step)
 
 
 @helper
-def _begin(rows):
-    """Before a group of rows is multiplied in bf16 or int8: -> tiles along the rows, rows of a tile register."""
-    tiles = (rows + NARROW_ROWS - 1) // NARROW_ROWS
+def _begin(narrow, rows):
+    """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register."""
+    highest = NARROW_ROWS if narrow else TILE_ROWS
+    tiles = (rows + highest - 1) // highest
     half = (rows + 2 * tiles - 1) // (2 * tiles)
-    if _TILES:
+    if narrow and _TILES:
         configure_tiles(half)
     return tiles, half
 
 
 @helper
-def _end():
-    """After a group of rows was multiplied in bf16 or int8."""
-    if _TILES:
+def _end(narrow):
+    """After a group of rows was multiplied."""
+    if narrow and _TILES:
         release_tiles()
 
 
 @helper
+def _late(narrow):
+    """How many products what follows one is behind: on tile registers it runs beside the next one.
+
+    That takes other parts of the core.
+    """
+    return 1 if narrow and _TILES else 0
+
+
+@helper
+def _leave(narrow, half, tile):
+    """Tile registers to memory."""
+    if narrow and _TILES:
+        store_tiles(half, tile, TILE_BYTES)
+
+
+@helper
 def _place(i, tiles, rows):
-    """Tile i of a product: -> its first column, its first row, its height."""
+    """Tile i of a product: -> its first column, its first row, its height.
+
+    Tiles are of near-equal height: a low last tile would not fill the multipliers' pipelines.
+    """
     panel = i // tiles
     t = i - panel * tiles
     start = rows * t // tiles
@@ -226,202 +245,113 @@ def _place(i, tiles, rows):
 
 
 @helper
-def _multiply(integer, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile):
-    """Tile i of bf16 or, if `integer`, of bytes, into tile registers where there are any, else into memory."""
+def _step_bytes(narrow, stored):
+    """Bytes of a panel for one step of k."""
+    if stored == READY:
+        return TILE_BYTES
+    return TILE_BYTES // 2 if stored == BF16 or narrow else TILE_BYTES // 4
+
+
+@helper
+def _widen(narrow, stored, panel, scales, steps, out):
+    """One panel as the product takes it; `scales` are those of int8, group by group."""
+    if stored == BF16:
+        widen_bf16(panel, steps, out)
+        return
+    in_group = GROUP // 2 if narrow else GROUP
+    size = _step_bytes(narrow, stored)
+    for first in range(0, steps, in_group):
+        count = min(in_group, steps - first)
+        widen_int8(1 if narrow else 0, panel + first * size, scales, count, out + first * TILE_BYTES)
+        scales += TILE_BYTES
+
+
+@helper
+def _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, all_inner, k, inner, column, room):
+    """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory."""
     first, start, height = _place(i, tiles, rows)
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    panel, left = weight + first // TILE_COLUMNS * panel_step, x + start * x_step
-    ahead = panel + panel_step + (i % tiles) * steps * ahead_step
-    if _TILES:
-        if integer:
-            multiply_tiles_int8(half, left, x_step, panel, steps, ahead, ahead_step, 0)
-        else:
-            multiply_tiles_bf16(half, left, x_step, panel, steps, ahead, ahead_step, 0)
-    elif integer:
-        multiply_int8(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+    first += column
+    per_step = 2 if narrow else 1
+    size, steps, all_steps = _step_bytes(narrow, stored), steps_of(inner, narrow), steps_of(all_inner, narrow)
+    panel = load_integer(matrix, _WEIGHT) + first // TILE_COLUMNS * all_steps * size + k // per_step * size
+    left, tile = x + start * x_step, load_integer(room, _TILE)
+    # The next panel comes nearer while this one is multiplied, a part of it by every tile.
+    ahead_step = (size + tiles - 1) // tiles
+    ahead = panel + all_steps * size + (i % tiles) * steps * ahead_step
+    if stored != READY:
+        wide = load_integer(room, _WIDE)
+        if start == 0:
+            groups = (all_steps * per_step + GROUP - 1) // GROUP
+            scales = load_integer(matrix, _SCALES) + (first // TILE_COLUMNS * groups + k // GROUP) * TILE_BYTES
+            _widen(narrow, stored, panel, scales, steps, wide)
+        panel = wide
+    if not narrow:
+        _tile_fp32(height, left, x_step, panel, inner, piece, tile, ahead, ahead_step)
+    elif _TILES:
+        multiply_tiles(half, left, x_step, panel, steps, ahead, ahead_step, 0)
     else:
         multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
-
-
-@helper
-def _leave(half, tile):
-    """Tile registers to memory."""
-    if _TILES:
-        store_tiles(half, tile, TILE_BYTES)
-
-
-@helper
-def _dequantise(height, levels, max_rows, offsets, scales, tile):
-    """`levels` are the scales of the rows, and `max_rows` further on their offsets; the others those of the columns."""
-    row_scales = carray(float32_at(levels), (height,))
-    row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
-    for row in range(height):
-        for at in range(0, TILE_BYTES, VECTOR_BYTES):
-            dequantise(tile + row * TILE_BYTES + at, offsets + at, scales + at, row_scales[row], row_offsets[row])
-
-
-@helper
-def _finish_int8(step, height, width, levels, max_rows, offsets, scales, tile, bias, out, out_step):
-    """`_dequantise` and `_finish` at once where the tile is as wide as can be."""
-    if width < TILE_COLUMNS:
-        _dequantise(height, levels, max_rows, offsets, scales, tile)
-        _finish(step, height, width, tile, bias, out, out_step)
-        return
-    row_scales = carray(float32_at(levels), (height,))
-    row_offsets = carray(float32_at(levels + 4 * max_rows), (height,))
-    for row in range(height):
-        scale, offset = row_scales[row], row_offsets[row]
-        for at in range(0, TILE_BYTES, VECTOR_BYTES):
-            source, target = tile + row * TILE_BYTES + at, out + row * out_step + at
-            if step == GELU_COARSE:
-                store_dequantised_gelu(source, offsets + at, scales + at, bias + at, target, scale, offset)
-            elif step == ADD:
-                add_dequantised(source, offsets + at, scales + at, bias + at, target, scale, offset)
-            else:
-                store_dequantised(source, offsets + at, scales + at, bias + at, target, scale, offset)
 
 
 # -- whole products -------------------------------------------------------------------------------------------------
 
 
 @helper
-def linear(x, x_step, rows, inner, piece, weight, panel_step, bias, columns, step, out, out_step, tile):
-    """`step` of x @ weight + bias: (R, K), packed (≥ K, N), (N,) -> out (R, N); panels are `panel_step` bytes apart."""
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for first in range(0, columns, TILE_COLUMNS):
-        panel = weight + first // TILE_COLUMNS * panel_step
-        width = min(TILE_COLUMNS, columns - first)
-        start = 0
-        for t in range(tiles):
-            # Tiles of near-equal height: a low last tile would not fill the multipliers' pipelines.
-            height = rows * (t + 1) // tiles - start
-            ahead = panel + panel_step + t * inner * ahead_step
-            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
-            _finish(step, height, width, tile, bias + 4 * first, out + start * out_step + 4 * first, out_step)
-            start += height
+def linear(
+    narrow, stored, step, piece, x, x_step, rows, matrix, all_inner, k, inner, column, columns, out, out_step, room
+):
+    """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
-
-@helper
-def linear_heads(x, x_step, rows, inner, piece, matrix, table, positions, heads, head_dim, all_rows, out, tile):
-    """Query, key and value of (R, K), see `_finish_heads`."""
-    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for first in range(0, 3 * heads * head_dim, TILE_COLUMNS):
-        panel, start = weight + 4 * inner * first, 0
-        for t in range(tiles):
-            height = rows * (t + 1) // tiles - start
-            ahead = panel + inner * TILE_BYTES + t * inner * ahead_step
-            _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
-            at, to = bias + 4 * first, out + start * head_dim * 4
-            _finish_heads(False, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
-            start += height
-
-
-# What follows a product on tile registers waits until the next one is under way: that takes other parts of the core.
-
-
-@helper
-def linear_bf16(x, x_step, rows, inner, weight, panel_step, bias, columns, step, out, out_step, tile):
-    """`linear` of bf16, summed in float32; K is padded to whole steps."""
-    tiles, half = _begin(rows)
-    number, steps = 2 if step == GELU_BF16 else 4, steps_of(inner, 2)
+    Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
+    begin at whole tiles and groups. The bias goes with row 0. `narrow` multiplies bf16, else float32.
+    """
+    tiles, half = _begin(narrow, rows)
+    tile = load_integer(room, _TILE)
+    bias, centre = load_integer(matrix, _BIAS) + 4 * column, load_integer(matrix, _CENTRE) + 4 * column
+    if k > 0:
+        bias = load_integer(room, _ZEROS)
+    number = 2 if step == GELU_BF16 else 4
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _LATE):
+    for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(False, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile)
-        if i >= _LATE:
-            first, start, height = _place(i - _LATE, tiles, rows)
+            _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, all_inner, k, inner, column, room)
+        if i >= _late(narrow):
+            first, start, height = _place(i - _late(narrow), tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
-            _finish(step, height, width, tile, bias + 4 * first, target, out_step)
-        _leave(half, tile)
-    _end()
+            here = bias if k > 0 else bias + 4 * first
+            _finish(step, height, width, tile, here, centre + 4 * first, target, out_step)
+        _leave(narrow, half, tile)
+    _end(narrow)
 
 
 @helper
-def linear_heads_bf16(x, x_step, rows, inner, matrix, table, positions, heads, head_dim, all_rows, out, tile):
-    """`linear_heads` of bf16; leaves bf16."""
-    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
-    steps = steps_of(inner, 2)
-    tiles, half = _begin(rows)
-    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _LATE):
-        if i < products:
-            _multiply(False, i, tiles, half, rows, x, x_step, steps, weight, steps * TILE_BYTES, tile)
-        if i >= _LATE:
-            first, start, height = _place(i - _LATE, tiles, rows)
-            at, to = bias + 4 * first, out + start * head_dim * 2
-            _finish_heads(True, height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
-        _leave(half, tile)
-    _end()
-
-
-@helper
-def linear_int8(
-    x,
-    x_step,
-    rows,
-    inner,
-    levels,
-    max_rows,
-    weight,
-    panel_step,
-    offsets,
-    scales,
-    bias,
-    columns,
-    step,
-    out,
-    out_step,
-    tile,
+def linear_heads(
+    narrow, stored, piece, x, x_step, rows, matrix, inner, table, positions, heads, head_dim, all_rows, out, room
 ):
-    """`linear` of bytes: row r of x stands for scale[r] · x + offset[r], see `_dequantise`; K fills whole steps."""
-    steps = steps_of(inner, 4)
-    tiles, half = _begin(rows)
-    products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _LATE):
+    """Query, key and value of (R, K), see `_finish_heads`."""
+    tiles, half = _begin(narrow, rows)
+    tile, bias = load_integer(room, _TILE), load_integer(matrix, _BIAS)
+    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
+    for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(True, i, tiles, half, rows, x, x_step, steps, weight, panel_step, tile)
-        if i >= _LATE:
-            first, start, height = _place(i - _LATE, tiles, rows)
-            width, at, target = min(TILE_COLUMNS, columns - first), 4 * first, out + start * out_step + 4 * first
-            _finish_int8(
-                step,
-                height,
-                width,
-                levels + 4 * start,
-                max_rows,
-                offsets + at,
-                scales + at,
-                tile,
-                bias + at,
-                target,
-                out_step,
-            )
-        _leave(half, tile)
-    _end()
+            _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, inner, 0, inner, 0, room)
+        if i >= _late(narrow):
+            first, start, height = _place(i - _late(narrow), tiles, rows)
+            at, to = bias + 4 * first, out + start * head_dim * 4
+            _finish_heads(height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
+        _leave(narrow, half, tile)
+    _end(narrow)
 
 
 @helper
-def linear_heads_int8(
-    narrow, x, x_step, rows, inner, levels, max_rows, matrix, table, positions, heads, head_dim, all_rows, out, tile
-):
-    """`linear_heads` of bytes; leaves bf16 if `narrow`, else float32."""
-    weight, bias = load_integer(matrix, _WEIGHT), load_integer(matrix, _BIAS)
-    offsets, scales = load_integer(matrix, _OFFSETS), load_integer(matrix, _SCALES)
-    steps, size = steps_of(inner, 4), 2 if narrow else 4
-    tiles, half = _begin(rows)
-    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _LATE):
-        if i < products:
-            _multiply(True, i, tiles, half, rows, x, x_step, steps, weight, steps * TILE_BYTES, tile)
-        if i >= _LATE:
-            first, start, height = _place(i - _LATE, tiles, rows)
-            at, to = 4 * first, out + start * head_dim * size
-            _dequantise(height, levels + 4 * start, max_rows, offsets + at, scales + at, tile)
-            _finish_heads(
-                narrow, height, first, tile, bias + at, table, positions + 8 * start, heads, head_dim, all_rows, to
-            )
-        _leave(half, tile)
-    _end()
+def plain_linear(step, piece, x, x_step, rows, inner, weight, panel_step, bias, columns, out, out_step, tile):
+    """`step` of x @ weight + bias in float32, of packed weights without a table."""
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    ahead_step = (TILE_BYTES + tiles - 1) // tiles
+    for i in range(tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)):
+        first, start, height = _place(i, tiles, rows)
+        panel = weight + first // TILE_COLUMNS * panel_step
+        ahead = panel + panel_step + (i % tiles) * inner * ahead_step
+        _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
+        width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + 4 * first
+        _finish(step, height, width, tile, bias + 4 * first, bias, target, out_step)

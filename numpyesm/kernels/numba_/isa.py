@@ -24,7 +24,7 @@ class Isa:
     Attributes
     ----------
     name : str
-        `amx`, `avx512`, `avx2`, `neon` or `plain`.
+        `amx`, `avx512`, `avx2`, `avx2-bf16`, `neon` or `plain`.
     lanes : int
         float32 numbers in a register.
     vectors : int
@@ -33,8 +33,10 @@ class Isa:
         Rows of a tile: `rows * vectors` accumulators and what a step needs beside them fill the register file.
     fused : bool
         Whether multiplication and addition are one instruction.
-    bf16, int8 : bool
-        Whether the CPU multiplies these itself.
+    bf16 : bool
+        Whether low precision multiplies bf16. Elsewhere it is a way to store weights, which are widened to float32.
+    spelled_out : bool
+        Whether these products are made of others, slowly: `avx2-bf16` is for tests on CPUs that have no bf16.
     tiles : bool
         Whether it does so on the tile registers of AMX; float32 and what is not a product are as on AVX-512.
     """
@@ -45,18 +47,13 @@ class Isa:
     rows: int
     fused: bool = True
     bf16: bool = False
-    int8: bool = False
+    spelled_out: bool = False
     tiles: bool = False
 
     @property
     def columns(self) -> int:
         """Columns of a register tile."""
         return self.lanes * self.vectors
-
-    @property
-    def precisions(self) -> list[str]:
-        """Precisions that this level has."""
-        return ["fp32", *(["bf16"] if self.bf16 else []), *(["int8"] if self.int8 else [])]
 
 
 @cache
@@ -75,14 +72,14 @@ def host_levels() -> dict[str, Isa]:
     machine = platform.machine().lower()
     levels: list[Isa] = []
     if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
-        bf16, int8 = features.get("avx512bf16", False), features.get("avx512vnni", False)
-        if bf16 and int8 and all(features.get(f"amx-{part}") for part in ("tile", "bf16", "int8")) and tiles_granted():
-            levels.append(Isa("amx", 16, 2, 12, bf16=True, int8=True, tiles=True))
-        levels.append(Isa("avx512", 16, 2, 12, bf16=bf16, int8=int8))
+        bf16 = features.get("avx512bf16", False)
+        if bf16 and features.get("amx-tile") and features.get("amx-bf16") and tiles_granted():
+            levels.append(Isa("amx", 16, 2, 12, bf16=True, tiles=True))
+        levels.append(Isa("avx512", 16, 2, 12, bf16=bf16))
     if features.get("avx2") and features.get("fma"):
-        levels.append(Isa("avx2", 8, 2, 6))
+        levels += [Isa("avx2", 8, 2, 6), Isa("avx2-bf16", 8, 2, 6, bf16=True, spelled_out=True)]
     if machine in ("aarch64", "arm64"):
-        levels.append(Isa("neon", 4, 2, 8, bf16=features.get("bf16", False), int8=features.get("dotprod", False)))
+        levels.append(Isa("neon", 4, 2, 8, bf16=features.get("bf16", False)))
     levels.append(Isa("plain", 4, 2, 4, fused=False))
     return {isa.name: isa for isa in levels}
 
@@ -103,12 +100,3 @@ def host_isa() -> Isa:
     if wanted not in levels:
         raise InvalidOption(f"NUMPYESM_ISA={wanted}: this CPU has {', '.join(levels)}")
     return levels[wanted]
-
-
-def check_precision(isa: Isa, precision: str) -> None:
-    """Raise InvalidOption unless `isa` has this precision."""
-    if precision not in isa.precisions:
-        forced = " (set by NUMPYESM_ISA)" if os.environ.get("NUMPYESM_ISA") else ""
-        raise InvalidOption(
-            f"precision={precision!r}: the instruction set in use, {isa.name}{forced}, has {', '.join(isa.precisions)}"
-        )

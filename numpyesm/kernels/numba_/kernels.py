@@ -9,10 +9,10 @@ from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
 from ..base import Array, Forward, Kernels, Partition
-from . import fp32
 from .emitter import TILE_COLUMNS, TILE_ROWS
 from .forward import NumbaForward
 from .gemm import aligned
+from .layer import lm_head
 from .layout import address
 from .packing import PackedModel
 
@@ -37,5 +37,5 @@ class NumbaKernels(Kernels):
         out = np.empty((len(x), columns), np.float32)
         hidden, tile = np.empty(x.shape, np.float32), aligned(TILE_ROWS * TILE_COLUMNS)
         buffers = (address(array) for array in (hidden, out, tile))
-        fp32.lm_head(address(x), len(x), width, *self.packed.lm_head, columns, *buffers)
+        lm_head(address(x), len(x), width, *self.packed.lm_head, columns, *buffers)
         return out

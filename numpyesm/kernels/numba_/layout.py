@@ -28,7 +28,6 @@ class Model(IntEnum):
     EMBEDDING = 7  # (33, D)
     FINAL_GAIN = 8
     FINAL_SHIFT = 9
-    ZEROS = 10  # as many as the widest bias
 
 
 class Layer(IntEnum):
@@ -46,33 +45,37 @@ class Layer(IntEnum):
 
 
 class Matrix(IntEnum):
-    """A packed matrix; the last two of int8 only."""
+    """A packed matrix."""
 
     WEIGHT = 0
     BIAS = 1
-    OFFSETS = 2  # what a column adds for each unit of a row's offset
-    SCALES = 3  # of the columns
+    SCALES = 2  # of int8, see `gemm.pack_scales`; else 0
+    CENTRE = 3  # of fc1: what the hidden channels lose before they are rounded to bf16
 
 
 class Room(IntEnum):
     """Buffers of one thread."""
 
-    NORMED = 0  # rows after LayerNorm, float32
-    LEFT = 1  # rows as the products of this precision take them
-    LEVELS = 2  # scales, then offsets of quantised rows
-    HIDDEN = 3  # hidden channels
-    HIDDEN_LEFT = 4  # the same, quantised
-    TILE = 5
-    CONTEXT = 6  # rows of one block
-    QUERIES = 7  # one head of a strip of queries, transposed
-    SCORES = 8  # a chunk of a strip, or all of it where maps are wanted
-    STATE = 9  # three rows of one number a lane: see attention.py
-    STRIP_CONTEXT = 10
-    KEPT = 11  # context and sums of the lanes that are finished
-    VALUES = 12  # bf16 values of one head, neighbours in pairs
-    PAIRS = 13  # a chunk of exponentials as pairs of bf16, where SCORES keeps them for maps
-    FACTORS = 14  # float64, one a lane
-    ENTRIES = 15
+    LEFT = 0  # rows as the products take them
+    HIDDEN = 1  # hidden channels, likewise
+    TILE = 2
+    WIDE = 3  # a panel of widened weights
+    ZEROS = 4  # as many as a tile has columns
+    CONTEXT = 5  # rows of one block
+    QUERIES = 6  # one head of a strip of queries, transposed
+    SCORES = 7  # a chunk of a strip, or all of it where maps are wanted
+    STATE = 8  # three rows of one number a lane: see attention.py
+    STRIP_CONTEXT = 9
+    KEPT = 10  # context and sums of the lanes that are finished
+    FACTORS = 11  # float64, one a lane
+    # Attention in bf16 only.
+    NARROW_QUERIES = 12  # one head of a block
+    NARROW_KEYS = 13  # one head of a sequence
+    NARROW_VALUES = 14
+    SHIFTS = 15  # what keys are moved by, then zeros: (2, head_dim)
+    VALUES = 16  # values of one head, neighbours in pairs
+    PAIRS = 17  # a chunk of exponentials as pairs, where SCORES keeps them for maps
+    ENTRIES = 18
 
 
 class Pass(IntEnum):
@@ -97,8 +100,7 @@ class Pass(IntEnum):
     QKV_STEP = 16  # addresses of compiled functions
     ATTEND = 17
     REST = 18
-    SIZE = 19  # bytes of a number of query, key and value
-    ENTRIES = 20
+    ENTRIES = 19
 
 
 class Maps(IntEnum):

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from ...weights.checkpoint import FREQUENCIES, Checkpoint
-from ...weights.equalise import equalised
-from ...weights.tensor import StoredTensor, round_to_bfloat16
+from ...weights.checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
+from ...weights.rounding import rounded_layers
+from ...weights.tensor import StoredTensor
 from ..base import Array
 from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
-from . import attention, bf16, cache, fp32, int8
+from . import attention, cache, layer
 from .emitter import TILE_COLUMNS, TILE_ROWS
-from .gemm import NARROW_ROWS, aligned, pack_panels, padded_columns, panels
-from .isa import check_precision, host_isa
-from .layout import Layer, Model, Room, address, table
+from .gemm import NARROW_ROWS, aligned, pack_panels, pack_scales, padded_columns, panels
+from .isa import host_isa
+from .layout import Layer, Matrix, Model, Room, address, table
 
-_STEPS = {"fp32": fp32, "bf16": bf16, "int8": int8}
+_STEPS = {
+    "fp32": (layer.project_qkv, layer.project_and_feed_forward),
+    "bf16": (layer.project_qkv_bf16, layer.project_and_feed_forward_bf16),
+    "int8": (layer.project_qkv_int8, layer.project_and_feed_forward_int8),
+}
 
 # What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
@@ -32,7 +39,7 @@ _FFN_COLUMNS = 960
 # bf16 for more hidden channels would leave the first cache.
 _GROUP_BYTES_ON_TILES = 8_000_000
 _MOST_ROWS_ON_TILES = 1100
-_FFN_COLUMNS_ON_TILES = {"bf16": 480, "int8": 960}
+_FFN_COLUMNS_ON_TILES = 480
 
 
 class PackedModel:
@@ -47,7 +54,7 @@ class PackedModel:
     layers : ndarray (num_layers, Layer.ENTRIES) int64
         `layout.Layer` of each layer.
     lm_head : list of int or None
-        Addresses of the LM head's arrays, in the order in which `fp32.lm_head` takes them.
+        Addresses of the LM head's arrays, in the order in which `layer.lm_head` takes them.
     entries : list of int
         Addresses of the compiled steps: queries, keys and values; attention; the rest of a layer.
     """
@@ -55,46 +62,41 @@ class PackedModel:
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
         self.config = config = checkpoint.config
         self.precision = precision
-        if precision == "int8":
-            checkpoint = equalised(checkpoint)
-        check_precision(host_isa(), precision)
+        self.narrow = layer.NARROW and precision != "fp32"
+        if precision == "int8" != checkpoint.precision and not checkpoint.synthetic:
+            sys.stderr.write(
+                "numpyesm: rounding the weights to int8 (`numpyesm convert --dtype int8` does it once) ...\n"
+            )
         cache.prepare(precision)
         multiple = 8 if config.head_dim <= 32 or not host_isa().tiles else 32
         self.head_dim = -(-config.head_dim // multiple) * multiple
-        # Attention is in bf16 where products are narrower than that, if the CPU multiplies it.
-        self.qkv_dtype = np.dtype(np.uint16 if precision != "fp32" and host_isa().bf16 else np.float32)
         self._kept: list[Array] = []  # every array that a table points at
         self._rooms = threading.local()
         self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
-        on_tiles = host_isa().tiles and precision != "fp32"
-        at_a_time = _FFN_COLUMNS_ON_TILES[precision] if on_tiles else _FFN_COLUMNS
+        on_tiles = host_isa().tiles and self.narrow
+        at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
         most, room = (_MOST_ROWS_ON_TILES, _GROUP_BYTES_ON_TILES) if on_tiles else (_MOST_GROUP_ROWS, _GROUP_BYTES)
         self.group_rows = max(NARROW_ROWS, min(most, room // (4 * (config.embed_dim + _FFN_COLUMNS))))
         self.block_rows = _MOST_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         self.ffn_columns = min(at_a_time, panels(config.ffn_dim) * TILE_COLUMNS)
-        widest = panels(max(config.ffn_dim, 3 * config.num_heads * self.head_dim)) * TILE_COLUMNS
-        self._zeros = self._keep(np.zeros(widest, np.float32))
         whole = config.whole_layers is None
         self._final_norm = [
             self._vector(checkpoint, f"final_norm.{name}") if whole else 0 for name in ("weight", "bias")
         ]
         self.layers = table(
-            [entry for layer in range(config.num_layers) for entry in self._pack_layer(checkpoint, f"layers.{layer}.")]
+            [
+                entry
+                for number, changed in enumerate(rounded_layers(checkpoint, precision))
+                for entry in self._pack_layer(checkpoint.tensors, changed, number)
+            ]
         ).reshape(config.num_layers, Layer.ENTRIES)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
-        steps = _STEPS[precision]
-        narrow = self.qkv_dtype == np.uint16
-        self.entries = [
-            cache.entry(step)
-            for step in (
-                steps.project_qkv,
-                attention.attend_bf16 if narrow else attention.attend,
-                steps.project_and_feed_forward,
-            )
-        ]
+        project_qkv, rest = _STEPS[precision]
+        attend = attention.attend_bf16 if self.narrow else attention.attend
+        self.entries = [cache.entry(step) for step in (project_qkv, attend, rest)]
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -106,49 +108,70 @@ class PackedModel:
         """Address of a vector."""
         return address(self._keep(np.array(checkpoint.array(name), np.float32)))
 
-    def _pack_layer(self, checkpoint: Checkpoint, prefix: str) -> list[int]:
-        """The row of `layout.Layer` of one layer."""
-        entries = [
-            self._vector(checkpoint, f"{prefix}{norm}.{name}")
-            for norm in ("attention_norm", "ffn_norm")
-            for name in ("weight", "bias")
+    def _pack_layer(
+        self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int
+    ) -> list[int]:
+        """The row of `layout.Layer` of one layer, of which some tensors have `changed` when they were rounded."""
+        prefix, tensors = f"layers.{number}.", {**origins, **changed}
+        parts = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        vectors = {
+            name: np.array(tensor.astype(np.float32)) for name, tensor in parts.items() if len(tensor.shape) == 1
+        }
+        centre = np.zeros(self.config.ffn_dim, np.float32)
+        if self.narrow and input_mean(number, "qkv") in tensors:
+            for name in MATRICES:
+                mean = tensors[input_mean(number, name)].astype(np.float32)
+                vectors[f"{name}.bias"] += mean @ parts[f"{name}.weight"].astype(np.float32)
+                if name == "fc2":
+                    centre = mean
+                elif name == "out_proj":
+                    vectors["qkv.bias"][-len(mean) :] -= mean  # of the values
+                else:
+                    vectors["attention_norm.bias" if name == "qkv" else "ffn_norm.bias"] -= mean
+        norms = [
+            address(self._keep(vectors[f"{n}.{kind}"]))
+            for n in ("attention_norm", "ffn_norm")
+            for kind in ("weight", "bias")
         ]
-        order = rotary_pair_order(self.config)
-        for name in ("qkv", "out_proj", "fc1", "fc2"):
-            weight, bias = checkpoint.tensors[f"{prefix}{name}.weight"], checkpoint.array(f"{prefix}{name}.bias")
-            entries += self._pack(name, weight, bias, order)
-            weight.release()  # or the file's pages would stand beside the packed weights
-        return entries
+        matrices = []
+        for name in MATRICES:
+            matrices.append(
+                self._pack(name, origins[f"{prefix}{name}.weight"], parts[f"{name}.weight"], vectors[f"{name}.bias"])
+            )
+            origins[f"{prefix}{name}.weight"].release()  # or the file's pages would stand beside the packed weights
+        matrices[MATRICES.index("fc1")][Matrix.CENTRE] = address(self._keep(padded_columns(centre)))
+        return [*norms, *itertools.chain.from_iterable(matrices)]
 
-    def _pack(self, name: str, weight: StoredTensor, bias: Array, order: npt.NDArray[np.intp]) -> list[int]:
-        """The row of `layout.Matrix` of one matrix, as the products of this precision take it."""
+    def _pack(self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array) -> list[int]:
+        """The row of `layout.Matrix` of one matrix, rounded from `origin`, which models of one base share."""
         if name == "qkv":
-            bias = self._fill_heads(bias[order], axis=0)
-        packed_bias = self._keep(padded_columns(np.asarray(bias, np.float32)))
-        if self.precision != "int8":
-            form = (self.precision, name, self.head_dim)
-            packed = shared(weight, form, lambda: self._panels(self._ordered(name, weight.astype(np.float32), order)))
-            return [address(self._keep(packed)), address(packed_bias), 0, 0]
-        levels, scales = weight.quantised()
-        values: Array = self._ordered(name, levels, order)
-        if name == "qkv":
-            scales = self._fill_heads(scales[order], axis=0)
-        # Activations of the second half of the feed-forward part are quantised a part at a time.
-        part = self.ffn_columns if name == "fc2" else len(values)
-        parts = [values[first : first + part] for first in range(0, len(values), part)]
-        offsets = np.concatenate([padded_columns(rows.sum(axis=0, dtype=np.int64) * scales) for rows in parts])
-        packed = pack_panels(values, group=4)
-        kept = [self._keep(array) for array in (packed, packed_bias, offsets, padded_columns(scales))]
-        return [address(array) for array in kept]
+            bias = self._fill_heads(bias[rotary_pair_order(self.config)], axis=0)
+        packed_bias = self._keep(padded_columns(bias))
 
-    def _ordered(self, name: str, values: Array, order: npt.NDArray[np.intp]) -> Array:
+        def panels() -> Array:
+            narrow = self._ordered(name, weight)
+            return pack_panels(narrow.astype(np.float32) if self.precision == "fp32" else narrow.raw, self.narrow)
+
+        # Rounding to int8 depends on what goes into a model's matrices.
+        own = self.precision == "int8" and weight is not origin
+        packed = self._keep(panels() if own else shared(origin, (self.precision, name, self.head_dim), panels))
+        scales = None
+        if self.precision == "int8":
+            ordered = self._ordered(name, weight)
+            assert ordered.scale is not None
+            scales = self._keep(pack_scales(ordered.scale, len(ordered.raw), self.narrow))
+        return [address(packed), address(packed_bias), address(scales), 0]
+
+    def _ordered(self, name: str, weight: StoredTensor) -> StoredTensor:
         """The channels of heads as the kernels take them: in the columns of `qkv`, in the rows of `out_proj`."""
         if name == "qkv":
-            return self._fill_heads(values[:, order], axis=1)
-        return self._fill_heads(values, axis=0) if name == "out_proj" else values
-
-    def _panels(self, values: Array) -> Array:
-        return pack_panels(values) if self.precision == "fp32" else pack_panels(round_to_bfloat16(values), group=2)
+            order = rotary_pair_order(self.config)
+            scale = None if weight.scale is None else self._fill_heads(weight.scale[:, order], axis=1)
+            return StoredTensor(self._fill_heads(weight.raw[:, order], axis=1), weight.dtype, scale)
+        if name == "out_proj" and self.head_dim != self.config.head_dim:
+            # Other rows share a scale then.
+            return StoredTensor(self._fill_heads(weight.astype(np.float32), axis=0)).stored_as(weight.dtype)
+        return weight
 
     def _fill_heads(self, array: Array, axis: int) -> Array:
         """Zeros behind the channels of each head, up to the width that the kernels take."""
@@ -191,7 +214,6 @@ class PackedModel:
             Model.EMBEDDING: address(self.embedding),
             Model.FINAL_GAIN: self._final_norm[0],
             Model.FINAL_SHIFT: self._final_norm[1],
-            Model.ZEROS: address(self._zeros),
         }
         return table([entries[entry] for entry in Model]), rotary
 
@@ -212,11 +234,15 @@ class PackedModel:
         width, rows = self.config.embed_dim, self.group_rows
         spare = NARROW_ROWS  # tile registers may read so many rows behind the last one
         lanes, context = TILE_COLUMNS, self.config.num_heads * self.head_dim
-        hidden = np.uint16 if self.precision == "bf16" else np.float32
+        number = np.uint16 if self.narrow else np.float32
+        # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
+        widest = max(width, context) + 32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
-            Room.NORMED: (rows * width, np.float32),
-            Room.HIDDEN: ((rows + spare) * self.ffn_columns, hidden),
-            Room.TILE: (max(TILE_ROWS, NARROW_ROWS) * TILE_COLUMNS, np.float32),
+            Room.LEFT: ((rows + spare) * widest, number),
+            Room.HIDDEN: ((rows + spare) * self.ffn_columns, number),
+            Room.TILE: (max(TILE_ROWS, NARROW_ROWS) * lanes, np.float32),
+            Room.WIDE: (max(widest, self.ffn_columns) * lanes, np.float32),
+            Room.ZEROS: (lanes, np.float32),
             Room.CONTEXT: (block_rows * context, np.float32),
             Room.QUERIES: (self.head_dim * lanes, np.float32),
             Room.SCORES: (attention.strip_size(length, with_maps), np.float32),
@@ -225,13 +251,10 @@ class PackedModel:
             Room.KEPT: ((1 + self.head_dim) * lanes, np.float32),
             Room.FACTORS: (lanes, np.float64),
         }
-        if self.precision != "fp32":
-            sizes[Room.LEFT] = ((rows + spare) * (max(width, context) + 64), np.uint16)
-            sizes[Room.LEVELS] = (4 * rows, np.float32)
-            sizes[Room.HIDDEN_LEFT] = ((rows + spare) * self.ffn_columns, np.uint8)
-        if self.qkv_dtype == np.uint16:
-            sizes |= attention.bf16_sizes(length, self.head_dim)
+        if self.narrow:
+            sizes |= attention.bf16_sizes(block_rows, length, self.head_dim)
         for name, (size, dtype) in sizes.items():
             if name not in buffers or buffers[name].size < size:
                 buffers[name] = aligned(size, dtype)
+                buffers[name][:] = 0
         return table([address(buffers.get(Room(entry))) for entry in range(Room.ENTRIES)])

@@ -1,4 +1,4 @@
-"""Vector loops along one row: sums, ranges, normalising, quantising.
+"""Vector loops along one row: sums and normalising.
 
 `count` is a number of whole vectors; what is left of a row, none in the published models, is `steps.py`'s business.
 """
@@ -13,8 +13,6 @@ from numba import types
 
 from .emitter import I32, VECTOR_BYTES, Emitter
 from .vectors import intrinsic
-
-_BYTES = ir.IntType(8)
 
 
 def _at(e: Emitter, address: Any, i: Any, size: int = VECTOR_BYTES) -> Any:
@@ -130,47 +128,3 @@ def _normalise(narrow: bool) -> Any:
 
 
 row_normalise, row_normalise_bf16 = _normalise(False), _normalise(True)
-
-
-@intrinsic
-def row_range(typingctx, x, count, low, high):
-    """The least and the greatest number of the vectors at x, and of `low` and `high`."""
-    pair = types.UniTuple(types.float32, 2)
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        x, count, low, high = arguments
-
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            value = e.load(_at(e, x, i), e.vector)
-            return [e.smaller(values[0], value), e.larger(values[1], value)]
-
-        least, greatest = _fold(e, count, [e.splat(low), e.splat(high)], body)
-        return context.make_tuple(
-            builder, signature.return_type, [_across(e, least, e.smaller), _across(e, greatest, e.larger)]
-        )
-
-    return pair(types.int64, types.int64, types.float32, types.float32), codegen
-
-
-@intrinsic
-def row_quantise(typingctx, x, count, low, inverse, lowest, out):
-    """out = bytes of (x - low) · inverse, rounded half up, less `lowest`."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        x, count, low, inverse, lowest, out = arguments
-        start, factor, half = e.splat(low), e.splat(inverse), e.constant(0.5)
-        down = e.splat(builder.trunc(lowest, I32))
-
-        def body(i: Any, _: list[Any]) -> list[Any]:
-            value = e.fma(builder.fsub(e.load(_at(e, x, i), e.vector), start), factor, half)
-            level = builder.sub(builder.fptosi(value, e.integers), down)
-            e.store(builder.trunc(level, ir.VectorType(_BYTES, e.isa.lanes)), _at(e, out, i, e.isa.lanes), align=1)
-            return []
-
-        _fold(e, count, [], body)
-        return context.get_dummy_value()
-
-    int64, float32 = types.int64, types.float32
-    return types.void(int64, int64, float32, float32, int64, int64), codegen

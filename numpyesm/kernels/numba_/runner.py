@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from .cache import helper, kernel
-from .fp32 import HEAD_DIM, HEADS, INT, WIDTH
+from .layer import INT
 from .layout import Layer, Maps, Model, Pass, Room
 from .steps import layer_norm
 from .vectors import (
@@ -40,6 +40,7 @@ _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 _EMBEDDING, _FINAL_GAIN, _FINAL_SHIFT = int(Model.EMBEDDING), int(Model.FINAL_GAIN), int(Model.FINAL_SHIFT)
 _CONTEXT, _LAYER_BYTES, _MAPS_BYTES = int(Room.CONTEXT), 8 * int(Layer.ENTRIES), 8 * int(Maps.ENTRIES)
 _MAPS_ONLY = int(Maps.ONLY)
+_WIDTH, _HEADS, _HEAD_DIM = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM)
 (
     _ROWS,
     _BLOCKS,
@@ -60,7 +61,6 @@ _MAPS_ONLY = int(Maps.ONLY)
     _QKV_STEP,
     _ATTEND,
     _REST,
-    _SIZE,
 ) = (int(entry) for entry in list(Pass)[:-1])
 
 
@@ -94,10 +94,10 @@ def _embed(run, model, first, last, width):
 @helper
 def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
     """Attention of one block's pieces into `Room.CONTEXT`; whether anything but maps is wanted."""
-    rows, head_dim, size = load_integer(run, _ROWS), load_integer(model, HEAD_DIM), load_integer(run, _SIZE)
-    out_step = 4 * load_integer(model, HEADS) * head_dim
+    rows, head_dim = load_integer(run, _ROWS), load_integer(model, _HEAD_DIM)
+    row_bytes = 4 * head_dim
+    out_step = load_integer(model, _HEADS) * row_bytes
     context = load_integer(room, _CONTEXT)
-    row_bytes = head_dim * size
     wanted = True
     for index in range(pieces, last_piece):
         piece = carray(int64_at(load_integer(run, _PIECE_TABLE) + 32 * index), (4,))
@@ -127,7 +127,6 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
 @helper
 def _project(run, model, room, layer, first, last):
     """Query, key and value of `layer` for one block."""
-    size = load_integer(run, _SIZE)
     out = load_integer(run, _QKV if layer % 2 == 0 else _QKV_ODD)
     call_kernel(
         load_integer(run, _QKV_STEP),
@@ -135,11 +134,11 @@ def _project(run, model, room, layer, first, last):
             model,
             load_integer(run, _LAYERS) + layer * _LAYER_BYTES,
             room,
-            load_integer(run, _X) + 4 * first * load_integer(model, WIDTH),
+            load_integer(run, _X) + 4 * first * load_integer(model, _WIDTH),
             last - first,
             load_integer(run, _POSITIONS) + 8 * first,
             load_integer(run, _ROWS),
-            out + first * load_integer(model, HEAD_DIM) * size,
+            out + 4 * first * load_integer(model, _HEAD_DIM),
         ),
     )
 
@@ -147,7 +146,7 @@ def _project(run, model, room, layer, first, last):
 @helper
 def _run_block(run, model, room, phase, block):
     """Phase 0 is the embedding, phase n layer n - 1; both with query, key and value of layer n."""
-    width = load_integer(model, WIDTH)
+    width = load_integer(model, _WIDTH)
     span = carray(int64_at(load_integer(run, _BLOCK_TABLE) + 32 * block), (4,))
     first, last = span[0], span[1]
     if phase == 0:

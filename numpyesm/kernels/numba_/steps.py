@@ -1,4 +1,4 @@
-"""Steps on rows beside the products: LayerNorm, rounding to bf16, quantising."""
+"""Steps on rows beside the products: LayerNorm and rounding to bf16."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 
 from ..numpy_steps import LAYER_NORM_EPSILON
 from .cache import helper
-from .emitter import ISA, LANES
-from .rows import row_normalise, row_normalise_bf16, row_quantise, row_range, row_squares, row_sum
-from .vectors import carray, float32_at, store_bf16, store_bf16_of, store_number_bf16, uint8_at, uint16_at
+from .emitter import LANES
+from .rows import row_normalise, row_normalise_bf16, row_squares, row_sum
+from .vectors import carray, float32_at, store_bf16, store_bf16_of, store_number_bf16, uint16_at
 
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
-_ZERO = np.float32(0)
 
 # What a sum over a row needs to be vectorised; infinities and NaN keep their meaning.
 REASSOCIATE = {"reassoc", "contract", "nsz"}
@@ -81,33 +80,3 @@ def narrow_rows(x, step, rows, width, out, out_step):
             store_number_bf16(source + 4 * j, target + 2 * j)
         rest = carray(uint16_at(target + 2 * width), (out_step // 2 - width,))
         rest[:] = np.uint16(0)
-
-
-# ARM multiplies signed by signed bytes, x86 unsigned by signed.
-_LOWEST_BYTE = 128 if ISA.name == "neon" else 0
-
-
-@helper
-def quantise_rows(x, step, rows, width, out, out_step, levels, max_rows):
-    """Each row as whole numbers from 0 to 255 between its least and its greatest: float32 (R, D) -> uint8 (R, D).
-
-    x is about `scale[r] · out + offset[r]`; `levels` takes the scales, and `max_rows` further on the offsets. On ARM
-    128 is taken off, so that the bytes are signed.
-    """
-    scales = carray(float32_at(levels), (rows,))
-    offsets = carray(float32_at(levels + 4 * max_rows), (rows,))
-    whole = width // LANES
-    for i in range(rows):
-        source, target = x + i * step, out + i * out_step
-        row, quantised = carray(float32_at(source), (width,)), carray(uint8_at(target), (width,))
-        low, high = row_range(source, whole, row[0], row[0])
-        for j in range(whole * LANES, width):
-            low, high = min(low, row[j]), max(high, row[j])
-        scale = (high - low) / np.float32(255)
-        inverse = _ZERO if scale == 0 else _ONE / scale
-        row_quantise(source, whole, low, inverse, _LOWEST_BYTE, target)
-        for j in range(whole * LANES, width):
-            level = np.int32((row[j] - low) * inverse + np.float32(0.5))
-            quantised[j] = np.uint8(level - _LOWEST_BYTE)
-        scales[i] = scale
-        offsets[i] = low + np.float32(_LOWEST_BYTE) * scale

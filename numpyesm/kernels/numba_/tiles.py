@@ -23,7 +23,6 @@ _POINTER = BYTE.as_pointer()
 HALF_ROWS, ROWS, STEPS = 16, 32, 16
 _ROW_BYTES = 64
 _PALETTE = 1
-_MULTIPLY = {"bf16": "llvm.x86.tdpbf16ps", "int8": "llvm.x86.tdpbusd"}
 # Numbers of the tile registers: C by row and column, then A by row, then B by column.
 _C, _A, _B = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
@@ -44,8 +43,8 @@ class TileEmitter(Emitter):
     def store_tile(self, tile: int, address: Any, step: Any) -> None:
         self._tile("tilestored64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
 
-    def multiply(self, kind: str, total: int, a: int, b: int) -> None:
-        self.call(_MULTIPLY[kind], ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
+    def multiply(self, total: int, a: int, b: int) -> None:
+        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
 
 
 @intrinsic
@@ -100,7 +99,6 @@ def release_tiles(typingctx):
 
 def _steps_of_k(
     e: TileEmitter,
-    kind: str,
     rows: int,
     columns: int,
     steps: Any,
@@ -118,13 +116,13 @@ def _steps_of_k(
         for row in range(rows):
             e.load_tile(_A[row], *a(i, row), hint="t1")
             for column in range(columns):
-                e.multiply(kind, _C[row][column], _A[row], _B[column])
+                e.multiply(_C[row][column], _A[row], _B[column])
         return []
 
     e.loop(steps, [], body)
 
 
-def _linear(kind: str) -> Any:
+def _linear() -> Any:
     """Make `f(half, a, a_step, b, k, ahead, ahead_step, _)`: two tiles of `half` rows by a packed panel.
 
     As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS. C stays in its registers
@@ -161,9 +159,9 @@ def _linear(kind: str) -> Any:
 
             e.loop(lines, [], line)
 
-        _steps_of_k(e, kind, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
+        _steps_of_k(e, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
 
-    return function(f"numpyesm_tiles_{kind}", 8, emit)
+    return function("numpyesm_tiles", 8, emit)
 
 
 def _context_product() -> Any:
@@ -198,7 +196,7 @@ def _context_product() -> Any:
                     e.load_tile(tile, address, b_step)
                 else:
                     e.zero(tile)
-            _steps_of_k(e, "bf16", rows, columns, k, left, right)
+            _steps_of_k(e, rows, columns, k, left, right)
             for tile, address in tiles:
                 e.store_tile(tile, address, b_step)
 
@@ -255,14 +253,14 @@ def _scores(vectors: int) -> Any:
             e.load_tile(_A[0], here, step)
             for column in range(vectors):
                 e.zero(_C[0][column])
-                e.multiply("bf16", _C[0][column], _A[0], _B[column])
+                e.multiply(_C[0][column], _A[0], _B[column])
 
             def further(i: Any, _: list[Any]) -> list[Any]:
                 i = b.add(i, e.number(1))
                 load_queries(i, _C[1])
                 e.load_tile(_A[1], e.offset(here, i, _ROW_BYTES), step)
                 for column in range(vectors):
-                    e.multiply("bf16", _C[0][column], _A[1], _C[1][column])
+                    e.multiply(_C[0][column], _A[1], _C[1][column])
                 return []
 
             with b.if_then(b.icmp_signed(">", k, e.number(1))):
@@ -339,6 +337,6 @@ def _scores(vectors: int) -> Any:
     return function(f"numpyesm_tiles_scores_{vectors}", 10, emit)
 
 
-multiply_tiles_bf16, multiply_tiles_int8 = _linear("bf16"), _linear("int8")
+multiply_tiles = _linear()
 context_product = _context_product()
 wide_scores, narrow_scores = _scores(ISA.vectors), _scores(1)

@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .emitter import FLOAT, I32, I64, LANES, Emitter
+from .emitter import FLOAT, I32, I64, LANES, TILE_BYTES, VECTOR_BYTES, Emitter
 
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
@@ -72,13 +72,9 @@ def _store_gelu(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     e.store(e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector))), out)
 
 
-def _store_gelu_coarse(e: Emitter, source: Any, bias: Any, out: Any) -> None:
-    e.store(e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)), coarse=True), out)
-
-
-def _store_gelu_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+def _store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) -> None:
     value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)), coarse=True)
-    e.store(e.narrow(value), out, align=2)
+    e.store(e.narrow(e.b.fsub(value, e.load(centre, e.vector))), out, align=2)
 
 
 def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
@@ -87,8 +83,7 @@ def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
 
 store_biased = _at_addresses(3, _store_biased)  # out = source + bias
 store_gelu = _at_addresses(3, _store_gelu)  # out = gelu(source + bias)
-store_gelu_coarse = _at_addresses(3, _store_gelu_coarse)  # the same to 5 digits
-store_gelu_bf16 = _at_addresses(3, _store_gelu_bf16)  # the same, rounded to bf16
+store_gelu_bf16 = _at_addresses(4, _store_gelu_bf16)  # the same to 5 digits less `centre`, rounded to bf16
 add_biased = _at_addresses(3, _add_biased)  # out += source + bias
 
 
@@ -114,10 +109,6 @@ def _store_rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, o
     e.store(_rotated(e, source, bias, cosine, sine), out)
 
 
-def _store_rotated_bf16(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, out: Any) -> None:
-    e.store(_piece_bf16(e, _rotated(e, source, bias, cosine, sine)), out, align=2)
-
-
 def _store_piece(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     piece = ir.VectorType(FLOAT, PIECE)
     e.store(e.b.fadd(e.load(source, piece), e.load(bias, piece)), out)
@@ -129,52 +120,61 @@ def _store_piece_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
 
 
 store_rotated = _at_addresses(5, _store_rotated)
-store_rotated_bf16 = _at_addresses(5, _store_rotated_bf16)
 store_piece = _at_addresses(3, _store_piece)
 store_piece_bf16 = _at_addresses(3, _store_piece_bf16)
 
 
-@intrinsic
-def dequantise(typingctx, tile, column_offset, column_scale, scale, offset):
-    """tile = column_scale · scale · tile + offset · column_offset in place: int32 in, float32 out"""
-
-    def codegen(context, builder, signature, arguments):
-        tile, column_offset, column_scale, scale, offset = arguments
-        e = Emitter(builder)
-        product = builder.fmul(builder.sitofp(e.load(tile, e.integers), e.vector), e.splat(scale))
-        shift = builder.fmul(e.splat(offset), e.load(column_offset, e.vector))
-        e.store(e.fma(product, e.load(column_scale, e.vector), shift), tile)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.float32, types.float32), codegen
+# -- narrow weights -------------------------------------------------------------------------------------------------
 
 
-def _dequantised(emit: Callable[..., None]) -> Any:
-    """An intrinsic `f(source, column_offset, column_scale, bias, out, scale, offset)`: one vector of int32.
+def _widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
+    half = ir.VectorType(_HALF, e.isa.lanes)
 
-    `emit(e, value, out)` stores value = column_scale · scale · source + offset · column_offset + bias.
-    """
+    def step(i: Any, _: list[Any]) -> list[Any]:
+        for j in range(e.isa.vectors):
+            at = e.number(j)
+            bits = e.load(e.offset(e.offset(source, i, TILE_BYTES // 2), at, VECTOR_BYTES // 2), half, align=2)
+            wide = e.b.shl(e.b.zext(bits, e.integers), ir.Constant(e.integers, [16] * e.isa.lanes))
+            e.store(wide, e.offset(e.offset(out, i, TILE_BYTES), at, VECTOR_BYTES))
+        return []
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, column_offset, column_scale, bias, out, scale, offset = arguments
-        e = Emitter(builder)
-        shift = e.fma(e.splat(offset), e.load(column_offset, e.vector), e.load(bias, e.vector))
-        product = builder.fmul(builder.sitofp(e.load(source, e.integers), e.vector), e.splat(scale))
-        emit(e, e.fma(product, e.load(column_scale, e.vector), shift), out)
-        return context.get_dummy_value()
-
-    made = types.void(*[types.int64] * 5, types.float32, types.float32), codegen
-
-    @intrinsic
-    def finish(typingctx, source, column_offset, column_scale, bias, out, scale, offset):
-        return made
-
-    return finish
+    e.loop(steps, [], step)
 
 
-store_dequantised = _dequantised(lambda e, value, out: e.store(value, out))
-store_dequantised_gelu = _dequantised(lambda e, value, out: e.store(e.gelu(value, coarse=True), out))
-add_dequantised = _dequantised(lambda e, value, out: e.store(e.b.fadd(e.load(out, e.vector), value), out))
+def _widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out: Any) -> None:
+    lanes = e.isa.lanes
+    factors = [e.load(e.offset(scales, e.number(j), VECTOR_BYTES), e.vector) for j in range(e.isa.vectors)]
+
+    def widened(address: Any, factor: Any) -> Any:
+        levels = e.load(address, ir.VectorType(ir.IntType(8), lanes), align=1)
+        return e.b.fmul(e.b.sitofp(e.b.sext(levels, e.integers), e.vector), factor)
+
+    def case(choice: int) -> None:
+        # The scales of neighbours in k, of which there are two in each column.
+        masks = [[i // 2 + half * lanes // 2 for i in range(lanes)] for half in range(2)] if choice else []
+        doubled = [[e.b.shuffle_vector(one, one, ir.Constant(e.integers, mask)) for mask in masks] for one in factors]
+
+        def step(i: Any, _: list[Any]) -> list[Any]:
+            here, there = e.offset(source, i, TILE_BYTES // (2 if choice else 4)), e.offset(out, i, TILE_BYTES)
+            for j in range(e.isa.vectors):
+                target = e.offset(there, e.number(j), VECTOR_BYTES)
+                if not choice:
+                    e.store(widened(e.offset(here, e.number(j), lanes), factors[j]), target)
+                    continue
+                for half in range(2):
+                    value = widened(e.offset(here, e.number(2 * j + half), lanes), doubled[j][half])
+                    e.store(e.narrow(value), e.offset(target, e.number(half), VECTOR_BYTES // 2), align=2)
+            return []
+
+        e.loop(steps, [], step)
+
+    e.switch(pairs, [0, 1], case)
+
+
+# `steps` of k of a panel: bf16 -> float32
+widen_bf16 = _at_addresses(3, _widen_bf16)
+# f(pairs, source, scales, steps, out): int8, with a scale for each column -> float32, or bf16 in pairs
+widen_int8 = _at_addresses(5, _widen_int8)
 
 
 # -- columns of a strip of scores (keys × queries): one lane is one query -------------------------------------------

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .isa import check_precision, host_isa
+from ...options import PRECISIONS
 
 
 def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
@@ -18,7 +18,7 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
     Parameters
     ----------
     precisions : sequence of str, optional
-        Of `fp32`, `bf16`, `int8`; all that the CPU has by default.
+        Of `fp32`, `bf16`, `int8`; all of them by default.
     cache_dir : path, optional
         Where to put it; later processes find it there when `NUMBA_CACHE_DIR` names it.
 
@@ -29,14 +29,10 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
 
     Raises
     ------
-    InvalidOption
-        A precision that the CPU does not have.
     OSError
         `cache_dir` cannot be written to.
     """
-    wanted = list(precisions or host_isa().precisions)
-    for precision in wanted:
-        check_precision(host_isa(), precision)
+    wanted = list(precisions or PRECISIONS)
     if cache_dir is None:
         from . import cache, kernels  # noqa: F401  # importing the kernels is what registers them
 

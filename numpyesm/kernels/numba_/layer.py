@@ -1,0 +1,186 @@
+"""The linear steps of a layer in every precision, and the LM head.
+
+Products are in float32 or, where the CPU multiplies it, in bf16 summed in float32. LayerNorm, GELU, attention's result
+and the residual stream are float32. Weights in less than that are widened panel by panel, unless they are bf16 and so
+is the product.
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from .cache import helper, kernel
+from .emitter import ISA, TILE_BYTES
+from .gemm import ADD, BF16, GELU, GELU_BF16, INT8, READY, STORE, linear, linear_heads, plain_linear, steps_of
+from .layout import Layer, Model, Room
+from .steps import layer_norm, layer_norm_bf16, narrow_rows
+from .vectors import load_integer
+
+INT = types.int64
+
+# Whether low precision multiplies bf16, and how its weights lie.
+NARROW = ISA.bf16
+_BF16_WEIGHTS = READY if NARROW else BF16
+
+# Terms that are summed in one chain: shorter chains of additions round less. Queries and keys end up in an exponent,
+# and the projection's error stays in the residual stream.
+_QKV_PIECE, _PROJECTION_PIECE, _FFN_PIECE = 120, 96, 160
+
+# Compiled code knows no enumerations.
+_WIDTH, _HEADS, _HEAD_DIM, _FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
+_GROUP_ROWS, _FFN_COLUMNS, _ROTARY = int(Model.GROUP_ROWS), int(Model.FFN_COLUMNS), int(Model.ROTARY)
+_ATTENTION_GAIN, _ATTENTION_SHIFT = int(Layer.ATTENTION_GAIN), int(Layer.ATTENTION_SHIFT)
+_FFN_GAIN, _FFN_SHIFT = int(Layer.FFN_GAIN), int(Layer.FFN_SHIFT)
+_QKV, _OUT_PROJ, _FC1, _FC2 = 8 * Layer.QKV, 8 * Layer.OUT_PROJ, 8 * Layer.FC1, 8 * Layer.FC2
+_LEFT, _HIDDEN = int(Room.LEFT), int(Room.HIDDEN)
+
+
+@helper
+def _row_bytes(narrow, width):
+    """Bytes of a row of `width` numbers as a product takes it."""
+    return 4 * steps_of(width, 2) if narrow else 4 * width
+
+
+@helper
+def _normalised(narrow, x, step, rows, width, gain, shift, out, out_step):
+    """LayerNorm, ready for a product."""
+    if narrow:
+        layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step)
+    else:
+        layer_norm(x, step, rows, width, gain, shift, out, out_step)
+
+
+@helper
+def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, all_rows, out):
+    width, head_dim = load_integer(model, _WIDTH), load_integer(model, _HEAD_DIM)
+    gain, shift, left = (
+        load_integer(layer, _ATTENTION_GAIN),
+        load_integer(layer, _ATTENTION_SHIFT),
+        load_integer(room, _LEFT),
+    )
+    step, left_step = 4 * width, _row_bytes(narrow, width)
+    most = load_integer(model, _GROUP_ROWS)
+    groups = (rows + most - 1) // most
+    for group in range(groups):
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        _normalised(narrow, x + start * step, step, count, width, gain, shift, left, left_step)
+        linear_heads(
+            narrow,
+            stored,
+            _QKV_PIECE,
+            left,
+            left_step,
+            count,
+            layer + _QKV,
+            width,
+            load_integer(model, _ROTARY),
+            positions + 8 * start,
+            load_integer(model, _HEADS),
+            head_dim,
+            all_rows,
+            out + start * head_dim * 4,
+            room,
+        )
+
+
+@helper
+def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, rows):
+    width, ffn, at_a_time = load_integer(model, _WIDTH), load_integer(model, _FFN), load_integer(model, _FFN_COLUMNS)
+    inner = load_integer(model, _HEADS) * load_integer(model, _HEAD_DIM)
+    gain, shift = load_integer(layer, _FFN_GAIN), load_integer(layer, _FFN_SHIFT)
+    left, hidden = load_integer(room, _LEFT), load_integer(room, _HIDDEN)
+    step, left_step, inner_step = 4 * width, _row_bytes(narrow, width), _row_bytes(narrow, inner)
+    hidden_step = (2 if narrow else 4) * at_a_time
+    gelu = GELU_BF16 if narrow else GELU
+    out_proj, fc1, fc2 = layer + _OUT_PROJ, layer + _FC1, layer + _FC2
+    most = load_integer(model, _GROUP_ROWS)
+    groups = (rows + most - 1) // most
+    for group in range(groups):
+        start = rows * group // groups
+        count = rows * (group + 1) // groups - start
+        y, attended = x + start * step, context + start * 4 * inner
+        if narrow:
+            narrow_rows(attended, 4 * inner, count, inner, left, inner_step)
+            attended = left
+        piece = _PROJECTION_PIECE
+        linear(
+            narrow, stored, ADD, piece, attended, inner_step, count, out_proj, inner, 0, inner, 0, width, y, step, room
+        )
+        _normalised(narrow, y, step, count, width, gain, shift, left, left_step)
+        piece = _FFN_PIECE
+        # A part of the hidden channels at a time: they and the rows stay in the second cache.
+        for first in range(0, ffn, at_a_time):
+            part = min(at_a_time, ffn - first)
+            linear(
+                narrow,
+                stored,
+                gelu,
+                piece,
+                left,
+                left_step,
+                count,
+                fc1,
+                width,
+                0,
+                width,
+                first,
+                part,
+                hidden,
+                hidden_step,
+                room,
+            )
+            linear(
+                narrow, stored, ADD, piece, hidden, hidden_step, count, fc2, ffn, first, part, 0, width, y, step, room
+            )
+
+
+@kernel("fp32", *[INT] * 8)
+def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
+    """LayerNorm(x) @ weight + bias, rotated, head by head: (R, D) -> `out`, see `gemm.linear_heads`.
+
+    `layer` and so on are tables of layout.py; `positions` (R,) int64; `out` is a buffer for `all_rows` rows.
+    """
+    _project_qkv(False, READY, model, layer, room, x, rows, positions, all_rows, out)
+
+
+@kernel("bf16", *[INT] * 8)
+def project_qkv_bf16(model, layer, room, x, rows, positions, all_rows, out):
+    """`project_qkv` of weights in bf16."""
+    _project_qkv(NARROW, _BF16_WEIGHTS, model, layer, room, x, rows, positions, all_rows, out)
+
+
+@kernel("int8", *[INT] * 8)
+def project_qkv_int8(model, layer, room, x, rows, positions, all_rows, out):
+    """`project_qkv` of weights in int8."""
+    _project_qkv(NARROW, INT8, model, layer, room, x, rows, positions, all_rows, out)
+
+
+@kernel("fp32", *[INT] * 6)
+def project_and_feed_forward(model, layer, room, context, x, rows):
+    """x += context @ out_proj; x += gelu(LayerNorm(x) @ fc1) @ fc2, each with its bias, in place: (R, D), (R, D).
+
+    Rows of `context` are as wide as all heads, whose width is rounded up.
+    """
+    _project_and_feed_forward(False, READY, model, layer, room, context, x, rows)
+
+
+@kernel("bf16", *[INT] * 6)
+def project_and_feed_forward_bf16(model, layer, room, context, x, rows):
+    """`project_and_feed_forward` of weights in bf16."""
+    _project_and_feed_forward(NARROW, _BF16_WEIGHTS, model, layer, room, context, x, rows)
+
+
+@kernel("int8", *[INT] * 6)
+def project_and_feed_forward_int8(model, layer, room, context, x, rows):
+    """`project_and_feed_forward` of weights in int8."""
+    _project_and_feed_forward(NARROW, INT8, model, layer, room, context, x, rows)
+
+
+@kernel("all", *[INT] * 13)
+def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
+    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
+    step, panel = 4 * width, width * TILE_BYTES
+    plain_linear(GELU, _PROJECTION_PIECE, x, step, rows, width, dense, panel, dense_bias, width, hidden, step, tile)
+    layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
+    plain_linear(STORE, _FFN_PIECE, hidden, step, rows, width, embedding, panel, bias, columns, out, 4 * columns, tile)

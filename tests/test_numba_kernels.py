@@ -21,7 +21,7 @@ import numba
 
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.kernels.base import AttentionMaps
-from numpyesm.kernels.numba_ import attention, bf16, fp32, gemm, int8, steps
+from numpyesm.kernels.numba_ import attention, gemm, layer
 from numpyesm.kernels.numba_.emitter import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
 from numpyesm.kernels.numba_.forward import cut_blocks, map_table
 from numpyesm.kernels.numba_.isa import host_isa, host_levels
@@ -29,7 +29,6 @@ from numpyesm.kernels.numba_.kernels import NumbaKernels
 from numpyesm.kernels.numba_.layout import address
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.weights.synthetic import random_checkpoint
-from numpyesm.weights.tensor import quantise_columns
 
 # One layer of each preset, and a shape that fills no tile.
 SHAPES = {
@@ -40,14 +39,9 @@ SHAPES["odd"] = ModelConfig(1, 30, 3, 50)
 
 @numba.njit
 def _linear(x, rows, inner, piece, weight, bias, columns, step, out, tile):  # type: ignore[no-untyped-def]
-    gemm.linear(
-        x, 4 * inner, rows, inner, piece, weight, inner * TILE_BYTES, bias, columns, step, out, 4 * columns, tile
+    gemm.plain_linear(
+        step, piece, x, 4 * inner, rows, inner, weight, inner * TILE_BYTES, bias, columns, out, 4 * columns, tile
     )
-
-
-@numba.njit
-def _quantise_rows(x, rows, width, out, out_step, levels):  # type: ignore[no-untyped-def]
-    steps.quantise_rows(x, 4 * width, rows, width, out, out_step, levels, rows)
 
 
 def linear(x: Any, weight: Any, bias: Any, step: int, out: Any, piece: int = 100) -> Any:
@@ -73,8 +67,9 @@ class Steps:
         self.kernels = NumbaKernels(checkpoint, precision)
         self.packed = self.kernels.packed
         self.config, self.dtype = self.kernels.config, np.dtype(np.float32)
-        self.compiled = {"fp32": fp32, "bf16": bf16, "int8": int8}[precision]
-        self.narrow = self.packed.qkv_dtype == np.uint16
+        end = "" if precision == "fp32" else f"_{precision}"
+        self.project_qkv = getattr(layer, f"project_qkv{end}")
+        self.rest = getattr(layer, f"project_and_feed_forward{end}")
 
     def tables(self, rows: int, length: int, with_maps: bool = False) -> tuple[Any, Any]:
         model, self.rotary = self.packed.model_table(length)
@@ -83,10 +78,10 @@ class Steps:
     def project(self, x: Any, start: int = 0) -> Any:
         """Query, key and value (3, H, rows, padded C) as they lie in memory."""
         rows, packed = len(x), self.packed
-        out = gemm.aligned(3 * rows * self.config.num_heads * packed.head_dim, packed.qkv_dtype)
+        out = gemm.aligned(3 * rows * self.config.num_heads * packed.head_dim)
         model, room = self.tables(rows, start + rows)
         positions = np.arange(start, start + rows)
-        self.compiled.project_qkv(
+        self.project_qkv(
             address(model),
             address(packed.layers),
             address(room),
@@ -100,8 +95,6 @@ class Steps:
 
     def plain(self, qkv: Any) -> Any:
         """The same as (rows, 3D) numbers, queries without the factor that makes scores exponents of two."""
-        if self.narrow:
-            qkv = (qkv.astype(np.uint32) << 16).view(np.float32)
         found = qkv[..., : self.config.head_dim].transpose(2, 0, 1, 3).astype(np.float64)
         found[:, 0] /= math.log2(math.e)
         return found.reshape(len(found), -1)
@@ -114,7 +107,7 @@ class Steps:
         table, summaries, kept = map_table([maps], [length], self.config.num_heads, not context) if maps else (0, [], 0)
         at = address(qkv)
         row = packed.head_dim * qkv.itemsize
-        attend = attention.attend_bf16 if self.narrow else attention.attend
+        attend = attention.attend_bf16 if packed.narrow else attention.attend
         attend(
             address(model),
             address(room),
@@ -139,9 +132,7 @@ class Steps:
         padded = np.zeros((len(x), config.num_heads, packed.head_dim), np.float32)
         padded[..., : config.head_dim] = context.reshape(len(x), config.num_heads, -1)
         model, room = self.tables(len(x), 1)
-        self.compiled.project_and_feed_forward(
-            address(model), address(packed.layers), address(room), address(padded), address(x), len(x)
-        )
+        self.rest(address(model), address(packed.layers), address(room), address(padded), address(x), len(x))
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -237,24 +228,19 @@ def test_attention(backends: Any, rows: int, length: int) -> None:
 @pytest.mark.parametrize("shift", [0, 150, -150])
 def test_attention_out_of_the_range_of_exponentials(shift: int, precision: str) -> None:
     """Scores of hundreds, where an exponential without its row's maximum would overflow; all far below zero; both."""
-    if precision not in host_isa().precisions:
-        pytest.skip(f"{host_isa().name} has no {precision}")
     checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
     ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     qkv = ours.project(normal(300, 480))
-    numbers = (qkv.astype(np.uint32) << 16).view(np.float32) if ours.narrow else qkv
-    numbers[:2] *= 16
+    qkv[:2] *= 4 if ours.packed.narrow else 16  # rounding to bf16 moves scores by their 500th
     if shift:  # the same for all keys of some queries: a channel that every key shares
-        numbers[1, :, :, 0] = 1
-        numbers[0, :, :, 0] = np.where(np.arange(300) % 3 == 0, shift, 0)
-        numbers[:2, :, :, 1] = 0
-    if ours.narrow:  # all of these are bf16 already, as 16 is a power of two
-        qkv = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        qkv[1, :, :, 0] = 1
+        qkv[0, :, :, 0] = np.where(np.arange(300) % 3 == 0, shift, 0)
+        qkv[:2, :, :, 1] = 0
     exact_qkv, exact = ours.plain(qkv), np.empty((64, 480))
     reference.attention(exact_qkv[:64], exact_qkv, exact, None)
     found = ours.attention(qkv, 0, 64)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if precision == "fp32" else 2e-2)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=0.1 if ours.packed.narrow else 2e-3)
     for first, last in ((0, 1), (3, 40)):
         np.testing.assert_array_equal(ours.attention(qkv, first, last), found[first:last])
 
@@ -292,8 +278,6 @@ def make_maps(rows: int, first: int, last: int, length: int, dtype: Any) -> Atte
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("start", "rows", "length"), [(0, 3, 3), (0, 43, 257), (200, 58, 258), (60, 33, 400)])
 def test_maps(start: int, rows: int, length: int, precision: str) -> None:
-    if precision not in host_isa().precisions:
-        pytest.skip(f"{host_isa().name} has no {precision}")
     checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
     ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     first, last = int(start == 0), rows - int(start + rows == length)
@@ -303,7 +287,7 @@ def test_maps(start: int, rows: int, length: int, precision: str) -> None:
     with_maps = ours.attention(qkv, start, start + rows, found)
     np.testing.assert_array_equal(with_maps, ours.attention(qkv, start, start + rows))
     reference.attention(exact_qkv[start : start + rows], exact_qkv, None, exact)
-    bound = 2e-5 if precision == "fp32" else 2e-3
+    bound = 2e-3 if ours.packed.narrow else 2e-5
     for name in ("weighted", "row_sums", "column_sums", "summary"):
         np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=0, atol=bound, err_msg=name)
     again = make_maps(rows, first, last, length, np.float32)
@@ -328,35 +312,13 @@ def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
         assert max(sizes) <= ends[-1] / len(blocks) + 32
 
 
-def test_quantised_columns() -> None:
-    weight = normal(50, 30)
-    weight[:, 3] = 0
-    levels, scales = quantise_columns(weight)
-    assert levels.dtype == np.int8
-    assert (np.abs(levels).max(axis=0)[np.arange(30) != 3] == 127).all()
-    assert (np.abs(levels * scales - weight) <= scales / 2 * 1.001).all()
-
-
-def test_quantised_rows() -> None:
-    x = normal(7, 45)
-    x[2] = 1.5
-    levels, found = np.empty((7, 48), np.uint8), np.empty((2, 7), np.float32)
-    _quantise_rows(address(x), 7, 45, address(levels), 48, address(found))
-    scales, offsets = found
-    whole = levels.view(np.int8) if host_isa().name == "neon" else levels
-    back = whole[:, :45] * scales[:, None] + offsets[:, None]
-    assert (np.abs(back - x) <= scales[:, None] * 0.501 + 1e-6).all()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_low_precision_steps(shape: str, precision: str) -> None:
-    if precision not in host_isa().precisions:
-        pytest.skip(f"{host_isa().name} has no {precision}")
     checkpoint = random_checkpoint(SHAPES[shape], seed=3)
     ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     width = ours.config.embed_dim
-    bound = {"bf16": 0.006, "int8": 0.03}[precision]
+    bound = {"bf16": 0.006, "int8": 0.01}[precision]
     for rows in (1, 13, 101):
         x = normal(rows, width)
         qkv, exact = ours.project(x), project(reference, x)
@@ -374,7 +336,11 @@ def test_low_precision_steps(shape: str, precision: str) -> None:
         np.testing.assert_array_equal(single, y[-1:])
 
 
-@pytest.mark.parametrize("level", list(host_levels())[1:])
+# Where the CPU multiplies bf16, that need not be spelled out.
+LOWER = [isa.name for isa in list(host_levels().values())[1:] if not (isa.spelled_out and host_isa().bf16)]
+
+
+@pytest.mark.parametrize("level", LOWER)
 def test_lower_levels_pass_these_tests(level: str) -> None:
     if os.environ.get("NUMPYESM_ISA"):
         pytest.skip("this is the run at a lower level")

@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -313,10 +314,12 @@ def test_half_precision_storage_is_widened(tmp_path: Path) -> None:
     from numpyesm.weights import convert
 
     full = ESM2.from_pretrained(convert("synthetic:esm2-8m:3", tmp_path / "a.safetensors").path, threads=1)
-    for dtype, atol in (("fp16", 0.02), ("bf16", 0.2)):
-        half = ESM2.from_pretrained(convert("synthetic:esm2-8m:3", tmp_path / f"{dtype}.safetensors", dtype=dtype).path)
-        a, b = (m.encode(["MKTAYIAKQR"])[0].embeddings[6] for m in (full, half))
-        assert 0 < np.abs(a - b).max() < atol
+    for dtype, atol in (("fp16", 0.02), ("bf16", 0.2), ("int8", 0.5)):
+        path = convert("synthetic:esm2-8m:3", tmp_path / f"{dtype}.safetensors", dtype=dtype).path
+        for precision in ("fp32", "bf16", "int8") if find_spec("numba") else ("fp32",):
+            narrow = ESM2.from_pretrained(path, precision=precision)
+            a, b = (m.encode(["MKTAYIAKQR"])[0].embeddings[6] for m in (full, narrow))
+            assert 0 < np.abs(a - b).max() < max(atol, {"fp32": 0, "bf16": 0.2, "int8": 0.5}[precision])
 
 
 def test_model_from_a_file_can_be_pickled_and_saved(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_attention_out_of_the_range_of_exponentials(shift: int, precision: str) 
     checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
     ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
     qkv = ours.project(normal(300, 480))
-    qkv[:2] *= 4 if ours.packed.narrow else 16  # rounding to bf16 moves scores by their 500th
+    qkv[:2] *= 2 if ours.packed.narrow else 16  # rounding to bf16 moves scores by their 500th
     if shift:  # the same for all keys of some queries: a channel that every key shares
         qkv[1, :, :, 0] = 1
         qkv[0, :, :, 0] = np.where(np.arange(300) % 3 == 0, shift, 0)

@@ -33,7 +33,8 @@ def test_round_trip(tmp_path, tiny, precision):
     assert (loaded.config, loaded.source, loaded.precision, loaded.synthetic) == (TINY, tiny.source, precision, True)
     for name, tensor in tiny.tensors.items():
         ours, exact = loaded.array(name), tensor.astype()
-        if precision == "fp32" or ours.ndim == 1:
+        outside = precision == "bf16" and not name.startswith("layers.")
+        if precision == "fp32" or ours.ndim == 1 or outside:
             np.testing.assert_array_equal(ours, exact)
             assert loaded.tensors[name].dtype == "F32"
         else:
@@ -71,7 +72,7 @@ def test_a_file_is_mapped_not_copied(tmp_path, tiny):
         ({"config": None}, "configuration"),
         ({"config": "[]"}, "configuration"),
         ({"config": "[" * 100_000}, "configuration"),
-        ({"config": PRESETS["esm2-8m"].to_json()}, "has shape"),
+        ({"config": PRESETS["esm2-8m"].to_json()}, "is missing|has shape"),
         ({"config": ModelConfig(3, 40, 20, 160).to_json()}, "is missing"),
         ({"config": ModelConfig(1, 40, 20, 160).to_json()}, "has shape|not part"),
         ({"config": '{"num_layers": 1e9, "embed_dim": 1, "num_heads": 1, "ffn_dim": 1}'}, "num_layers"),

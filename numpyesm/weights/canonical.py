@@ -108,7 +108,9 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
     for name, tensor in tensors.items():
         expected = _storage(name, tensor.shape, precision)
         if tensor.dtype != expected:
-            raise CheckpointError(f"{path} has tensor {name[:80]!r} stored as {tensor.dtype}, expected {expected}")
+            raise CheckpointError(
+                f"{path} has tensor {name[:80]!r} stored as {tensor.dtype}, expected {expected}; convert it again"
+            )
     try:
         return Checkpoint(
             config=ModelConfig.from_json(metadata.get("config", "")),

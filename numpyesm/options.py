@@ -149,6 +149,13 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
     return sorted(resolved)
 
 
+def check_precision(precision: str) -> str:
+    """Return `precision`; InvalidOption if there is none of this name."""
+    if precision not in PRECISIONS:
+        raise InvalidOption(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+    return precision
+
+
 def check_backend(backend: str) -> str:
     """One of `BACKENDS`; `numba` is read as `compiled`."""
     name = BACKEND_ALIASES.get(backend, backend)

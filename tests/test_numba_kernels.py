@@ -287,7 +287,7 @@ def test_maps(start: int, rows: int, length: int, precision: str) -> None:
     with_maps = ours.attention(qkv, start, start + rows, found)
     np.testing.assert_array_equal(with_maps, ours.attention(qkv, start, start + rows))
     reference.attention(exact_qkv[start : start + rows], exact_qkv, None, exact)
-    bound = 2e-3 if ours.packed.narrow else 2e-5
+    bound = 2e-2 if ours.packed.narrow else 2e-5
     for name in ("weighted", "row_sums", "column_sums", "summary"):
         np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=0, atol=bound, err_msg=name)
     again = make_maps(rows, first, last, length, np.float32)

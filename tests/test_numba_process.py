@@ -64,14 +64,6 @@ def test_unknown_level() -> None:
     assert f"InvalidOption: NUMPYESM_ISA=sse9: this CPU has {', '.join(host_levels())}" in err
 
 
-def test_precision_that_the_level_lacks() -> None:
-    process = start("bf16", NUMPYESM_ISA="plain")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "InvalidOption: precision='bf16'" in err
-    assert "plain (set by NUMPYESM_ISA), has fp32" in err
-
-
 def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
     processes = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(3)]
     found = [finish(process) for process in processes]

@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 
 from ..errors import InvalidOption, MissingExtra
-from ..options import PRECISIONS, check_backend
+from ..options import PRECISIONS, check_backend, check_precision
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
 
@@ -27,8 +27,8 @@ def make_kernels(
     """
     backend = check_backend(backend)
     # fp64 is for tests; it is not offered to users.
-    if precision not in (*PRECISIONS, "fp64"):
-        raise InvalidOption(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+    if precision != "fp64":
+        check_precision(precision)
     if backend == "compiled" or (backend == "auto" and precision in PRECISIONS and _numba_available()):
         if not _numba_available():
             raise MissingExtra("backend='compiled' needs Numba: pip install 'numpyesm[fast]'")

@@ -27,11 +27,12 @@ DECODER = "lm_head.decoder.weight"  # (D, V), only where fine-tuning untied it f
 
 # The matrices of a layer.
 MATRICES = ("qkv", "out_proj", "fc1", "fc2")
+INPUT_MEANS = "input_means."
 
 
 def input_mean(layer: int, matrix: str) -> str:
     """Return the name of the mean input of a layer's matrix: (K,), over natural sequences (`calibration.py`)."""
-    return f"input_means.{layer}.{matrix}"
+    return f"{INPUT_MEANS}{layer}.{matrix}"
 
 
 def computed_frequencies(head_dim: int) -> npt.NDArray[np.float32]:
@@ -167,7 +168,7 @@ class Checkpoint:
         return sum(
             int(np.prod(tensor.shape))
             for name, tensor in self.tensors.items()
-            if name != FREQUENCIES and not name.startswith("input_means.")
+            if name != FREQUENCIES and not name.startswith(INPUT_MEANS)
         )
 
     def first_layers(self, count: int) -> Checkpoint:
@@ -186,7 +187,7 @@ class Checkpoint:
         whole = self.config.whole_layers or layers
         config = replace(self.config, num_layers=count, classifier=None, whole_layers=whole)
         gone = {*LM_HEAD, *CONTACT_HEAD, DECODER}
-        kept = {name: self.tensors[name] for name in canonical_shapes(config) if name not in gone}
+        kept = {name: self.tensors[name] for name in canonical_shapes(config) if name in self.tensors.keys() - gone}
         return replace(self, config=config, tensors=kept)
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .calibration import matrix_inputs
-from .checkpoint import MATRICES, Checkpoint, input_mean
+from .checkpoint import INPUT_MEANS, MATRICES, Checkpoint, input_mean
 from .tensor import PRECISION_DTYPES, StoredTensor, group_scales, nearest_levels, row_scales
 
 # Wider inputs (3B and 15B) are rounded to nearest: their correlations alone would take gigabytes, and half an hour.
@@ -94,13 +94,13 @@ class RoundedLayers:
         """Whether a tensor comes from here."""
         if not self.needed or (self._synthetic and not name.endswith(".weight")):
             return False
-        return name.startswith("input_means.") or (name.startswith("layers.") and name.split(".")[2] in MATRICES)
+        return name.startswith(INPUT_MEANS) or (name.startswith("layers.") and name.split(".")[2] in MATRICES)
 
     def tensor(self, name: str) -> StoredTensor:
         """Return a tensor that does not come before one that was returned already, or is a mean input."""
         while name not in self._held and name not in self._means:
             self._held = next(self._layers)
-            self._means |= {key: value for key, value in self._held.items() if key.startswith("input_means.")}
+            self._means |= {key: value for key, value in self._held.items() if key.startswith(INPUT_MEANS)}
         return self._held.get(name) or self._means[name]
 
 
@@ -121,13 +121,12 @@ def _with_feedback(weight: npt.NDArray[np.float32], correlations: Float64) -> St
     order = np.argsort(-np.einsum("ii->i", correlations), kind="stable")
     # Row i of this factor says how an error in channel i is made up for by the channels behind it.
     inverse = np.linalg.inv(correlations[np.ix_(order, order)])
-    factor = np.linalg.cholesky(inverse).T
-    remaining = weight[order].astype(np.float64)
-    steps = row_scales(scale, len(weight))[order].astype(np.float64)
+    factor = np.linalg.cholesky(inverse).T.astype(np.float32)
+    remaining, steps = weight[order], row_scales(scale, len(weight))[order]
     levels = np.empty(weight.shape, np.int8)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(weight))
-        errors = np.empty((stop - start, weight.shape[1]))
+        errors = np.empty((stop - start, weight.shape[1]), np.float32)
         for row in range(start, stop):
             levels[order[row]] = found = nearest_levels(remaining[row], steps[row])
             errors[row - start] = (remaining[row] - found * steps[row]) / factor[row, row]

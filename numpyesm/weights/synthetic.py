@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..config import PRESETS, ModelConfig, preset_name
 from ..errors import InvalidOption
-from .checkpoint import DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
+from .checkpoint import DECODER, FREQUENCIES, INPUT_MEANS, Checkpoint, canonical_shapes, computed_frequencies
 from .tensor import DeferredTensor, StoredTensor
 
 _QUERY_KEY_STD = 1.2  # of the channels of q and k, so that the scores have a standard deviation of about 1.4
@@ -94,7 +94,8 @@ def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None 
     """Make random weights of any shape, flagged synthetic."""
     tensors: dict[str, StoredTensor] = {}
     for number, (name, shape) in enumerate(canonical_shapes(config).items()):
-        if name == DECODER:  # tied, as in ESM-2
+        # The decoder is tied, as in ESM-2; there is nothing natural to take means of.
+        if name == DECODER or name.startswith(INPUT_MEANS):
             continue
         # One stream per tensor, so that a tensor added at the end of the layout changes no other.
         make = partial(_random_tensor, name, shape, config, (seed, number))

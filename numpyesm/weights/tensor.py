@@ -23,7 +23,7 @@ FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
 # Rows of an int8 matrix that share a scale in each column. It divides the widths of all published models.
-GROUP = 80
+GROUP = 40
 
 
 @dataclass(frozen=True, eq=False)  # one tensor is another only if it is the same object

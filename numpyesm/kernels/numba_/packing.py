@@ -149,8 +149,8 @@ class PackedModel:
         packed_bias = self._keep(padded_columns(bias))
 
         def panels() -> Array:
-            narrow = self._ordered(name, weight)
-            return pack_panels(narrow.astype(np.float32) if self.precision == "fp32" else narrow.raw, self.narrow)
+            values = StoredTensor(weight.astype(np.float32)) if self.precision == "fp32" else weight
+            return pack_panels(self._ordered(name, values).raw, self.narrow)
 
         # Rounding to int8 depends on what goes into a model's matrices.
         own = self.precision == "int8" and weight is not origin

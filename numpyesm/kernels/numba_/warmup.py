@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...options import PRECISIONS
+from ...options import PRECISIONS, check_precision
 
 
 def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
@@ -29,10 +29,12 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
 
     Raises
     ------
+    InvalidOption
+        An unknown precision.
     OSError
         `cache_dir` cannot be written to.
     """
-    wanted = list(precisions or PRECISIONS)
+    wanted = [check_precision(precision) for precision in precisions or PRECISIONS]
     if cache_dir is None:
         from . import cache, kernels  # noqa: F401  # importing the kernels is what registers them
 

@@ -103,6 +103,8 @@ def warmup(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("numba") is None:
         raise MissingExtra("warmup compiles kernels: pip install 'numpyesm[fast]'")
     try:
+        import numba  # noqa: F401 - here, not in the process that compiles
+
         from ..kernels.numba_.warmup import warmup as compile_kernels
     except ImportError as error:  # made for another NumPy
         raise MissingExtra(f"warmup compiles kernels, and Numba fails here: {error}") from error

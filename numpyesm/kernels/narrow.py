@@ -62,8 +62,9 @@ class NarrowMatrix:
             np.left_shift(signed, np.int32(13), out=signed)
             np.bitwise_and(signed, _FLOAT16_BITS, out=signed)
             np.multiply(out, _FLOAT16_FACTOR, out=out)
+        elif self._scale is None:
+            np.copyto(out, raw)
         else:
-            assert self._scale is not None
             first = rows.start or 0
             for group in range(first // GROUP, -(-(first + len(raw)) // GROUP)):
                 part = slice(max(0, group * GROUP - first), (group + 1) * GROUP - first)

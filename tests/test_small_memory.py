@@ -105,7 +105,7 @@ def test_results_are_those_of_widened_weights(stored, tmp_path) -> None:
 def test_weights_left_in_place_give_the_same_numbers() -> None:
     checkpoint = random_checkpoint(SMALL, seed=1)
     with pytest.warns(SyntheticWeightsWarning):
-        plain, limited = (ESM2(checkpoint, backend="numpy", threads=2, max_memory=m) for m in (None, "4G"))
+        plain, limited = (ESM2(checkpoint, backend="numpy", threads=2, max_memory=m) for m in (None, "64G"))
     sequences = [random_sequence(n) for n in (1, 33, 250)]
     found = [model.encode(sequences, include=["per_token", "contacts"]) for model in (plain, limited)]
     for a, b in zip(*found, strict=True):
@@ -231,7 +231,7 @@ def test_less_memory_gives_smaller_blocks_and_passes() -> None:
 def test_results_do_not_depend_on_the_sizes() -> None:
     checkpoint = random_checkpoint(SMALL, seed=1)
     with pytest.warns(SyntheticWeightsWarning):
-        model = ESM2(checkpoint, backend="numpy", threads=3, max_memory="4G")
+        model = ESM2(checkpoint, backend="numpy", threads=3, max_memory="64G")
     sequences = [random_sequence(n) for n in (200, 3, 90, 1, 260)]
     include = ["mean", "contacts", "logits", "attentions"]
     expected = model.encode(sequences, include=include)

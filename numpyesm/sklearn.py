@@ -37,11 +37,20 @@ _lock = threading.Lock()
 class _FromWeights(BaseEstimator):  # type: ignore[misc]
     """What every estimator here has: weights that are loaded when they are needed, and nothing to learn."""
 
-    weights: str | os.PathLike[str]
-    backend: str
-    precision: str
-    threads: int | None
-    batch_size: int
+    def __init__(
+        self,
+        weights: str | os.PathLike[str] = "",
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.weights = weights
+        self.backend = backend
+        self.precision = precision
+        self.threads = threads
+        self.batch_size = batch_size
 
     def _check_number(self, name: str, least: int | None = None) -> None:
         value = getattr(self, name)
@@ -129,13 +138,9 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         threads: int | None = None,
         batch_size: int = 256,
     ) -> None:
-        self.weights = weights
+        super().__init__(weights, backend=backend, precision=precision, threads=threads, batch_size=batch_size)
         self.layer = layer
         self.pooling = pooling
-        self.backend = backend
-        self.precision = precision
-        self.threads = threads
-        self.batch_size = batch_size
 
     def fit(self, X: Sequences, y: object = None) -> ESM2Embedder:
         """Check parameters and sequences; nothing is kept of them.
@@ -213,21 +218,6 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
     ----------
     classes_ : ndarray of str (labels,)
     """
-
-    def __init__(
-        self,
-        weights: str | os.PathLike[str] = "",
-        *,
-        backend: str = "auto",
-        precision: str = "fp32",
-        threads: int | None = None,
-        batch_size: int = 256,
-    ) -> None:
-        self.weights = weights
-        self.backend = backend
-        self.precision = precision
-        self.threads = threads
-        self.batch_size = batch_size
 
     def fit(self, X: Sequences, y: object = None) -> ESM2Classifier:
         """Check parameters and sequences; nothing is kept of them.

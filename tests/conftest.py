@@ -41,6 +41,12 @@ def assert_close(found: object, expected: object, within: float = ROUNDING) -> N
     np.testing.assert_allclose(np.asarray(found), array, rtol=0, atol=within * scale)
 
 
+def cosines(found: Any, exact: Any) -> Any:
+    """Cosines between the vectors on the last axis, in float64."""
+    found = np.asarray(found, np.float64)
+    return (found * exact).sum(-1) / np.sqrt((found * found).sum(-1) * (exact * exact).sum(-1))
+
+
 def random_sequence(length: int, seed: int = 0, letters: str = "".join(AMINO_ACIDS)) -> str:
     return "".join(random.Random(f"{length} {seed}").choices(letters, k=length))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_sequence, small_model
+from conftest import SMALL, cosines, random_sequence, small_model
 
 pytest.importorskip("numba")
 
@@ -73,10 +73,6 @@ def test_error_is_like_numpys(real_shape: Any) -> None:
         np.testing.assert_allclose(r.attentions, t.attentions, rtol=0, atol=1e-6)
 
 
-def cosine(a: Any, b: Any) -> Any:
-    return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-
-
 @pytest.mark.parametrize(
     ("precision", "mean", "residue", "same"), [("bf16", 0.9999, 0.999, 0.99), ("int8", 0.999, 0.99, 0.97)]
 )
@@ -85,8 +81,8 @@ def test_gates_of_low_precision(real_shape: Any, precision: str, mean: float, re
     found = ESM2(checkpoint, backend="numba", precision=precision, threads=2).encode(sequences, [-1], ALL)
     agree = []
     for r, t in zip(found, truth, strict=True):
-        assert cosine(r.embeddings[12], t.embeddings[12]) >= mean
-        assert cosine(r.per_token_embeddings[12], t.per_token_embeddings[12]).min() >= residue
+        assert cosines(r.embeddings[12], t.embeddings[12]) >= mean
+        assert cosines(r.per_token_embeddings[12], t.per_token_embeddings[12]).min() >= residue
         agree.append(r.logits.argmax(axis=1) == t.logits.argmax(axis=1))
     assert np.concatenate(agree).mean() >= same
 

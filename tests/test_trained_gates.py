@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trained_weights
+from conftest import cosines
 
 from numpyesm import ESM2
 from numpyesm.weights.conversion import convert
@@ -46,11 +47,6 @@ def encode(path: Path, backend: str, precision: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> list[Any]:
     return encode(folder / "fp32.safetensors", "numpy", "fp64")
-
-
-def cosines(found: Any, exact: Any) -> Any:
-    found = np.asarray(found, np.float64)
-    return (found * exact).sum(-1) / np.sqrt((found * found).sum(-1) * (exact * exact).sum(-1))
 
 
 def assert_in_gates(found: list[Any], exact: list[Any], precision: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.resources import files
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +24,12 @@ Array = npt.NDArray[np.float32]
 
 def calibration_sequences() -> list[str]:
     """Return the proteins and peptides that come with the package for this: 14 to 348 residues, 2,281 in all."""
-    text = files("numpyesm").joinpath("data/calibration.fasta").read_text(encoding="ascii")
-    return ["".join(record.splitlines()[1:]) for record in text.split(">")[1:]]
+    from importlib.resources import files  # neither is needed to open a file
+
+    from ..fasta import parse_fasta
+
+    text = files("numpyesm").joinpath("data", "calibration.fasta").read_text(encoding="ascii")
+    return [record.sequence for record in parse_fasta(text.splitlines())]
 
 
 def matrix_inputs(checkpoint: Checkpoint) -> Iterator[dict[str, Array]]:
@@ -64,12 +67,18 @@ def matrix_inputs(checkpoint: Checkpoint) -> Iterator[dict[str, Array]]:
         yield {"qkv": normed, "out_proj": context, "fc1": ffn_normed, "fc2": hidden}
 
 
+def mean_of(inputs: Array) -> Array:
+    """Return the mean of the rows that a matrix is multiplied with: (T, K) -> (K,)."""
+    mean: Array = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
 def with_input_means(checkpoint: Checkpoint) -> Checkpoint:
     """Return `checkpoint` with the mean input of every matrix; itself if it has them or is synthetic."""
     if checkpoint.has_input_means or checkpoint.synthetic:
         return checkpoint
     means = {
-        input_mean(layer, name): StoredTensor(inputs[name].mean(axis=0, dtype=np.float64).astype(np.float32))
+        input_mean(layer, name): StoredTensor(mean_of(inputs[name]))
         for layer, inputs in enumerate(matrix_inputs(checkpoint))
         for name in MATRICES
     }

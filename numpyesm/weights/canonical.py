@@ -16,7 +16,7 @@ from ..errors import CheckpointError, InvalidOption
 from .calibration import with_input_means
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
 from .integrity import verify_at_load, verify_data, verify_files
-from .rounding import RoundedLayers
+from .rounding import LOW, RoundedLayers
 from .safetensors_file import read_safetensors, write_safetensors
 from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor, groups_of
 
@@ -128,7 +128,7 @@ def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], 
 def _storage(name: str, shape: tuple[int, ...], precision: str) -> str:
     """Return the dtype of a tensor in a file of this precision."""
     narrow = len(shape) == 2 and not name.startswith(CLASSIFIER) and not name.endswith(_SCALE)
-    if precision in ("bf16", "int8"):
+    if precision in LOW:
         narrow = narrow and name.startswith("layers.")
     return PRECISION_DTYPES[precision] if narrow else "F32"
 

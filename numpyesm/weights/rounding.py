@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from .calibration import matrix_inputs
+from .calibration import matrix_inputs, mean_of, with_input_means
 from .checkpoint import INPUT_MEANS, MATRICES, Checkpoint, input_mean
 from .tensor import PRECISION_DTYPES, StoredTensor, group_scales, nearest_levels, row_scales
 
@@ -27,6 +27,11 @@ LOW = ("bf16", "int8")
 Float64 = npt.NDArray[np.float64]
 
 
+def needs_rounding(checkpoint: Checkpoint, precision: str) -> bool:
+    """Whether a precision is a low one, and not the one that the checkpoint is stored in."""
+    return precision in LOW and checkpoint.precision != precision
+
+
 def rounded_layers(checkpoint: Checkpoint, precision: str) -> Iterator[dict[str, StoredTensor]]:
     """Round the matrices of each layer to `bf16` or `int8`, correct their biases, and take note of the mean inputs.
 
@@ -34,7 +39,7 @@ def rounded_layers(checkpoint: Checkpoint, precision: str) -> Iterator[dict[str,
     ----------
     checkpoint : Checkpoint
     precision : str
-        Nothing changes for `fp32` and `fp16`, nor if the checkpoint is stored in this precision.
+        Nothing changes unless the checkpoint `needs_rounding`.
 
     Yields
     ------
@@ -43,7 +48,7 @@ def rounded_layers(checkpoint: Checkpoint, precision: str) -> Iterator[dict[str,
         there is nothing to learn from what goes through them.
     """
     layers = checkpoint.config.num_layers
-    if precision not in LOW or checkpoint.precision == precision:
+    if not needs_rounding(checkpoint, precision):
         yield from ({} for _ in range(layers))
         return
     dtype = PRECISION_DTYPES[precision]
@@ -52,17 +57,16 @@ def rounded_layers(checkpoint: Checkpoint, precision: str) -> Iterator[dict[str,
             names = [f"layers.{layer}.{name}.weight" for name in MATRICES]
             yield {name: checkpoint.tensors[name].stored_as(dtype) for name in names}
         return
-    correlated = precision == "int8" or not checkpoint.has_input_means
+    correlated = precision == "int8"
+    if not correlated:
+        checkpoint = with_input_means(checkpoint)
     for layer, inputs in enumerate(matrix_inputs(checkpoint) if correlated else [None] * layers):
         changed: dict[str, StoredTensor] = {}
         for name in MATRICES:
             weight, bias = f"layers.{layer}.{name}.weight", f"layers.{layer}.{name}.bias"
             exact = checkpoint.array(weight)
-            if inputs is None:
-                mean = checkpoint.array(input_mean(layer, name))
-            else:
-                mean = inputs[name].mean(axis=0, dtype=np.float64).astype(np.float32)
-            if inputs is not None and precision == "int8" and len(exact) <= _WIDEST and np.isfinite(mean).all():
+            mean = checkpoint.array(input_mean(layer, name)) if inputs is None else mean_of(inputs[name])
+            if inputs is not None and len(exact) <= _WIDEST and np.isfinite(mean).all():
                 stored = _with_feedback(exact, _correlations(inputs[name] - mean))
             else:
                 stored = checkpoint.tensors[weight].stored_as(dtype)
@@ -84,7 +88,7 @@ class RoundedLayers:
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
-        self.needed = precision in LOW and checkpoint.precision != precision
+        self.needed = needs_rounding(checkpoint, precision)
         self._synthetic = checkpoint.synthetic
         self._layers = iter(rounded_layers(checkpoint, precision))
         self._held: dict[str, StoredTensor] = {}

@@ -38,7 +38,7 @@ _LEFT, _HIDDEN = int(Room.LEFT), int(Room.HIDDEN)
 @helper
 def _row_bytes(narrow, width):
     """Bytes of a row of `width` numbers as a product takes it."""
-    return 4 * steps_of(width, 2) if narrow else 4 * width
+    return 4 * steps_of(width, narrow)
 
 
 @helper

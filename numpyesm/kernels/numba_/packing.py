@@ -144,34 +144,30 @@ class PackedModel:
 
     def _pack(self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array) -> list[int]:
         """The row of `layout.Matrix` of one matrix, rounded from `origin`, which models of one base share."""
+        own = self.precision == "int8" and weight is not origin  # rounding depends on what goes into the matrix
         if name == "qkv":
             bias = self._fill_heads(bias[rotary_pair_order(self.config)], axis=0)
         packed_bias = self._keep(padded_columns(bias))
 
-        def panels() -> Array:
-            values = StoredTensor(weight.astype(np.float32)) if self.precision == "fp32" else weight
-            return pack_panels(self._ordered(name, values).raw, self.narrow)
+        if name == "out_proj" and self.head_dim != self.config.head_dim:
+            # Other rows share a scale then.
+            dtype = "F32" if self.precision == "fp32" else weight.dtype
+            weight = StoredTensor(self._fill_heads(weight.astype(np.float32), axis=0)).stored_as(dtype)
 
-        # Rounding to int8 depends on what goes into a model's matrices.
-        own = self.precision == "int8" and weight is not origin
+        def panels() -> Array:
+            values = weight.astype(np.float32) if self.precision == "fp32" else weight.raw
+            return pack_panels(self._ordered(name, values), self.narrow)
+
         packed = self._keep(panels() if own else shared(origin, (self.precision, name, self.head_dim), panels))
         scales = None
         if self.precision == "int8":
-            ordered = self._ordered(name, weight)
-            assert ordered.scale is not None
-            scales = self._keep(pack_scales(ordered.scale, len(ordered.raw), self.narrow))
+            assert weight.scale is not None
+            scales = self._keep(pack_scales(self._ordered(name, weight.scale), weight.shape[0], self.narrow))
         return [address(packed), address(packed_bias), address(scales), 0]
 
-    def _ordered(self, name: str, weight: StoredTensor) -> StoredTensor:
-        """The channels of heads as the kernels take them: in the columns of `qkv`, in the rows of `out_proj`."""
-        if name == "qkv":
-            order = rotary_pair_order(self.config)
-            scale = None if weight.scale is None else self._fill_heads(weight.scale[:, order], axis=1)
-            return StoredTensor(self._fill_heads(weight.raw[:, order], axis=1), weight.dtype, scale)
-        if name == "out_proj" and self.head_dim != self.config.head_dim:
-            # Other rows share a scale then.
-            return StoredTensor(self._fill_heads(weight.astype(np.float32), axis=0)).stored_as(weight.dtype)
-        return weight
+    def _ordered(self, name: str, array: Array) -> Array:
+        """Columns as the kernels take them: those of `qkv` in pairs that rotate together, heads filled up."""
+        return self._fill_heads(array[:, rotary_pair_order(self.config)], axis=1) if name == "qkv" else array
 
     def _fill_heads(self, array: Array, axis: int) -> Array:
         """Zeros behind the channels of each head, up to the width that the kernels take."""

@@ -205,7 +205,7 @@ def nothing_to_score(names: Sequence[str]) -> str:
 
 
 class SequenceNotes:
-    """Notes on what is allowed but seldom meant: nucleotides, three-letter codes, gaps. One note per kind."""
+    """Notes on what is allowed but rarely intended: nucleotides, three-letter codes, gaps. One note per kind."""
 
     def __init__(self) -> None:
         self._seen = 0
@@ -239,7 +239,7 @@ class SequenceNotes:
 
 
 def warn_of_odd_sequences(sequences: Iterable[str], *, stacklevel: int = 3) -> None:
-    """Issue `InputWarning` for sequences that are allowed but seldom meant, see `SequenceNotes`."""
+    """Issue `InputWarning` for sequences that are allowed but rarely intended, see `SequenceNotes`."""
     notes = SequenceNotes()
     for sequence in sequences:
         notes.look(sequence)

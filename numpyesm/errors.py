@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class NumpyesmError(Exception):
     """Base of all errors that numpyesm raises on purpose."""
 
 
 class InputWarning(UserWarning):
-    """Input that is taken, but perhaps not for what it was meant: nucleotides, `--` lines that were left out."""
+    """Input that is accepted but may not be what was meant: nucleotides, `--` lines that were left out."""
 
 
 class InvalidSequence(NumpyesmError, ValueError):
@@ -37,13 +39,7 @@ class InvalidSequence(NumpyesmError, ValueError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries (bulk workers); the default would lose the keywords.
-        return _rebuild_invalid_sequence, (self.reason, self.item, self.position, self.character)
-
-
-def _rebuild_invalid_sequence(
-    reason: str, item: int | None, position: int | None, character: str | None
-) -> InvalidSequence:
-    return InvalidSequence(reason, item=item, position=position, character=character)
+        return partial(type(self), item=self.item, position=self.position, character=self.character), (self.reason,)
 
 
 class InvalidMutation(NumpyesmError, ValueError):
@@ -64,7 +60,7 @@ class InvalidMutation(NumpyesmError, ValueError):
     def __init__(
         self, reason: str, *, item: int | None = None, mutation: str | None = None, position: int | None = None
     ) -> None:
-        if mutation is not None and not reason.startswith(mutation):
+        if mutation is not None and not reason.startswith(mutation[:80]):
             reason = f"{mutation[:80]}: {reason}"
         super().__init__(reason if item is None else f"item {item}: {reason}")
         self.reason = reason
@@ -73,13 +69,7 @@ class InvalidMutation(NumpyesmError, ValueError):
         self.position = position
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_invalid_mutation, (self.reason, self.item, self.mutation, self.position)
-
-
-def _rebuild_invalid_mutation(
-    reason: str, item: int | None, mutation: str | None, position: int | None
-) -> InvalidMutation:
-    return InvalidMutation(reason, item=item, mutation=mutation, position=position)
+        return partial(type(self), item=self.item, mutation=self.mutation, position=self.position), (self.reason,)
 
 
 class InvalidOption(NumpyesmError, ValueError):

@@ -1,4 +1,4 @@
-"""What becomes of rows, logits and attention maps: classes, log-probabilities, contacts, the mean attention."""
+"""Heads: contacts and mean attention from attention maps, classes from rows, log-probabilities from logits."""
 
 from __future__ import annotations
 

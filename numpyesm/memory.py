@@ -1,7 +1,8 @@
 """Memory: sizes as text, what the process has and may have, what a pass takes, and which sizes of a pass fit a limit.
 
 A limit (`max_memory`) is for the whole process: the interpreter, NumPy, every page of the weights (mapped pages count,
-though processes share them), the buffers of a pass, and the results of the call. Block sizes change no result.
+though processes share them), the buffers of a pass, and the results of the call. How a call is cut up changes results
+by rounding only, and not at all on the compiled backend.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,9 +250,8 @@ def pass_bytes(
     return size
 
 
-def result_bytes(config: ModelConfig, residues: int, wanted: Collection[str], layers: int) -> int:
-    """Memory of the result of one sequence, in bytes, with embeddings of so many layers."""
-    outputs = Outputs(tuple(wanted), tuple(range(layers)))
+def result_bytes(config: ModelConfig, residues: int, outputs: Outputs) -> int:
+    """Memory of the result of one sequence, in bytes."""
     return _RESULT_OBJECT + 4 * count_numbers(outputs, config, residues)
 
 
@@ -304,33 +304,29 @@ class MemoryBudget:
                 return cls(limit, fixed, config, count)
         raise _too_little(limit, checkpoint, needed)
 
-    def sizes(self, lengths: Sequence[int], wanted: Iterable[str], layers: int, most_rows: int) -> Sizes:
+    def sizes(
+        self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0
+    ) -> Sizes:
         """Sizes with which a call stays within the limit.
 
         Parameters
         ----------
+        results : int
+            Bytes of all results.
         lengths : sequence of int
             Tokens of each sequence.
-        wanted : iterable of str
+        wanted : collection of str
             Outputs, as in `include`.
-        layers : int
-            Layers whose embeddings are wanted.
         most_rows : int
             Rows of a pass where memory does not matter.
+        row_bytes : int
+            What each row of a pass takes besides.
 
         Raises
         ------
         NotEnoughMemory
             With what the call would take.
         """
-        wanted = frozenset(wanted)
-        results = sum(result_bytes(self.config, length, wanted, layers) for length in lengths)
-        return self.sizes_beside(results, lengths, wanted, most_rows)
-
-    def sizes_beside(
-        self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0
-    ) -> Sizes:
-        """As `sizes`, for results of so many bytes, and with so many more bytes per row of a pass."""
         longest = max(lengths)
         # Fewer threads are the most expensive way to save memory, so the last to be tried; shorter passes the cheapest.
         for threads, block_rows in itertools.product(range(self.threads, 0, -1), _BLOCK_SIZES):

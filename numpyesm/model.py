@@ -6,6 +6,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,13 @@ class ESM2:
         Worker threads; all available CPUs by default.
     max_memory : int or str, optional
         Bytes, or text such as `"300M"` (300·2^20 bytes, as `"300MiB"`; `"300MB"` is 300·10^6), that the whole process
-        must stay below. Block sizes, threads and (with
-        `backend="auto"`) the backend are chosen by it; a call that cannot stay below it raises `NotEnoughMemory`
-        before it starts. Results are the same.
+        must stay below. Block sizes, threads and (with `backend="auto"`) the backend are chosen by it; a call that
+        cannot stay below it raises `NotEnoughMemory` before it starts. Results are the same to rounding.
+
+    Attributes
+    ----------
+    passes : Passes
+        What computes: it takes token arrays and options that have been checked.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class ESM2:
         max_memory: int | str | None = None,
         _reload_from: tuple[str, Path | None] | None = None,
     ) -> None:
-        self._passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
+        self.passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
         self._reload_from = _reload_from
         if checkpoint.synthetic:
             warnings.warn(
@@ -129,7 +134,7 @@ class ESM2:
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
-        return self._passes.config
+        return self.passes.config
 
     @property
     def name(self) -> str:
@@ -149,27 +154,22 @@ class ESM2:
     @property
     def backend(self) -> str:
         """`numpy` or `compiled`."""
-        return self._passes.kernels.name
+        return self.passes.kernels.name
 
     @property
     def precision(self) -> str:
         """Precision of the arithmetic."""
-        return self._passes.kernels.precision
+        return self.passes.kernels.precision
 
     @property
     def threads(self) -> int:
         """Worker threads."""
-        return self._passes.pool.threads
+        return self.passes.pool.threads
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The weights, with where they came from."""
-        return self._passes.checkpoint
-
-    @property
-    def passes(self) -> Passes:
-        """What computes: it takes token arrays and options that have been checked."""
-        return self._passes
+        return self.passes.checkpoint
 
     def __repr__(self) -> str:
         config = self.config
@@ -185,9 +185,16 @@ class ESM2:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload_from is None:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
-        budget = self._passes.budget
-        limit = None if budget is None else budget.limit
-        return _reload, (*self._reload_from, self.backend, self.precision, self.threads, limit)
+        source, adapter = self._reload_from
+        reload = partial(
+            ESM2.from_pretrained,
+            adapter=adapter,
+            backend=self.backend,
+            precision=self.precision,
+            threads=self.threads,
+            max_memory=None if self.passes.budget is None else self.passes.budget.limit,
+        )
+        return reload, (source,)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
@@ -231,7 +238,7 @@ class ESM2:
             Logits, contacts or classes were asked for and the weights have no such head.
         """
         outputs = Outputs.check(self.checkpoint, repr_layers, include)
-        return list(self._passes.encode(_tokens(sequences), outputs))
+        return list(self.passes.encode(_tokens(sequences), outputs))
 
     def embed_iter(
         self,
@@ -304,7 +311,7 @@ class ESM2:
         """
         check_positions(positions)
         require_lm_head(self.checkpoint, "predict")
-        return list(self._passes.predict(_tokens(sequences, masks=True), positions))
+        return list(self.passes.predict(_tokens(sequences, masks=True), positions))
 
     def log_prob(self, sequences: Sequences) -> npt.NDArray[np.float64]:
         """Sum over the canonical residues of log-softmax over the 20 amino acids, from one unmasked pass.
@@ -329,7 +336,7 @@ class ESM2:
         empty = [f"item {i}" for i, ids in enumerate(tokens) if not has_amino_acid(ids)]
         if empty:
             warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=2)
-        return self._passes.log_prob(tokens)
+        return self.passes.log_prob(tokens)
 
     def classify(self, sequences: Sequences) -> list[ClassifyResult]:
         """What a fine-tuned classifier says of each sequence or, with `model.head == "token"`, of each residue.
@@ -351,7 +358,7 @@ class ESM2:
             The weights have no classification head.
         """
         require_classifier(self.checkpoint, "classify")
-        return list(self._passes.classify(_tokens(sequences)))
+        return list(self.passes.classify(_tokens(sequences)))
 
     def score_mutations(
         self,
@@ -408,7 +415,7 @@ class ESM2:
         from .scoring.methods import score_mutations
 
         return score_mutations(
-            self._passes, wild_type, mutations, method, offset=offset, window=window, progress=progress
+            self.passes, wild_type, mutations, method, offset=offset, window=window, progress=progress
         )
 
     def scan_mutations(
@@ -435,19 +442,11 @@ class ESM2:
         """
         from .scoring.scan import scan_mutations
 
-        return scan_mutations(self._passes, wild_type, method, offset=offset, window=window, progress=progress)
+        return scan_mutations(self.passes, wild_type, method, offset=offset, window=window, progress=progress)
 
 
 def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
-    """Token ids of a batch, with a warning if it is allowed and yet seldom meant."""
+    """Token ids of a batch, with a warning about what is allowed but rarely intended."""
     tokens = tokenize(sequences, masks=masks)
     warn_of_odd_sequences(map(letters_of, tokens), stacklevel=4)
     return tokens
-
-
-def _reload(
-    source: str, adapter: Path | None, backend: str, precision: str, threads: int, max_memory: int | None = None
-) -> ESM2:
-    return ESM2.from_pretrained(
-        source, adapter=adapter, backend=backend, precision=precision, threads=threads, max_memory=max_memory
-    )

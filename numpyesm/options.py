@@ -1,4 +1,4 @@
-"""What a caller may ask of a model, checked once, whichever door it comes through."""
+"""Check what a caller asks of a model, once for every door."""
 
 from __future__ import annotations
 
@@ -151,21 +151,20 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
 
 def check_precision(precision: str) -> str:
     """Return `precision`; InvalidOption if there is none of this name."""
-    if precision not in PRECISIONS:
-        raise InvalidOption(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
-    return precision
+    return _one_of("precision", precision, PRECISIONS)
 
 
 def check_backend(backend: str) -> str:
     """One of `BACKENDS`; `numba` is read as `compiled`."""
-    name = BACKEND_ALIASES.get(backend, backend)
-    if name not in BACKENDS:
-        raise InvalidOption(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
-    return name
+    return _one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
 
 
 def check_positions(positions: str) -> str:
     """`all` or `masked`."""
-    if positions not in POSITIONS:
-        raise InvalidOption(f"positions={positions!r}: allowed are all, masked")
-    return positions
+    return _one_of("positions", positions, POSITIONS)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InvalidOption(f"{option}={value!r}: allowed are {', '.join(allowed)}")
+    return value

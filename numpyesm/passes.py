@@ -20,7 +20,7 @@ from .heads import AttentionReader, AttentionSummary, ClassificationHead, Contac
 from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels, Partition
 from .kernels.blas import blas_threads
-from .memory import MemoryBudget, Sizes, numba_fits, parse_memory, require_room, unread_weights
+from .memory import MemoryBudget, Sizes, numba_fits, parse_memory, require_room, result_bytes, unread_weights
 from .options import Outputs, require_classifier
 from .results import ClassifyResult, EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
@@ -210,9 +210,8 @@ class Passes:
                     for output, rows in zip(outputs, _split(self._lm_head(x), chunk), strict=True):
                         output.logits = rows
             if head is not None:
-                with blas_threads(self.pool.threads):
-                    for output, contact_map in zip(outputs, head.results(), strict=True):
-                        output.contacts = contact_map
+                for output, contact_map in zip(outputs, self._contacts(head), strict=True):
+                    output.contacts = contact_map
             yield from outputs
 
     # -- passes -------------------------------------------------------------------------------------------------
@@ -222,7 +221,8 @@ class Passes:
         most = rows_per_pass or ROWS_PER_PASS
         if self.budget is None:
             return Sizes(most)
-        return self.budget.sizes([len(ids) for ids in tokens], outputs.include, len(outputs.layers), most)
+        results = sum(result_bytes(self.config, len(ids), outputs) for ids in tokens)
+        return self.budget.sizes(results, [len(ids) for ids in tokens], outputs.include, most)
 
     def full_sizes(self, lengths: Sequence[int], layers: int, *, contacts: bool, held: int) -> Sizes:
         """How a call of `full` is cut up whose caller holds so many bytes of results (NotEnoughMemory if it cannot)."""
@@ -230,7 +230,7 @@ class Passes:
             return Sizes(ROWS_PER_PASS)
         row_bytes = 4 * (layers * self.config.embed_dim + VOCAB_SIZE + (max(lengths) if contacts else 0))
         wanted = ("logits", *(("contacts",) if contacts else ()))
-        return self.budget.sizes_beside(held, lengths, wanted, ROWS_PER_PASS, row_bytes)
+        return self.budget.sizes(held, lengths, wanted, ROWS_PER_PASS, row_bytes)
 
     def _last_rows(
         self,
@@ -274,9 +274,8 @@ class Passes:
                     result.classes = classes.shaped(classes.probabilities(found))
                     result.labels = list(classes.classifier.labels)
         if contacts is not None:
-            with blas_threads(self.pool.threads):
-                for result, contact_map in zip(results, contacts.results(), strict=True):
-                    result.contacts = contact_map
+            for result, contact_map in zip(results, self._contacts(contacts), strict=True):
+                result.contacts = contact_map
         if summary is not None:
             for result, attention in zip(results, summary.results(), strict=True):
                 result.attentions = attention
@@ -342,6 +341,10 @@ class Passes:
         weight = self.checkpoint.array("contact_head.weight", dtype)
         bias = float(self.checkpoint.array("contact_head.bias", dtype)[0])
         return ContactHead(self.config, weight, bias, batch, dtype)
+
+    def _contacts(self, head: ContactHead) -> list[Array]:
+        with blas_threads(self.pool.threads):
+            return list(head.results())
 
     def _classification_head(self) -> ClassificationHead:
         classifier = require_classifier(self.checkpoint, "classify")

@@ -65,6 +65,16 @@ def count_numbers(outputs: Outputs, config: ModelConfig, residues: int) -> int:
     return sum(math.prod(field.shape(config, residues)) for field in fields(outputs))
 
 
+# Of each kind of embedding its attribute of EncodeResult, and what the arrays are called in JSON.
+_PER_LAYER = (
+    ("mean", "embeddings", "embedding"),
+    ("bos", "bos_embeddings", "embedding"),
+    ("per_token", "per_token_embeddings", "embeddings"),
+)
+# The other arrays of EncodeResult, and the attribute that names their columns.
+_WHOLE = {"contacts": None, "logits": "vocab_tokens", "attentions": None, "classes": "labels"}
+
+
 @dataclass(eq=False)
 class EncodeResult:
     """Outputs of `ESM2.encode` for one sequence of L residues; None for what was not asked for.
@@ -109,39 +119,24 @@ class EncodeResult:
         """The service's JSON shape: lists and numbers only; with `arrays`, the arrays as they are."""
         form = _as_is if arrays else _as_list
         out: dict[str, Any] = {"sequence_index": self.sequence_index}
-        if self.embeddings is not None:
-            out["embeddings"] = [{"layer": n, "embedding": form(v)} for n, v in self.embeddings.items()]
-        if self.bos_embeddings is not None:
-            out["bos_embeddings"] = [{"layer": n, "embedding": form(v)} for n, v in self.bos_embeddings.items()]
-        if self.per_token_embeddings is not None:
-            out["per_token_embeddings"] = [
-                {"layer": n, "embeddings": form(v)} for n, v in self.per_token_embeddings.items()
-            ]
-        if self.contacts is not None:
-            out["contacts"] = form(self.contacts)
-        if self.logits is not None:
-            out["logits"] = form(self.logits)
-            out["vocab_tokens"] = self.vocab_tokens
-        if self.attentions is not None:
-            out["attentions"] = form(self.attentions)
-        if self.classes is not None:
-            out["classes"] = form(self.classes)
-            out["labels"] = self.labels
+        for _, name, key in _PER_LAYER:
+            if (by_layer := getattr(self, name)) is not None:
+                out[name] = [{"layer": layer, key: form(values)} for layer, values in by_layer.items()]
+        for name, columns in _WHOLE.items():
+            if (array := getattr(self, name)) is not None:
+                out[name] = form(array)
+                if columns:
+                    out[columns] = getattr(self, columns)
         return out
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Flat named arrays for `np.savez`: `mean_6`, `bos_12`, `per_token_12`, and others by their names."""
-        out: dict[str, npt.NDArray[Any]] = {}
-        for name, by_layer in (
-            ("mean", self.embeddings),
-            ("bos", self.bos_embeddings),
-            ("per_token", self.per_token_embeddings),
-        ):
-            out |= {f"{name}_{layer}": values for layer, values in (by_layer or {}).items()}
-        for name in ("contacts", "logits", "attentions", "classes"):
-            if getattr(self, name) is not None:
-                out[name] = getattr(self, name)
-        return out
+        out = {
+            f"{kind}_{layer}": values
+            for kind, name, _ in _PER_LAYER
+            for layer, values in (getattr(self, name) or {}).items()
+        }
+        return out | {name: getattr(self, name) for name in _WHOLE if getattr(self, name) is not None}
 
 
 @dataclass(eq=False)

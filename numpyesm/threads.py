@@ -127,12 +127,6 @@ class WorkerPool:
                 self._process = os.getpid()
             return self._executor
 
-    def __getstate__(self) -> int:
-        return self.threads
-
-    def __setstate__(self, threads: int) -> None:
-        self.__init__(threads)  # type: ignore[misc]
-
 
 def _fulfil(future: Future[None], work: Callable[[int], None], index: int) -> None:
     """Do the work unless it has been cancelled."""

@@ -41,6 +41,18 @@ def assert_close(found: object, expected: object, within: float = ROUNDING) -> N
     np.testing.assert_allclose(np.asarray(found), array, rtol=0, atol=within * scale)
 
 
+ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
+
+
+def assert_same(found: Any, expected: Any, within: float = 0.0) -> None:
+    """Lists of equal results, every number of them, to a share of the scale."""
+    for a, b in zip(found, expected, strict=True):
+        ours, theirs = a.to_arrays(), b.to_arrays()
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            assert_close(ours[name], values, within)
+
+
 def cosines(found: Any, exact: Any) -> Any:
     """Cosines between the vectors on the last axis, in float64."""
     found = np.asarray(found, np.float64)

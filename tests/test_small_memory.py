@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_close, random_sequence
+from conftest import ALL, ROUNDING, SMALL, Done, assert_close, assert_same, random_sequence, small_model
 
 from numpyesm import ESM2, InvalidOption, NotEnoughMemory, SyntheticWeightsWarning
 from numpyesm.batch import BLOCK_ROWS, Batch
+from numpyesm.config import PRESETS
 from numpyesm.kernels.narrow import NarrowMatrix
 from numpyesm.memory import MemoryBudget, Sizes, format_memory, parse_memory
-from numpyesm.weights import convert, load_checkpoint
-from numpyesm.weights.checkpoint import Checkpoint
+from numpyesm.weights import save_canonical
+from numpyesm.weights.checkpoint import MATRICES, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
-from numpyesm.weights.tensor import StoredTensor
+from numpyesm.weights.tensor import PRECISION_DTYPES, StoredTensor
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -28,33 +29,33 @@ NARROW = ("fp16", "bf16", "int8")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """35M in every storage."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """35M in every storage, each number rounded by itself."""
     folder = tmp_path_factory.mktemp("weights")
-    return {d: convert("synthetic:esm2-35m", folder / f"{d}.safetensors", dtype=d).path for d in ("fp32", *NARROW)}
+    checkpoint = random_checkpoint(PRESETS["esm2-35m"])
+    paths = {stored: folder / f"{stored}.safetensors" for stored in ("fp32", "fp16", "int8")}
+    for stored, path in paths.items():
+        save_canonical(path, checkpoint, precision=stored)
+    return paths
 
 
-def measure(weights: Path, call: str, *, limit: str = "", options: str = "", threads: int = 2) -> dict[str, float]:
-    """Run `call` on `model` in a fresh process; peak resident and address space, private memory, in MB."""
-    code = f"""
-import json, re, warnings
-warnings.simplefilter("ignore")
-import numpyesm
-model = numpyesm.ESM2.from_pretrained({str(weights)!r}, backend="numpy", threads={threads}{options})
-{call}
-def field(file, name):
-    return int(re.search(name + r":\\s+(\\d+)", open(file).read())[1]) / 1024
-status, maps = "/proc/self/status", "/proc/self/smaps_rollup"
-print(json.dumps({{"peak": field(status, "VmHWM"), "address_space": field(status, "VmPeak"),
-    "private": field(maps, "Private_Dirty"), "resident": field(maps, "Rss"), "pss": field(maps, "Pss")}}))
-"""
-    command = [sys.executable, "-c", code]
+def python(code: str, *, limit: str = "") -> str:
+    """What `code` prints in a fresh process, under a `ulimit`."""
+    command = [sys.executable, "-c", "import warnings; warnings.simplefilter('ignore')\n" + code]
     if limit:
         command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+    return done.stdout
+
+
+# A model, and what /proc says of the process in MB.
+MEASURED = """
+import re, numpyesm
+model = numpyesm.ESM2.from_pretrained({path!r}, backend="numpy", threads=2{options})
+def measured(name, file="status"):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/" + file).read())[1]) / 1024
+"""
 
 
 # -- narrow weights ------------------------------------------------------------------------------------------------
@@ -82,24 +83,16 @@ def test_every_finite_half_precision_number_is_widened_exactly() -> None:
 
 
 @pytest.mark.parametrize("stored", NARROW)
-def test_results_are_those_of_widened_weights(stored, tmp_path) -> None:
-    with pytest.warns(SyntheticWeightsWarning):
-        wide = ESM2(random_checkpoint(SMALL, seed=1), backend="numpy", threads=2)
-    wide.save(tmp_path / "wide.safetensors")
-    path = convert(tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors", dtype=stored).path
-    narrow = load_checkpoint(path)
-    widened = Checkpoint(narrow.config, {k: StoredTensor(t.astype()) for k, t in narrow.tensors.items()}, "test")
-    expected, found = (ESM2(c, backend="numpy", threads=2) for c in (widened, narrow))
+def test_results_are_those_of_widened_weights(stored: str) -> None:
+    tensors = random_checkpoint(SMALL, seed=1).tensors
+    narrow = {
+        name: tensor.stored_as(PRECISION_DTYPES[stored] if name.split(".")[-2] in MATRICES else "F32")
+        for name, tensor in tensors.items()
+    }
+    wide = {name: StoredTensor(tensor.astype()) for name, tensor in narrow.items()}
+    found, expected = (ESM2(Checkpoint(SMALL, kept, "test"), backend="numpy", threads=2) for kept in (narrow, wide))
     sequences = [random_sequence(n) for n in (5, 70, 300)]
-    include = ["mean", "per_token", "contacts", "logits", "attentions"]
-    for a, b in zip(
-        expected.encode(sequences, [0, 1, -1], include), found.encode(sequences, [0, 1, -1], include), strict=True
-    ):
-        for name, array in a.to_arrays().items():
-            if stored == "int8":  # the scale is applied behind the product, not before
-                np.testing.assert_allclose(b.to_arrays()[name], array, rtol=0, atol=3e-5)
-            else:
-                np.testing.assert_array_equal(b.to_arrays()[name], array)
+    assert_same(found.encode(sequences, [0, 1, -1], ALL), expected.encode(sequences, [0, 1, -1], ALL), within=ROUNDING)
 
 
 def test_weights_left_in_place_give_the_same_numbers() -> None:
@@ -107,82 +100,68 @@ def test_weights_left_in_place_give_the_same_numbers() -> None:
     with pytest.warns(SyntheticWeightsWarning):
         plain, limited = (ESM2(checkpoint, backend="numpy", threads=2, max_memory=m) for m in (None, "64G"))
     sequences = [random_sequence(n) for n in (1, 33, 250)]
-    found = [model.encode(sequences, include=["per_token", "contacts"]) for model in (plain, limited)]
-    for a, b in zip(*found, strict=True):
-        for name, array in a.to_arrays().items():
-            assert_close(b.to_arrays()[name], array)
+    assert_same(limited.encode(sequences, [-1], ALL), plain.encode(sequences, [-1], ALL), within=ROUNDING)
 
 
 # -- measured ------------------------------------------------------------------------------------------------------
 
 
 @linux
-@pytest.mark.parametrize(("stored", "limit"), [("fp32", 260), ("fp16", 160), ("bf16", 160), ("int8", 160)])
-def test_peak_of_a_mean_of_512(weights, stored, limit) -> None:
-    peak = measure(weights[stored], f"model.encode([{random_sequence(512)!r}])")["peak"]
-    assert 50 < peak < limit
-
-
-@linux
-@pytest.mark.parametrize("stored", ["fp32", "int8"])
-def test_an_address_space_of_512_mb_is_enough(weights, stored) -> None:
-    used = measure(weights[stored], f"model.encode([{random_sequence(512)!r}])", limit=f"-v {512 * 1024}")
-    assert used["address_space"] < 512
+@pytest.mark.parametrize(("stored", "most"), [("fp32", 260), ("fp16", 160), ("int8", 160)])
+def test_peak_of_a_mean_of_512(weights: dict[str, Path], stored: str, most: int) -> None:
+    """And 512 MiB of address space are enough."""
+    code = MEASURED.format(path=str(weights[stored]), options="")
+    code += f"model.encode([{random_sequence(512)!r}])\nprint(measured('VmHWM'))"
+    assert 50 < float(python(code, limit=f"-v {512 * 1024}")) < most
 
 
 CALLS = {
     "mean of many": ([random_sequence(n) for n in range(20, 300, 14)], ["mean"]),
     "contacts of 1400": ([random_sequence(1400)], ["contacts"]),
-    "everything": ([random_sequence(700)] * 3, ["mean", "per_token", "bos", "contacts", "logits", "attentions"]),
+    "everything": ([random_sequence(700)] * 3, ALL),
 }
 
 
 @linux
 @pytest.mark.parametrize("call", CALLS)
-def test_the_least_memory_that_is_accepted_is_kept(weights, call) -> None:
+def test_the_least_memory_that_is_accepted_is_kept(weights: dict[str, Path], call: str) -> None:
     """Whatever the budget says a call takes is enough to run it, and is not exceeded."""
     sequences, include = CALLS[call]
-    call = f"""
-from numpyesm import NotEnoughMemory
-from numpyesm.memory import MemoryBudget
+    encode = f"model.encode({sequences!r}, include={include!r})"
+    code = f"""{MEASURED.format(path=str(weights["int8"]), options=", max_memory='4G'")}
 from dataclasses import replace
-import re
+budget = model.passes.budget
 try:
-    model.passes.budget = replace(model.passes.budget, limit=model.passes.budget.fixed)
-    model.encode({sequences!r}, include={include!r})
-except NotEnoughMemory as error:
-    least = (int(re.search(r"takes about (\\d+) MiB", str(error))[1]) + 1) << 20
-model.passes.budget = replace(model.passes.budget, limit=least)
-model.encode({sequences!r}, include={include!r})
-import json; print(least / 2**20, file=open("LEAST", "w"))
+    model.passes.budget = replace(budget, limit=budget.fixed)
+    {encode}
+except numpyesm.NotEnoughMemory as error:
+    least = int(re.search(r"takes about (\\d+) MiB", str(error))[1]) + 1
+model.passes.budget = replace(budget, limit=least << 20)
+{encode}
+print(least, measured("VmHWM"))
 """
-    folder = weights["int8"].parent
-    used = measure(weights["int8"], call.replace('"LEAST"', repr(str(folder / "least"))), options=", max_memory='4G'")
-    least = float((folder / "least").read_text())
-    assert 0.6 * least < used["peak"] < least
+    least, used = map(float, python(code).split())
+    assert 0.6 * least < used < least
 
 
 @linux
-def test_processes_share_the_weights(weights) -> None:
+def test_processes_share_the_weights(weights: dict[str, Path]) -> None:
     """The proportional share of one of two processes with the same file is smaller by half the file."""
     size = weights["fp32"].stat().st_size / (1 << 20)
-    call = f"model.encode([{random_sequence(100)!r}])\n"
-    other = f"""
+    ready = MEASURED.format(path=str(weights["fp32"]), options=", max_memory='1G'") + 'model.encode(["MKTAYIAK"])\n'
+    code = f"""{ready}
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", '''
-import warnings; warnings.simplefilter("ignore")
-import numpyesm
-model = numpyesm.ESM2.from_pretrained({str(weights["fp32"])!r}, backend="numpy", threads=2, max_memory="1G")
-model.encode(["MKTAYIAK"]); print("ready", flush=True); input()
-'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+private, resident, alone = (measured(name, "smaps_rollup") for name in ("Private_Dirty", "Rss", "Pss"))
+child = subprocess.Popen([sys.executable, "-c", {ready!r} + "print('ready', flush=True); input()"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
+print(private, resident, alone - measured("Pss", "smaps_rollup"))
+child.communicate(b"\\n")
 """
-    alone = measure(weights["fp32"], call, options=", max_memory='1G'")
-    other += "import atexit; atexit.register(child.kill)"
-    both = measure(weights["fp32"], call + other, options=", max_memory='1G'")
-    assert alone["private"] < 0.5 * size  # nothing of the size of the weights is its own
-    assert alone["resident"] > size
-    assert alone["pss"] - both["pss"] > 0.4 * size
+    private, resident, shared = map(float, python(code).split())
+    assert private < 0.5 * size  # nothing of the size of the weights is its own
+    assert resident > size
+    assert shared > 0.4 * size
 
 
 # -- the budget ----------------------------------------------------------------------------------------------------
@@ -204,43 +183,32 @@ def test_other_sizes_are_refused(text) -> None:
         parse_memory(text)
 
 
-def test_too_little_for_the_model_says_what_it_takes() -> None:
-    with pytest.raises(NotEnoughMemory, match=r"max_memory is 10 MiB, but a process with .* takes \d+ MiB"):
-        ESM2(random_checkpoint(SMALL, seed=1), backend="numpy", max_memory="10M")
-
-
-def test_too_much_for_a_call_is_refused_before_it_runs(weights) -> None:
+def test_too_much_for_a_call_is_refused_before_it_runs() -> None:
     budget = MemoryBudget(200 << 20, 100 << 20, SMALL, 2)
     with pytest.raises(NotEnoughMemory, match="fewer outputs"):
-        budget.sizes([2050] * 8, {"contacts"}, 0, 4096)
+        budget.sizes(4 * 8 * 2050**2, [2050] * 8, {"contacts"}, 4096)
 
 
 def test_less_memory_gives_smaller_blocks_and_passes() -> None:
-    config = load_checkpoint("synthetic:esm2-35m").config
-    plenty = MemoryBudget(1 << 40, 100 << 20, config, 4).sizes([300] * 100, {"mean"}, 1, 4096)
+    def sizes(mebibytes: int) -> Sizes:
+        budget = MemoryBudget(mebibytes << 20, 100 << 20, PRESETS["esm2-35m"], 4)
+        return budget.sizes(0, [300] * 100, {"mean"}, 4096)
+
+    plenty, some, little = sizes(1 << 20), sizes(190), sizes(130)
     assert plenty == Sizes(4096, BLOCK_ROWS, 4)
-    some, little = (
-        MemoryBudget(n << 20, 100 << 20, config, 4).sizes([300] * 100, {"mean"}, 1, 4096) for n in (190, 130)
-    )
     assert 302 <= some.rows_per_pass < 4096
     assert 300 <= little.rows_per_pass < some.rows_per_pass
     assert little.threads is not None
     assert (little.threads, little.block_rows) < (4, BLOCK_ROWS)
 
 
-def test_results_do_not_depend_on_the_sizes() -> None:
-    checkpoint = random_checkpoint(SMALL, seed=1)
-    with pytest.warns(SyntheticWeightsWarning):
-        model = ESM2(checkpoint, backend="numpy", threads=3, max_memory="64G")
+def test_results_do_not_depend_on_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(backend="numpy", threads=3, max_memory="64G")
     sequences = [random_sequence(n) for n in (200, 3, 90, 1, 260)]
-    include = ["mean", "contacts", "logits", "attentions"]
-    expected = model.encode(sequences, include=include)
-    scores = model.log_prob(sequences)
+    expected, scores = model.encode(sequences, include=ALL), model.log_prob(sequences)
     for sizes in (Sizes(262, 64, 1), Sizes(400, 128, 2)):
-        model.passes.sizes = lambda *_, sizes=sizes: sizes  # type: ignore[method-assign,assignment,misc]
-        for a, b in zip(expected, model.encode(sequences, include=include), strict=True):
-            for name, array in a.to_arrays().items():
-                assert_close(b.to_arrays()[name], array)
+        monkeypatch.setattr(model.passes, "sizes", lambda *_, sizes=sizes: sizes)
+        assert_same(model.encode(sequences, include=ALL), expected, within=ROUNDING)
         assert_close(model.log_prob(sequences), scores)
 
 
@@ -257,47 +225,27 @@ def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_process")
-def test_a_pickled_model_keeps_its_limit() -> None:
-    with pytest.warns(SyntheticWeightsWarning):
-        model = ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy", max_memory="3G")
-    with pytest.warns(SyntheticWeightsWarning):
-        again = pickle.loads(pickle.dumps(model))  # noqa: S301
-    assert again.passes.budget.limit == model.passes.budget.limit == 3 << 30
+def test_a_limit_is_pickled_and_the_backend_follows_it(small_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numpyesm.kernels._numba_available", lambda: True)
+    model = ESM2.from_pretrained(small_file, max_memory="350M")
+    assert model.backend == "numpy"
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+    assert again.passes.budget.limit == model.passes.budget.limit == 350 << 20
 
 
 @linux
-def test_with_numba_installed_a_small_address_space_takes_numpy(weights) -> None:
+@pytest.mark.parametrize("limit", ["-v 524288", "-d 524288"])
+def test_with_numba_installed_a_small_address_space_takes_numpy(weights: dict[str, Path], limit: str) -> None:
     pytest.importorskip("numba")
-    code = f"""
-import warnings; warnings.simplefilter("ignore")
-import numpyesm
-model = numpyesm.ESM2.from_pretrained({str(weights["fp32"])!r}, threads=2)
-model.encode(["MKT"])
-print(model.backend)
-"""
-    for setting in ("ulimit -v 524288", "ulimit -d 524288"):
-        done = subprocess.run(
-            ["sh", "-c", f'{setting} && exec "$@"', "sh", sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=120, cwd=ROOT,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout.strip()) == (0, "numpy"), done.stderr
+    code = f"import numpyesm; model = numpyesm.ESM2.from_pretrained({str(weights['fp32'])!r})"
+    code += "; model.encode(['MKT']); print(model.backend)"
+    assert python(code, limit=limit) == "numpy\n"
 
 
-@pytest.mark.usefixtures("small_process")
-def test_the_backend_follows_the_memory(monkeypatch) -> None:
-    monkeypatch.setattr("numpyesm.kernels._numba_available", lambda: True)
-    with pytest.warns(SyntheticWeightsWarning):
-        assert ESM2.from_pretrained("synthetic:esm2-8m", max_memory="350M").backend == "numpy"
-
-
-@pytest.mark.parametrize(
-    ("limit", "code", "said"),
-    [("200M", 0, ""), ("50M", 1, r"max_memory is 50 MiB, but .* takes \d+ MiB"), ("plenty", 2, "max_memory='plenty'")],
-)
-def test_command_line(weights, limit, code, said) -> None:
-    command = [sys.executable, "-m", "numpyesm", "encode", random_sequence(300), "--weights", str(weights["int8"])]
-    done = subprocess.run([*command, "--max-memory", limit], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == code
-    assert re.search(said, done.stderr)
-    if code == 0:
-        assert len(json.loads(done.stdout)["results"][0]["embeddings"][0]["embedding"]) == 480
+def test_command_line(run: Callable[..., Done]) -> None:
+    encode = ("encode", "MKTAYIAK", "--max-memory")
+    assert run(*encode, "64G").code == 0
+    assert "max_memory='plenty'" in run(*encode, "plenty").err
+    done = run(*encode, "10M")
+    assert done.code == 1
+    assert re.search(r"max_memory is 10 MiB, but a process with .* takes \d+ MiB", done.err)

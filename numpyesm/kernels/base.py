@@ -1,4 +1,4 @@
-"""What a backend provides, and what is said to it: `passes.py` is written once against this.
+"""The interface between `passes.py` and the backends.
 
 Shapes: D width, H heads, C channels per head (D = H·C), F feed-forward width, R rows of one block or tile,
 L tokens of one sequence (residues + 2), T rows of the whole packed batch.

@@ -1,8 +1,8 @@
 """Matrices that stay as the file has them, in half or a quarter of the room, and are widened a few rows at a time.
 
-The products of the NumPy backend take a matrix in pieces of its rows anyhow (see `_PIECES`). A piece is widened into a
-buffer that stays in the core's cache, is multiplied, and is overwritten by the next: the whole matrix is never there
-in float32, the file's pages stay shared between processes, and for a block of 192 rows it costs 2 to 4 % of the time.
+A piece of the rows is widened into a buffer that stays in the core's cache, is multiplied, and is overwritten by the
+next: the whole matrix is never there in float32, the file's pages stay shared between processes, and for a block of 192
+rows it costs 2 to 4 % of the time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from ..weights.tensor import GROUP, StoredTensor
 from .scratch import scratch
 
 Array = npt.NDArray[Any]
+
+# Rows to be widened at a time: whole groups of int8, few enough for the cache, enough to be worth a product.
+WIDENED_ROWS = 4 * GROUP
 
 _FLOAT32 = np.dtype(np.float32)
 

@@ -30,10 +30,6 @@ from .shared import shared
 # lock than they gain, and BLAS's own threads win.
 _SINGLE_BLOCK_ROWS = 160
 
-# BLAS adds up the inner dimension number by number, and rounding grows with the length of the sum. Adding up pieces
-# of these sizes makes the error that of torch, whose BLAS has several sums in flight, for 5 % of the time.
-_PIECES = {"qkv": 96, "out_proj": 60, "fc1": 160, "fc2": 240, "lm_head": 60, "vocabulary": 0}
-
 
 class NumpyKernels(Kernels):
     """Weights laid out for NumPy and its BLAS, in float32 or, for tests, float64.
@@ -108,14 +104,12 @@ class NumpyKernels(Kernels):
 
         `rotary` holds consecutive parts of the rotary table that together cover the R rows.
         """
-        w, prefix = self._w, f"layers.{layer}."
-        y = scratch.room("norm", x.shape, self.dtype)
-        layer_norm(x, w[prefix + "attention_norm.weight"], w[prefix + "attention_norm.bias"], out=y)
-        weight, bias = w[prefix + "qkv.weight"], w[prefix + "qkv.bias"]
+        name = f"layers.{layer}"
+        y = self._norm(f"{name}.attention_norm", x, scratch.room("norm", x.shape, self.dtype))
         if self._reorders_rows[layer]:
-            self._pair_up(linear(y, weight, bias, _PIECES["qkv"], out=scratch.room("qkv", out.shape, self.dtype)), out)
+            self._pair_up(self._linear(f"{name}.qkv", y, scratch.room("qkv", out.shape, self.dtype)), out)
         else:
-            linear(y, weight, bias, _PIECES["qkv"], out=out)
+            self._linear(f"{name}.qkv", y, out)
         pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
         start = 0
         for table in rotary:
@@ -143,39 +137,33 @@ class NumpyKernels(Kernels):
 
     def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
         """x += out_proj(context); x += fc2(gelu(fc1(LayerNorm(x)))), in place: (R, D), (R, D)."""
-        w, prefix = self._w, f"layers.{layer}."
+        name = f"layers.{layer}"
         y = scratch.room("norm", x.shape, self.dtype)
-        h = scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype)
-        x += linear(context, w[prefix + "out_proj.weight"], w[prefix + "out_proj.bias"], _PIECES["out_proj"], out=y)
-        layer_norm(x, w[prefix + "ffn_norm.weight"], w[prefix + "ffn_norm.bias"], out=y)
-        linear(y, w[prefix + "fc1.weight"], w[prefix + "fc1.bias"], _PIECES["fc1"], out=h)
+        x += self._linear(f"{name}.out_proj", context, y)
+        self._norm(f"{name}.ffn_norm", x, y)
+        h = self._linear(f"{name}.fc1", y, scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype))
         gelu(h)
-        x += linear(h, w[prefix + "fc2.weight"], w[prefix + "fc2.bias"], _PIECES["fc2"], out=y)
+        x += self._linear(f"{name}.fc2", h, y)
 
-    def final_norm(self, x: Array, out: Array) -> None:
-        """LayerNorm after the last layer: (R, D) -> out (R, D)."""
-        layer_norm(x, self._w["final_norm.weight"], self._w["final_norm.bias"], out=out)
+    def final_norm(self, x: Array) -> None:
+        """LayerNorm after the last layer, in place: (R, D)."""
+        self._norm("final_norm", x, x)
 
     def lm_head(self, x: Array) -> Array:
-        w = self._w
-        y = linear(x, w["lm_head.dense.weight"], w["lm_head.dense.bias"], _PIECES["lm_head"])
+        y = self._linear("lm_head.dense", x)
         gelu(y)
-        y = layer_norm(y, w["lm_head.norm.weight"], w["lm_head.norm.bias"])
-        return linear(y, w["lm_head.vocabulary"], w["lm_head.bias"], _PIECES["vocabulary"])
+        y = self._norm("lm_head.norm", y, y)
+        return linear(y, self._w["lm_head.vocabulary"], self._w["lm_head.bias"])
+
+    def _linear(self, name: str, x: Array, out: Array | None = None) -> Array:
+        return linear(x, self._w[f"{name}.weight"], self._w[f"{name}.bias"], out)
+
+    def _norm(self, name: str, x: Array, out: Array) -> Array:
+        return layer_norm(x, self._w[f"{name}.weight"], self._w[f"{name}.bias"], out)
 
 
 class NumpyForward(Forward):
-    """See `Forward`.
-
-    Parameters
-    ----------
-    kernels : NumpyKernels
-    pool : WorkerPool
-    batch : Batch
-    layers : int
-        Layers that will be asked for.
-    partition : Partition
-    """
+    """See `Forward`."""
 
     def __init__(
         self, kernels: NumpyKernels, pool: WorkerPool, batch: Batch, layers: int, partition: Partition
@@ -222,7 +210,7 @@ class NumpyForward(Forward):
         if layer + 1 < self._layers:
             self._project_qkv(layer + 1, block, self._next_qkv)
         elif layer + 1 == kernels.config.num_layers and kernels.config.whole_layers is None:
-            kernels.final_norm(rows, out=rows)
+            kernels.final_norm(rows)
 
     def _project_qkv(self, layer: int, block: Block, out: Array) -> None:
         rows = slice(block.start, block.stop)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from .base import Array, AttentionMaps
-from .narrow import NarrowMatrix
+from .narrow import WIDENED_ROWS, NarrowMatrix
 from .scratch import scratch
 
 LAYER_NORM_EPSILON = 1e-5
@@ -42,8 +42,8 @@ GELU_POLYNOMIAL = (
 )
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Array:
-    """(x - mean) / sqrt(variance + 1e-5) · weight + bias over the last axis: (R, D) -> (R, D)."""
+def layer_norm(x: Array, weight: Array, bias: Array, out: Array) -> Array:
+    """(x - mean) / sqrt(variance + 1e-5) · weight + bias over the last axis: (R, D) -> out (R, D), which may be x."""
     y: Array = np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
     variance = np.einsum("ij,ij->i", y, y) / x.dtype.type(x.shape[1])
     y *= (1 / np.sqrt(variance + x.dtype.type(LAYER_NORM_EPSILON)))[:, None]
@@ -82,21 +82,16 @@ def _erf_float64(x: Array) -> Array:
     return np.fromiter(map(math.erf, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
 
 
-def linear(
-    x: Array, weight: Array | NarrowMatrix, bias: Array | None = None, piece: int = 0, out: Array | None = None
-) -> Array:
-    """x @ weight + bias: (R, K), (K, N) -> (R, N); summed in pieces of K, if `piece` is given, for less rounding."""
-    inner, columns = weight.shape
-    first = min(piece or inner, inner)
+def linear(x: Array, weight: Array | NarrowMatrix, bias: Array, out: Array | None = None) -> Array:
+    """x @ weight + bias: (R, K), (K, N) -> (R, N)."""
     if out is None:
-        out = np.empty((len(x), columns), x.dtype)
-    _product(x[:, :first], weight[:first], out)
-    if first < inner:
-        part = scratch.room("part", out.shape, out.dtype)
-        for start in range(first, inner, piece):
-            out += _product(x[:, start : start + piece], weight[start : start + piece], part)
-    if bias is not None:
-        out += bias
+        out = np.empty((len(x), weight.shape[1]), x.dtype)
+    step = WIDENED_ROWS if isinstance(weight, NarrowMatrix) else len(weight)
+    _product(x[:, :step], weight[:step], out)
+    for start in range(step, weight.shape[0], step):
+        rows = slice(start, start + step)
+        out += _product(x[:, rows], weight[rows], scratch.room("part", out.shape, out.dtype))
+    out += bias
     return out
 
 

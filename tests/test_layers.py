@@ -50,7 +50,7 @@ def test_composition_is_read_from_the_embedding(
         ([*NUMBERS[:6], "high", *NUMBERS[7:]], (), 1, "line 8: target is 'high', expected a number"),
         (NAMES, ("--task", "regression"), 1, "line 2: target is 'few', expected a number"),
         ([*NUMBERS[:6], "nan", *NUMBERS[7:]], (), 1, "line 8: target is 'nan', expected a number"),
-        (["x", *NAMES[1:]], (), 1, "1 rows of the rarest class, fewer than the 5 --folds"),
+        (["x", *NAMES[1:]], (), 1, "1 different sequences of the rarest class, fewer than the 5 --folds"),
         (["1"] * 40, (), 1, "target is '1' in every row"),
         (NUMBERS, ("--target", "absent"), 1, "has no column 'absent'; its columns are 'sequence', 'target'"),
         (NUMBERS, ("--folds", "1"), 2, "--folds 1: expected 2 or more"),
@@ -74,3 +74,13 @@ def test_tables_that_cannot_be_scored(
 def test_a_bad_sequence_is_named_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, NUMBERS, sequences=[*SEQUENCES[:3], "MK1", *SEQUENCES[4:]]) == 1
     assert "line 5" in capsys.readouterr().err
+
+
+def test_equal_sequences_stay_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers that say nothing cannot be predicted, although each sequence is there twice."""
+    noise = [str((37 * row) % 41) for row in range(20)]
+    assert run(tmp_path, noise * 2, "-o", str(tmp_path / "out.tsv"), sequences=SEQUENCES[:20] * 2) == 0
+    assert max(float(row.split("\t")[1]) for row in (tmp_path / "out.tsv").read_text().splitlines()[1:]) < 0.5
+    capsys.readouterr()
+    assert run(tmp_path, NUMBERS, sequences=SEQUENCES[:4] * 10) == 1
+    assert "has 4 different sequences, fewer than the 5 --folds" in capsys.readouterr().err

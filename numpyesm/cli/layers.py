@@ -37,12 +37,17 @@ def run(arguments: argparse.Namespace) -> int:
     data = sys.stdin.buffer.read() if arguments.table == "-" else Path(arguments.table).read_bytes()
     found = read_table(data, arguments.table, [arguments.sequence_column, arguments.target])
     sequences = found.require(arguments.sequence_column, "--sequence-column")
-    task, labels = _labels(found, arguments)
     tokens = _tokens(found, sequences)
+    groups = np.unique([ids.tobytes() for ids in tokens], return_inverse=True)[1]
+    task, labels = _labels(found, groups, arguments)
+    # A sequence that stands in several rows is in one fold only: a model would know it from training.
+    folds = models.selection.StratifiedGroupKFold(arguments.folds, shuffle=True, random_state=0)
+    strata = labels if task == "classification" else np.zeros(len(labels))
+    splits = list(folds.split(strata, strata, groups))
     model = load_model(arguments)
     embeddings = _embeddings(model, tokens)
     layers = range(embeddings.shape[1])
-    scores = [_scores(models, embeddings[:, layer], labels, task, arguments.folds) for layer in layers]
+    scores = [_scores(models, embeddings[:, layer], labels, task, splits) for layer in layers]
     _write(target, np.array(scores), task)
     _advise(np.mean(scores, axis=1), model)
     return 0
@@ -58,8 +63,13 @@ def _scikit_learn() -> Any:
     )
 
 
-def _labels(found: VariantTable, arguments: argparse.Namespace) -> tuple[str, npt.NDArray[Any]]:
-    """The task, and the target's values: numbers for regression, names for classification."""
+def _labels(
+    found: VariantTable, groups: npt.NDArray[np.intp], arguments: argparse.Namespace
+) -> tuple[str, npt.NDArray[Any]]:
+    """The task, and the target's values: numbers for regression, names for classification.
+
+    `groups` numbers the sequences; equal ones have one number.
+    """
     fields = [field.strip() for field in found.require(arguments.target, "--target")]
     numbers = [_number(field) for field in fields]
     task = arguments.task or ("regression" if sum(map(math.isfinite, numbers)) * 2 > len(fields) else "classification")
@@ -73,9 +83,11 @@ def _labels(found: VariantTable, arguments: argparse.Namespace) -> tuple[str, np
                     else "expected a name"
                 )
             )
-    smallest, what = len(fields), "rows"
+    smallest, what = len(set(groups)), "different sequences"
     if task == "classification":
-        smallest, what = min(Counter(fields).values(), default=0), "rows of the rarest class"
+        pairs = set(zip(fields, groups, strict=True))
+        smallest = min(Counter(field for field, _ in pairs).values(), default=0)
+        what += " of the rarest class"
     if smallest < arguments.folds:
         raise InvalidTable(f"{found.name} has {smallest} {what}, fewer than the {arguments.folds} --folds")
     if len(set(fields)) < 2:
@@ -108,18 +120,17 @@ def _embeddings(model: ESM2, tokens: Sequence[npt.NDArray[np.uint8]]) -> npt.NDA
     return embeddings
 
 
-def _scores(models: Any, X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, folds: int) -> list[float]:
+def _scores(models: Any, X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: Any) -> list[float]:
     """One score per fold: Spearman's correlation of ridge regression, accuracy of logistic regression."""
     classes = task == "classification"
     head = models.linear.LogisticRegression(max_iter=1000) if classes else models.linear.RidgeCV(np.logspace(-2, 5, 8))
-    cut = models.selection.StratifiedKFold if classes else models.selection.KFold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence: the ranking of layers does not hang on it
         scores: npt.NDArray[np.float64] = models.selection.cross_val_score(
             models.pipeline.make_pipeline(models.preprocessing.StandardScaler(), head),
             X,
             y,
-            cv=cut(folds, shuffle=True, random_state=0),
+            cv=splits,
             scoring="accuracy" if classes else models.metrics.make_scorer(lambda a, b: spearman(a, b) or 0.0),
         )
     return list(map(float, np.nan_to_num(scores)))

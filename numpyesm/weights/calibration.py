@@ -8,7 +8,6 @@ by the means: see `rounding.py` and `kernels/numba_/packing.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,7 @@ import numpy.typing as npt
 from .. import reference
 from ..alphabet import tokenize
 from ..kernels.numpy_steps import gelu
-from .checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
-from .tensor import StoredTensor
+from .checkpoint import FREQUENCIES, MATRICES, Checkpoint
 
 Array = npt.NDArray[np.float32]
 
@@ -32,54 +30,41 @@ def calibration_sequences() -> list[str]:
     return [record.sequence for record in parse_fasta(text.splitlines())]
 
 
-def matrix_inputs(checkpoint: Checkpoint) -> Iterator[dict[str, Array]]:
-    """Run the calibration sequences and yield, layer by layer, the rows that each matrix is multiplied with.
+def calibrated_matrices(checkpoint: Checkpoint) -> Iterator[tuple[Array, Array]]:
+    """Run the calibration sequences and yield each matrix of the layers, in the order of the pass, with its inputs.
 
     Yields
     ------
-    dict of str to ndarray (T, K) float32
-        For `qkv`, `out_proj`, `fc1` and `fc2`; T tokens of all sequences. One layer's weights are held at a time.
+    weight : ndarray (K, N) float32
+    inputs : ndarray (T, K) float32
+        The rows that it is multiplied with, T tokens of all sequences. One matrix is held at a time.
     """
     tokens = tokenize(calibration_sequences())
-    ends = np.cumsum([len(one) for one in tokens])
+    ends = np.cumsum([len(one) for one in tokens])[:-1]
     frequencies, embedding = checkpoint.array(FREQUENCIES), checkpoint.array("embed_tokens.weight")
     x = np.concatenate([reference.embed(one, embedding).astype(np.float32) for one in tokens])
+
+    def normed(name: str) -> Array:
+        return reference.layer_norm(x, checkpoint.array(f"{name}.weight"), checkpoint.array(f"{name}.bias"))
+
+    def attention(qkv: Array) -> Array:
+        parts = zip(np.split(qkv, ends), tokens, strict=True)
+        return np.concatenate([reference.self_attention(rows, one, frequencies)[0] for rows, one in parts])
+
     for layer in range(checkpoint.config.num_layers):
-
-        def part(name: str, prefix: str = f"layers.{layer}.") -> dict[str, npt.NDArray[np.floating]]:
-            return {kind: checkpoint.array(f"{prefix}{name}.{kind}") for kind in ("weight", "bias")}
-
-        normed = reference.layer_norm(x, **part("attention_norm"))
-        qkv = reference.linear(normed, **part("qkv"))
-        context = np.concatenate(
-            [
-                reference.self_attention(rows, one, frequencies)[0]
-                for rows, one in zip(np.split(qkv, ends[:-1]), tokens, strict=True)
-            ]
-        )
-        x = x + reference.linear(context, **part("out_proj"))
-        ffn_normed = reference.layer_norm(x, **part("ffn_norm"))
-        hidden = reference.linear(ffn_normed, **part("fc1"))
-        gelu(hidden)
-        x = x + reference.linear(hidden, **part("fc2"))
+        prefix = f"layers.{layer}."
+        inputs = normed(f"{prefix}attention_norm")
         for name in MATRICES:
-            checkpoint.tensors[f"layers.{layer}.{name}.weight"].release()
-        yield {"qkv": normed, "out_proj": context, "fc1": ffn_normed, "fc2": hidden}
-
-
-def mean_of(inputs: Array) -> Array:
-    """Return the mean of the rows that a matrix is multiplied with: (T, K) -> (K,)."""
-    mean: Array = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean
-
-
-def with_input_means(checkpoint: Checkpoint) -> Checkpoint:
-    """Return `checkpoint` with the mean input of every matrix; itself if it has them or is synthetic."""
-    if checkpoint.has_input_means or checkpoint.synthetic:
-        return checkpoint
-    means = {
-        input_mean(layer, name): StoredTensor(mean_of(inputs[name]))
-        for layer, inputs in enumerate(matrix_inputs(checkpoint))
-        for name in MATRICES
-    }
-    return replace(checkpoint, tensors={**checkpoint.tensors, **means})
+            weight = checkpoint.array(f"{prefix}{name}.weight")
+            yield weight, inputs
+            outputs = inputs @ weight
+            outputs += checkpoint.array(f"{prefix}{name}.bias")
+            checkpoint.tensors[f"{prefix}{name}.weight"].release()
+            if name == "qkv":
+                inputs = attention(outputs)
+            elif name == "fc1":
+                gelu(outputs)
+                inputs = outputs
+            else:
+                x += outputs
+                inputs = normed(f"{prefix}ffn_norm")

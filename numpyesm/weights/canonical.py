@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
-from .calibration import with_input_means
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
 from .integrity import verify_at_load, verify_data, verify_files
 from .rounding import LOW, RoundedLayers
@@ -48,8 +47,6 @@ def save_canonical(
     precision = precision or checkpoint.precision
     check_dtype(precision)
     layers = RoundedLayers(checkpoint, precision)
-    if not layers.needed:
-        checkpoint = with_input_means(checkpoint)
     tensors: dict[str, StoredTensor] = {}
     for name, shape in canonical_shapes(checkpoint.config).items():
         if layers.makes(name):

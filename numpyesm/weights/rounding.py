@@ -1,8 +1,8 @@
 """Round a model's matrices to bf16 or int8 so that its results move as little as possible.
 
-Weights are rounded to int8 one input channel after the other, and the error of each is made up for by those that
-follow, as the correlation of their inputs on natural sequences allows (GPTQ, Frantar et al. 2022). What rounding does
-to the mean input goes into the bias.
+Weights are rounded to int8 one input channel after the other, and each makes up for the errors of those before it, as
+the correlation of their inputs on natural sequences allows (GPTQ, Frantar et al. 2022, in the form of LDLQ, Chee et al.
+2023, which needs no inverse). What rounding does to the mean input goes into the bias.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from .calibration import matrix_inputs, mean_of, with_input_means
+from .calibration import calibrated_matrices
 from .checkpoint import INPUT_MEANS, MATRICES, Checkpoint, input_mean
-from .tensor import PRECISION_DTYPES, StoredTensor, group_scales, nearest_levels, row_scales
+from .tensor import GROUP, PRECISION_DTYPES, StoredTensor, group_scales, nearest_levels
 
-# Wider inputs (3B and 15B) are rounded to nearest: their correlations alone would take gigabytes, and half an hour.
-_WIDEST = 5120
-# Rows whose errors are passed on among themselves before the rest of the matrix is corrected.
+# Channels that make up for each other's errors; wider matrices are rounded in parts. The correlations of all 10,240
+# hidden channels of 3B would take more than a gigabyte and double the time of a conversion.
+_TOGETHER = 5120
+# Rows whose errors are passed on among themselves before the next rows are corrected by all that went before.
 _ROWS_AT_ONCE = 64
 
 # What is rounded here.
 LOW = ("bf16", "int8")
 
-Float64 = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float32]
 
 
 def needs_rounding(checkpoint: Checkpoint, precision: str) -> bool:
@@ -32,108 +33,127 @@ def needs_rounding(checkpoint: Checkpoint, precision: str) -> bool:
     return precision in LOW and checkpoint.precision != precision
 
 
-def rounded_layers(checkpoint: Checkpoint, precision: str) -> Iterator[dict[str, StoredTensor]]:
+def rounded_layers(
+    checkpoint: Checkpoint, precision: str, *, with_means: bool = False
+) -> Iterator[dict[str, StoredTensor]]:
     """Round the matrices of each layer to `bf16` or `int8`, correct their biases, and take note of the mean inputs.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     precision : str
-        Nothing changes unless the checkpoint `needs_rounding`.
+        Nothing is rounded unless the checkpoint `needs_rounding`.
+    with_means : bool
+        Find the mean inputs even if nothing is rounded.
 
     Yields
     ------
     dict of str to StoredTensor
-        The tensors of one layer that take the place of the checkpoint's. Synthetic weights are rounded to nearest:
+        The tensors of one layer that the checkpoint lacks or has otherwise. Synthetic weights are rounded to nearest:
         there is nothing to learn from what goes through them.
     """
-    layers = checkpoint.config.num_layers
-    if not needs_rounding(checkpoint, precision):
-        yield from ({} for _ in range(layers))
+    rounds = needs_rounding(checkpoint, precision)
+    learns = rounds or (with_means and not checkpoint.has_input_means)
+    if checkpoint.synthetic or not learns:
+        for layer in range(checkpoint.config.num_layers):
+            names = [f"layers.{layer}.{name}.weight" for name in MATRICES] if rounds else []
+            yield {name: checkpoint.tensors[name].stored_as(PRECISION_DTYPES[precision]) for name in names}
         return
-    dtype = PRECISION_DTYPES[precision]
-    if checkpoint.synthetic:
-        for layer in range(layers):
-            names = [f"layers.{layer}.{name}.weight" for name in MATRICES]
-            yield {name: checkpoint.tensors[name].stored_as(dtype) for name in names}
-        return
-    correlated = precision == "int8"
-    if not correlated:
-        checkpoint = with_input_means(checkpoint)
-    for layer, inputs in enumerate(matrix_inputs(checkpoint) if correlated else [None] * layers):
+    matrices = calibrated_matrices(checkpoint) if precision == "int8" or not checkpoint.has_input_means else None
+    for layer in range(checkpoint.config.num_layers):
         changed: dict[str, StoredTensor] = {}
         for name in MATRICES:
             weight, bias = f"layers.{layer}.{name}.weight", f"layers.{layer}.{name}.bias"
-            exact = checkpoint.array(weight)
-            mean = checkpoint.array(input_mean(layer, name)) if inputs is None else mean_of(inputs[name])
-            if inputs is not None and len(exact) <= _WIDEST and np.isfinite(mean).all():
-                stored = _with_feedback(exact, _correlations(inputs[name] - mean))
+            exact, inputs = next(matrices) if matrices else (checkpoint.array(weight), None)
+            if checkpoint.has_input_means:
+                mean = checkpoint.array(input_mean(layer, name))
             else:
-                stored = checkpoint.tensors[weight].stored_as(dtype)
+                assert inputs is not None
+                mean = inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
+                changed[input_mean(layer, name)] = StoredTensor(mean)
+            if not rounds:
+                continue
+            if precision == "int8" and inputs is not None and np.isfinite(mean).all():
+                stored = _with_feedback(exact, inputs - mean)
+            else:
+                stored = StoredTensor(exact).stored_as(PRECISION_DTYPES[precision])
             # What rounding does to the mean input.
-            corrected = checkpoint.array(bias) + mean @ (exact - stored.astype(np.float32))
-            changed |= {
-                weight: stored,
-                bias: StoredTensor(corrected.astype(np.float32)),
-                input_mean(layer, name): StoredTensor(mean),
-            }
+            corrected = checkpoint.array(bias) + (mean @ exact - mean @ stored.astype(np.float32))
+            changed |= {weight: stored, bias: StoredTensor(corrected.astype(np.float32))}
             checkpoint.tensors[weight].release()
         yield changed
 
 
 class RoundedLayers:
-    """The tensors of `rounded_layers` by name, made layer by layer while they are asked for in order.
+    """The tensors of `rounded_layers`, mean inputs included, by name.
 
-    One layer is held at a time, and all mean inputs.
+    They are made layer by layer while they are asked for in order. One layer is held at a time, and all mean inputs.
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
-        self.needed = needs_rounding(checkpoint, precision)
-        self._synthetic = checkpoint.synthetic
-        self._layers = iter(rounded_layers(checkpoint, precision))
+        self._makes_matrices = needs_rounding(checkpoint, precision)
+        self._makes_biases = self._makes_matrices and not checkpoint.synthetic
+        self._makes_means = not (checkpoint.synthetic or checkpoint.has_input_means)
+        self._layers = rounded_layers(checkpoint, precision, with_means=True)
         self._held: dict[str, StoredTensor] = {}
         self._means: dict[str, StoredTensor] = {}
 
     def makes(self, name: str) -> bool:
         """Whether a tensor comes from here."""
-        if not self.needed or (self._synthetic and not name.endswith(".weight")):
-            return False
-        return name.startswith(INPUT_MEANS) or (name.startswith("layers.") and name.split(".")[2] in MATRICES)
+        if name.startswith(INPUT_MEANS):
+            return self._makes_means
+        of_matrix = name.startswith("layers.") and name.split(".")[2] in MATRICES
+        return of_matrix and (self._makes_matrices if name.endswith(".weight") else self._makes_biases)
 
     def tensor(self, name: str) -> StoredTensor:
         """Return a tensor that does not come before one that was returned already, or is a mean input."""
         while name not in self._held and name not in self._means:
+            self._held = {}  # before the next layer is made
             self._held = next(self._layers)
             self._means |= {key: value for key, value in self._held.items() if key.startswith(INPUT_MEANS)}
         return self._held.get(name) or self._means[name]
 
 
-def _correlations(inputs: npt.NDArray[np.float32]) -> Float64:
-    """Mean products of input channels, (T, K) -> (K, K), with as much again on the diagonal as it has on average.
-
-    So strong a damping keeps the corrections from fitting a few thousand tokens.
-    """
-    products = (inputs.T @ inputs).astype(np.float64) / len(inputs)
-    diagonal = np.einsum("ii->i", products)
-    diagonal += max(diagonal.mean(), np.finfo(np.float32).tiny)
-    return products
-
-
-def _with_feedback(weight: npt.NDArray[np.float32], correlations: Float64) -> StoredTensor:
-    """Round (K, N) to int8 channel by channel, the largest inputs first; see the module's first lines."""
-    scale = group_scales(weight)
-    order = np.argsort(-np.einsum("ii->i", correlations), kind="stable")
-    # Row i of this factor says how an error in channel i is made up for by the channels behind it.
-    inverse = np.linalg.inv(correlations[np.ix_(order, order)])
-    factor = np.linalg.cholesky(inverse).T.astype(np.float32)
-    remaining, steps = weight[order], row_scales(scale, len(weight))[order]
-    levels = np.empty(weight.shape, np.int8)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        stop = min(start + _ROWS_AT_ONCE, len(weight))
-        errors = np.empty((stop - start, weight.shape[1]), np.float32)
-        for row in range(start, stop):
-            levels[order[row]] = found = nearest_levels(remaining[row], steps[row])
-            errors[row - start] = (remaining[row] - found * steps[row]) / factor[row, row]
-            remaining[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], errors[row - start])
-        remaining[stop:] -= factor[start:stop, stop:].T @ errors
+def _with_feedback(weight: Array, inputs: Array) -> StoredTensor:
+    """Round (K, N) to int8 channel by channel, those with the largest of the inputs (T, K) first."""
+    scale, levels = group_scales(weight), np.empty(weight.shape, np.int8)
+    smallest_first = np.argsort(np.einsum("tk,tk->k", inputs, inputs), kind="stable")
+    for stop in range(len(weight), 0, -_TOGETHER):
+        channels = smallest_first[max(0, stop - _TOGETHER) : stop]
+        _round_together(weight, scale, inputs, channels, levels)
     return StoredTensor(levels, "I8", scale)
+
+
+def _round_together(
+    weight: Array, scale: Array, inputs: Array, channels: npt.NDArray[np.intp], levels: npt.NDArray[np.int8]
+) -> None:
+    """Round some rows of a matrix, the last first, and set their `levels`."""
+    feedback = _feedback(inputs[:, channels])
+    errors = np.empty((len(channels), weight.shape[1]), np.float32)
+    for stop in range(len(channels), 0, -_ROWS_AT_ONCE):
+        start = max(0, stop - _ROWS_AT_ONCE)
+        rows = weight[channels[start:stop]]
+        wanted = rows + feedback[stop:, start:stop].T @ errors[stop:]
+        among_themselves = feedback[start:stop, start:stop].T.copy()
+        for row in range(stop - start - 1, -1, -1):
+            channel, behind = channels[start + row], slice(start + row + 1, stop)
+            wanted[row] += among_themselves[row, row + 1 :] @ errors[behind]
+            step = scale[channel // GROUP]
+            levels[channel] = found = nearest_levels(wanted[row], step)
+            errors[start + row] = rows[row] - found * step
+
+
+def _feedback(inputs: Array) -> Array:
+    """How much of a channel's error each channel before it takes over: (T, K) -> (K, K), below the diagonal.
+
+    With the mean products of channels factored as L·D·Lᵀ, the output's squared error is that of the rows of Lᵀ·errors,
+    weighted by D: each is smallest if the channel makes up for what the channels behind it add to it.
+    """
+    products: Array = inputs.T @ inputs
+    products /= len(inputs)
+    diagonal = np.einsum("ii->i", products)
+    # So strong a damping keeps the corrections from fitting a few thousand tokens.
+    diagonal += max(diagonal.mean(), np.finfo(np.float32).tiny)
+    factor: Array = np.linalg.cholesky(products)
+    factor /= np.einsum("ii->i", factor).copy()
+    return factor

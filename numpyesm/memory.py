@@ -22,7 +22,8 @@ from .errors import InvalidOption, NotEnoughMemory
 from .options import Outputs
 from .results import count_numbers
 from .weights.checkpoint import Checkpoint
-from .weights.tensor import DeferredTensor
+from .weights.rounding import LOW
+from .weights.tensor import GROUP, DeferredTensor
 
 # K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
 # powers of 1000, as SI has it.
@@ -196,16 +197,22 @@ def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: st
     NotEnoughMemory
         The message says what they would take.
     """
-    if precision in ("bf16", "int8"):
-        weights = checkpoint.num_parameters * (2 if precision == "bf16" else 1)
-    elif backend in ("compiled", "numba"):
-        weights = checkpoint.num_parameters * 4
+    if precision in LOW or backend in ("compiled", "numba"):
+        weights = packed_bytes(checkpoint, precision) + _NUMBA * ("numba" not in sys.modules)
     else:
         deferred = (tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DeferredTensor))
         weights = unread_weights(checkpoint) + sum(tensor.nbytes for tensor in deferred)
     needed = resident_memory() + weights + pass_bytes(checkpoint.config, 16, 16, (), 1, _BLOCK_SIZES[-1])
     if needed > limit:
         raise _too_little(limit, checkpoint, needed)
+
+
+def packed_bytes(checkpoint: Checkpoint, precision: str) -> int:
+    """Memory of the weights as the compiled backend packs them, in bytes."""
+    config = checkpoint.config
+    narrow = config.num_layers * 2 * config.embed_dim * (2 * config.embed_dim + config.ffn_dim)
+    size = {"bf16": 2.0, "int8": 1 + 4 / GROUP}.get(precision, 4.0)
+    return int(narrow * size) + 4 * (checkpoint.num_parameters - narrow)
 
 
 def _too_little(limit: int, checkpoint: Checkpoint, needed: int) -> NotEnoughMemory:

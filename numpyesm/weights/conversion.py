@@ -63,7 +63,7 @@ def convert(
     adapter : Path, optional
         A folder of peft, to be merged in.
     progress : bool
-        Show a progress bar on stderr, if it takes longer than a second.
+        Say on stderr what is done and how long is left, if it takes longer than a second.
 
     Raises
     ------
@@ -77,6 +77,7 @@ def convert(
             raise InvalidOption("synthetic weights have a contact head of their own: a regression cannot be given")
         opened = Opened(synthetic_from_spec(source), (), ())
     else:
+        _announce(Path(source), progress)
         opened = open_checkpoint(source, regression=regression)
     read = list(opened.files)
     if adapter is not None:
@@ -88,24 +89,36 @@ def convert(
     for file in read:
         if same_file(file, path):
             raise InvalidOption(f"{path} is the source itself: choose another output")
+    checkpoint = with_provenance(opened)
     with progress_bar(path, progress) as advance:
-        save_canonical(path, with_provenance(opened), precision=dtype, progress=advance)
+        save_canonical(path, checkpoint, precision=dtype, progress=advance)
     return Conversion(path, load_canonical(path))
 
 
 @contextmanager
 def progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """What `save_canonical` calls as it writes: shows a bar after a second, a line every ten seconds in a log."""
+    """What `save_canonical` calls as it writes: shows a bar after a second, a line every ten seconds in a log.
+
+    Layers take equally long, but what is written before the first of them takes no time: it is no measure of the rest.
+    """
     from tqdm import tqdm  # comes with huggingface-hub
 
     every = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
-        desc=path.name, unit="B", unit_scale=True, delay=1, mininterval=every, maxinterval=every, disable=not show
+        desc=path.name,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        mininterval=every,
+        maxinterval=every,
+        smoothing=0,
+        disable=not show,
     ) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
-            bar.update(done - bar.n)
+            if 100 * done >= total:
+                bar.update(done - bar.n)
 
         yield advance
 
@@ -135,6 +148,13 @@ def with_provenance(opened: Opened) -> Checkpoint:
         return checkpoint
     with reading(opened.weight_files[0]):
         return replace(checkpoint, source_sha256=file_sha256(*opened.weight_files))
+
+
+def _announce(source: Path, show: bool) -> None:
+    """Say that a large file is being read and checked, which takes half a minute and more from a disk."""
+    size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.glob("*")) if file.is_file())
+    if show and size > 1 << 30:
+        sys.stderr.write(f"numpyesm: reading and checking {source} ({size / 1e9:.1f} GB) ...\n")
 
 
 def _check_suffix(output: str | os.PathLike[str]) -> None:

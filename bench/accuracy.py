@@ -92,8 +92,8 @@ def summary(rows: Sequence[npt.NDArray[Any]], truths: Sequence[npt.NDArray[Any]]
 def float64_representations(bench: Bench, proteins: Sequence[str]) -> list[npt.NDArray[np.float64]]:
     """The last representation (L, D) of each protein by numpyesm/reference.py."""
     from numpyesm.reference import forward, nested
-    from numpyesm.weights import load_canonical
+    from numpyesm.weights import load_checkpoint
 
-    weights = nested(load_canonical(bench.folder / "canonical.safetensors"))
+    weights = nested(load_checkpoint(bench.folder / "canonical.safetensors"))
     del weights["lm_head"], weights["contact_head"]
     return [forward(np.array(encode(protein)), **weights)["representations"][-1, 1:-1] for protein in proteins]

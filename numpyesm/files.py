@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from .errors import NumpyesmError
 
@@ -106,36 +106,21 @@ def sync_folder(folder: _AnyPath) -> None:
         os.close(handle)
 
 
-class FileIdentity(NamedTuple):
-    """What changes when a file is replaced, or overwritten in place."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-
-def file_identity(file: _AnyPath | int) -> FileIdentity:
-    """Identify the present content of a path or an open file descriptor, without reading it."""
-    found = os.stat(file)
-    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 class MappedFile(mmap.mmap):
     """A file mapped read-only, which knows whether it has been overwritten in place since."""
 
     path: str
-    identity: FileIdentity
+    identity: tuple[int, ...]
 
     @classmethod
     def open(cls, file: BinaryIO) -> MappedFile:
         """Map an open file."""
         mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.path, mapped.identity = os.path.abspath(file.name), file_identity(file.fileno())
+        mapped.path, mapped.identity = os.path.abspath(file.name), _identity(file.fileno())
         return mapped
 
     def release(self) -> None:
-        """Let go of what was read of the file; it is read again when it is used."""
+        """Drop what was read of the file from memory; it is read again when it is used."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self.madvise(mmap.MADV_DONTNEED)
 
@@ -143,14 +128,20 @@ class MappedFile(mmap.mmap):
     def overwritten(self) -> bool:
         """Whether the content changed. A file that was removed, or replaced by another, is still mapped as it was."""
         try:
-            now = file_identity(self.path)
+            now = _identity(self.path)
         except OSError:
             return False
         return now != self.identity and now[:2] == self.identity[:2]
 
 
+def _identity(file: _AnyPath | int) -> tuple[int, ...]:
+    """What changes when a file is replaced (device, inode), or overwritten in place (size, time)."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def release_pages(arrays: Iterable[Any]) -> None:
-    """Let go of what was read of the mapped files that arrays are views of; it is read again when it is used."""
+    """Drop from memory what was read of the mapped files that arrays are views of."""
     for mapped in {file for array in arrays if (file := _mapped(array)) is not None}:
         mapped.release()
 
@@ -176,13 +167,14 @@ def same_file(one: _AnyPath, other: _AnyPath) -> bool:
         return False
 
 
-def file_sha256(*paths: _AnyPath) -> str:
-    """SHA-256 in hexadecimal of a file, or of several concatenated."""
+def file_sha256(*paths: _AnyPath, start: int = 0) -> str:
+    """SHA-256 in hexadecimal of a file, or of several concatenated, each from its byte `start`."""
     import hashlib  # loads OpenSSL, which takes longer than opening a model
 
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb", buffering=0) as file:
+            file.seek(start)
             while piece := file.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +92,14 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def loaded(small_file: str) -> ESM2:
     """That file, loaded as the command line does."""
     return ESM2.from_pretrained(small_file, backend="numpy")
+
+
+@pytest.fixture(scope="module")
+def quick_calibration() -> Iterator[None]:
+    """Conversions take their mean inputs from two short peptides: for tests in which those numbers do not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numpyesm.weights.calibration.calibration_sequences", lambda: ["MKTAYIAKQR", "GLDALQITV"])
+        yield
 
 
 class Done(NamedTuple):

@@ -144,31 +144,32 @@ def write_hugging_face(
 def expect_same_model(checkpoint: Any, model: Any, *, lm_head: bool = True, contact_head: bool = True) -> None:
     """Every tensor of the canonical checkpoint is, bit for bit, the one of the fair-esm model."""
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-
-    def same(ours: str, theirs: Any) -> None:
-        np.testing.assert_array_equal(checkpoint.array(ours), theirs, err_msg=ours)
-
-    same("embed_tokens.weight", state["embed_tokens.weight"])
-    for index in range(model.num_layers):
-        ours = theirs = f"layers.{index}."
-        for kind in ("weight", "bias"):
-            heads = [state[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            same(f"{ours}qkv.{kind}", np.concatenate(heads).T if kind == "weight" else np.concatenate(heads))
-            same(f"{ours}attention_norm.{kind}", state[f"{theirs}self_attn_layer_norm.{kind}"])
-            same(f"{ours}ffn_norm.{kind}", state[f"{theirs}final_layer_norm.{kind}"])
-            same(f"{ours}out_proj.{kind}", state[f"{theirs}self_attn.out_proj.{kind}"].T)
-            same(f"{ours}fc1.{kind}", state[f"{theirs}fc1.{kind}"].T)
-            same(f"{ours}fc2.{kind}", state[f"{theirs}fc2.{kind}"].T)
-    for kind in ("weight", "bias"):
-        same(f"final_norm.{kind}", state[f"emb_layer_norm_after.{kind}"])
-    assert checkpoint.has_lm_head == lm_head
+    parts = {"final_norm": ["emb_layer_norm_after"]}
+    for layer in range(model.num_layers):
+        ours = theirs = f"layers.{layer}."
+        parts |= {
+            f"{ours}qkv": [f"{theirs}self_attn.{name}_proj" for name in "qkv"],
+            f"{ours}attention_norm": [f"{theirs}self_attn_layer_norm"],
+            f"{ours}ffn_norm": [f"{theirs}final_layer_norm"],
+            f"{ours}out_proj": [f"{theirs}self_attn.out_proj"],
+            f"{ours}fc1": [f"{theirs}fc1"],
+            f"{ours}fc2": [f"{theirs}fc2"],
+        }
     if lm_head:
-        for kind in ("weight", "bias"):
-            same(f"lm_head.dense.{kind}", state[f"lm_head.dense.{kind}"].T)
-            same(f"lm_head.norm.{kind}", state[f"lm_head.layer_norm.{kind}"])
-        same("lm_head.bias", state["lm_head.bias"])
-    assert checkpoint.has_contact_head == contact_head
+        parts |= {"lm_head.dense": ["lm_head.dense"], "lm_head.norm": ["lm_head.layer_norm"]}
+    expected = {
+        f"{ours}.{kind}": np.concatenate([state[f"{name}.{kind}"] for name in theirs]).T
+        for ours, theirs in parts.items()
+        for kind in ("weight", "bias")
+    }
+    expected["embed_tokens.weight"] = state["embed_tokens.weight"]
+    expected["rotary.frequencies"] = state["layers.0.self_attn.rot_emb.inv_freq"]
+    if lm_head:
+        expected["lm_head.bias"] = state["lm_head.bias"]
     if contact_head:
-        same("contact_head.weight", state["contact_head.regression.weight"][0])
-        same("contact_head.bias", state["contact_head.regression.bias"])
-    same("rotary.frequencies", state["layers.0.self_attn.rot_emb.inv_freq"])
+        expected["contact_head.weight"] = state["contact_head.regression.weight"][0]
+        expected["contact_head.bias"] = state["contact_head.regression.bias"]
+    found = {name for name in checkpoint.tensors if not name.startswith(("input_means.", "classifier."))}
+    assert found == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(checkpoint.array(name), values, err_msg=name)

@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "IA3": (lora, {"peft_type": "IA3"}, "an adapter of IA3"),
     "prompt tuning": (lora, {"peft_type": "PROMPT_TUNING"}, "an adapter of prompt tuning"),
     "another kind": (lora, {"peft_type": "VERA"}, "an adapter of VERA"),
-    "PiSSA": (lora, {"init_lora_weights": "pissa_niter_4"}, "begun as pissa_niter_4, which changes its base"),
+    "PiSSA": (lora, {"init_lora_weights": "pissa_niter_4"}, "started as pissa_niter_4, which changes its base"),
     "another preset": (
         lora,
         {"base_model_name_or_path": "facebook/esm2_t12_35M_UR50D"},

@@ -18,6 +18,7 @@ from numpyesm.weights.load import open_checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
 TINY = ModelConfig(2, 40, 20, 160)
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 @pytest.fixture

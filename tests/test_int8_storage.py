@@ -9,8 +9,7 @@ import pytest
 from conftest import SMALL
 
 from numpyesm import CheckpointError
-from numpyesm.weights.canonical import load_canonical, save_canonical
-from numpyesm.weights.load import open_checkpoint
+from numpyesm.weights import load_checkpoint, save_canonical
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import GROUP, StoredTensor
@@ -33,8 +32,7 @@ def test_groups_are_rounded_to_half_a_level() -> None:
 def test_file_holds_bytes_and_keeps_the_sensitive_parts(tmp_path: Path) -> None:
     whole = random_checkpoint(SMALL)
     save_canonical(tmp_path / "x.safetensors", whole, precision="int8")
-    open_checkpoint(tmp_path / "x.safetensors")
-    found = load_canonical(tmp_path / "x.safetensors")
+    found = load_checkpoint(tmp_path / "x.safetensors")
     assert found.precision == "int8"
     for name, tensor in found.tensors.items():
         if tensor.dtype == "I8":
@@ -49,11 +47,11 @@ def test_file_holds_bytes_and_keeps_the_sensitive_parts(tmp_path: Path) -> None:
 
 def test_quantising_again_changes_nothing(tmp_path: Path) -> None:
     save_canonical(tmp_path / "a.safetensors", random_checkpoint(SMALL), precision="int8")
-    once = load_canonical(tmp_path / "a.safetensors")
+    once = load_checkpoint(tmp_path / "a.safetensors")
     save_canonical(tmp_path / "b.safetensors", once)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     save_canonical(tmp_path / "c.safetensors", once, precision="fp32")
-    again = load_canonical(tmp_path / "c.safetensors").tensors["layers.0.fc1.weight"].stored_as("I8")
+    again = load_checkpoint(tmp_path / "c.safetensors").tensors["layers.0.fc1.weight"].stored_as("I8")
     np.testing.assert_array_equal(again.raw, once.tensors["layers.0.fc1.weight"].raw)
 
 
@@ -63,10 +61,10 @@ def test_bytes_without_their_scale_are_refused(tmp_path: Path) -> None:
     del tensors["layers.0.fc1.weight.scale"]
     write_safetensors(tmp_path / "b.safetensors", tensors, metadata)
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight\.scale"):
-        load_canonical(tmp_path / "b.safetensors")
+        load_checkpoint(tmp_path / "b.safetensors")
     ffn = SMALL.ffn_dim  # one scale a column is how int8 was stored before
     for shape, message in (((3, ffn), "wrong shape"), ((ffn,), "convert the original again")):
         tensors["layers.0.fc1.weight.scale"] = StoredTensor(np.ones(shape, np.float32))
         write_safetensors(tmp_path / "c.safetensors", tensors, metadata)
         with pytest.raises(CheckpointError, match=message):
-            load_canonical(tmp_path / "c.safetensors")
+            load_checkpoint(tmp_path / "c.safetensors")

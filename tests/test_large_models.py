@@ -8,42 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from numpyesm.config import PRESETS, ModelConfig, preset_name
+from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError
-from numpyesm.weights import calibration, convert, load_checkpoint
+from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 mk = pytest.importorskip("make_checkpoints")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 TINY = mk.TINY
+SIX = ModelConfig(num_layers=6, embed_dim=160, num_heads=20, ffn_dim=640)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An 8M model as fair-esm writes large ones, and in shards."""
+    """A model as fair-esm writes large ones, and in shards."""
     folder = tmp_path_factory.mktemp("sources")
-    model = mk.fair_esm_model(PRESETS["esm2-8m"])
-    write_shards(folder / "hf", model, "bin", PRESETS["esm2-8m"])
+    model = mk.fair_esm_model(SIX)
+    write_shards(folder / "hf", model, "bin", SIX)
     mk.write_fair_esm(folder / "m.pt", model.half())
-    save_canonical(folder / "canonical.safetensors", random_checkpoint(PRESETS["esm2-8m"]))
+    save_canonical(folder / "canonical.safetensors", random_checkpoint(SIX))
     return folder
-
-
-def test_presets() -> None:
-    assert preset_name("facebook/esm2_t36_3B_UR50D") == "esm2-3b"
-    assert preset_name("esm2_t48_15B_UR50D") == "esm2-15b"
-    assert PRESETS["esm2-3b"] == ModelConfig(36, 2560, 40, 10240)
-    assert PRESETS["esm2-15b"] == ModelConfig(48, 5120, 40, 20480)
-
-
-def test_half_precision_of_fair_esm_becomes_float32(tmp_path: Path) -> None:
-    """The 3B and 15B checkpoints are stored so."""
-    model = mk.fair_esm_model().half()
-    wide = convert(mk.write_fair_esm(tmp_path / "m.pt", model), tmp_path / "wide.safetensors").checkpoint
-    assert wide.precision == "fp32"
-    mk.expect_same_model(wide, model.float())
 
 
 def write_shards(folder: Path, model: object, ending: str, config: ModelConfig = TINY) -> Path:
@@ -96,14 +83,9 @@ def test_shards(tmp_path: Path, ending: str) -> None:
     assert not output.exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("source", ["m.pt", "hf", "canonical.safetensors"])
-def test_conversion_holds_a_few_matrices_at_a_time(
-    sources: Path, tmp_path: Path, source: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What goes through the model is as large for few layers as for many, and larger than all of this one.
-    monkeypatch.setattr(calibration, "calibration_sequences", lambda: ["MKTAYIAKQR", "GLDALQITV"])
-    total = PRESETS["esm2-8m"].num_layers * 12 * 320**2 * 4
+@pytest.mark.parametrize(("source", "precision"), [("m.pt", "fp32"), ("hf", "bf16"), ("canonical.safetensors", "fp16")])
+def test_conversion_holds_a_few_matrices_at_a_time(sources: Path, tmp_path: Path, source: str, precision: str) -> None:
+    total = SIX.num_layers * 12 * SIX.embed_dim**2 * 4
     tracemalloc.start()
     try:
         convert(sources / source, tmp_path / "c.safetensors", dtype=precision)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from numpyesm.cli import main
-from numpyesm.config import PRESETS
+from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import cache_dir, find_local, open_weights, resolve, save_canonical
-from numpyesm.weights.checkpoint import Checkpoint
+from numpyesm.weights.cache import PINNED_COMMITS
 from numpyesm.weights.synthetic import synthetic_checkpoint
+
+TINY = {"esm2-8m": ModelConfig(2, 40, 20, 160), "esm2-35m": ModelConfig(3, 40, 20, 160)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_presets():
+    """Published models are tiny here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, config in TINY.items():
+            patch.setitem(PRESETS, name, config)
+        yield
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, quick_calibration):
     """A real-looking 8M file and a synthetic one."""
     folder = tmp_path_factory.mktemp("models")
     synthetic = synthetic_checkpoint("esm2-8m")
     save_canonical(folder / "synthetic.safetensors", synthetic)
-    save_canonical(folder / "real.safetensors", Checkpoint(PRESETS["esm2-8m"], synthetic.tensors, source="official"))
+    save_canonical(folder / "real.safetensors", replace(synthetic, synthetic=False, source="official"))
     return folder
 
 
@@ -60,17 +71,14 @@ def test_order_of_places(tmp_path, models, monkeypatch):
     assert open_weights("esm2_t6_8M_UR50D").source == "official"
 
 
-@pytest.mark.parametrize("name", ["esm2-8m", "esm2-8m-fp16", "esm2-8m-bf16", "esm2_t6_8M_UR50D"])
-def test_file_names(tmp_path, models, name):
+@pytest.mark.parametrize(
+    "name",
+    ["esm2-8m", "esm2-8m-fp16", "esm2-8m-bf16", "esm2_t6_8M_UR50D", "esm2-8m/anything", "esm2_t6_8M_UR50D/anything"],
+)
+def test_names_of_files_and_folders(tmp_path, models, name):
     path = put(models, tmp_path / "weights" / f"{name}.safetensors")
-    assert find_local("esm2-8m") == path
+    assert find_local("esm2-8m") == (path.parent if "/" in name else path)
     assert find_local("esm2-35m") is None
-
-
-@pytest.mark.parametrize("name", ["esm2_t6_8M_UR50D", "esm2-8m"])
-def test_subfolders(tmp_path, models, name):
-    put(models, tmp_path / "weights" / name / "anything.safetensors")
-    assert find_local("esm2-8m") == tmp_path / "weights" / name
     assert open_weights("esm2-8m").config.name == "esm2-8m"
 
 
@@ -100,19 +108,16 @@ def test_variable_that_is_empty(monkeypatch, models, tmp_path):
             use("esm2-8m")
 
 
-@pytest.mark.parametrize("arguments", [["encode", "MKT"], ["verify"], ["info"], ["score", "MKT", "x.csv"]])
-def test_weights_option_that_is_empty(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--weights", ""])
-    assert caught.value.code == 2
-    assert "--weights" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [["demo"], ["encode", "MKT"], ["info"], ["verify"]])
-def test_no_command_passes_over_the_variable(tmp_path, monkeypatch, capsys, command):
+@pytest.mark.parametrize("command", [["encode", "MKT"], ["verify"], ["info"], ["demo"], ["score", "MKT", "x.csv"]])
+def test_no_command_passes_over_what_is_named(tmp_path, monkeypatch, capsys, command):
+    if command != ["demo"]:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--weights", ""])
+        assert "--weights" in capsys.readouterr().err
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "none"))
-    assert main(command) == 1
-    assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
+    if command[0] != "score":
+        assert main(command) == 1
+        assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
 
 
 def test_variable_that_names_another_model(models, monkeypatch):
@@ -140,16 +145,9 @@ def test_synthetic_weights_are_never_found_by_a_real_name(tmp_path, models, monk
     real.unlink()
     with pytest.raises(WeightsNotFound):
         resolve("esm2-8m")
-    # named expressly, they are taken, and say what they are
+    # named explicitly, they are taken, and say what they are
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(models / "synthetic.safetensors"))
     assert open_weights("esm2-8m").synthetic
-
-
-def test_synthetic_specs():
-    assert resolve("synthetic") == "synthetic:esm2-35m:0"
-    assert open_weights("synthetic:esm2-8m:3").source == "synthetic:esm2-8m:3"
-    with pytest.raises(InvalidOption):
-        resolve("synthetic:nonsense")
 
 
 @pytest.mark.parametrize(
@@ -160,9 +158,11 @@ def test_paths_that_do_not_exist_are_named(spec):
         resolve(spec)
 
 
-def test_unknown_names():
+def test_other_specs():
     with pytest.raises(WeightsNotFound, match="'esm2-4b' is no known model"):
         resolve("esm2-4b")
+    assert resolve("synthetic") == "synthetic:esm2-35m:0"
+    assert open_weights("synthetic:esm2_t6_8M_UR50D:7").source == "synthetic:esm2-8m:7"
 
 
 @pytest.mark.parametrize("name", ["esm2-35m", "someone/model"])
@@ -186,14 +186,13 @@ def hub_download(folder, commit, content, main=True):
         path.parent.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(content)
     (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
-    (snapshot / "config.json").write_text(json.dumps(HUGGING_FACE_8M))
+    (snapshot / "config.json").write_text('{"num_attention_heads": 20}')
     if main:
         (snapshot.parents[1] / "refs" / "main").write_text(commit)
     return snapshot
 
 
-HUGGING_FACE_8M = {"hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 20, "intermediate_size": 1280}
-PINNED = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
+PINNED = PINNED_COMMITS["esm2-8m"]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +200,7 @@ def official(tmp_path_factory):
     """(bytes of a model.safetensors, bytes of an `esm2_t6_8M_UR50D.pt`, its regression), of one model."""
     mk = pytest.importorskip("make_checkpoints")
     folder = tmp_path_factory.mktemp("official")
-    model = mk.fair_esm_model(PRESETS["esm2-8m"])
+    model = mk.fair_esm_model(TINY["esm2-8m"])
     mk.write_hugging_face(folder, mk.hugging_face_state(model))
     mk.write_fair_esm(folder / "m.pt", model)
     names = ("model.safetensors", "m.pt", "m-contact-regression.pt")

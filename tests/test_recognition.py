@@ -19,6 +19,7 @@ from numpyesm.weights import convert, load_checkpoint
 
 mk = pytest.importorskip("make_checkpoints")
 torch = mk.torch
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 MODEL = mk.fair_esm_model()
 OTHER = mk.fair_esm_model(seed=1)
@@ -148,7 +149,7 @@ def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save(folder / "adapter_model.safetensors", {"base_model.model.esm.x.lora_A.weight": torch.ones(2)})
     for place in (folder, folder / "model.safetensors"):
-        with pytest.warns(UserWarning, match=r"adapter_config\.json .*its adapter is not applied"):
+        with pytest.warns(UserWarning, match=r"adapter_config\.json is beside the weights: its adapter is not applied"):
             mk.expect_same_model(load_checkpoint(place), MODEL)
 
 
@@ -191,6 +192,7 @@ IA3 = {"base_model.model.esm.encoder.layer.0.attention.self.key.ia3_l": torch.on
 ESM_C = {"embed.weight": torch.ones(64, 40), "transformer.blocks.0.attn.layernorm_qkv.1.weight": torch.ones(120, 40)}
 WORDS = "esm.embeddings.word_embeddings.weight"
 LEARNED = {k: v for k, v in fair_esm().items() if "inv_freq" not in k} | {"embed_positions.weight": torch.ones(9, 40)}
+ANGLES = [f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq" for layer in (0, 1)]
 REFUSED: dict[str, tuple[State, str]] = {
     "two trunks": (fair_esm("student.") | fair_esm("teacher.", OTHER), r"two ESM-2 .*'student\.' and 'teacher\.'"),
     "two families": (fair_esm("a.") | hugging_face("b.", OTHER), r"two ESM-2 .*'a\.' and 'b\.esm\.'"),
@@ -233,6 +235,24 @@ REFUSED: dict[str, tuple[State, str]] = {
     "wrong shape": (fair_esm() | {"layers.1.fc2.bias": torch.ones(41)}, r"shape \(41,\), expected \(40,\)"),
     "infinite": (fair_esm() | {"layers.0.fc1.bias": torch.full((160,), float("inf"))}, "NaN or infinite"),
     "integers": (fair_esm() | {"layers.0.fc1.bias": torch.ones(160, dtype=torch.long)}, "stored as I64"),
+    "frequencies that disagree": (hugging_face() | {ANGLES[1]: torch.full((1,), 0.5)}, "different rotary frequencies"),
+    "frequencies of a wrong length": (hugging_face() | {ANGLES[1]: torch.ones(2)}, r"shape \(2,\), expected \(1,\)"),
+    "frequencies that are not finite": (
+        hugging_face() | {ANGLES[1]: torch.full((1,), float("nan"))},
+        "NaN or infinite",
+    ),
+    "frequencies in integers": (hugging_face() | {ANGLES[1]: torch.ones(1, dtype=torch.long)}, "stored as I64"),
+    "a layer without frequencies": (
+        {k: v for k, v in hugging_face().items() if k != ANGLES[1]},
+        r"but none under 'encoder\.layer\.1\.'",
+    ),
+    **{
+        f"a frequency of {value}": (
+            hugging_face() | dict.fromkeys(ANGLES, torch.full((1,), float(value))),
+            rf"frequency of {value} .*expected \(0, 1\]",
+        )
+        for value in ("0", "-0.5", "1.5")
+    },
     "two biases": (hugging_face() | {"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
 }
 
@@ -243,7 +263,7 @@ def test_everything_else_has_its_sentence(tmp_path: Path, name: str, suffix: str
     state, message = REFUSED[name]
     if suffix == ".safetensors" and not all(isinstance(key, str) for key in state):
         pytest.skip("safetensors has string keys only")
-    path = save(tmp_path / "folder" / f"model{suffix}", state)
+    path = save(tmp_path / "folder" / f"model{suffix}", {name: tensor.clone() for name, tensor in state.items()})
     for place in (path, path.parent):
         with pytest.raises(CheckpointError, match=message) as caught:
             load_checkpoint(place)

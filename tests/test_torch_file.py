@@ -21,8 +21,6 @@ from numpyesm.weights.torch_file import read_torch
 
 torch = pytest.importorskip("torch")
 
-REGRESSION = Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt"
-
 
 def rewrite(source, target, *, change=None, compression=zipfile.ZIP_STORED, prefix=None):
     """Copy a zip entry by entry; `change` maps names (without folder) to new content or None."""
@@ -42,16 +40,6 @@ def saved(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"a": torch.arange(6.0).reshape(2, 3), "n": {"b": torch.ones(4, dtype=torch.float64)}}, path)
     return path
-
-
-def test_the_real_contact_regression():
-    tensors = read_torch(REGRESSION)["model"]
-    weight = tensors["contact_head.regression.weight"].raw
-    assert weight.shape == (1, 240)
-    assert np.count_nonzero(weight) == 61
-    assert tensors["contact_head.regression.bias"].raw[0] == pytest.approx(-4.7618, abs=1e-4)
-    theirs = torch.load(REGRESSION, weights_only=True)["model"]["contact_head.regression.weight"].numpy()
-    np.testing.assert_array_equal(weight, theirs)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +101,9 @@ def test_no_flipped_bit_changes_a_number(tmp_path, saved):
     expected = np.arange(6.0).reshape(2, 3)
     flipped = tmp_path / "flipped.pt"
     refused = 0
-    for position in range(len(whole)):
+    for position in range(0, len(whole), 2):
         content = bytearray(whole)
-        content[position] ^= 1 << position % 8
+        content[position] ^= 1 << position // 2 % 8
         flipped.write_bytes(content)
         try:
             result = read_torch(flipped)
@@ -124,7 +112,11 @@ def test_no_flipped_bit_changes_a_number(tmp_path, saved):
             continue
         np.testing.assert_array_equal(result["a"].raw, expected)  # padding, dates and the like were hit
         np.testing.assert_array_equal(result["n"]["b"].raw, np.ones(4))
-    assert refused > 300
+    assert refused > 150
+
+
+# A tuple of a tuple ..., each element twice, handed through a function that is known, as a key.
+LAUGHS = b"\x80\x02}ctorch._utils\n_rebuild_parameter\n()" + b"q\x00h\x00\x86" * 9 + b"\x89}tRNs."
 
 
 @pytest.mark.parametrize(
@@ -137,17 +129,13 @@ def test_no_flipped_bit_changes_a_number(tmp_path, saved):
         ({"data/0": bytes(4000)}, "another size"),
         ({"byteorder": b"big"}, "big-endian"),
         ({"data.pkl": b"garbage"}, "damaged or not a pickle"),
+        ({"data.pkl": LAUGHS}, "a key is not allowed"),
         ({"data.pkl": bytes(5 << 20)}, "much more than a model"),
-        ({"version": b"3\n", "data.pkl": b"\x80\x02}."}, None),
     ],
 )
 def test_wrong_entries(tmp_path, saved, change, message):
-    path = rewrite(saved, tmp_path / "y.pt", change=change)
-    if message is None:
-        assert read_torch(path) == {}
-        return
     with pytest.raises(CheckpointError, match=message):
-        read_torch(path)
+        read_torch(rewrite(saved, tmp_path / "y.pt", change=change))
 
 
 def pickled(storage_count, offset, shape, strides, key="0", kind="FloatStorage"):
@@ -201,8 +189,6 @@ def test_zip_bombs(tmp_path, saved):
 
 def test_old_formats_say_how_to_resave(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="re-save it"):
-        read_torch(tmp_path / "old.pt")
     with pytest.raises(CheckpointError, match="re-save it"):
         load_checkpoint(tmp_path / "old.pt")
 
@@ -271,12 +257,9 @@ def test_state_set_on_a_tensor_is_refused(tmp_path, saved):
 
 def test_a_training_checkpoint_is_data(tmp_path):
     model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(3)).sum().backward()
-    optimizer.step()
     content = {
         "state_dict": model.state_dict(),
-        "optimizer_states": [optimizer.state_dict()],
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 3)}}}],
         "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {"best": np.float64(1.5), "path": Path("a/b.ckpt")}},
         "hyper_parameters": Namespace(lr=1e-3, deep=collections.Counter("aab"), device=torch.device("cpu")),
         "rng": torch.get_rng_state(),

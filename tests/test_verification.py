@@ -19,6 +19,7 @@ from numpyesm.weights.checkpoint import FREQUENCIES, Checkpoint, computed_freque
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 SHAPE = ModelConfig(num_layers=3, embed_dim=64, num_heads=4, ffn_dim=256)
 SEQUENCES = ["MKTFFVLVLLLSGALAAPVA" * 4, "GLDALQITV"]
 OUTPUTS = {"mean": "embeddings", "bos": "bos_embeddings", "per_token": "per_token_embeddings"}

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from numpyesm import ESM2, SyntheticWeightsWarning
-from numpyesm.weights import convert
+from numpyesm import ESM2
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,91 +64,49 @@ builtins.open = open_without_proc
 """
 
 
-def run(code: str) -> object:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITS + code], capture_output=True, text=True, timeout=200, cwd=ROOT, env=None
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return convert("synthetic:esm2-8m", tmp_path_factory.mktemp("weights") / "w.safetensors").path
-
-
-def test_every_module_of_the_numpy_path_can_be_imported() -> None:
-    code = """
+# Everything in one process; each line that it prints is an answer.
+CODE = """
 import json, pkgutil, importlib, numpyesm
+from numpyesm import ESM2, MissingExtra
 skipped = ("numba_", "service", "cli.serve", "cli.embed", "bulk", "compat", "hub", "sklearn", "ray", "serve")
 for module in pkgutil.walk_packages(numpyesm.__path__, "numpyesm.", onerror=lambda name: None):
     if not any(part in module.name for part in skipped) and module.name != "numpyesm.__main__":
         importlib.import_module(module.name)
-print(json.dumps(sorted({"numba", "ctypes", "multiprocessing", "ssl"} & set(sys.modules))))
-"""
-    assert run(code) == []
-
-
-@pytest.mark.parametrize(("source", "threads"), [("file", None), ("synthetic", 4)])
-def test_a_forward_pass_gives_the_same_numbers(weights, source, threads) -> None:
-    spec = str(weights) if source == "file" else "synthetic:esm2-8m"
-    code = f"""
-import json
-from numpyesm import ESM2
-model = ESM2.from_pretrained({spec!r}, threads={threads})
-assert model.backend == "numpy"
-result = model.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
-masked = model.predict(["MK<mask>F"])[0]
-print(json.dumps([result.embeddings[6].tolist(), result.contacts.tolist(), result.logits.tolist(),
-                  masked.logits.tolist(), float(model.log_prob(["MKT"])[0])]))
-"""
-    found = run(code)
-    with pytest.warns(SyntheticWeightsWarning):
-        model = ESM2.from_pretrained(str(weights), backend="numpy", threads=1)
-    expected = model.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
-    logits, scores = model.predict(["MK<mask>F"])[0].logits, model.log_prob(["MKT"])
-    for a, b in zip(
-        found, [expected.embeddings[6], expected.contacts, expected.logits, logits, scores[0]], strict=True
-    ):
-        np.testing.assert_allclose(np.float64(a), b, rtol=2e-5, atol=2e-5)
-
-
-def test_max_memory_works_without_proc(weights) -> None:
-    code = f"""
-import json
-from numpyesm import ESM2
-model = ESM2.from_pretrained({str(weights)!r}, max_memory="500M")
-print(json.dumps(len(model.encode(["MKT"])[0].embeddings[6])))
-"""
-    assert run(code) == 320
-
-
-def test_numba_is_missing_with_a_name() -> None:
-    """numba is asked for by name: an error of ours, not a traceback from inside."""
-    code = """
-import json
-from numpyesm import ESM2, MissingExtra
+answers = {"imported": sorted({"numba", "ctypes", "multiprocessing", "ssl"} & set(sys.modules))}
+for name, options in (("file", {}), ("four threads", {"threads": 4}), ("limit", {"max_memory": "500M"})):
+    model = ESM2.from_pretrained(sys.argv[1], **options)
+    assert model.backend == "numpy"
+    result = model.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
+    answers[name] = [result.embeddings[3].tolist(), result.contacts.tolist(), result.logits.tolist(),
+                     model.predict(["MK<mask>F"])[0].logits.tolist(), float(model.log_prob(["MKT"])[0])]
 try:
-    ESM2.from_pretrained("synthetic:esm2-8m", backend="numba")
+    ESM2.from_pretrained(sys.argv[1], backend="numba")
 except MissingExtra as error:
-    print(json.dumps(str(error)))
+    answers["numba"] = str(error)
+print(json.dumps(answers))
 """
-    assert "pip install" in str(run(code))
 
 
-def test_the_wheel_is_pure_python(tmp_path) -> None:
-    """One wheel for every platform, Pyodide's micropip included."""
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    new_enough = "import setuptools; assert int(setuptools.__version__.split('.')[0]) >= 77"
-    if subprocess.run([sys.executable, "-c", new_enough], capture_output=True).returncode:
-        pip.remove("--no-build-isolation")
-    done = subprocess.run([*pip, str(ROOT)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        assert not [n for n in archive.namelist() if n.endswith((".so", ".pyd", ".dylib", ".nbi", ".nbc"))]
-        assert "numpyesm/serverless/function.py" in archive.namelist()
-        assert b"Root-Is-Purelib: true" in archive.read(
-            next(n for n in archive.namelist() if n.endswith(".dist-info/WHEEL"))
-        )
+@pytest.fixture(scope="module")
+def answers(small_file: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", LIMITS + CODE, small_file], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_module_of_the_numpy_path_can_be_imported(answers: dict[str, Any]) -> None:
+    assert answers["imported"] == []
+
+
+def test_a_forward_pass_gives_the_same_numbers(answers: dict[str, Any], loaded: ESM2) -> None:
+    result = loaded.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
+    masked, scores = loaded.predict(["MK<mask>F"])[0].logits, loaded.log_prob(["MKT"])
+    expected = [result.embeddings[3], result.contacts, result.logits, masked, scores[0]]
+    for name in ("file", "four threads", "limit"):
+        for a, b in zip(answers[name], expected, strict=True):
+            np.testing.assert_allclose(np.float64(a), b, rtol=2e-5, atol=2e-5)
+
+
+def test_numba_is_missing_with_a_name(answers: dict[str, Any]) -> None:
+    """Asked for by name, it is an error of ours, not a traceback from inside."""
+    assert "pip install" in answers["numba"]

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import cache_dir as cache_dir
-    from .canonical import load_canonical as load_canonical
     from .canonical import save_canonical as save_canonical
     from .checkpoint import Checkpoint as Checkpoint
-    from .conversion import Conversion as Conversion
     from .conversion import convert as convert
     from .hub import fetch as fetch
     from .load import load_checkpoint as load_checkpoint
@@ -24,20 +22,22 @@ if TYPE_CHECKING:
     from .synthetic import parse_synthetic as parse_synthetic
     from .synthetic import synthetic_checkpoint as synthetic_checkpoint
 
-_NAMES = {
-    "cache": ("cache_dir",),
-    "canonical": ("load_canonical", "save_canonical"),
-    "checkpoint": ("Checkpoint",),
-    "conversion": ("Conversion", "convert"),
-    "hub": ("fetch",),
-    "load": ("load_checkpoint",),
-    "locate": ("find_local", "open_weights", "resolve"),
-    "synthetic": ("parse_synthetic", "synthetic_checkpoint"),
+_HOMES = {
+    "cache_dir": "cache",
+    "save_canonical": "canonical",
+    "Checkpoint": "checkpoint",
+    "convert": "conversion",
+    "fetch": "hub",
+    "load_checkpoint": "load",
+    "find_local": "locate",
+    "open_weights": "locate",
+    "resolve": "locate",
+    "parse_synthetic": "synthetic",
+    "synthetic_checkpoint": "synthetic",
 }
 
 
 def __getattr__(name: str) -> Any:
-    home = next((module for module, names in _NAMES.items() if name in names), None)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{home}", __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

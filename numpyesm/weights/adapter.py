@@ -1,4 +1,4 @@
-"""LoRA adapters of peft, merged into their base: only the matrices that they touch are made anew.
+"""LoRA adapters of peft, merged into their base: only the matrices that they change are computed.
 
 A module `m` with weight W (out, in) becomes W + s·B·A with A (r, in), B (out, r) and s = alpha / r or, for rsLoRA,
 alpha / √r. Modules that were trained whole (`modules_to_save`, biases) replace those of the base.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import PRESETS, Classifier, ModelConfig, preset_name
+from ..config import PRESETS, Classifier, preset_name
 from ..errors import CheckpointError
 from ..files import same_file
 from ..printable import quoted
@@ -132,7 +132,7 @@ def read_adapter(folder: Path) -> Adapter:
     refused = None if kind == "LORA" else _KINDS.get(kind, kind[:40])
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        refused = f"LoRA begun as {start[:40]}, which changes its base"
+        refused = f"LoRA started as {start[:40]}, which changes its base"
     refused = next((name for key, name in _VARIANTS.items() if config.get(key)), refused)
     if refused:
         raise CheckpointError(f"{folder} is an adapter of {refused}; numpyesm merges LoRA and rsLoRA")
@@ -165,7 +165,11 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
     changes = _changes(adapter)
     classifier, head = _classifier(checkpoint, adapter, changes)
     config = replace(checkpoint.config, classifier=classifier)
-    places = _places(config)
+    places = {
+        module: (ours, part, len(modules))
+        for ours, modules in NAMING.parts(config).items()
+        for part, module in enumerate(modules)
+    }
     tensors = {n: t for n, t in checkpoint.tensors.items() if head is None or not n.startswith(CLASSIFIER)}
     tensors |= head or {}
     for module, change in changes.items():
@@ -175,19 +179,18 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
             raise CheckpointError(
                 f"{adapter.origin} adapts {quoted(module)}, which is not a linear map or norm of ESM-2"
             )
-        ours, part = places[module]
+        ours, part, parts = places[module]
         if ours == "contact_head" and not checkpoint.has_contact_head:
             continue
         for kind in filter(change.touches, ("weight", "bias")):
             target = f"{ours}.{kind}"
             if target not in tensors:
                 raise CheckpointError(f"{adapter.origin} adapts {quoted(module)}, which {base} does not have")
-            width = config.embed_dim
-            columns = slice(None) if part is None else slice(part * width, (part + 1) * width)
-            shape = tensors[target].shape if part is None else (*tensors[target].shape[:-1], width)
-            if not change.fits(kind, shape):
+            *rows, columns = tensors[target].shape
+            share = columns // parts
+            if not change.fits(kind, (*rows, share)):
                 raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has another size")
-            tensors[target] = _changed(tensors[target], kind, columns, change)
+            tensors[target] = _changed(tensors[target], kind, slice(part * share, (part + 1) * share), change)
     source = f"{checkpoint.source} + {Path(adapter.origin).name}"
     return replace(
         checkpoint, config=config, tensors=tensors, source=source, source_sha256="", metadata={}, base=checkpoint
@@ -270,30 +273,6 @@ def _scale(adapter: Adapter, module: str, a: Array) -> float:
     return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank) if rank else 0.0
 
 
-def _places(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """Canonical name of each linear map and norm by transformers' name; which third, if it is a part of `qkv`."""
-    places: dict[str, tuple[str, int | None]] = {
-        NAMING.final_norm: ("final_norm", None),
-        "lm_head.dense": ("lm_head.dense", None),
-        NAMING.lm_norm: ("lm_head.norm", None),
-        "contact_head.regression": ("contact_head", None),
-    }
-    if config.classifier is not None:
-        token = config.classifier.head == "token"
-        places |= (
-            {"classifier": ("classifier.out_proj", None)}
-            if token
-            else {f"classifier.{part}": (f"classifier.{part}", None) for part in ("dense", "out_proj")}
-        )
-    for index in range(config.num_layers):
-        theirs, ours = NAMING.layer(index), f"layers.{index}."
-        for part, name in enumerate((NAMING.query, NAMING.key, NAMING.value)):
-            places[theirs + name] = (ours + "qkv", part)
-        for name in ("attention_norm", "out_proj", "ffn_norm", "fc1", "fc2"):
-            places[theirs + getattr(NAMING, name)] = (ours + name, None)
-    return places
-
-
 def _changed(tensor: StoredTensor, kind: str, columns: slice, change: _Change) -> StoredTensor:
     """A tensor of the base with a change; a matrix is made when its numbers are asked for."""
 
@@ -321,8 +300,7 @@ def _classifier(
     theirs = checkpoint.config.classifier
     if f"{CLASSIFIER}weight" not in found and f"{CLASSIFIER}out_proj.weight" not in found:
         return theirs, None
-    beside = Path(adapter.origin, "config.json")
-    config = read_config(beside) if beside.is_file() else {}
+    config = read_config(Path(adapter.origin, "config.json"))
     mapping = adapter.config.get("auto_mapping")
     stated = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     architecture = _TASKS.get(str(adapter.config.get("task_type")), stated)
@@ -336,10 +314,5 @@ def _classifier(
             labels=ours.labels if config["id2label"] else theirs.labels,
             problem_type=ours.problem_type if config["problem_type"] else theirs.problem_type,
         )
-    zeros = {n: StoredTensor(np.zeros(s, np.float32)) for n, s in _head_shapes(checkpoint.config, ours).items()}
-    return ours, zeros
-
-
-def _head_shapes(config: ModelConfig, classifier: Classifier) -> dict[str, tuple[int, ...]]:
-    shapes = canonical_shapes(replace(config, classifier=classifier))
-    return {name: shape for name, shape in shapes.items() if name.startswith(CLASSIFIER)}
+    shapes = canonical_shapes(replace(checkpoint.config, classifier=ours))
+    return ours, {n: StoredTensor(np.zeros(s, np.float32)) for n, s in shapes.items() if n.startswith(CLASSIFIER)}

@@ -7,7 +7,6 @@ Both store matrices as (out_features, in_features).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ import numpy.typing as npt
 from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
-from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, computed_frequencies
+from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
 from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, DeferredTensor, StoredTensor
+
+_ALWAYS_FLOAT32 = ("contact_head", CLASSIFIER)  # small and sensitive
 
 
 def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConfig:
@@ -70,15 +71,7 @@ def _matrix_shape(tensors: Tensors, name: str, origin: str) -> tuple[int, int]:
     return shape
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """The canonical tensors of a model, and how its matrices are stored: `fp32`, `fp16` or `bf16`."""
-
-    tensors: dict[str, StoredTensor]
-    precision: str
-
-
-def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
+def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Checkpoint:
     """Convert all tensors of a model to the canonical layout; matrices of layers when they are used.
 
     Raises
@@ -89,7 +82,8 @@ def assemble(model: Model, config: ModelConfig, origin: str) -> Assembled:
     assembler = _Assembler(model, config, origin)
     tensors = assembler.assemble()
     assembler.check_unused()
-    return Assembled(tensors, next(name for name, dtype in FLOAT_DTYPES.items() if dtype == assembler.storage))
+    precision = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == assembler.storage)
+    return Checkpoint(config, tensors, source=source, precision=precision)
 
 
 class _Assembler:
@@ -105,43 +99,49 @@ class _Assembler:
             {
                 name: tensor
                 for name, tensor in model.tensors.items()
-                if not name.startswith(("contact_head.", CLASSIFIER)) and not name.endswith(model.naming.ignored)
+                if not name.startswith(_ALWAYS_FLOAT32) and not name.endswith(model.naming.ignored)
             }
         )
 
     def assemble(self) -> dict[str, StoredTensor]:
-        naming, width, ffn = self.naming, self.config.embed_dim, self.config.ffn_dim
-        embedding = self.array(self.embedding_name(), (VOCAB_SIZE, width))
+        shapes = canonical_shapes(self.config)
+        embedding = self.array(self.embedding_name(), shapes["embed_tokens.weight"])
         result = {"embed_tokens.weight": StoredTensor(np.ascontiguousarray(embedding), self.storage)}
-        for index in range(self.config.num_layers):
-            theirs, ours = naming.layer(index), f"layers.{index}."
-            result |= self.norm(ours + "attention_norm", theirs + naming.attention_norm)
-            heads = [theirs + part for part in (naming.query, naming.key, naming.value)]
-            result |= self.linear(ours + "qkv", heads, width, width)
-            result |= self.linear(ours + "out_proj", [theirs + naming.out_proj], width, width)
-            result |= self.norm(ours + "ffn_norm", theirs + naming.ffn_norm)
-            result |= self.linear(ours + "fc1", [theirs + naming.fc1], width, ffn)
-            result |= self.linear(ours + "fc2", [theirs + naming.fc2], ffn, width)
-            result[ours + "fc2.weight"].release()  # whose file is the whole layer's: every number has been looked at
-        result |= self.norm("final_norm", naming.final_norm)
-        if f"{LM_DENSE}.weight" in self.tensors:
-            result |= self.linear("lm_head.dense", [LM_DENSE], width, width)
-            result |= self.norm("lm_head.norm", naming.lm_norm)
+        absent = tuple(
+            head
+            for head, sign in (("lm_head.", LM_DENSE), ("contact_head", CONTACT_REGRESSION))
+            if f"{sign}.weight" not in self.tensors
+        )
+        for ours, theirs in self.naming.parts(self.config).items():
+            if not ours.startswith(absent):
+                result |= self.part(ours, theirs, shapes[f"{ours}.weight"])
+        if "lm_head." not in absent:
             result["lm_head.bias"] = self.lm_bias()
             result |= self.untied_decoder(embedding)
-        if f"{CONTACT_REGRESSION}.weight" in self.tensors:
-            maps = self.config.num_layers * self.config.num_heads
-            weight = self.array(f"{CONTACT_REGRESSION}.weight", (1, maps), "F32")
-            result["contact_head.weight"] = StoredTensor(np.ascontiguousarray(weight.reshape(maps)))
-            result["contact_head.bias"] = self.vector(f"{CONTACT_REGRESSION}.bias", 1)
-        if self.config.classifier is not None:
-            labels, last = len(self.config.classifier.labels), "classifier"
-            if self.config.classifier.head == "sequence":
-                result |= self.linear("classifier.dense", ["classifier.dense"], width, width, "F32")
-                last = "classifier.out_proj"
-            result |= self.linear("classifier.out_proj", [last], width, labels, "F32")
         result[FREQUENCIES] = StoredTensor(self.frequencies())
         return result
+
+    def part(self, ours: str, theirs: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+        """Convert a linear map, the three of query, key and value as one, or a norm; `shape` is the canonical one."""
+        outputs = shape[-1] // len(theirs)
+        biases = [self.array(f"{name}.bias", (1 if ours == "contact_head" else outputs,), "F32") for name in theirs]
+        bias = {f"{ours}.bias": StoredTensor(np.concatenate(biases))}
+        if len(shape) == 1:
+            stored = (1, *shape) if ours == "contact_head" else shape
+            weight = self.array(f"{theirs[0]}.weight", stored, "F32")
+            return bias | {f"{ours}.weight": StoredTensor(np.ascontiguousarray(weight.reshape(shape)))}
+        storage = "F32" if ours.startswith(_ALWAYS_FLOAT32) else self.storage
+        sources = [self.checked(f"{name}.weight", (outputs, shape[0])) for name in theirs]
+
+        def join() -> npt.NDArray[Any]:
+            joined = np.empty(shape, STORAGE_DTYPES[storage])
+            for index, source in enumerate(sources):
+                joined[:, index * outputs : (index + 1) * outputs] = source.stored_as(storage).raw.T
+            return joined
+
+        joined = DeferredTensor(shape, storage, join, sources)
+        joined.release()  # every number has been looked at
+        return bias | {f"{ours}.weight": joined}
 
     def embedding_name(self) -> str:
         """The embedding, or the decoder tied to it where a writer has dropped the second of two equal tensors."""
@@ -160,12 +160,11 @@ class _Assembler:
     def lm_bias(self) -> StoredTensor:
         """The LM head's bias, which some writers store a second time or only as that of the decoder."""
         again = "lm_head.decoder.bias"
-        if again not in self.tensors:
-            return self.vector(LM_BIAS, VOCAB_SIZE)
-        bias = self.vector(again, VOCAB_SIZE)
-        if LM_BIAS in self.tensors and not np.array_equal(self.vector(LM_BIAS, VOCAB_SIZE).raw, bias.raw):
+        names = [name for name in (LM_BIAS, again) if name in self.tensors] or [LM_BIAS]
+        first, *others = (self.array(name, (VOCAB_SIZE,), "F32") for name in names)
+        if not all(np.array_equal(other, first) for other in others):
             raise CheckpointError(f"{self.origin} has two LM head biases that differ")
-        return bias
+        return StoredTensor(np.ascontiguousarray(first))
 
     def frequencies(self) -> npt.NDArray[np.float32]:
         """The rotary frequencies as stored, once or in every layer; computed if the checkpoint has none: (C/2,)."""
@@ -190,29 +189,6 @@ class _Assembler:
                 f"{self.origin} has a rotary frequency of {outside[0]:g} in {quoted(present[0])}, expected (0, 1]"
             )
         return np.ascontiguousarray(first)
-
-    def linear(
-        self, ours: str, theirs: list[str], inputs: int, outputs: int, storage: str | None = None
-    ) -> dict[str, StoredTensor]:
-        """Convert one linear map, or the three of query, key and value as one."""
-        shape, storage = (inputs, outputs * len(theirs)), storage or self.storage
-        parts = [self.checked(f"{name}.weight", (outputs, inputs)) for name in theirs]
-
-        def join() -> npt.NDArray[Any]:
-            joined = np.empty(shape, STORAGE_DTYPES[storage])
-            for index, part in enumerate(parts):
-                joined[:, index * outputs : (index + 1) * outputs] = part.stored_as(storage).raw.T
-            return joined
-
-        bias = np.concatenate([self.array(f"{name}.bias", (outputs,), "F32") for name in theirs])
-        return {f"{ours}.weight": DeferredTensor(shape, storage, join, parts), f"{ours}.bias": StoredTensor(bias)}
-
-    def norm(self, ours: str, theirs: str) -> dict[str, StoredTensor]:
-        width = self.config.embed_dim
-        return {f"{ours}.{part}": self.vector(f"{theirs}.{part}", width) for part in ("weight", "bias")}
-
-    def vector(self, name: str, length: int) -> StoredTensor:
-        return StoredTensor(np.ascontiguousarray(self.array(name, (length,), "F32")))
 
     def array(self, name: str, shape: tuple[int, ...], storage: str | None = None) -> npt.NDArray[Any]:
         """Return one tensor, checked, in the storage dtype."""

@@ -14,9 +14,8 @@ import numpy.typing as npt
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
-from .integrity import verify_at_load, verify_data, verify_files
 from .rounding import LOW, RoundedLayers
-from .safetensors_file import read_safetensors, write_safetensors
+from .safetensors_file import write_safetensors
 from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor, groups_of
 
 FORMAT = "numpyesm"
@@ -73,17 +72,6 @@ def check_dtype(dtype: str) -> None:
         raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
 
 
-def load_canonical(path: str | os.PathLike[str]) -> Checkpoint:
-    """Map a canonical file; numbers are read when they are used, or at once if NUMPYESM_VERIFY=1 asks for checksums."""
-    path = Path(path)
-    if verify_at_load():
-        verify_files([path])
-    tensors, metadata = read_safetensors(path)
-    if verify_at_load() and "data_sha256" in metadata:
-        verify_data(path, metadata["data_sha256"])
-    return checkpoint_from(tensors, metadata, path)
-
-
 def is_canonical(metadata: dict[str, str]) -> bool:
     """Whether a safetensors file with this metadata is numpyesm's own."""
     return metadata.get("format") == FORMAT
@@ -91,8 +79,6 @@ def is_canonical(metadata: dict[str, str]) -> bool:
 
 def checkpoint_from(tensors: dict[str, StoredTensor], metadata: dict[str, str], path: Path) -> Checkpoint:
     """Return the checkpoint in an opened canonical file."""
-    if not is_canonical(metadata):
-        raise CheckpointError(f"{path} is not a numpyesm file; `numpyesm convert` makes one from it")
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         remedy = "convert the original checkpoint again" if version in (None, "1") else "update numpyesm"

@@ -24,7 +24,6 @@ CLASSIFIER = "classifier."  # how the names of a classification head begin
 FREQUENCIES = "rotary.frequencies"
 DECODER = "lm_head.decoder.weight"  # (D, V), only where fine-tuning untied it from the embedding
 
-
 # The matrices of a layer.
 MATRICES = ("qkv", "out_proj", "fc1", "fc2")
 INPUT_MEANS = "input_means."
@@ -49,34 +48,27 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that a canonical file may hold, in file order."""
     width, ffn = config.embed_dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB_SIZE, width)}
+
+    def add(name: str, *shape: int) -> None:
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[-1:]})
+
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}."
-        shapes |= {
-            prefix + "attention_norm.weight": (width,),
-            prefix + "attention_norm.bias": (width,),
-            prefix + "qkv.weight": (width, 3 * width),
-            prefix + "qkv.bias": (3 * width,),
-            prefix + "out_proj.weight": (width, width),
-            prefix + "out_proj.bias": (width,),
-            prefix + "ffn_norm.weight": (width,),
-            prefix + "ffn_norm.bias": (width,),
-            prefix + "fc1.weight": (width, ffn),
-            prefix + "fc1.bias": (ffn,),
-            prefix + "fc2.weight": (ffn, width),
-            prefix + "fc2.bias": (width,),
-        }
+        add(prefix + "attention_norm", width)
+        add(prefix + "qkv", width, 3 * width)
+        add(prefix + "out_proj", width, width)
+        add(prefix + "ffn_norm", width)
+        add(prefix + "fc1", width, ffn)
+        add(prefix + "fc2", ffn, width)
     if config.classifier is not None:
         if config.classifier.head == "sequence":
-            shapes |= {f"{CLASSIFIER}dense.weight": (width, width), f"{CLASSIFIER}dense.bias": (width,)}
-        labels = len(config.classifier.labels)
-        shapes |= {f"{CLASSIFIER}out_proj.weight": (width, labels), f"{CLASSIFIER}out_proj.bias": (labels,)}
+            add(f"{CLASSIFIER}dense", width, width)
+        add(f"{CLASSIFIER}out_proj", width, len(config.classifier.labels))
     if config.whole_layers is None:
-        shapes |= {"final_norm.weight": (width,), "final_norm.bias": (width,)}
+        add("final_norm", width)
+    add("lm_head.dense", width, width)
+    add("lm_head.norm", width)
     return shapes | {
-        "lm_head.dense.weight": (width, width),
-        "lm_head.dense.bias": (width,),
-        "lm_head.norm.weight": (width,),
-        "lm_head.norm.bias": (width,),
         "lm_head.bias": (VOCAB_SIZE,),
         "contact_head.weight": (config.num_layers * config.num_heads,),
         "contact_head.bias": (1,),

@@ -12,12 +12,12 @@ from pathlib import Path
 from ..errors import InvalidOption
 from ..files import file_sha256, same_file
 from .adapter import merged, read_adapter
-from .canonical import check_dtype, load_canonical, save_canonical
+from .canonical import check_dtype, save_canonical
 from .checkpoint import Checkpoint
-from .hugging_face import adapter_file
-from .load import Opened, open_checkpoint
+from .hugging_face import files_of
+from .load import Opened, load_checkpoint, open_checkpoint
 from .reading import reading
-from .synthetic import is_synthetic_spec, synthetic_from_spec
+from .synthetic import is_synthetic_spec, parse_synthetic, synthetic_checkpoint
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,36 @@ def convert(
     if isinstance(source, str) and is_synthetic_spec(source):
         if regression is not None:
             raise InvalidOption("synthetic weights have a contact head of their own: a regression cannot be given")
-        opened = Opened(synthetic_from_spec(source), (), ())
+        opened = Opened(synthetic_checkpoint(*parse_synthetic(source)), (), ())
     else:
         _announce(Path(source), progress)
         opened = open_checkpoint(source, regression=regression)
-    read = list(opened.files)
     if adapter is not None:
-        opened = replace(opened, checkpoint=merged(opened.checkpoint, read_adapter(adapter), os.fspath(source)))
-        read += [adapter_file(adapter) or adapter]
+        made = merged(opened.checkpoint, read_adapter(adapter), os.fspath(source))
+        opened = replace(opened, checkpoint=made, files=(*opened.files, *files_of(adapter)))
     if layers is not None:
         opened = replace(opened, checkpoint=opened.checkpoint.first_layers(layers))
-    path = output_path(output, opened.checkpoint, dtype)
-    for file in read:
-        if same_file(file, path):
-            raise InvalidOption(f"{path} is the source itself: choose another output")
-    checkpoint = with_provenance(opened)
-    with progress_bar(path, progress) as advance:
+    path = write(opened, output, dtype, progress)
+    return Conversion(path, load_checkpoint(path))
+
+
+def write(opened: Opened, output: str | os.PathLike[str], dtype: str, progress: bool) -> Path:
+    """Write a canonical file, with its provenance, at the path that is returned; see `convert`."""
+    checkpoint, path = opened.checkpoint, Path(output)
+    if path.suffix != ".safetensors" or path.is_dir():
+        # Never a real model's name for synthetic weights.
+        name = f"synthetic-{checkpoint.config.name}" if checkpoint.synthetic else checkpoint.config.name
+        path /= f"{name}.safetensors" if dtype == "fp32" else f"{name}-{dtype}.safetensors"
+    if any(same_file(file, path) for file in opened.files):
+        raise InvalidOption(f"{path} is the source itself: choose another output")
+    checkpoint = _with_provenance(opened, dtype)
+    with _progress_bar(path, progress) as advance:
         save_canonical(path, checkpoint, precision=dtype, progress=advance)
-    return Conversion(path, load_canonical(path))
+    return path
 
 
 @contextmanager
-def progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]:
     """What `save_canonical` calls as it writes: shows a bar after a second, a line every ten seconds in a log.
 
     Layers take equally long, but what is written before the first of them takes no time: it is no measure of the rest.
@@ -123,28 +131,14 @@ def progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]
         yield advance
 
 
-def canonical_name(checkpoint: Checkpoint, dtype: str) -> str:
-    """Return `esm2-35m.safetensors` or `esm2-35m-fp16.safetensors`; `synthetic-...` for synthetic weights."""
-    name = checkpoint.config.name
-    if checkpoint.synthetic:
-        name = f"synthetic-{name}"
-    return f"{name}.safetensors" if dtype == "fp32" else f"{name}-{dtype}.safetensors"
-
-
-def output_path(output: str | os.PathLike[str], checkpoint: Checkpoint, dtype: str) -> Path:
-    """Return the file to write, given an output that may be a folder."""
-    path = Path(output)
-    return path if path.suffix == ".safetensors" and not path.is_dir() else path / canonical_name(checkpoint, dtype)
-
-
-def with_provenance(opened: Opened) -> Checkpoint:
+def _with_provenance(opened: Opened, dtype: str) -> Checkpoint:
     """Add the SHA-256 of the source files; a canonical source keeps the provenance that it states."""
     checkpoint = opened.checkpoint
-    if checkpoint.metadata or not opened.weight_files:
-        narrow = checkpoint.precision != "fp32" and checkpoint.metadata
+    if checkpoint.metadata:
         note = f" (through {checkpoint.precision})"
-        if narrow and not checkpoint.source.endswith(note):
-            return replace(checkpoint, source=checkpoint.source + note)
+        rounded = checkpoint.precision not in ("fp32", dtype) and not checkpoint.source.endswith(note)
+        return replace(checkpoint, source=checkpoint.source + note) if rounded else checkpoint
+    if not opened.weight_files:
         return checkpoint
     with reading(opened.weight_files[0]):
         return replace(checkpoint, source_sha256=file_sha256(*opened.weight_files))

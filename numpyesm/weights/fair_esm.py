@@ -51,11 +51,10 @@ def regression_path(path: str | os.PathLike[str]) -> Path:
 
 def regression_of(content: Any, path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """Weight and bias in the object of a `-contact-regression.pt` file, under fair-esm's names."""
-    tensors = named_tensors(content, str(path))
-    names = [f"{CONTACT_REGRESSION}.weight", f"{CONTACT_REGRESSION}.bias"]
-    if sorted(name.removeprefix("model.") for name in tensors) != sorted(names):
+    found = {name.removeprefix("model."): tensor for name, tensor in named_tensors(content, str(path)).items()}
+    names = (f"{CONTACT_REGRESSION}.weight", f"{CONTACT_REGRESSION}.bias")
+    if found.keys() != set(names):
         raise CheckpointError(f"{path} is not a contact regression, which holds {names[0]!r} and {names[1]!r}")
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     shape, needed = found[names[0]].shape, config.num_layers * config.num_heads
     if shape != (1, needed):
         raise CheckpointError(
@@ -65,17 +64,12 @@ def regression_of(content: Any, path: Path, config: ModelConfig) -> dict[str, St
     return found
 
 
-def stated_shape(content: Any, origin: str) -> dict[str, int]:
-    """What `cfg["model"]` says of `num_layers`, `embed_dim` and `num_heads`; what it does not say is absent."""
-    configuration = content.get("cfg") if isinstance(content, dict) else None
-    arguments = _get(configuration, "model")
+def stated_shape(content: Any, origin: str) -> dict[str, Any]:
+    """What `cfg["model"]` says of `num_layers`, `embed_dim` and `num_heads`; None where it says nothing."""
+    arguments = _get(_get(content, "cfg"), "model")
     if _get(arguments, "token_dropout") is False:
         raise CheckpointError(f"{origin} was trained without token dropout, which is no ESM-2 model")
-    stated = {ours: _get(arguments, theirs) for ours, theirs in _FIELDS.items()}
-    for value in stated.values():
-        if value is not None and type(value) is not int:
-            raise CheckpointError(f"{origin} is corrupted: its model configuration is not made of numbers")
-    return {name: value for name, value in stated.items() if value is not None}
+    return {ours: _get(arguments, theirs) for ours, theirs in _FIELDS.items()}
 
 
 def _get(arguments: Any, name: str) -> Any:

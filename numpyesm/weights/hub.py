@@ -15,10 +15,10 @@ from pathlib import Path
 from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from .cache import RemoteModel, cached, is_commit
-from .canonical import check_dtype, load_canonical, save_canonical
-from .conversion import output_path, progress_bar, with_provenance
-from .hugging_face import WEIGHT_FILES, adapter_file, weight_files, weight_map
-from .load import open_checkpoint
+from .canonical import check_dtype
+from .conversion import write
+from .hugging_face import WEIGHT_FILES, adapter_file, files_of, weight_map
+from .load import Opened, open_checkpoint
 from .official import check_download, hub_folder, is_whole, snapshot_folder, ways_out
 
 _TIMEOUT = 10  # seconds to the first answer of the Hub
@@ -70,35 +70,23 @@ def fetch(
     check_dtype(dtype)
     model = RemoteModel.named(name, revision)
     found = cached(name, revision=revision, dtype=dtype)
-    if found is not None and _opens(found):  # a damaged file is fetched anew
-        if output is None:
-            return found
-        checkpoint = load_canonical(found)
-        path = output_path(output, checkpoint, dtype)
-        save_canonical(path, checkpoint, precision=dtype)
-        return path
+    if found is not None and (opened := _opened(found)):  # a damaged file is fetched again
+        return found if output is None else write(opened, output, dtype, progress)
     snapshot = _downloaded(model) or _download(model, progress)
     _verify(model, snapshot)
     commit = snapshot.name
+    path = model.cache_path(commit, dtype)
     if adapter_file(snapshot) is not None:  # small, and its base is a model of its own
         if output is not None:
             raise InvalidOption(f"{name} is an adapter: `numpyesm convert BASE --adapter {name} -o FILE` merges it")
-        model.remember(commit)
-        return snapshot
-    if output is None:
-        path = model.cache_path(commit, dtype)
-        if path.is_file() and _opens(path):  # of a branch that points to a known commit
-            model.remember(commit)
-            return path
-    opened = open_checkpoint(snapshot)
-    if model.preset is not None and opened.checkpoint.config != PRESETS[model.preset]:
-        raise CheckpointError(
-            f"{model.repository} on the Hub is not {model.preset} but {opened.checkpoint.config.name}"
-        )
-    if output is not None:
-        path = output_path(output, opened.checkpoint, dtype)
-    with progress_bar(path, progress) as advance:
-        save_canonical(path, with_provenance(opened), precision=dtype, progress=advance)
+        path = snapshot
+    elif output is not None or not _opened(path):  # else a branch points to a known commit
+        opened = open_checkpoint(snapshot)
+        if model.preset is not None and opened.checkpoint.config != PRESETS[model.preset]:
+            raise CheckpointError(
+                f"{model.repository} on the Hub is not {model.preset} but {opened.checkpoint.config.name}"
+            )
+        path = write(opened, output or path, dtype, progress)
     if output is None:
         model.remember(commit)
     return path
@@ -120,9 +108,10 @@ def _download(model: RemoteModel, progress: bool) -> Path:
         )
     from huggingface_hub import HfApi, hf_hub_download
 
+    endpoint = os.environ.get("HF_ENDPOINT") or None  # huggingface-hub looks only when it is imported
     with _network_errors(model), _progress_bars(progress):
         revision = model.revision or "main"
-        info = HfApi().model_info(model.repository, revision=revision, timeout=_TIMEOUT)
+        info = HfApi(endpoint=endpoint).model_info(model.repository, revision=revision, timeout=_TIMEOUT)
         commit = str(info.sha)
         if not is_commit(commit) or (is_commit(revision) and commit != revision):
             raise CheckpointError(
@@ -130,7 +119,9 @@ def _download(model: RemoteModel, progress: bool) -> Path:
             )
 
         def download(name: str) -> Path:
-            return Path(hf_hub_download(model.repository, name, revision=commit, cache_dir=hub_folder()))
+            return Path(
+                hf_hub_download(model.repository, name, revision=commit, cache_dir=hub_folder(), endpoint=endpoint)
+            )
 
         *beside, weights = _wanted(model, [sibling.rfilename for sibling in info.siblings or []])
         for name in beside:  # that an adapter is not applied is said where the folder is opened
@@ -162,8 +153,7 @@ def _verify(model: RemoteModel, snapshot: Path) -> None:
     try:
         check_download(snapshot)
     except CheckpointError as error:
-        adapter = adapter_file(snapshot)
-        for file in [adapter] if adapter else weight_files(snapshot):
+        for file in files_of(snapshot):
             for path in (Path(os.path.realpath(file)), file):
                 path.unlink(missing_ok=True)
         raise CheckpointError(
@@ -216,9 +206,10 @@ def _progress_bars(show: bool) -> Iterator[None]:
         utils.enable_progress_bars()
 
 
-def _opens(path: Path) -> bool:
-    """Whether it is whole, and no random numbers under a published name."""
+def _opened(path: Path) -> Opened | None:
+    """The canonical file at a path; None if there is none, or a damaged one, or random numbers."""
     try:
-        return not open_checkpoint(path).checkpoint.synthetic
-    except CheckpointError:
-        return False
+        opened = open_checkpoint(path)
+    except (CheckpointError, WeightsNotFound):
+        return None
+    return None if opened.checkpoint.synthetic else opened

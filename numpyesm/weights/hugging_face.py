@@ -86,6 +86,14 @@ def adapter_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def files_of(place: Path) -> list[Path]:
+    """The files with the weights of a file, of an adapter or of a Hugging Face folder; empty for other folders."""
+    if not place.is_dir():
+        return [place]
+    adapter = adapter_file(place)
+    return [adapter] if adapter else weight_files(place)
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Which file of a sharded checkpoint each tensor is in."""
     content = read_json(index)
@@ -108,8 +116,8 @@ def check_complete(folder: Path, names: set[str]) -> None:
         raise CheckpointError(f"{folder} is incomplete: tensor {missing[0]!r} is in none of its files")
 
 
-def stated_shape(config: dict[str, Any], origin: str) -> dict[str, int]:
-    """What config.json says of the fields of `ModelConfig`; what it does not say is absent.
+def stated_shape(config: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What config.json says of the fields of `ModelConfig`; None where it says nothing.
 
     Raises
     ------
@@ -125,18 +133,14 @@ def stated_shape(config: dict[str, Any], origin: str) -> dict[str, int]:
         if not any(value is option or (type(value) in (int, float, str) and value == option) for option in allowed):
             said = f"says {key}={str(value)[:40]!r}" if key in merged else f"does not give {key}"
             raise CheckpointError(f"{origin} is not an ESM-2 model: its config.json {said}, expected {allowed[0]!r}")
-    stated = {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
-    for field, value in stated.items():
-        if value is not None and type(value) is not int:
-            raise CheckpointError(f"{origin}: config.json does not give {_SIZES[field]} as a number")
-    return {name: value for name, value in stated.items() if value is not None}
+    return {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
 
 
 def classifier_of(model: Model, config: dict[str, Any], origin: str) -> Classifier | None:
     """The classification head of a model; None if it has none, or one that no class of transformers makes.
 
     A matrix beside the encoder may be applied to anything, so it counts only if config.json names the class. The head
-    for sequences is told by the names of its tensors as well, where config.json names no class.
+    for sequences is also recognised by the names of its tensors, where config.json names no class.
 
     Raises
     ------
@@ -189,8 +193,8 @@ def _labels(config: dict[str, Any], outputs: int, origin: str) -> tuple[str, ...
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json."""
-    config = read_json(path)
+    """The content of a config.json or adapter_config.json; empty if there is none."""
+    config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a model configuration")
     return config

@@ -71,14 +71,11 @@ def verify_data(path: Path, data_sha256: str) -> None:
     CheckpointError
         If they differ.
     """
-    import hashlib  # loads OpenSSL: not when a file is only opened
-
-    digest = hashlib.sha256()
-    with reading(path), open(path, "rb", buffering=0) as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    if digest.hexdigest() != data_sha256:
+    with reading(path):
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        found = file_sha256(path, start=start)
+    if found != data_sha256:
         raise CheckpointError(f"{path} is corrupted: its tensors do not match its checksum")
 
 

@@ -18,7 +18,7 @@ from .integrity import verify_at_load, verify_data, verify_files
 from .official import source_name
 from .reading import reading
 from .safetensors_file import looks_like_safetensors, read_safetensors
-from .synthetic import is_synthetic_spec, synthetic_from_spec
+from .synthetic import is_synthetic_spec, parse_synthetic, synthetic_checkpoint
 from .tensor import StoredTensor
 
 # The readers of foreign formats are imported where they are used: opening a canonical file stays quick.
@@ -91,10 +91,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
     -----
     UserWarning
         If the checkpoint holds more than the model (a head of another kind, say), which is left out; if one of fair-esm
-        has no contact regression; if an adapter lies beside the weights, which is not applied.
+        has no contact regression; if there is an adapter beside the weights, which is not applied.
     """
     if isinstance(path, str) and is_synthetic_spec(path):
-        return synthetic_from_spec(path)
+        return synthetic_checkpoint(*parse_synthetic(path))
     return open_checkpoint(path, regression=regression, verify=verify_at_load()).checkpoint
 
 
@@ -191,36 +191,35 @@ def _convert(
     from .recognise import find_model, refuse_learned_positions
 
     origin = str(place)
-    tensors = _merged(place, files, contents)
-    model = find_model(tensors, (fair_esm.NAMING, hugging_face.NAMING), origin)
+    model = find_model(_merged(place, files, contents), (fair_esm.NAMING, hugging_face.NAMING), origin)
+    is_fair_esm = model.naming is fair_esm.NAMING
     folder = place if place.is_dir() else place.parent
+    config = {} if is_fair_esm else hugging_face.read_config(folder / "config.json")
+    refuse_learned_positions(model, config.get("position_embedding_type"), origin)
     beside: list[Path] = []
-    if model.naming is hugging_face.NAMING:
-        _refuse_regression(place, regression)
-        config_file = folder / "config.json"
-        config = hugging_face.read_config(config_file) if config_file.is_file() else {}
-        refuse_learned_positions(model, config.get("position_embedding_type"), origin)
-        stated = hugging_face.stated_shape(config, origin)
-        classifier = hugging_face.classifier_of(model, config, origin)
-    else:
-        classifier = None
-        refuse_learned_positions(model, None, origin)
+    classifier = None
+    if is_fair_esm:
         stated = fair_esm.stated_shape(contents[0], origin)
         chosen = Path(regression) if regression is not None else fair_esm.regression_path(place)
         beside = [chosen] if regression is not None or chosen.exists() else []
-    shape = deduce_config(model, stated.get("num_heads"), origin)
+    else:
+        _refuse_regression(place, regression)
+        stated = hugging_face.stated_shape(config, origin)
+        classifier = hugging_face.classifier_of(model, config, origin)
+    for field, value in stated.items():
+        if value is not None and type(value) is not int:
+            raise CheckpointError(f"{origin}: its configuration does not give {field} as a number")
+    shape = replace(deduce_config(model, stated["num_heads"], origin), classifier=classifier)
+    for field, value in stated.items():
+        if value not in (None, getattr(shape, field)):
+            raise CheckpointError(f"{origin} has {field}={getattr(shape, field)}, its configuration says {value}")
     if classifier is None:
         model = model.without_classifier()
-    shape = replace(shape, classifier=classifier)
-    for field, value in stated.items():
-        if value != getattr(shape, field):
-            raise CheckpointError(f"{origin} has {field}={getattr(shape, field)}, its configuration says {value}")
     if beside:
         found = fair_esm.regression_of(read_weights(chosen)[0], chosen, shape)
         model = replace(model, tensors=model.tensors | found)
-    assembled = assemble(model, shape, origin)
-    checkpoint = Checkpoint(shape, assembled.tensors, source=source_name(place), precision=assembled.precision)
-    if model.naming is fair_esm.NAMING and not checkpoint.has_contact_head:
+    checkpoint = assemble(model, shape, origin, source_name(place))
+    if is_fair_esm and not checkpoint.has_contact_head:
         _note(
             f"no contact regression for {place.name} ({chosen.name} is not beside it and none was given): "
             "the model cannot predict contacts"
@@ -228,7 +227,7 @@ def _convert(
     if model.left_out:
         _note(f"{place.name} holds more than ESM-2, which is left out: {_listed(model.left_out)}")
     if (folder / "adapter_config.json").is_file():
-        _note(f"{folder / 'adapter_config.json'} lies beside the weights: its adapter is not applied")
+        _note(f"{folder / 'adapter_config.json'} is beside the weights: its adapter is not applied")
     return checkpoint, beside
 
 

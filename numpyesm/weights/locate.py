@@ -123,12 +123,11 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
     if not isinstance(spec, str):
         return _existing(Path(spec))
     if is_synthetic_spec(spec):
-        return str(parse_synthetic(spec))
+        return "synthetic:{}:{}".format(*parse_synthetic(spec))
     name = preset_name(spec)
     if name is not None:
         if found := find_local(name):
-            if found.suffix == ".safetensors" and is_canonical(metadata := read_safetensors_metadata(found)):
-                # Told from the header alone; `open_weights` checks the other kinds when it has read them.
+            if metadata := _canonical_metadata(found):  # `load_found` checks the other kinds when it has read them
                 _check_model(ModelConfig.from_json(metadata.get("config", "")), name, found)
             return found
         if not allow_download:
@@ -194,21 +193,21 @@ def candidate_names(preset: str) -> list[str]:
 
 
 def _in_folder(folder: Path, preset: str) -> Path | None:
-    for name in candidate_names(preset):
-        path = folder / name
-        if (path.is_dir() and find_in_folder(path)) or (path.is_file() and not _is_synthetic(path)):
+    for path in (folder / name for name in candidate_names(preset)):
+        if path.is_dir() and find_in_folder(path):
+            return path
+        if path.is_file() and _canonical_metadata(path).get("synthetic") != "true":
             return path
     return None
 
 
-def _is_synthetic(path: Path) -> bool:
-    if path.suffix != ".safetensors":
-        return False
+def _canonical_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a canonical file; empty for another file, and for a damaged one, which opening will name."""
     try:
-        metadata = read_safetensors_metadata(path)
+        metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     except CheckpointError:
-        return False  # damaged: let opening it say so
-    return is_canonical(metadata) and metadata.get("synthetic") == "true"
+        return {}
+    return metadata if is_canonical(metadata) else {}
 
 
 def checkout_folders() -> list[Path]:

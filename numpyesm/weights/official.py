@@ -15,11 +15,11 @@ from ..config import OFFICIAL_NAMES, preset_name
 from ..errors import CheckpointError
 from ..files import file_sha256
 from .cache import PINNED_COMMITS
-from .hugging_face import adapter_file, weight_files
+from .hugging_face import adapter_file, files_of, weight_files
 
 _FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Of fair-esm's files and of the Hub's; those of the other models were not to be had when this was written.
+# Of fair-esm's files and of the Hub's; those of the other models could not be obtained.
 _PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
 _PINNED = {  # of model.safetensors at the pinned commit
     "esm2-8m": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
@@ -94,8 +94,7 @@ def check_official(place: Path) -> None:
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
         warnings.warn(f"{place} has another SHA-256 than the published file of this name", stacklevel=4)
-    adapter = adapter_file(place) if place.is_dir() else None
-    for file in [adapter] if adapter else weight_files(place) if place.is_dir() else [place]:
+    for file in files_of(place):
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:
             raise CheckpointError(f"{file} is corrupted: it has another checksum than its name in the cache states")

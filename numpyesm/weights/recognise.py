@@ -1,7 +1,7 @@
 """Find the ESM-2 model among the tensors of a checkpoint, by names and shapes alone.
 
 A trunk is recognised by its layers, under whatever prefix wrappers and training scripts have put in front of them. The
-LM head and the contact head are inside or beside it. Everything else is left out, and the caller told what.
+LM head and the contact head are inside or beside it. Everything else is left out and listed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import VOCAB_SIZE
+from ..config import VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER
@@ -89,6 +89,25 @@ class Naming:
     def layer(self, index: int) -> str:
         """Prefix of the names of one layer."""
         return f"{self.layers}{index}."
+
+    def parts(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
+        """Canonical name of every linear map and norm, and the family's: of query, key and value for `qkv`."""
+        parts: dict[str, tuple[str, ...]] = {
+            "final_norm": (self.final_norm,),
+            "lm_head.dense": (LM_DENSE,),
+            "lm_head.norm": (self.lm_norm,),
+            "contact_head": (CONTACT_REGRESSION,),
+        }
+        for index in range(config.num_layers):
+            ours, theirs = f"layers.{index}.", self.layer(index)
+            parts[ours + "qkv"] = (theirs + self.query, theirs + self.key, theirs + self.value)
+            for name in ("attention_norm", "out_proj", "ffn_norm", "fc1", "fc2"):
+                parts[ours + name] = (theirs + getattr(self, name),)
+        if config.classifier is not None and config.classifier.head == "sequence":
+            parts |= {CLASSIFIER + name: (CLASSIFIER + name,) for name in ("dense", "out_proj")}
+        elif config.classifier is not None:
+            parts[f"{CLASSIFIER}out_proj"] = (CLASSIFIER[:-1],)
+        return parts
 
     def trunks(self, tensors: Tensors) -> list[str]:
         """The prefixes under which layers of this family stand."""

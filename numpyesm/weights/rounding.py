@@ -36,7 +36,7 @@ def needs_rounding(checkpoint: Checkpoint, precision: str) -> bool:
 def rounded_layers(
     checkpoint: Checkpoint, precision: str, *, with_means: bool = False
 ) -> Iterator[dict[str, StoredTensor]]:
-    """Round the matrices of each layer to `bf16` or `int8`, correct their biases, and take note of the mean inputs.
+    """Round the matrices of each layer to `bf16` or `int8`, correct their biases, and record the mean inputs.
 
     Parameters
     ----------

@@ -1,13 +1,12 @@
-"""Unpickle data from strangers: containers, numbers and text come out as they are, everything else as inert records.
+"""Unpickle untrusted data: containers, numbers and text come out as they are, everything else as inert records.
 
 `pickle.Unpickler` imports what a file names and calls it. Here `find_class` returns a class of our own for every name:
-one that builds what the caller knows how to build (tensors), or a record of the name and of what it was called with
-(`Inert`). Nothing named in a file is imported, looked up or called.
+one that builds what the caller knows how to build (tensors), or a record of the name (`Inert`). Nothing named in a file
+is imported, looked up or called.
 
-What pickle itself would do with hostile data is bounded before it begins. `_Inspector` reads the opcodes, with sizes in
-place of values, and refuses what no checkpoint contains and what would take memory or time out of proportion: a memo
-index of 2**31 (pickle allocates a table of that length), a key made of nested tuples (its hash takes exponential time,
-or overflows the C stack), copies of copies.
+What pickle itself would do with hostile data is bounded before it begins: `_inspect` reads the opcodes and refuses what
+no checkpoint contains and what would take memory or time out of proportion: a memo index of 2**31 (pickle allocates a
+table of that length), a key made of nested tuples (its hash takes exponential time, or overflows the C stack).
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 from ..errors import CheckpointError
 
-# Ten times what a training checkpoint of the 650M model has. The dearest opcode, EMPTY_SET, allocates 216 bytes.
+# Ten times what a training checkpoint of the 650M model has. The most expensive opcode, EMPTY_SET, allocates 216 bytes.
 _MAX_OPCODES = 500_000
 _MAX_NAMES = 1000  # different globals; each becomes a class, of about 1 kB
+_MAX_ARGUMENTS = 100  # of a call, which copies them
 _MAX_INTEGER = 256 * 8  # bits; torch's random number generator state is a tensor
-_MAX_KEY = 100  # size of a dict key or set member
-_MAX_LARGE_KEYS = 1000  # of a size above 1: integers and tuples can be chosen to collide
+_MAX_KEY = 100  # steps that the hash of a dict key or set member takes
+_MAX_LARGE_KEYS = 1000  # of more than one step: integers and tuples can be chosen to collide
 # No checkpoint has out-of-band buffers, or codes of a registry in the process that wrote it.
 _REFUSED = frozenset({"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"})
-_CALLS = frozenset({"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"})
 _IN_PLACE = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 _KEYS = {  # which operands are hashed
     "SETITEM": slice(1, 2),
@@ -59,29 +58,27 @@ class Name(type):
 
 
 class Inert(metaclass=Name):
-    """What a pickle would have made by calling a class or a function: recorded, not done.
+    """What a pickle would have made by calling a class or a function: not done, and the arguments dropped.
 
     The class of a record bears the name: `type(record).module`, `type(record).name`.
 
     Attributes
     ----------
-    args : tuple
-        What it would have been called with.
     state : object
         What would have been put into it, usually a dict of attributes.
     entries : dict
-        Items set on it, if it would have been a mapping.
+        Keywords that it would have been called with, and items set on it.
     """
 
-    __slots__ = ("args", "entries", "state")
+    __slots__ = ("entries", "state")
 
-    args: tuple[Any, ...]
     state: Any
     entries: dict[Any, Any]
 
     def __new__(cls, /, *args: Any, **keywords: Any) -> Inert:
+        _check_few(args)
+        _check_few(keywords)
         record = super().__new__(cls)
-        record.args = args
         record.state = None
         record.entries = keywords
         return record
@@ -101,7 +98,7 @@ class Inert(metaclass=Name):
     extend = add = append
 
     def __call__(self, /, *args: Any) -> Inert:  # what a call returned is called in turn
-        return Inert(self, *args)
+        return Inert(*args)
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute or item by its name, as of a Namespace."""
@@ -109,7 +106,7 @@ class Inert(metaclass=Name):
             return self.state[name]
         return self.entries.get(name, default)
 
-    def __repr__(self) -> str:  # without the arguments, which may be nested without end
+    def __repr__(self) -> str:  # without its content, which may be nested without end
         return f"<inert {type(self)}>"
 
 
@@ -119,7 +116,7 @@ class Dict(dict[Any, Any], metaclass=Name):
     __slots__ = ()
 
     def __init__(self, /, *args: Any) -> None:  # of a defaultdict: its factory; the items follow
-        if any(isinstance(arg, list | tuple | dict) for arg in args):
+        if len(args) > 1 or any(isinstance(arg, list | tuple | dict) for arg in args):
             raise pickle.UnpicklingError("a dict is built in the manner of Python 2")
 
     def __setstate__(self, state: object) -> None:
@@ -131,7 +128,17 @@ _DICTS: dict[tuple[str, str], Name] = {("collections", "OrderedDict"): Dict, ("c
 
 def builder(build: Callable[..., Any]) -> Name:
     """Wrap a function so that a pickle can call it, with positional arguments, under any name."""
-    return Name("Builder", (), {"__slots__": (), "__new__": lambda cls, /, *args: build(*args)})
+
+    def make(cls: Name, /, *args: Any) -> Any:
+        _check_few(args)
+        return build(*args)
+
+    return Name("Builder", (), {"__slots__": (), "__new__": make})
+
+
+def _check_few(arguments: Sized) -> None:
+    if len(arguments) > _MAX_ARGUMENTS:
+        raise pickle.UnpicklingError("it calls with more arguments than any checkpoint")
 
 
 def read_pickle(
@@ -163,7 +170,7 @@ def read_pickle(
         For anything that is not a whole, well-formed pickle, or builds what no checkpoint contains.
     """
     try:
-        _Inspector(data).run()
+        _inspect(data)
         return _Unpickler(data, builders or {}, persistent_load).load()
     except CheckpointError:  # from a builder: it says what is wrong
         raise
@@ -199,107 +206,61 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent_load(identity)
 
 
-_Size = list[int]  # of one item, so that all references to a container see it grow
-# Opcodes that take nothing from the stack and put one value on it: two thirds of any pickle.
-_LITERALS = {
-    opcode.name
-    for opcode in pickletools.opcodes
-    if not opcode.stack_before and len(opcode.stack_after) == 1 and not opcode.name.endswith("GET")
-} - {"MARK"}
+def _inspect(data: bytes) -> None:
+    """Refuse a pickle by its opcodes.
 
-
-class _Inspector:
-    """Go through a pickle's opcodes with the size of each value on the stack instead of the value.
-
-    The size of a tuple is 1 and the sizes of its items, shared ones counted each time: how many steps its hash takes.
-    Other containers cannot be hashed; their size is 1 and the number of their items. Text counts 1 for each kilobyte
-    begun, an integer 1 for every 60 bits.
+    In place of each value, the stack holds how many steps its hash takes: 1 for each kilobyte of text or 60 bits of an
+    integer begun, the sum of its items for a tuple, shared ones counted each time.
     """
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.stack: list[_Size | None] = []  # None is a mark
-        self.memo: dict[int, _Size] = {}
-        self.copied = 0
-        self.large_keys = 0
-
-    def run(self) -> None:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(self.data)):
-            if count > _MAX_OPCODES:
-                raise pickle.UnpicklingError("it has more parts than any checkpoint")
-            if opcode.name in _REFUSED:
-                raise pickle.UnpicklingError(f"opcode {opcode.name} is not allowed")
-            self.step(opcode, argument, count)
-
-    def step(self, opcode: pickletools.OpcodeInfo, argument: Any, count: int) -> None:
+    stack: list[int | None] = []  # None is a mark
+    memo: dict[int, int | None] = {}
+    large_keys = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
-        if name in _LITERALS:
-            self.stack.append([_size(argument)])
-        elif name == "MARK":
-            self.stack.append(None)
+        if count > _MAX_OPCODES or name in _REFUSED:
+            raise pickle.UnpicklingError(f"it has more parts than any checkpoint, or unusual ones ({name})")
+        if name == "MARK":
+            stack.append(None)
+        elif name == "DUP":
+            stack.append(stack[-1])
         elif name.endswith("GET"):
-            self.stack.append(self.memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name.endswith("PUT") or name == "MEMOIZE":
-            index = len(self.memo) if argument is None else argument
+            index = len(memo) if argument is None else argument
             if not 0 <= index <= count:
                 raise pickle.UnpicklingError("a memo index is implausible")
-            self.memo[index] = self.top()
-        elif name == "DUP":
-            self.stack.append(self.top())
-        elif name == "POP" and self.stack and self.stack[-1] is None:
-            self.stack.pop()
+            memo[index] = stack[-1]
         else:
-            self.operate(opcode)
-
-    def operate(self, opcode: pickletools.OpcodeInfo) -> None:
-        """Follow an opcode that takes values from the stack."""
-        name = opcode.name
-        operands = self.operands(opcode)
-        if name in _KEYS:
-            self.check_keys(operands[_KEYS[name]])
-        if name in _CALLS:
-            self.copied += sum(size for (size,) in operands)
-            if self.copied > _MAX_OPCODES:
-                raise pickle.UnpicklingError("it copies the same data over and over")
-        if name in _IN_PLACE:
-            operands[0][0] += len(operands) - 1
-            self.stack.append(operands[0])
-        elif opcode.stack_after:
-            size = 1 + (sum(inner for (inner,) in operands) if "TUPLE" in name else len(operands))
-            if size > _MAX_OPCODES:
-                raise pickle.UnpicklingError("it builds much more than its size")
-            self.stack.append([size])
-
-    def top(self) -> _Size:
-        if not self.stack or self.stack[-1] is None:
-            raise pickle.UnpicklingError("its stack is empty")
-        return self.stack[-1]
-
-    def operands(self, opcode: pickletools.OpcodeInfo) -> list[_Size]:
-        """Take what an opcode takes from the stack."""
-        before = opcode.stack_before
-        start = len(self.stack) - len(before)
-        if pickletools.markobject in before:
-            mark = next((i for i in range(len(self.stack) - 1, -1, -1) if self.stack[i] is None), -1)
-            start = mark - before.index(pickletools.markobject)
-            if mark >= 0:
-                del self.stack[mark]
-        taken = self.stack[max(start, 0) :]
-        del self.stack[max(start, 0) :]
-        operands = [size for size in taken if size is not None]
-        if start < 0 or len(operands) < len(taken):
-            raise pickle.UnpicklingError("its stack is empty, or a mark is missing")
-        return operands
-
-    def check_keys(self, keys: list[_Size]) -> None:
-        for (size,) in keys:
-            self.large_keys += size > 1
-            if size > _MAX_KEY or self.large_keys > _MAX_LARGE_KEYS:
+            operands = _operands(stack, opcode)
+            keys = operands[_KEYS[name]] if name in _KEYS else []
+            large_keys += sum(key > 1 for key in keys)
+            if max(keys, default=0) > _MAX_KEY or large_keys > _MAX_LARGE_KEYS:
                 raise pickle.UnpicklingError("a key is not allowed: it is a container, or far too long")
+            if name in _IN_PLACE:
+                stack.append(operands[0])
+            elif opcode.stack_after:
+                steps = 1 if name in ("LIST", "DICT") else _steps(argument) + sum(operands)
+                if steps > _MAX_OPCODES:
+                    raise pickle.UnpicklingError("it builds much more than its size")
+                stack.append(steps)
 
 
-def _size(argument: Any) -> int:
-    """The size of a literal."""
+def _operands(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take what an opcode takes from the stack."""
+    before = opcode.stack_before
+    start = len(stack) - len(before)
+    if pickletools.markobject in before:
+        mark = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is None)
+        start = mark - before.index(pickletools.markobject)
+    if start < 0:
+        raise pickle.UnpicklingError("its stack is empty")
+    taken = stack[start:]
+    del stack[start:]
+    return [steps for steps in taken if steps is not None]
+
+
+def _steps(argument: Any) -> int:
+    """How many steps the hash of a literal takes."""
     if isinstance(argument, str | bytes | bytearray):
         return 1 + len(argument) // 1024
     if isinstance(argument, int):

@@ -24,24 +24,8 @@ from ..errors import CheckpointError
 from ..files import MappedFile, atomic_write
 from ..printable import quoted
 from .reading import reading
-from .tensor import STORAGE_DTYPES, StoredTensor
+from .tensor import ALL_DTYPES, StoredTensor
 
-# Found beside weights (position_ids), and carried along so that a reader can ignore them by name.
-OTHER_DTYPES: dict[str, np.dtype] = {
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),
-    "F8_E4M3": np.dtype("u1"),
-    "F8_E5M2": np.dtype("u1"),
-}
-_DTYPES = STORAGE_DTYPES | OTHER_DTYPES
-_MAX_HEADER = 16 << 20
 # Parsing a header takes 25 times its size: a long one must go with a large file. That of ESM-2 15B has 150 kB.
 _FREE_HEADER = 256 << 10
 _HEADER_SHARE = 8
@@ -76,14 +60,14 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTens
     tensors: dict[str, StoredTensor] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in _DTYPES:
+        if dtype not in ALL_DTYPES:
             raise CheckpointError(
                 f"{path} has tensor {quoted(name)} stored as {quoted(dtype)}, as quantised models are; "
                 "save the model as float32, float16 or bfloat16"
             )
         if len(shape) > _MAX_DIMENSIONS:
             raise CheckpointError(f"{path} has tensor {quoted(name)} of {len(shape)} dimensions")
-        tensors[name] = StoredTensor(_view(mapped, start + entry["data_offsets"][0], _DTYPES[dtype], shape), dtype)
+        tensors[name] = StoredTensor(_view(mapped, start + entry["data_offsets"][0], ALL_DTYPES[dtype], shape), dtype)
     return tensors, metadata
 
 
@@ -139,7 +123,7 @@ def write_safetensors(
     entries: dict[str, Any] = {}
     position = 0
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize
+        size = math.prod(tensor.shape) * ALL_DTYPES[tensor.dtype].itemsize
         offsets = [position, position + size]
         entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         position += size
@@ -173,7 +157,7 @@ def write_safetensors(
 
 def tensor_bytes(tensor: StoredTensor) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor as they stand in a file; a view where it is contiguous."""
-    raw = np.ascontiguousarray(tensor.raw, dtype=_DTYPES[tensor.dtype])
+    raw = np.ascontiguousarray(tensor.raw, dtype=ALL_DTYPES[tensor.dtype])
     return raw.reshape(-1).view(np.uint8)
 
 
@@ -186,7 +170,7 @@ def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:
     length = int.from_bytes(mapped[:8], "little")
     if size < 8 or length > size - 8:
         raise CheckpointError(f"{path} is no safetensors file, or truncated: its header is longer than the file")
-    if length > max(_FREE_HEADER, min(_MAX_HEADER, size // _HEADER_SHARE)):
+    if length > max(_FREE_HEADER, size // _HEADER_SHARE):
         raise CheckpointError(f"{path} is no intact safetensors file: its header of {length} bytes is too long")
     try:
         if isinstance(mapped, bytes):

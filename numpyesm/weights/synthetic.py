@@ -7,7 +7,6 @@ activation explodes, and a contact map has a few bright spots. So timings and to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -28,31 +27,13 @@ _CONTACT_STD = 90.0
 _DEFERRED = 6 << 20
 
 
-@dataclass(frozen=True)
-class SyntheticSpec:
-    """What a `synthetic:name:seed` means.
-
-    Attributes
-    ----------
-    name : str
-        A preset name, such as `esm2-35m`.
-    seed : int
-    """
-
-    name: str = "esm2-35m"
-    seed: int = 0
-
-    def __str__(self) -> str:
-        return f"synthetic:{self.name}:{self.seed}"
-
-
 def is_synthetic_spec(spec: str) -> bool:
     """Whether `spec` asks for synthetic weights."""
     return spec == "synthetic" or spec.startswith("synthetic:")
 
 
-def parse_synthetic(spec: str) -> SyntheticSpec:
-    """Parse `synthetic[:name[:seed]]`.
+def parse_synthetic(spec: str) -> tuple[str, int]:
+    """Return preset name and seed of `synthetic[:name[:seed]]`.
 
     Raises
     ------
@@ -68,13 +49,7 @@ def parse_synthetic(spec: str) -> SyntheticSpec:
             f"{spec!r} is not synthetic[:name[:seed]] with a name of "
             f"{', '.join(PRESETS)} and a natural number as the seed"
         )
-    return SyntheticSpec(name, int(seed))
-
-
-def synthetic_from_spec(spec: str) -> Checkpoint:
-    """Make the weights that `synthetic[:name[:seed]]` names."""
-    parsed = parse_synthetic(spec)
-    return random_checkpoint(PRESETS[parsed.name], parsed.seed, source=str(parsed))
+    return name, int(seed)
 
 
 def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
@@ -87,7 +62,7 @@ def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
     seed : int
         Equal seeds give equal weights.
     """
-    return synthetic_from_spec(f"synthetic:{name}:{seed}")
+    return random_checkpoint(PRESETS[name], seed, source=f"synthetic:{name}:{seed}")
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:

@@ -19,6 +19,20 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
     "F64": np.dtype("<f8"),
 }
+# Others are found beside weights (position_ids), and carried along so that a reader can ignore them by name.
+ALL_DTYPES: dict[str, np.dtype] = STORAGE_DTYPES | {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+}
 FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 PRECISION_DTYPES = FLOAT_DTYPES | {"int8": "I8"}
 
@@ -54,7 +68,7 @@ class StoredTensor:
         return [self.raw]
 
     def release(self) -> None:
-        """Let go of what was read of a mapped file: a tensor that is not used soon need not stay in memory."""
+        """Drop what was read of a mapped file from memory, until it is used again."""
         release_pages(self.arrays)
 
     def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
@@ -88,7 +102,7 @@ class StoredTensor:
 
 
 class DeferredTensor(StoredTensor):
-    """A tensor whose numbers are made anew each time they are asked for, so that they need not all be in memory.
+    """A tensor whose numbers are computed each time they are asked for, so that they need not all be in memory.
 
     Parameters
     ----------
@@ -128,7 +142,7 @@ class DeferredTensor(StoredTensor):
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers once they are made."""
-        return math.prod(self._shape) * (1 if self.dtype == "I8" else STORAGE_DTYPES[self.dtype].itemsize)
+        return math.prod(self._shape) * ALL_DTYPES[self.dtype].itemsize
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:

@@ -19,12 +19,10 @@ import numpy.typing as npt
 from ..errors import CheckpointError
 from ..printable import quoted
 from .safe_pickle import Inert, Name, builder, read_pickle
-from .safetensors_file import OTHER_DTYPES, map_file
-from .tensor import STORAGE_DTYPES, StoredTensor
+from .safetensors_file import map_file
+from .tensor import ALL_DTYPES, StoredTensor
 from .zip_entries import ZipEntries
 
-_DTYPES = STORAGE_DTYPES | OTHER_DTYPES
-_UNTYPED = "U8"
 _STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
@@ -36,7 +34,7 @@ _STORAGES = {
     "CharStorage": "I8",
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
-    "UntypedStorage": _UNTYPED,
+    "UntypedStorage": "U8",
 }
 _TORCH_DTYPES = {
     "float32": "F32",
@@ -184,9 +182,9 @@ class _TorchArchive:
         if name not in self.names:
             raise self.corrupted(f"storage {quoted(key)} is missing")
         data = self.entries.read(name)
-        if len(data) % _DTYPES[dtype].itemsize:
+        if len(data) % ALL_DTYPES[dtype].itemsize:
             raise self.corrupted(f"storage {quoted(key)} has another size than its tensors need")
-        values = np.frombuffer(data, _DTYPES[dtype])
+        values = np.frombuffer(data, ALL_DTYPES[dtype])
         if not values.flags.aligned:
             values = values.copy()
         values.flags.writeable = False
@@ -203,9 +201,9 @@ class _TorchArchive:
             kind = _TORCH_DTYPES.get(dtype.name, "")
             if not kind:
                 return Inert(dtype)
-            if values.nbytes % _DTYPES[kind].itemsize:
+            if values.nbytes % ALL_DTYPES[kind].itemsize:
                 raise self.corrupted("a storage has another size than its tensors need")
-            values = values.view(_DTYPES[kind])
+            values = values.view(ALL_DTYPES[kind])
         elements = math.prod(shape)
         last = offset + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
         # More elements than the storage has would be a tensor that repeats itself: a small file could fill the memory.

@@ -78,7 +78,7 @@ class ZipEntries:
         start = self._data_start(info)
         if start + info.compress_size > len(self._map):
             raise CheckpointError(f"{self.path} is truncated: zip entry {quoted(name)} ends beyond the end of the file")
-        # Entries inside one another would make a small archive take for ever to check.
+        # Entries inside one another would make a small archive take forever to check.
         self._unread -= info.compress_size
         if self._unread < 0:
             raise CheckpointError(f"{self.path} is corrupted: its zip entries overlap")
@@ -97,7 +97,7 @@ class ZipEntries:
         """Where an entry's data begin: behind its local header, whose length the directory does not know."""
         offset = info.header_offset
         if not 0 <= offset <= len(self._map) - _LOCAL_HEADER.size:
-            raise CheckpointError(f"{self.path} is truncated or corrupted: a zip entry lies outside the file")
+            raise CheckpointError(f"{self.path} is truncated or corrupted: a zip entry is outside the file")
         fields = _LOCAL_HEADER.unpack_from(self._map, offset)
         name_length, extra_length = fields[-2:]
         name_start = offset + _LOCAL_HEADER.size

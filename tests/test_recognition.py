@@ -271,31 +271,24 @@ def test_everything_else_has_its_sentence(tmp_path: Path, name: str, suffix: str
         assert str(place) in str(caught.value)
 
 
-def whole(tmp_path: Path, suffix: str) -> bytes:
-    return save(tmp_path / f"whole{suffix}", fair_esm()).read_bytes()
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+DAMAGED: list[tuple[str, Callable[[bytes], bytes], str]] = [
+    ("model.safetensors", lambda _: POINTER, "Git LFS"),
+    ("pytorch_model.bin", lambda _: POINTER, "Git LFS"),
+    ("model.safetensors", lambda whole: whole[: len(whole) // 2], "truncated"),
+    ("pytorch_model.bin", lambda whole: whole[: len(whole) // 2], "truncated"),
+    ("model.safetensors", lambda whole: whole[:100], "truncated"),
+    ("m.safetensors.incomplete", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+    ("m.pt.part", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+]
 
 
-DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
-    "pointer": (
-        "model.safetensors",
-        lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "Git LFS",
-    ),
-    "pointer of torch": ("pytorch_model.bin", lambda _: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-    "half a file": ("model.safetensors", lambda whole: whole[: len(whole) // 2], "truncated"),
-    "half an archive": ("pytorch_model.bin", lambda whole: whole[: len(whole) // 2], "truncated"),
-    "half a header": ("model.safetensors", lambda whole: whole[:100], "truncated"),
-    "unfinished": ("m.safetensors.incomplete", lambda whole: whole[: len(whole) // 2], "unfinished download"),
-    "unfinished archive": ("m.pt.part", lambda whole: whole[: len(whole) // 2], "unfinished download"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_pointers_and_half_downloads(tmp_path: Path, name: str) -> None:
-    file, damage, message = DAMAGED[name]
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGED)
+def test_pointers_and_half_downloads(tmp_path: Path, file: str, damage: Callable[[bytes], bytes], message: str) -> None:
+    whole = save(tmp_path / ("whole.safetensors" if "safetensors" in file else "whole.pt"), fair_esm())
     path = tmp_path / "folder" / file
     path.parent.mkdir()
-    path.write_bytes(damage(whole(tmp_path, ".safetensors" if "safetensors" in file else ".pt")))
+    path.write_bytes(damage(whole.read_bytes()))
     (path.parent / "config.json").write_text(json.dumps(mk.hugging_face_config()))
     for place in (path, path.parent):
         with pytest.raises((CheckpointError, WeightsNotFound), match=message) as caught:

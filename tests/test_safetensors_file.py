@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import mmap
@@ -199,23 +198,3 @@ def test_damaged_bytes_never_do_anything_else(tmp_path, data):
     for tensor in tensors.values():
         tensor.raw.sum()
     assert all(isinstance(value, str) for value in metadata.values())
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.dictionaries(
-        st.sampled_from(["x", "y", "__metadata__"]),
-        st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["F32", "BF16", "I64", ""]),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.fixed_dictionaries({"dtype": inner, "shape": inner, "data_offsets": inner})
-            ),
-            max_leaves=12,
-        ),
-    )
-)
-def test_any_json_header(tmp_path, header):
-    path = raw_file(tmp_path / "json.safetensors", header, bytes(16))
-    with contextlib.suppress(CheckpointError):
-        read_safetensors(path)

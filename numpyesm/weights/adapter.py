@@ -56,20 +56,10 @@ _POOLER = "pooler."
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder of peft holds.
+    """What a folder of peft holds."""
 
-    Attributes
-    ----------
-    origin : str
-        The folder.
-    base : str or None
-        What its configuration names as its base.
-    config : dict
-    tensors : dict of str to StoredTensor
-    """
-
-    origin: str
-    base: str | None
+    origin: str  # the folder
+    base: str | None  # what its configuration names
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
 

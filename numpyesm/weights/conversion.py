@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import InvalidOption
 from ..files import file_sha256, same_file
@@ -20,17 +21,8 @@ from .reading import reading
 from .synthetic import is_synthetic_spec, parse_synthetic, synthetic_checkpoint
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """The result of `convert`.
-
-    Attributes
-    ----------
-    path : Path
-        The canonical file.
-    checkpoint : Checkpoint
-        The file, opened.
-    """
+class Conversion(NamedTuple):
+    """The canonical file that `convert` has written, and what is in it."""
 
     path: Path
     checkpoint: Checkpoint

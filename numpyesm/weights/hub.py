@@ -196,14 +196,14 @@ def _network_errors(model: RemoteModel) -> Iterator[None]:
 def _progress_bars(show: bool) -> Iterator[None]:
     # Public, but exported in a way that type checkers do not follow.
     utils = import_module("huggingface_hub.utils")
-    if show or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
+    hide = not show and not utils.are_progress_bars_disabled()
+    if hide:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        if hide:
+            utils.enable_progress_bars()
 
 
 def _opened(path: Path) -> Opened | None:

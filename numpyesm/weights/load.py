@@ -50,23 +50,12 @@ _SIGNATURES = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint and the files it came from.
-
-    Attributes
-    ----------
-    checkpoint : Checkpoint
-    files : tuple of Path
-        Every file that was read, the weights first.
-    weight_files : tuple of Path
-        Those of the weights, whose SHA-256 is the provenance of the checkpoint.
-    checksums : int
-        How many checksums were verified.
-    """
+    """A checkpoint and the files it came from."""
 
     checkpoint: Checkpoint
-    files: tuple[Path, ...]
-    weight_files: tuple[Path, ...]
-    checksums: int = 0
+    files: tuple[Path, ...]  # all that were read
+    weight_files: tuple[Path, ...]  # whose SHA-256 is the provenance of the checkpoint
+    checksums: int = 0  # that were verified
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None) -> Checkpoint:

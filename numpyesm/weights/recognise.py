@@ -117,24 +117,12 @@ class Naming:
 
 @dataclass(frozen=True)
 class Model:
-    """An ESM-2 model found in a checkpoint.
-
-    Attributes
-    ----------
-    naming : Naming
-    tensors : dict of str to StoredTensor
-        Of the trunk and its heads, under `naming`'s names; those of the heads begin with `lm_head.`, `contact_head.`,
-        `classifier.`.
-    left_out : tuple of str
-        What else the checkpoint holds, by the beginnings of its names.
-    classifier_name : str
-        What the checkpoint calls the tensors that begin with `classifier.`.
-    """
+    """An ESM-2 model found in a checkpoint."""
 
     naming: Naming
-    tensors: dict[str, StoredTensor]
-    left_out: tuple[str, ...]
-    classifier_name: str = ""
+    tensors: dict[str, StoredTensor]  # of trunk and heads, by `naming`, `lm_head.`, `contact_head.` and `classifier.`
+    left_out: tuple[str, ...]  # what else there is, by the beginnings of its names
+    classifier_name: str = ""  # what the checkpoint calls the tensors that begin with `classifier.`
 
     @property
     def head_names(self) -> set[str]:

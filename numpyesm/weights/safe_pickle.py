@@ -39,13 +39,7 @@ _KEYS = {  # which operands are hashed
 
 
 class Name(type):
-    """The type of everything that `find_class` returns: a name in a file, which the file cannot change.
-
-    Attributes
-    ----------
-    module, name : str
-        As they stand in the file.
-    """
+    """The type of everything that `find_class` returns: a name in a file, which the file cannot change."""
 
     module: str = ""
     name: str = ""
@@ -61,19 +55,12 @@ class Inert(metaclass=Name):
     """What a pickle would have made by calling a class or a function: not done, and the arguments dropped.
 
     The class of a record bears the name: `type(record).module`, `type(record).name`.
-
-    Attributes
-    ----------
-    state : object
-        What would have been put into it, usually a dict of attributes.
-    entries : dict
-        Keywords that it would have been called with, and items set on it.
     """
 
     __slots__ = ("entries", "state")
 
-    state: Any
-    entries: dict[Any, Any]
+    state: Any  # usually a dict of attributes
+    entries: dict[Any, Any]  # keywords, and items set on it
 
     def __new__(cls, /, *args: Any, **keywords: Any) -> Inert:
         _check_few(args)

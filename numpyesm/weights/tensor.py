@@ -104,15 +104,7 @@ class StoredTensor:
 class DeferredTensor(StoredTensor):
     """A tensor whose numbers are computed each time they are asked for, so that they need not all be in memory.
 
-    Parameters
-    ----------
-    shape : tuple of int
-    dtype : str
-        As in `StoredTensor`.
-    build : callable
-        Makes the stored numbers.
-    sources : sequence of StoredTensor
-        What they are made from.
+    `build` computes the stored numbers, of this shape and dtype, from `sources`.
     """
 
     _shape: tuple[int, ...]

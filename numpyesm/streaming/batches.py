@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from ..alphabet import check_letters, frame, residue_ids
@@ -12,7 +13,7 @@ from ..errors import InvalidOption, InvalidSequence
 from ..options import Outputs
 from ..passes import Passes
 from ..results import EncodeResult
-from .windows import WindowAverage, cuts
+from .windows import average, cuts, needed
 
 LONG_RULES = ("error", "truncate", "windows")
 DEFAULT_OVERLAP = 512
@@ -85,13 +86,14 @@ def encode_batch(
 
 
 def _encode_windows(passes: Passes, item: Pending, outputs: Outputs, overlap: int, budget: int) -> EncodeResult:
-    average = WindowAverage(len(item.sequence), outputs)
-    needed = average.needed(outputs)
-    windows = cuts(len(item.sequence), overlap)
-    at_once = max(1, budget // (MAX_RESIDUES + 2))
-    for first in range(0, len(windows), at_once):
-        few = windows[first : first + at_once]
-        tokens = [frame(residue_ids(item.sequence[start:stop])) for start, stop in few]
-        for (start, _), result in zip(few, passes.encode(tokens, needed, budget), strict=True):
-            average.add(start, result)
-    return average.result(item.number)
+    length = len(item.sequence)
+
+    def windows() -> Iterator[tuple[int, EncodeResult]]:
+        at_once = max(1, budget // (MAX_RESIDUES + 2))
+        left = iter(cuts(length, overlap))
+        while few := list(islice(left, at_once)):
+            tokens = [frame(residue_ids(item.sequence[start:stop])) for start, stop in few]
+            starts = [start for start, _ in few]
+            yield from zip(starts, passes.encode(tokens, needed(outputs), budget), strict=True)
+
+    return average(windows(), length, outputs, item.number)

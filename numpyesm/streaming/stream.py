@@ -41,68 +41,62 @@ def embed_iter(
         budget = check_budget(tokens_per_batch)
     if isinstance(records, Record):
         raise InvalidSequence("expected a list of records, got one Record; put it into a list: [record]")
-    return _stream(passes, labelled(records), outputs, rule, budget, rejected)
+    given = labelled(records)
+
+    def stream() -> Iterator[tuple[Record, EncodeResult]]:
+        window: list[tuple[int, Record]] = []
+        tokens = 0
+        notes = SequenceNotes()
+        for index, (label, item) in enumerate(given):
+            record = _record(item, index, label)
+            try:
+                _check(record, index, outputs, rule)
+            except InvalidSequence as error:
+                if rejected is None:
+                    yield from results(window)  # those of the records before it are not lost
+                    raise
+                rejected(record, error)
+                continue
+            notes.look(record.sequence, record.id)
+            window.append((index, record))
+            tokens += len(record.sequence) + 2
+            if tokens >= _LOOK_AHEAD_BATCHES * budget:
+                yield from results(window)
+                window, tokens = [], 0
+        yield from results(window)
+        notes.warn()
+
+    def results(window: list[tuple[int, Record]]) -> Iterator[tuple[Record, EncodeResult]]:
+        """Results of the records of one look-ahead, each distinct sequence computed once."""
+        numbers: dict[str, int] = {}
+        for _, record in window:
+            numbers.setdefault(record.sequence, len(numbers))
+        distinct = [Pending(number, sequence) for sequence, number in numbers.items()]
+        found: dict[int, EncodeResult] = {}
+        for batch in pack(distinct, lambda item: len(item.sequence), budget):
+            found.update(encode_batch(passes, batch, outputs, rule, budget))
+        for index, record in window:
+            yield record, replace(found[numbers[record.sequence]], sequence_index=index)
+
+    return stream()
 
 
-def _stream(
-    passes: Passes,
-    records: Iterator[tuple[str | None, object]],
-    outputs: Outputs,
-    long: LongSequences,
-    budget: int,
-    rejected: Callable[[Record, InvalidSequence], None] | None,
-) -> Iterator[tuple[Record, EncodeResult]]:
-    window: list[tuple[int, Record]] = []
-    tokens = 0
-    notes = SequenceNotes()
-    for index, (label, given) in enumerate(records):
-        record = _record(given, index) if label is None else Record(label, label, given)  # type: ignore[arg-type]
-        if record.id is None or not str(record.id).strip():
-            record = record._replace(id=nameless(index + 1))
-        try:
-            _check(record, index, outputs, long)
-        except InvalidSequence as error:
-            if rejected is None:
-                # The results of the records before it are not lost.
-                yield from _results(passes, window, outputs, long, budget)
-                raise
-            rejected(record, error)
-            continue
-        notes.look(record.sequence, record.id)
-        window.append((index, record))
-        tokens += len(record.sequence) + 2
-        if tokens >= _LOOK_AHEAD_BATCHES * budget:
-            yield from _results(passes, window, outputs, long, budget)
-            window, tokens = [], 0
-    yield from _results(passes, window, outputs, long, budget)
-    notes.warn()
-
-
-def _results(
-    passes: Passes, window: list[tuple[int, Record]], outputs: Outputs, long: LongSequences, budget: int
-) -> Iterator[tuple[Record, EncodeResult]]:
-    """Results of the records of one look-ahead, each distinct sequence computed once."""
-    numbers: dict[str, int] = {}
-    for _, record in window:
-        numbers.setdefault(record.sequence, len(numbers))
-    distinct = [Pending(number, sequence) for sequence, number in numbers.items()]
-    found: dict[int, EncodeResult] = {}
-    for batch in pack(distinct, lambda item: len(item.sequence), budget):
-        found.update(encode_batch(passes, batch, outputs, long, budget))
-    for index, record in window:
-        yield record, replace(found[numbers[record.sequence]], sequence_index=index)
-
-
-def _record(given: object, index: int) -> Record:
-    if isinstance(given, str):
-        return Record("", "", given)
-    if isinstance(given, tuple) and len(given) == 3:
-        return Record(*given)
-    if isinstance(given, tuple) and len(given) == 2:
-        return Record(given[0], "" if given[0] is None else str(given[0]), given[1])
-    raise InvalidSequence(
-        f"expected a Record, a pair (id, sequence) or a string, got {type(given).__name__}", item=index
-    )
+def _record(given: Any, index: int, label: str | None) -> Record:
+    """What was given as a record, which has a name."""
+    if label is not None:
+        record = Record(label, label, given)
+    elif isinstance(given, str):
+        record = Record("", "", given)
+    elif isinstance(given, tuple) and len(given) == 3:
+        record = Record(*given)
+    elif isinstance(given, tuple) and len(given) == 2:
+        record = Record(given[0], "" if given[0] is None else str(given[0]), given[1])
+    else:
+        raise InvalidSequence(
+            f"expected a Record, a pair (id, sequence) or a string, got {type(given).__name__}", item=index
+        )
+    named = record.id is not None and str(record.id).strip()
+    return record if named else record._replace(id=nameless(index + 1))
 
 
 def _check(record: Record, index: int, outputs: Outputs, long: LongSequences) -> None:

@@ -17,7 +17,7 @@ from numpyesm.alphabet import AMINO_ACIDS, MASK, TOKEN_ID
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.passes import Passes
 from numpyesm.scoring import SCAN_LETTERS, parse_mutant
-from numpyesm.scoring.marginals import masked_logits
+from numpyesm.scoring.marginals import position_logits
 from numpyesm.scoring.windows import Window, optimal_window, window_around
 
 WILD_TYPE = random_sequence(41, 5)
@@ -40,15 +40,16 @@ def other(sequence: str, index: int) -> str:
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
-    """(fair-esm, numpyesm) with the same small random weights."""
+    """(fair-esm, numpyesm on NumPy, numpyesm on the fastest backend) with the same small random weights."""
     pytest.importorskip("torch")
     pytest.importorskip("esm")
-    from fair_esm_models import fair_esm_model, numpyesm_models
+    from fair_esm_models import as_checkpoint, fair_esm_model
 
     from numpyesm.config import PRESETS
 
     fair = fair_esm_model(4, 1.0, PRESETS["esm2-8m"])
-    return fair, numpyesm_models(fair)[0]
+    checkpoint = as_checkpoint(fair)
+    return fair, ESM2(checkpoint, backend="numpy", threads=2), ESM2(checkpoint, threads=2)
 
 
 def fair_log_probs(fair: Any, sequence: str, masked: int | None = None) -> Any:
@@ -87,11 +88,12 @@ def fair_pseudo_log_likelihood(fair: Any, sequence: str) -> float:
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals"])
 def test_marginals_agree_with_fair_esm(pair: Any, method: str) -> None:
     """Of a protein, of one with letters beyond the twenty, and in windows: the residues around, as if a protein."""
-    fair, ours = pair
+    fair, ours, compiled = pair
     masked = method == "masked-marginals"
     for sequence, mutants in ((WILD_TYPE, MUTATIONS), ("MXKUTBAZOW", ["X2A", "U4C", "M1V:B6D"])):
         expected = [fair_marginals(fair, sequence, mutant, masked) for mutant in mutants]
-        np.testing.assert_allclose(ours.score_mutations(sequence, mutants, method), expected, rtol=0, atol=1e-4)
+        for model in (ours, compiled):
+            np.testing.assert_allclose(model.score_mutations(sequence, mutants, method), expected, rtol=0, atol=1e-4)
         assert np.ptp(expected) > 0.1
     long = random_sequence(2100, 3)
     starts = {0: 0, 14: 0, 15: 0, 16: 1, 1000: 985, 2084: 2069, 2099: 2070}  # of the window around each index
@@ -104,29 +106,10 @@ def test_marginals_agree_with_fair_esm(pair: Any, method: str) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.slow
-def test_masked_marginals_of_the_35m_agree_with_fair_esm() -> None:
-    """At its true size, the whole of a small scan."""
-    pytest.importorskip("esm")
-    from fair_esm_models import fair_esm_model, numpyesm_models
-
-    fair = fair_esm_model(1)
-    sequence = random_sequence(300, 1)
-    positions = [0, 150, 299]
-    mutants = [f"{sequence[i]}{i + 24}{letter}" for i in positions for letter in AMINO_ACIDS]
-    for backend in ("numpy", "auto"):
-        ours = numpyesm_models(fair, backend)[0]
-        scores = ours.score_mutations(sequence, mutants, offset=24).reshape(len(positions), 20)
-        for i, found in zip(positions, scores, strict=True):
-            row = fair_log_probs(fair, sequence, i)[i, 4:24]
-            np.testing.assert_allclose(found, row - row[AMINO_ACIDS.index(sequence[i])], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parity
 def test_pseudo_ppl_agrees_with_fair_esm(pair: Any) -> None:
     from fair_esm_models import float64_softmax
 
-    fair, ours = pair
+    fair, ours, _ = pair
     sequence = "MKUTAXYIAKQRW"
     mutants = ["M1L", "K2K", "WT", "U3C:W13F"]
     changed = ["LKUTAXYIAKQRW", sequence, sequence, "MKCTAXYIAKQRF"]
@@ -152,13 +135,13 @@ def proteingyms_window(mutation_position_relative: int, seq_len_wo_special: int,
     ]
 
 
-@pytest.mark.parametrize(("length", "window"), list(itertools.product((1, 3, 7, 8, 9, 30), (1, 2, 3, 4, 7, 8))))
-def test_windows(length: int, window: int) -> None:
-    for index in range(length):
-        assert optimal_window(index, length, window) == tuple(proteingyms_window(index, length, window))
-        start, stop = window_around(index, length, min(window, length))
-        assert 0 <= start <= index < stop <= length
-        assert stop - start == min(window, length)
+def test_windows() -> None:
+    for length, window in itertools.product((1, 3, 7, 8, 9, 30), (1, 2, 3, 4, 7, 8)):
+        for index in range(length):
+            assert optimal_window(index, length, window) == tuple(proteingyms_window(index, length, window))
+            start, stop = window_around(index, length, min(window, length))
+            assert 0 <= start <= index < stop <= length
+            assert stop - start == min(window, length)
 
 
 def fair_logits_in_proteingyms_window(fair: Any, sequence: str, index: int, window: int) -> Any:
@@ -177,9 +160,9 @@ def fair_logits_in_proteingyms_window(fair: Any, sequence: str, index: int, wind
 @pytest.mark.parametrize("window", [16, 17, 43])
 def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, window: int) -> None:
     """In small: windows with `<cls>`, with `<eos>`, with neither and with both."""
-    fair, ours = pair
+    fair, ours, _ = pair
     indices = [0, 6, 7, 8, 20, 33, 34, 40]
-    found = masked_logits(ours.passes, WILD_TYPE, indices, Window(window, of_tokens=True))
+    found = position_logits(ours.passes, WILD_TYPE, indices, "masked-marginals", Window(window, of_tokens=True))
     expected = [fair_logits_in_proteingyms_window(fair, WILD_TYPE, index, window) for index in indices]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
@@ -187,7 +170,7 @@ def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, window: int) -> None:
 @pytest.mark.parity
 @pytest.mark.slow
 def test_proteingyms_rule_by_name(pair: Any) -> None:
-    fair, ours = pair
+    fair, ours, _ = pair
     sequence = random_sequence(1500, 11)
     mutants = [other(sequence, i) for i in (0, 700)]
     expected = []
@@ -443,29 +426,21 @@ def test_long_wild_types(model: ESM2) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("option", "values"),
-    [
-        ("method", ["masked_marginals", None, ["log-prob"]]),
-        ("offset", [1.5, "1", True]),
-        ("window", [0, 2049, 10.0, "1022", "ProteinGym", True]),
-    ],
-)
-def test_what_is_no_option(model: ESM2, option: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(InvalidOption, match=option):
-            model.score_mutations(WILD_TYPE, ["WT"], **{option: value})
-
-
-def test_options_that_exclude_each_other(model: ESM2) -> None:
-    for method in ("log-prob", "pseudo-ppl"):
+def test_what_is_no_option(model: ESM2) -> None:
+    wrong: dict[str, list[Any]] = {
+        "method": ["masked_marginals", None, ["log-prob"]],
+        "offset": [1.5, "1", True],
+        "window": [0, 2049, 10.0, "1022", "ProteinGym", True],
+    }
+    for option, values in wrong.items():
+        for value in values:
+            with pytest.raises(InvalidOption, match=option):
+                model.score_mutations(WILD_TYPE, ["WT"], **{option: value})
+    for method in ("log-prob", "pseudo-ppl"):  # options that exclude each other
         with pytest.raises(InvalidOption, match="is for masked-marginals and wt-marginals"):
             model.score_mutations(WILD_TYPE, ["WT"], method, window="proteingym")
         with pytest.raises(InvalidOption, match="allowed are masked-marginals, wt-marginals"):
             model.scan_mutations(WILD_TYPE, method)
-
-
-def test_one_text_is_no_list(model: ESM2) -> None:
     with pytest.raises(InvalidMutation, match="put it into a list"):
         model.score_mutations(WILD_TYPE, "A42G")
     with pytest.raises(InvalidMutation, match="expected a list"):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..passes import Passes
 
 FloatArray = npt.NDArray[np.float64]
-Progress = Callable[[int], None]
+# Called with what is done and how much there is.
+Progress = Callable[[int, int], None] | None
 
 ALL_TOKENS = slice(None)
 
@@ -32,44 +33,43 @@ class _Query(NamedTuple):
     rows: npt.NDArray[np.intp]
 
 
-def masked_logits(
-    passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
+def position_logits(
+    passes: Passes, sequence: str, indices: Sequence[int], method: str, window: Window, progress: Progress = None
 ) -> FloatArray:
-    """Compute the logits of all 33 tokens at each index, with only that residue masked: (n, 33).
+    """Compute the logits of all 33 tokens at each index, as a marginal method needs them: (n, 33).
 
-    Each index costs one masked copy of its window; copies are packed, and the LM head sees one row of each.
+    `masked-marginals` take one masked copy of its window for each index; copies are packed, and the LM head sees one
+    row of each. `wt-marginals`, with nothing masked, take one pass for each distinct window.
     """
-    return _logits_of(passes, _masked_queries(sequence, indices, window), len(indices), progress)
-
-
-def plain_logits(
-    passes: Passes, sequence: str, indices: Sequence[int], window: Window, progress: Progress | None = None
-) -> FloatArray:
-    """Compute the logits of all 33 tokens at each index, nothing masked: (n, 33). One pass per distinct window."""
-    ids = residue_ids(sequence)
-    by_window: dict[tuple[int, int], list[int]] = {}
-    for place, index in enumerate(indices):
-        by_window.setdefault(window_around(index, len(ids), window.size), []).append(place)
-    order = [place for places in by_window.values() for place in places]
-    queries = (
-        _Query(frame(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
-        for (start, stop), places in by_window.items()
-    )
+    if method == "masked-marginals":
+        order, queries = list(range(len(indices))), _masked_queries(sequence, indices, window)
+    else:
+        ids = residue_ids(sequence)
+        by_window: dict[tuple[int, int], list[int]] = {}
+        for place, index in enumerate(indices):
+            by_window.setdefault(window_around(index, len(ids), window.size), []).append(place)
+        order = [place for places in by_window.values() for place in places]
+        queries = (
+            _Query(frame(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
+            for (start, stop), places in by_window.items()
+        )
     logits = np.empty((len(indices), len(TOKEN_ID)))
-    logits[order] = _logits_of(passes, queries, len(indices), progress)
+    done = 0
+    for chunk in _chunks(passes, queries, len(indices), progress):
+        logits[order[done : done + len(chunk)]] = chunk
+        done += len(chunk)
     return logits
 
 
 def pseudo_log_likelihoods(
-    passes: Passes, sequences: Sequence[str], window: Window, progress: Progress | None = None
+    passes: Passes, sequences: Sequence[str], window: Window, progress: Progress = None
 ) -> FloatArray:
     """Sum log p(residue | all others) over the residues of each sequence: (n,). Over 33 tokens, as fair-esm."""
-    residues = sum(map(len, sequences))
     queries = (query for sequence in sequences for query in _masked_queries(sequence, range(len(sequence)), window))
     right = np.concatenate([np.empty(0, np.uint8), *map(residue_ids, sequences)])
-    found = np.empty(residues)
+    found = np.empty(len(right))
     done = 0
-    for logits in _chunks(passes, queries, progress):
+    for logits in _chunks(passes, queries, len(right), progress):
         rows = slice(done, done + len(logits))
         found[rows] = log_softmax(logits)[np.arange(len(logits)), right[rows]]
         done += len(logits)
@@ -85,26 +85,18 @@ def _masked_queries(sequence: str, indices: Iterable[int], window: Window) -> It
         yield _Query(tokens, np.array([row]))
 
 
-def _logits_of(passes: Passes, queries: Iterable[_Query], count: int, progress: Progress | None) -> FloatArray:
-    """Compute the logits of all queries, in order: (count, 33)."""
-    logits = np.empty((count, len(TOKEN_ID)))
-    done = 0
-    for chunk in _chunks(passes, queries, progress):
-        logits[done : done + len(chunk)] = chunk
-        done += len(chunk)
-    return logits
-
-
-def _chunks(passes: Passes, queries: Iterable[_Query], progress: Progress | None) -> Iterator[FloatArray]:
-    """Yield logits (n, 33), as many queries at a time as the model gets; `progress` is called with each n."""
+def _chunks(passes: Passes, queries: Iterable[_Query], total: int, progress: Progress) -> Iterator[FloatArray]:
+    """Yield logits (n, 33), as many queries at a time as the model gets; `total` is the sum of all n."""
     batch: list[_Query] = []
-    rows = 0
+    rows = done = 0
 
     def run() -> FloatArray:
-        tokens, wanted = [query.tokens for query in batch], [query.rows for query in batch]
+        nonlocal done
+        tokens, wanted = zip(*batch, strict=True)
         found = np.concatenate(list(passes.logits(tokens, wanted, ALL_TOKENS))).astype(np.float64)
+        done += len(found)
         if progress is not None:
-            progress(len(found))
+            progress(done, total)
         return found
 
     for query in queries:

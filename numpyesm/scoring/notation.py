@@ -171,9 +171,8 @@ def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> li
     InvalidMutation
         Names the item, the mutation and the position.
     """
-    parsed = [
-        parse_mutant(mutation, item) for item, mutation in enumerate(texts(mutations, "mutation", InvalidMutation))
-    ]
+    given = texts(mutations, "mutation", InvalidMutation)
+    parsed = [parse_mutant(mutation, item) for item, mutation in enumerate(given)]
     return [fit_mutant(wild_type, mutant, offset, item, parsed) for item, mutant in enumerate(parsed)]
 
 
@@ -218,16 +217,15 @@ def apply_changes(wild_type: str, changes: Iterable[Change]) -> str:
 
 def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = None) -> None:
     """Raise InvalidMutation if `log-prob` would compare sums over different numbers of residues."""
-    substitutions = [Substitution(wild, at + offset, mutant) for at, wild, mutant in changes]
-    for substitution in substitutions:
-        wild, position, letter = substitution
-        if wild not in AMINO_ACIDS:
+    mutant = [Substitution(wild, at + offset, letter) for at, wild, letter in changes]
+    for one in mutant:
+        if one.wild not in AMINO_ACIDS:
             raise InvalidMutation(
-                f"{substitution}: {wild} is none of the 20 amino acids, which alone count in 'log-prob': with {letter} "
+                f"{one}: {one.wild} is none of the 20 amino acids, which alone count in 'log-prob': with {one.mutant} "
                 "the mutant's sum has a term that the wild type's has not; choose another method",
                 item=item,
-                mutation=":".join(map(str, substitutions)),
-                position=position,
+                mutation=":".join(map(str, mutant)),
+                position=one.position,
             )
 
 

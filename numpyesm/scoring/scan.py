@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID, warn_of_odd_sequences
 from ..options import SCAN_METHODS, require_lm_head
-from .methods import check_method, counter, position_logits
+from .marginals import Progress, position_logits
+from .methods import check_method
 from .notation import check_offset, check_wild_type
 from .windows import check_window
 
@@ -60,7 +60,7 @@ def scan_mutations(
     *,
     offset: int = 1,
     window: int | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> MutationScan:
     """Score all single substitutions; see `ESM2.scan_mutations`."""
     check_method(method, SCAN_METHODS)
@@ -70,7 +70,7 @@ def scan_mutations(
     require_lm_head(passes.checkpoint, "scan_mutations")
     warn_of_odd_sequences([wild_type], stacklevel=4)
     length = len(wild_type)
-    logits = position_logits(passes, wild_type, range(length), method, seen, counter(progress, length))
+    logits = position_logits(passes, wild_type, range(length), method, seen, progress)
     own = logits[np.arange(length), [TOKEN_ID[letter] for letter in wild_type]]
     scores = logits[:, [TOKEN_ID[letter] for letter in SCAN_LETTERS]] - own[:, None]
     return MutationScan(wild_type, offset, method, scores)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,8 @@ from typing import Any
 import numpy as np
 from conftest import SMALL, assert_close, random_sequence
 
-from numpyesm.weights.canonical import save_canonical
-from numpyesm.weights.synthetic import random_checkpoint
-
 DIM = SMALL.embed_dim
 LAST = SMALL.num_layers
-
-
-def small_weights(folder: Path) -> Path:
-    """The tests' small model as a file."""
-    path = folder / "small.safetensors"
-    save_canonical(path, random_checkpoint(SMALL, seed=1))
-    return path
 
 
 def fasta(path: Path, *records: tuple[str, str]) -> Path:
@@ -52,16 +41,9 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"HF_HUB_OFFLINE": "1", "NUMPYESM_CACHE": "/nonexistent", "PYTHONPATH": path} | more
 
 
-def embed(*arguments: object, stdin: bytes = b"", cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:
-    """`numpyesm embed …` in a process of its own."""
-    return subprocess.run(
-        command(*arguments), input=stdin, capture_output=True, cwd=cwd, env=environment(**more), timeout=300
-    )
-
-
-def events(stderr: bytes) -> list[dict[str, Any]]:
+def events(stderr: str) -> list[dict[str, Any]]:
     """The JSON lines of a run; every line must be one."""
-    return [json.loads(line) for line in stderr.decode().splitlines()]
+    return [json.loads(line) for line in stderr.splitlines()]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

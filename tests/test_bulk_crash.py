@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import assert_same, command, embed, environment, rows, small_weights, write_fasta
+from bulk_children import embed_and_crash, embed_under_a_limit, in_a_child, write_hdf5
+from bulk_runs import assert_same, rows, write_fasta
 from conftest import SMALL
 
 from numpyesm import ESM2
@@ -25,16 +27,13 @@ from numpyesm.errors import BulkError
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
-resource = pytest.importorskip("resource")  # not on Windows
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
-    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
 ]
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ["parquet", "h5", "folder"]
 COUNT, DUPLICATES, REJECTED = 60, 20, 2
 WRITES_ALL = COUNT + DUPLICATES + REJECTED + 10  # steps of a run until it computes
@@ -51,18 +50,18 @@ def run(place: Path, out: Path, **options: Any) -> Summary:
     return embed_fasta(options.pop("inputs", place / "in.fasta"), out, model, **options)
 
 
-def arguments(place: Path, out: Path) -> list[object]:
+def arguments(place: Path, out: Path) -> list[str]:
     return [
-        *(place / "in.fasta", "-o", out, "--weights", place / "small.safetensors", "--include", "mean", "per_token"),
-        *("--backend", "numpy", "--threads", 1, "--tokens-per-batch", 300),
+        *(str(place / "in.fasta"), "-o", str(out), "--weights", str(place / "small.safetensors")),
+        *("--include", "mean", "per_token", "--backend", "numpy", "--threads", "1", "--tokens-per-batch", "300"),
     ]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(small_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, an input with duplicates and two records that cannot be embedded, and the results of quiet runs."""
     folder = tmp_path_factory.mktemp("crash")
-    small_weights(folder)
+    shutil.copy(small_file, folder / "small.safetensors")
     fasta = write_fasta(folder / "in.fasta", COUNT, duplicates=DUPLICATES)
     fasta.write_text(fasta.read_text() + ">bad1\nMKJ\n>bad2\n\n")
     for form in FORMATS:
@@ -83,41 +82,9 @@ def check(place: Path, out: Path, form: str) -> None:
 
 # -- stopped ------------------------------------------------------------------------------------------------------
 
-# Sends itself a signal just before, or just after, the n-th call of anything that touches the disk for good.
-_CRASHING = """
-import os, signal, sys, itertools
-calls = itertools.count(1)
-at, after, number = int(sys.argv.pop(1)), sys.argv.pop(1) == "after", int(sys.argv.pop(1))
 
-def crashing(function):
-    def call(*arguments, **keywords):
-        now = next(calls) == at
-        if now and not after:
-            os.kill(os.getpid(), number)
-        try:
-            return function(*arguments, **keywords)
-        finally:
-            if now:
-                os.kill(os.getpid(), number)
-    return call
-
-from numpyesm.bulk import job, journal
-for name in ("fsync", "replace", "mkdir", "rmdir", "unlink", "rename"):
-    setattr(os, name, crashing(getattr(os, name)))
-job.COMMIT_SECONDS, job.COMMIT_SHARE = 0, 1e9
-J = journal.Journal
-for name in ("add_record", "finish_reading", "commit", "put"):
-    setattr(J, name, crashing(getattr(J, name)))
-from numpyesm.cli import main
-sys.exit(main(["embed", *sys.argv[1:]]))
-"""
-
-
-def crash(
-    place: Path, out: Path, at: int, when: str, number: signal.Signals = signal.SIGKILL
-) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", _CRASHING, str(at), when, str(int(number)), *map(str, arguments(place, out))]
-    return subprocess.run(command, env=environment(), capture_output=True, timeout=100)
+def crash(place: Path, out: Path, at: int, when: str, number: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    return in_a_child(place / "log", embed_and_crash, arguments(place, out), at, when == "after", number)
 
 
 def has_read(out: Path) -> bool:
@@ -139,21 +106,18 @@ def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str
     killed = 0
     while crash(
         place, out, next(later if has_read(out) else reading), "before" if killed % 2 else "after"
-    ).returncode == -signal.SIGKILL:  # fmt: skip
+    )[0] == -signal.SIGKILL:  # fmt: skip
         killed += 1
     assert killed >= 8
-    done = embed(*arguments(place, out))
-    assert done.returncode == 1  # two records were rejected
-    assert b"complete already" in done.stderr
+    assert run(place, out).already_complete
     check(place, out, form)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_what_is_done(place: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     out = output(tmp_path, "parquet")
-    done = crash(place, out, WRITES_ALL + 10, "after", number)
-    assert done.returncode == code
-    assert b"Traceback" not in done.stderr
+    found, said = crash(place, out, WRITES_ALL + 10, "after", number)
+    assert (found, "Traceback" in said) == (code, False)
     assert not out.exists()
     assert 0 < run(place, out).computed < COUNT
     check(place, out, "parquet")
@@ -237,80 +201,27 @@ def test_full_disk(place: Path, small_disk: Path, form: str) -> None:
 def test_files_that_must_not_grow(place: Path, tmp_path: Path) -> None:
     """As a full disk, by the limit on the size of a file: needs no rights."""
     out = output(tmp_path, "parquet")
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10))
-
-    done = subprocess.run(
-        command(*arguments(place, out)), env=environment(), capture_output=True, preexec_fn=limit, timeout=100
-    )
-    assert done.returncode == 1
-    assert b"Traceback" not in done.stderr
-    assert b"the same command resumes" in done.stderr
+    code, said = in_a_child(tmp_path / "log", embed_under_a_limit, arguments(place, out), 300 << 10)
+    (tmp_path / "log").unlink()
+    assert (code, "Traceback" in said, "the same command resumes" in said) == (1, False, True)
     assert not out.exists()
     run(place, out)
     check(place, out, "parquet")
 
 
-WRITE_HDF5 = """
-import itertools, os, resource, signal, sys
-from pathlib import Path
-from conftest import SMALL
-from numpyesm.bulk.journal import Row
-from numpyesm.bulk.layout import Layout
-from numpyesm.bulk.settings import Settings
-from numpyesm.bulk.writers.hdf5 import Hdf5Writer
-from numpyesm.options import Outputs
-
-layout = Layout(Settings(Outputs(("per_token", "contacts"), (3,))), SMALL)
-rows = (Row(i, f"P{i}", "", 60, bytes(32), bytes(layout.num_bytes(60))) for i in range(1, 301))
-path, about = Path(sys.argv[1]), {"model": "esm2-8m"}
-"""
-UNDER_A_LIMIT = """
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    Hdf5Writer().write(rows, layout, about, path)
-except OSError as error:
-    sys.exit(error.errno)
-"""
-INTERRUPTED = """
-from numpyesm.bulk.writers.unfailing import UnfailingFile
-write = UnfailingFile.write
-calls = itertools.count(1)
-def interrupted(self, data):
-    if next(calls) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGINT)
-    return write(self, data)
-UnfailingFile.write = interrupted
-try:
-    Hdf5Writer().write(rows, layout, about, path)
-except KeyboardInterrupt:
-    sys.exit(130 if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 1)
-"""
-
-
 @pytest.mark.parametrize(
     ("trouble", "at", "code"),
     [
-        (UNDER_A_LIMIT, 500, errno.EFBIG),
-        (UNDER_A_LIMIT, 300_000, errno.EFBIG),
-        (UNDER_A_LIMIT, 9_000_000, errno.EFBIG),
-        (INTERRUPTED, 1, 130),
-        (INTERRUPTED, 100, 130),
+        ("limit", 500, errno.EFBIG),
+        ("limit", 300_000, errno.EFBIG),
+        ("limit", 9_000_000, errno.EFBIG),
+        ("interrupt", 1, 130),
+        ("interrupt", 100, 130),
     ],
 )
 def test_hdf5_bears_a_full_disk_and_an_interrupt_anywhere(tmp_path: Path, trouble: str, at: int, code: int) -> None:
     """The library itself crashes, or leaves tracebacks, when it cannot write while it closes a data set."""
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE_HDF5 + trouble, str(tmp_path / "out.h5"), str(at)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])),
-        timeout=100,
-    )
-    assert (done.returncode, done.stdout) == (code, b"")
+    assert in_a_child(tmp_path / "log", write_hdf5, tmp_path / "out.h5", trouble, at) == (code, "")
 
 
 # -- changed ------------------------------------------------------------------------------------------------------
@@ -362,7 +273,7 @@ def test_weights_that_change_during_a_run(
     monkeypatch.setattr(job, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(job, "COMMIT_SHARE", 1e9)
     weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
-    save_canonical(other, random_checkpoint(SMALL, seed=2))
+    save_canonical(other, replace(random_checkpoint(SMALL, seed=2), synthetic=False))
     original, changed = (place / "small.safetensors").read_bytes(), other.read_bytes()
     weights.write_bytes(original)
 

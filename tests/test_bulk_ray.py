@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from bulk_runs import command, embed, environment, events, small_weights, write_fasta
-from conftest import SMALL
+from bulk_runs import command, environment, write_fasta
+from conftest import SMALL, small_model
 
-from numpyesm import InvalidOption
-from numpyesm.bulk.ray_engine import pool_size
-from numpyesm.weights.canonical import save_canonical
+from numpyesm import ESM2, InvalidOption
+from numpyesm.bulk import Progress, embed_fasta
+from numpyesm.bulk.ray_engine import check_ray, pool_size
+from numpyesm.errors import BulkError
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor
 
@@ -28,8 +31,18 @@ pytest.importorskip("pyarrow")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
     pytest.mark.timeout(400),
 ]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster that is there already; more CPUs than the machine may have: two actors whatever it is."""
+    ray = check_ray(None, None)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 def actors(ancestor: int) -> list[int]:
@@ -50,107 +63,82 @@ def actors(ancestor: int) -> list[int]:
     return found
 
 
-def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
-    source = write_fasta(tmp_path / "in.fasta", 90, longest=500, duplicates=20)
-    source.write_text(source.read_text() + ">bad\nMKJ\n")
-    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress",
-              "--threads", "1")  # fmt: skip
-    # One name in two folders: a table's metadata name its list of rejected records.
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "local").mkdir()
-    # More CPUs than the machine may have: two actors whatever it is.
-    process = subprocess.Popen(
-        command(source, "-o", tmp_path / "ray/out.parquet", *common, "--engine", "ray", "--workers", "2"),
-        env=environment(NUMPYESM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    assert process.stdout is not None
-    lines, killed = [], 0
-    for line in process.stderr:
-        lines.append(line)
-        event = json.loads(line)  # every line, whatever Ray has to say
-        if event["event"] == "progress" and event["records"] > 0 and not killed:
-            pool = actors(process.pid)
-            assert len(pool) == 2
-            killed = pool[0]
-            os.kill(killed, signal.SIGKILL)
-    assert process.wait(timeout=60) == 1  # one record was rejected
-    assert process.stdout.read() == b""  # Ray has much to say about a killed worker
-    found = [json.loads(line) for line in lines]
-    assert killed
-    assert found[-1]["event"] == "done"
-    assert found[-1]["computed"] == found[-1]["sequences"] == 90
+class Killing(Progress):
+    """Kills one of two workers once there is a result."""
 
-    local = embed(source, "-o", tmp_path / "local/out.parquet", *common)
-    assert local.returncode == 1
+    killed = 0
+
+    def advance(self, step: Any) -> None:
+        super().advance(step)
+        if not self.killed:
+            while len(pool := actors(os.getpid())) < 2:  # one of them still starts
+                time.sleep(0.05)
+            self.killed = pool[0]
+            os.kill(self.killed, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+    source = write_fasta(tmp_path / "in.fasta", 90, duplicates=20)
+    source.write_text(source.read_text() + ">bad\nMKJ\n")
+    model, progress = small_model(backend="numpy", threads=1), Killing()
+    ray: dict[str, Any] = {"engine": "ray", "workers": 2, "threads": 1, "progress": progress}
+    for engine, options in (("ray", ray), ("local", {})):
+        # One name in two folders: a table's metadata name its list of rejected records.
+        done = embed_fasta(source, tmp_path / engine / "out.parquet", model, tokens_per_batch=300, **options)
+        assert (done.computed, done.sequences, done.rejected) == (90, 90, 1)
+        assert {path.name for path in (tmp_path / engine).iterdir()} == {"out.parquet", "out.rejected.tsv"}
+    assert progress.killed
     for name in ("out.parquet", "out.rejected.tsv"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
-    for engine in ("ray", "local"):
-        assert {path.name for path in (tmp_path / engine).iterdir()} == {"out.parquet", "out.rejected.tsv"}
 
 
-def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
-    """Both engines go on from the same journal; Ctrl-C leaves no process of the cluster behind."""
-    source = write_fasta(tmp_path / "in.fasta", 90, longest=500, seed=3)
-    common = ("--weights", "synthetic:esm2-8m", "--backend", "numpy", "--tokens-per-batch", "600", "--json-progress",
-              "--threads", "1")  # fmt: skip
-    out = tmp_path / "out.parquet"
-    process = subprocess.Popen(
-        command(source, "-o", out, *common, "--engine", "ray"), env=environment(NUMPYESM_THREADS="1"),
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(b"{") and json.loads(line).get("records", 0) > 8:
-            break
-    below = actors(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in stderr
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
-    done = embed(source, "-o", out, *common)
-    assert done.returncode == 0, done.stderr.decode()
-    assert 0 < events(done.stderr)[-1]["computed"] < 90
-    fresh = embed(source, "-o", tmp_path / "fresh.parquet", *common)
-    assert fresh.returncode == 0
-    assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
-
-
+@pytest.mark.usefixtures("cluster")
 def test_an_error_in_a_worker_is_the_run_s_error(tmp_path: Path) -> None:
     """The message of the local engine, although it happens in another process."""
     checkpoint = random_checkpoint(SMALL, seed=1)
     tensors = dict(checkpoint.tensors)
     tensors["final_norm.bias"] = StoredTensor(tensors["final_norm.bias"].raw + np.float32(1e6))
-    weights = tmp_path / "large.safetensors"
-    save_canonical(weights, dataclasses.replace(checkpoint, tensors=tensors))
+    model = ESM2(dataclasses.replace(checkpoint, tensors=tensors), backend="numpy", threads=1)
     source = write_fasta(tmp_path / "in.fasta", 10)
-    common = (source, "--weights", weights, "--backend", "numpy", "--dtype", "fp16", "--json-progress")
-    for more in ([], ["--engine", "ray"]):
-        done = embed(*common, "-o", tmp_path / "o.parquet", *more, NUMPYESM_THREADS="1")
-        assert done.returncode == 1
-        assert events(done.stderr)[-1] == {
-            "event": "error",
-            "message": "mean_3 has 1e+06, beyond float16: use dtype fp32",
-        }
-    # What was asked for does not fit; with fp32 it is another run.
-    assert embed(*common, "-o", tmp_path / "o.parquet", "--dtype", "fp32", "--restart").returncode == 0
+    for engine in ("local", "ray"):
+        with pytest.raises(BulkError, match=r"^mean_3 has 1e\+06, beyond float16: use dtype fp32$"):
+            embed_fasta(source, tmp_path / "o.parquet", model, dtype="fp16", engine=engine)
 
 
-def test_no_such_cluster(tmp_path: Path) -> None:
+def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
+    """Both engines resume from the same journal; Ctrl-C leaves no process behind; Ray's own talk is not heard."""
+    source = write_fasta(tmp_path / "in.fasta", 60, longest=500, seed=3)
+    weights, out = "synthetic:esm2-8m", tmp_path / "out.parquet"
+    process = subprocess.Popen(
+        command(source, "-o", out, "--weights", weights, "--backend", "numpy", "--threads", "1", "--json-progress",
+                "--tokens-per-batch", "600", "--engine", "ray"),
+        env=environment(NUMPYESM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        assert line.startswith(b"{"), line  # whatever Ray has to say
+        if json.loads(line).get("records", 0) > 8:
+            break
+    below = actors(process.pid)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, b"")
+    assert [json.loads(line)["event"] for line in stderr.splitlines()][-1] == "error"
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    model = ESM2.from_pretrained(weights, backend="numpy", threads=1)
+    assert 0 < embed_fasta(source, out, model, tokens_per_batch=600).computed < 60
+    embed_fasta(source, tmp_path / "fresh.parquet", model, tokens_per_batch=600)
+    assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+
+
+def test_no_such_cluster(model: ESM2, tmp_path: Path) -> None:
     source = write_fasta(tmp_path / "in.fasta", 2)
-    weights = small_weights(tmp_path)
-    done = embed(
-        *(source, "-o", tmp_path / "o.parquet", "--weights", weights, "--engine", "ray", "--address", "127.0.0.1:1")
-    )
-    assert done.returncode == 1
-    assert b"no Ray cluster at 127.0.0.1:1" in done.stderr
-    assert b"Traceback" not in done.stderr
+    with pytest.raises(BulkError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        embed_fasta(source, tmp_path / "o.parquet", model, engine="ray", address="127.0.0.1:1")
 
 
 @pytest.mark.parametrize(

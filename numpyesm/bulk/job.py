@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import sqlite3
@@ -19,15 +18,14 @@ from ..errors import BulkError, InvalidOption, InvalidSequence
 from ..files import WriteError, overwritten_files
 from ..model import ESM2
 from ..options import Outputs
-from ..streaming.batches import DEFAULT_OVERLAP, LongSequences, encode_batch
+from ..streaming.batches import DEFAULT_OVERLAP, LongSequences
 from ..streaming.packing import check_budget, token_budget
 from .journal import FILE, Journal, Totals, readable_error
-from .layout import Layout
 from .lock import FolderLock
 from .output import Output
 from .progress import Progress
 from .provenance import describe, difference
-from .reader import Item, Reader, Rejected
+from .reader import Item, Reader
 from .settings import Settings, Shard
 from .writers import DEFAULT_INCLUDE
 
@@ -88,7 +86,7 @@ def embed_fasta(
     overlap: int = DEFAULT_OVERLAP,
     ids: str = "first-word",
     tokens_per_batch: int | None = None,
-    shard: str | Shard | None = None,
+    shard: str | None = None,
     strict: bool = False,
     engine: str = "local",
     address: str | None = None,
@@ -166,49 +164,41 @@ def embed_fasta(
     if not isinstance(model, ESM2):
         model = ESM2.from_pretrained(model, threads=threads)
     settings = Settings(
+        model.config,
         Outputs.check(model.checkpoint, repr_layers, DEFAULT_INCLUDE[target.form] if include is None else include),
         LongSequences(long, overlap),
         dtype,
-        shard if isinstance(shard, Shard) else Shard.parse(shard),
+        Shard.parse(shard),
         ids,
     )
-    layout = Layout(settings, model.config)
 
     def compute(journal: Journal) -> Computed:
         if engine == "ray":
-            return compute_on_ray(journal, model, layout, tokens_per_batch, address, workers, threads)
+            yield from compute_on_ray(journal, model, settings, tokens_per_batch, address, workers, threads)
+            return
         budget = tokens_per_batch or token_budget(model.config, model.threads, settings.outputs)
-        return _compute_here(journal, model, layout, budget)
+        for batch in journal.batches(budget):
+            yield from settings.encode(model.passes, batch, budget)
 
-    run = _Run(paths, target, model, layout, compute, strict, progress or Progress())
+    run = _Run(paths, target, model, settings, compute, strict, progress or Progress())
     return run.run(overwrite=overwrite, restart=restart)
 
 
-def _compute_here(journal: Journal, model: ESM2, layout: Layout, budget: int) -> Computed:
-    settings = layout.settings
-    for batch in journal.batches(budget):
-        for number, result in encode_batch(model.passes, batch, settings.outputs, settings.long, budget):
-            yield number, layout.pack(result)
-
-
+@dataclass
 class _Run:
     """One run on one output."""
 
-    def __init__(
-        self,
-        inputs: Sequence[str | os.PathLike[str]],
-        output: Output,
-        model: ESM2,
-        layout: Layout,
-        compute: Callable[[Journal], Computed],
-        strict: bool,
-        progress: Progress,
-    ) -> None:
-        self.inputs, self.output, self.layout = inputs, output, layout
-        self.compute, self.strict, self.progress = compute, strict, progress
-        self.tensors = [array for tensor in model.checkpoint.tensors.values() for array in tensor.arrays]
-        self.about = describe(model, layout.settings, output.form)
-        self.folder = output.path.with_name(output.path.name + ".partial")
+    inputs: Sequence[str | os.PathLike[str]]
+    output: Output
+    model: ESM2
+    settings: Settings
+    compute: Callable[[Journal], Computed]
+    strict: bool
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.about = describe(self.model, self.settings, self.output.form)
+        self.folder = self.output.path.with_name(self.output.path.name + ".partial")
         self.started = time.monotonic()
 
     def run(self, *, overwrite: bool, restart: bool) -> Summary:
@@ -229,20 +219,15 @@ class _Run:
                     lock.empty()
                 return summary
         except (sqlite3.Error, OSError) as error:
-            told = self._explained(error)
+            told = readable_error(error, self.folder) if isinstance(error, sqlite3.Error) else error
+            if isinstance(told, OSError) and told.errno in _FULL:
+                if not isinstance(told, WriteError):
+                    told = WriteError(told.errno, told.strerror, str(self.folder))
+                kept = "what is done is kept" if (self.folder / FILE).exists() else "nothing is done yet"
+                told = OSError(f"{told}: {kept}, and the same command resumes once there is space")
             if told is error:
                 raise
             raise told from error
-
-    def _explained(self, error: Exception) -> Exception:
-        """Return the error as the user needs it: for a full disk, with the name of the file and how to resume."""
-        if isinstance(error, sqlite3.Error):
-            error = readable_error(error, self.folder)
-        if not isinstance(error, OSError) or error.errno not in _FULL:
-            return error
-        told = error if isinstance(error, WriteError) else WriteError(error.errno, error.strerror, str(self.folder))
-        kept = "what is done is kept" if (self.folder / FILE).exists() else "nothing is done yet"
-        return OSError(f"{told}: {kept}, and the same command resumes once there is space")
 
     # -- an output that is there already ------------------------------------------------------------------------
 
@@ -264,24 +249,22 @@ class _Run:
         counts = about["counts"]
         if counts["rejected"] and not self.output.rejected_file.exists():
             again = self._items(self._reader())
-            self.output.write_rejected(item.as_rejected() for item in again if item.reason is not None)
+            self.output.write_rejected(item for item in again if item.reason is not None)
         self.progress.note(f"{path} is complete already: {counts['records']} records")
-        totals = Totals(counts["records"], counts["sequences"], 0)
-        return self._summary(totals, counts["rejected"], Totals(0, 0, 0), already_complete=True)
+        return self._summary(counts, Totals(0, 0, 0), already_complete=True)
 
     def _holds_another_run(self) -> bool:
         """Whether the folder was left by a run that was to replace the output, not by the one that made it."""
         if not (self.folder / FILE).exists():
             return False
         with closing(Journal(self.folder)) as journal:
-            about = journal.get("about")
-        return about is not None and bool(difference(self.about, json.loads(about)))
+            return bool(journal.about and difference(self.about, journal.about))
 
     # -- the three stages ---------------------------------------------------------------------------------------
 
     def _with_journal(self, lock: FolderLock) -> Summary:
         with closing(Journal(self.folder)) as journal:
-            if journal.read_completely:
+            if journal.fingerprint is not None:
                 self._compare(journal)
             else:
                 try:
@@ -296,7 +279,7 @@ class _Run:
             return self._write(journal, before)
 
     def _reader(self) -> Reader:
-        return Reader(self.inputs, self.layout)
+        return Reader(self.inputs, self.settings)
 
     def _items(self, reader: Reader) -> Iterator[Item]:
         """Yield the records of the input, and report their number to `progress`."""
@@ -307,19 +290,20 @@ class _Run:
 
     def _read(self, journal: Journal) -> None:
         """Take in the input, all of it or nothing."""
-        journal.begin_reading()
         reader = self._reader()
         for item in self._items(reader):
-            if self.strict and item.reason is not None:
-                raise _strict_error(item.as_rejected())
+            self._check_strict(item)
             journal.add_record(item)
-        journal.put("about", json.dumps(self.about))
-        journal.finish_reading(reader.fingerprint())
+        journal.finish_reading(self.about, reader.fingerprint())
         reader.notes.warn()
+
+    def _check_strict(self, item: Item) -> None:
+        if self.strict and item.reason is not None:
+            raise InvalidSequence(f"record {item.position} ({item.id}): {item.reason}")
 
     def _compare(self, journal: Journal) -> None:
         """Make sure that the journal belongs to this run and holds the records of the input."""
-        if other := difference(self.about, json.loads(journal.get("about") or "{}")):
+        if other := difference(self.about, journal.about):
             raise BulkError(
                 f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
                 "or begin anew with --restart"
@@ -327,9 +311,9 @@ class _Run:
         reader = self._reader()
         differing = None
         for item, record in zip_longest(self._items(reader), journal.records()):
-            if item is None or record != _journalled(item):
-                differing = differing or (record[0] if item is None else item.position)
-        if reader.fingerprint() != journal.get("input"):
+            if item is None or item._replace(sequence="") != record:
+                differing = differing or (item or record).position
+        if reader.fingerprint() != journal.fingerprint:
             raise BulkError(
                 f"{self.folder} holds an interrupted run of another input: the input has changed since. "
                 "Begin anew with --restart"
@@ -339,8 +323,8 @@ class _Run:
             raise BulkError(
                 f"{journal.path} is damaged: record {differing} differs from the input. Begin anew with --restart"
             )
-        if self.strict and (rejected := next(journal.rejected(), None)):
-            raise _strict_error(rejected)
+        for item in journal.records(rejected=True):
+            self._check_strict(item)
 
     def _compute(self, journal: Journal, before: Totals) -> None:
         totals = journal.totals()
@@ -371,8 +355,8 @@ class _Run:
         A file that was replaced by a new one is still mapped as it was. Once one was overwritten in place, results
         since the last commit may mix two models.
         """
-        changed = overwritten_files(self.tensors)
-        if changed:
+        tensors = self.model.checkpoint.tensors.values()
+        if changed := overwritten_files(array for tensor in tensors for array in tensor.arrays):
             journal.rollback()
             raise BulkError(
                 f"{changed[0]} was overwritten during the run: what was computed before is kept in {self.folder}. "
@@ -382,46 +366,34 @@ class _Run:
 
     def _write(self, journal: Journal, before: Totals) -> Summary:
         self.progress.writing()
-        totals, done, num_rejected = journal.totals(), journal.done(), journal.num_rejected()
+        totals, done, rejected = journal.totals(), journal.done(), journal.num_rejected()
         if missing := totals.sequences - done.sequences:
             raise BulkError(f"the engine returned nothing for {missing} sequences")
-        counts = {"records": totals.records, "sequences": totals.sequences, "rejected": num_rejected}
-        about = self.about | {"input": journal.get("input"), "counts": counts}
-        if num_rejected:
+        counts = {"records": totals.records, "sequences": totals.sequences, "rejected": rejected}
+        about = self.about | {"input": journal.fingerprint, "counts": counts}
+        if rejected:
             about["rejected_file"] = self.output.rejected_file.name
         made = self.folder / "output"
         try:
-            self.output.writer.write(journal.rows(), self.layout, about, made)
+            self.output.writer.write(journal.rows(), self.settings, about, made)
         except OSError as error:
             with suppress(OSError):  # room for others on a full disk
                 shutil.rmtree(made) if made.is_dir() else made.unlink()
             raise WriteError(error.errno, error.strerror or str(error), str(made)) from error
-        if num_rejected:
-            self.output.write_rejected(journal.rejected())
+        if rejected:
+            self.output.write_rejected(journal.records(rejected=True))
         else:
             self.output.remove_rejected()
         self.output.replace(made, self.folder)
-        return self._summary(totals, num_rejected, done.minus(before))
+        return self._summary(counts, done.minus(before))
 
-    def _summary(self, totals: Totals, rejected: int, computed: Totals, already_complete: bool = False) -> Summary:
+    def _summary(self, counts: dict[str, int], computed: Totals, already_complete: bool = False) -> Summary:
         return Summary(
             output=self.output.path,
-            records=totals.records,
-            sequences=totals.sequences,
-            rejected=rejected,
-            rejected_file=self.output.rejected_file if rejected else None,
+            **counts,
+            rejected_file=self.output.rejected_file if counts["rejected"] else None,
             computed=computed.sequences,
             residues=computed.residues,
             seconds=time.monotonic() - self.started,
             already_complete=already_complete,
         )
-
-
-def _strict_error(rejected: Rejected) -> InvalidSequence:
-    return InvalidSequence(f"record {rejected.position} ({rejected.id}): {rejected.reason}")
-
-
-def _journalled(item: Item) -> tuple[int, str, str, int, bytes | None, str | None]:
-    """A record as `Journal.records` has it."""
-    digest = item.digest if item.reason is None else None
-    return item.position, item.id, item.description, len(item.sequence), digest, item.reason

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import sqlite3
 import zlib
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -20,7 +22,7 @@ from ..errors import BulkError
 from ..files import WriteError, sync_folder
 from ..streaming.batches import Pending
 from ..streaming.packing import pack
-from .reader import Item, Rejected
+from .reader import Item
 
 FILE = "journal.sqlite"
 _SCHEMA = """
@@ -76,24 +78,25 @@ class Journal:
         self._db = sqlite3.connect(f"file:{name}?nolock=1", uri=True, isolation_level=None, check_same_thread=False)
         try:
             # Larger pages carry long rows faster; still larger ones slow down the index of digests.
-            self._db.execute("PRAGMA page_size=16384")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA cache_size=-16000")
-            self._db.execute("PRAGMA temp_store=FILE")
-            if not self._number("SELECT count(*) FROM sqlite_master"):
+            for setting in ("page_size=16384", "synchronous=FULL", "cache_size=-16000", "temp_store=FILE"):
+                self._db.execute(f"PRAGMA {setting}")
+            if not self._value("SELECT count(*) FROM sqlite_master"):
                 self._db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
         except sqlite3.DatabaseError:
             self._db.close()
             raise
 
-    def get(self, key: str) -> str | None:
-        """A note about the run."""
-        row = self._db.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+    @property
+    def about(self) -> dict[str, Any]:
+        """Description of the run; empty until the whole input has been read."""
+        found: dict[str, Any] = json.loads(self._value("SELECT value FROM about WHERE key = 'about'") or "{}")
+        return found
 
-    def put(self, key: str, value: str) -> None:
-        """Make a note about the run."""
-        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells the input from others; None until all of it has been read."""
+        found: str | None = self._value("SELECT value FROM about WHERE key = 'input'")
+        return found
 
     def totals(self) -> Totals:
         """What was read: records that can be embedded, distinct sequences, residues of these."""
@@ -107,56 +110,46 @@ class Journal:
         query = f"SELECT total(copies), count(*), total(length(letters)) FROM sequences {join}"
         return Totals(*map(int, self._db.execute(query).fetchone()))
 
-    def _number(self, query: str, *values: object) -> Any:
+    def _value(self, query: str, *values: object) -> Any:
         """The only column of the first row; None if there is no row."""
         row = self._db.execute(query, values).fetchone()
         return None if row is None else row[0]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    @property
-    def read_completely(self) -> bool:
-        """Whether the whole input has been read."""
-        return self.get("input") is not None
-
-    def begin_reading(self) -> None:
-        """Begin with the input, in a transaction that `finish_reading` commits."""
-        self._db.execute("BEGIN")
-
     def add_record(self, item: Item) -> None:
-        """Add a record; its sequence is kept if it is new and can be embedded."""
+        """Add a record, and its sequence if it is new and can be embedded. It counts once `finish_reading` returns."""
+        self._begin()
         number = None
-        if item.reason is None:
-            number = self._number("SELECT number FROM sequences WHERE digest = ?", item.digest)
+        if item.digest is not None:
+            number = self._value("SELECT number FROM sequences WHERE digest = ?", item.digest)
             if number is None:
                 added = self._db.execute("INSERT INTO sequences VALUES (NULL, ?, ?, 1)", (item.digest, item.sequence))
                 number = added.lastrowid
             else:
                 self._db.execute("UPDATE sequences SET copies = copies + 1 WHERE number = ?", (number,))
-        values = (item.position, item.id, item.description, len(item.sequence), number, item.reason)
+        values = (item.position, item.id, item.description, item.length, number, item.reason)
         self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", values)
 
-    def finish_reading(self, fingerprint: str) -> None:
-        """Commit what was read; `fingerprint` tells this input from others."""
-        self.put("input", fingerprint)
-        self._db.execute("COMMIT")
+    def finish_reading(self, about: dict[str, Any], fingerprint: str) -> None:
+        """Commit what was read."""
+        self._begin()
+        notes = (("about", json.dumps(about)), ("input", fingerprint))
+        self._db.executemany("INSERT INTO about VALUES (?, ?)", notes)
+        self.commit()
         sync_folder(self.folder)
 
-    def records(self) -> Iterator[tuple[int, str, str, int, bytes | None, str | None]]:
-        """Position, id, description, length, digest and reason of each record, in input order."""
-        return self._db.execute(
-            "SELECT position, id, description, length, digest, reason FROM records LEFT JOIN sequences USING (number) "
-            "ORDER BY position"
-        )
-
-    def rejected(self) -> Iterator[Rejected]:
-        """Records that cannot be embedded, in input order."""
-        query = "SELECT position, id, description, length, reason FROM records WHERE reason NOT NULL ORDER BY position"
-        return (Rejected(*row) for row in self._db.execute(query))
+    def records(self, *, rejected: bool = False) -> Iterator[Item]:
+        """Yield all records, or those that cannot be embedded, in input order and without their sequences."""
+        query = f"""
+            SELECT position, id, description, length, digest, reason FROM records LEFT JOIN sequences USING (number)
+            {"WHERE reason NOT NULL" if rejected else ""} ORDER BY position
+        """
+        return starmap(Item, self._db.execute(query))
 
     def num_rejected(self) -> int:
-        """How many these are."""
-        return int(self._number("SELECT count(*) FROM records WHERE reason NOT NULL"))
+        """How many records cannot be embedded."""
+        return int(self._value("SELECT count(*) FROM records WHERE reason NOT NULL"))
 
     # -- computing ----------------------------------------------------------------------------------------------
 
@@ -184,21 +177,22 @@ class Journal:
         """Add the numbers of one sequence, and return what it stands for. They count once `commit` has returned."""
         query = "SELECT digest, copies, 1, length(letters) FROM sequences WHERE number = ?"
         digest, *totals = self._db.execute(query, (number,)).fetchone()
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN")
+        self._begin()
         self._db.execute("INSERT INTO done VALUES (?, ?)", (number, _crc(digest, data)))
         self._db.execute("INSERT INTO numbers VALUES (?, ?)", (number, data))
         return Totals(*totals)
 
+    def _begin(self) -> None:
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+
     def commit(self) -> None:
         """From here on, what was added survives whatever happens."""
-        if self._db.in_transaction:
-            self._db.execute("COMMIT")
+        self._db.commit()
 
     def rollback(self) -> None:
         """Forget what was added since the last commit."""
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+        self._db.rollback()
 
     # -- writing ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import BulkError, MissingExtra
+from ..errors import BulkError
+from ..extras import require
 from .journal import FILE as JOURNAL
 
 LOCK = "lock"
@@ -29,23 +30,23 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from filelock import FileLock
-        except ImportError as error:
-            raise MissingExtra("bulk embedding needs filelock: pip install 'numpyesm[bulk]'") from error
         self.folder = folder
         self._path = folder / LOCK
-        self._lock = FileLock(self._path, timeout=0)
+        self._lock = require("filelock", "bulk embedding", "bulk").FileLock(self._path, timeout=0)
 
     def __enter__(self) -> FolderLock:
-        for attempt in range(1, _ATTEMPTS + 1):
-            self._refuse_foreign()
+        for left in reversed(range(_ATTEMPTS)):
+            names = self._names()
+            if names and not names & {LOCK, JOURNAL}:
+                raise BulkError(
+                    f"{self.folder} was not made by numpyesm embed, which needs that name: choose another output"
+                )
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
                 break
             except (FileNotFoundError, FileExistsError):
-                if attempt == _ATTEMPTS:
+                if not left:
                     raise
             except TimeoutError:
                 holder = ""
@@ -60,7 +61,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._others():
+        if self._names() <= {LOCK}:
             if os.name == "nt":  # an open file cannot be removed there
                 self._lock.release()
             # The lock goes last, so that nobody enters a folder that is going away.
@@ -72,17 +73,11 @@ class FolderLock:
     def empty(self) -> None:
         """Remove what is in the folder but the lock."""
         # The journal first: without it the rest is nothing, should this be interrupted.
-        for entry in sorted(self._others(), key=lambda entry: not entry.name.startswith(JOURNAL)):
+        for name in sorted(self._names() - {LOCK}, key=lambda name: not name.startswith(JOURNAL)):
+            entry = self.folder / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    def _others(self) -> list[Path]:
-        return [entry for entry in self.folder.iterdir() if entry.name != LOCK]
-
-    def _refuse_foreign(self) -> None:
-        names: set[str] = set()
+    def _names(self) -> set[str]:
         with suppress(FileNotFoundError, NotADirectoryError):
-            names = {entry.name for entry in self.folder.iterdir()}
-        if names and not names & {LOCK, JOURNAL}:
-            raise BulkError(
-                f"{self.folder} was not made by numpyesm embed, which needs that name: choose another output"
-            )
+            return set(os.listdir(self.folder))
+        return set()

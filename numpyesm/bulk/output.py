@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 
 from ..errors import BulkError, InvalidOption
 from ..files import atomic_write, same_file, sync_folder
-from .reader import Rejected
-from .writers import ENDINGS, make_writer, output_format
+from .reader import Item
+from .writers import ENDINGS, output_format, writer_of
 from .writers.base import tsv_line
 from .writers.folder import is_ours
 
@@ -36,7 +37,7 @@ class Output:
 
     def __init__(self, output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
         self.form = output_format(os.fspath(output))
-        self.writer = make_writer(self.form)
+        self.writer = writer_of(self.form)
         path = Path(output)
         if path.name in ("", ".."):  # "." and the like: a folder all the same, by its name
             path = Path(os.path.abspath(path))
@@ -60,7 +61,11 @@ class Output:
         """Metadata of the output, if it is there; {} if it is not ours."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
-        return self.writer.read_about(self.path) or {}
+        try:
+            about = json.loads(self.writer.metadata(self.path))
+        except (OSError, KeyError, ValueError, TypeError):
+            return {}
+        return about if isinstance(about, dict) else {}
 
     def _find_list(self) -> tuple[Path, bool]:
         """Return the path of the list of rejected records, and whether it belongs to the existing output.
@@ -95,12 +100,12 @@ class Output:
         os.replace(made, self.path)
         sync_folder(self.path.parent)
 
-    def write_rejected(self, rejected: Iterable[Rejected]) -> None:
+    def write_rejected(self, rejected: Iterable[Item]) -> None:
         """Write the list of rejected records."""
         with atomic_write(self.rejected_file) as file:
             file.write(_REJECTED_HEADER.encode())
-            for record in rejected:
-                file.write(tsv_line(*record).encode())
+            for item in rejected:
+                file.write(tsv_line(item.position, item.id, item.description, item.length, item.reason).encode())
 
     def remove_rejected(self) -> None:
         """Remove the list of an earlier run on this output, but only what we wrote."""

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import IO, Any
 
-from ..errors import MissingExtra
+from ..extras import require
 from .journal import Totals
 
 
@@ -18,8 +18,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.totals = self.done = self._at_start = Totals(0, 0, 0)
-        self._started = time.monotonic()
+        self.totals = self.done = Totals(0, 0, 0)
 
     def note(self, message: str) -> None:
         """Tell the user something."""
@@ -29,8 +28,7 @@ class Progress:
 
     def start(self, totals: Totals, done: Totals) -> None:
         """Computing begins; an earlier run has left `done`."""
-        self.totals, self.done, self._at_start = totals, done, done
-        self._started = time.monotonic()
+        self.totals, self.done = totals, done
 
     def advance(self, step: Totals) -> None:
         """One more sequence is computed; `step` says how many records it stands for."""
@@ -41,16 +39,6 @@ class Progress:
 
     def stop(self) -> None:
         """Nothing more will come."""
-
-    def residues_per_second(self) -> float:
-        """Rate of this run, since computing began."""
-        seconds = time.monotonic() - self._started
-        return (self.done.residues - self._at_start.residues) / seconds if seconds > 0 else 0.0
-
-    def seconds_left(self) -> float | None:
-        """Estimate from the residues that remain; None while there is nothing to go by."""
-        rate = self.residues_per_second()
-        return (self.totals.residues - self.done.residues) / rate if rate > 0 else None
 
 
 class JsonProgress(Progress):
@@ -67,7 +55,8 @@ class JsonProgress(Progress):
         super().__init__()
         self._stream = stream or sys.stderr
         self._every = every
-        self._next = 0.0
+        self._next = self._started = 0.0
+        self._at_start = self.done
 
     def emit(self, event: str, **values: Any) -> None:
         """Write one line."""
@@ -83,6 +72,7 @@ class JsonProgress(Progress):
 
     def start(self, totals: Totals, done: Totals) -> None:
         super().start(totals, done)
+        self._started, self._at_start = time.monotonic(), done
         self._emit_progress()
 
     def advance(self, step: Totals) -> None:
@@ -95,15 +85,15 @@ class JsonProgress(Progress):
         self.emit("writing", records=self.done.records)
 
     def _emit_progress(self) -> None:
-        self._next = time.monotonic() + self._every
-        left = self.seconds_left()
-        totals = {f"{name}_total": count for name, count in self.totals._asdict().items()}
+        now = time.monotonic()
+        self._next = now + self._every
+        rate = self.done.minus(self._at_start).residues / max(now - self._started, 1e-9)
         self.emit(
             "progress",
             **self.done._asdict(),
-            **totals,
-            residues_per_second=round(self.residues_per_second(), 1),
-            seconds_left=None if left is None else round(left, 1),
+            **{f"{name}_total": count for name, count in self.totals._asdict().items()},
+            residues_per_second=round(rate, 1),
+            seconds_left=round(self.totals.minus(self.done).residues / rate, 1) if rate else None,
         )
 
 
@@ -112,12 +102,8 @@ class BarProgress(Progress):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise MissingExtra("progress bars need tqdm: pip install 'numpyesm[bulk]'") from error
-        self._tqdm = tqdm
-        self._bar = tqdm(desc="reading", unit=" records", leave=False)
+        self._tqdm = require("tqdm", "a progress bar", "bulk").tqdm
+        self._bar = self._tqdm(desc="reading", unit=" records", leave=False)
 
     def note(self, message: str) -> None:
         self._tqdm.write(f"numpyesm: {message}", file=sys.stderr)

@@ -16,14 +16,15 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import BulkError, InvalidOption, MissingExtra, NumpyesmError
+from ..errors import BulkError, InvalidOption, NumpyesmError
+from ..extras import require
 from ..model import ESM2, SyntheticWeightsWarning
-from ..streaming.batches import Pending, encode_batch
+from ..streaming.batches import Pending
 from ..streaming.packing import token_budget
 from ..threads import default_threads
 from ..weights.checkpoint import Checkpoint
 from .journal import Journal
-from .layout import Layout
+from .settings import Settings
 
 _MOST_THREADS_PER_WORKER = 4
 # Of one batch whose worker died. Without an end, a batch that is too much for the memory would be tried for ever.
@@ -35,7 +36,7 @@ _BATCHES_PER_WORKER = 2
 def compute_on_ray(
     journal: Journal,
     model: ESM2,
-    layout: Layout,
+    settings: Settings,
     tokens_per_batch: int | None,
     address: str | None,
     workers: int | None,
@@ -54,18 +55,20 @@ def compute_on_ray(
         Workers, and CPUs of each.
     """
     ray = check_ray(address, workers)
+    from ray.util import ActorPool
+
     started = not ray.is_initialized()
     if started:
         _connect(ray, address, (workers or 1) * (threads or 1))
     try:
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         count, threads = pool_size(cpus, workers, threads)
-        budget = tokens_per_batch or token_budget(model.config, threads, layout.settings.outputs)
+        budget = tokens_per_batch or token_budget(model.config, threads, settings.outputs)
         weights = ray.put(model.checkpoint)  # held until the end: a worker that is started again reads it again
         worker = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
-        arguments = (weights, layout, model.backend, model.precision, threads, budget)
+        arguments = (weights, settings, model.backend, model.precision, threads, budget)
         actors = [worker.remote(*arguments) for _ in range(count)]
-        pool = ray.util.ActorPool(actors * _BATCHES_PER_WORKER)
+        pool = ActorPool(actors * _BATCHES_PER_WORKER)
         for batch in journal.batches(budget):
             if not pool.has_free():
                 yield from _results(pool)
@@ -105,18 +108,16 @@ class _Worker:
     """In an actor: the model, made once, and batches of text into batches of bytes."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, backend: str, precision: str, threads: int, budget: int
+        self, checkpoint: Checkpoint, settings: Settings, backend: str, precision: str, threads: int, budget: int
     ) -> None:
         warnings.simplefilter("ignore", SyntheticWeightsWarning)  # said once, where the run was started
         self._passes = ESM2(checkpoint, backend=backend, precision=precision, threads=threads).passes
-        self._layout, self._budget = layout, budget
+        self._settings, self._budget = settings, budget
 
     def encode(self, batch: Sequence[Pending]) -> list[tuple[int, bytes]] | str:
         """Number and packed outputs of each sequence, or the message of an error."""
-        outputs, long = self._layout.settings.outputs, self._layout.settings.long
         try:
-            found = encode_batch(self._passes, batch, outputs, long, self._budget)
-            return [(number, self._layout.pack(result)) for number, result in found]
+            return list(self._settings.encode(self._passes, batch, self._budget))
         except NumpyesmError as error:  # an exception would come out in many wrappings
             return str(error)
 
@@ -178,10 +179,6 @@ def check_ray(address: str | None, workers: int | None) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's C++ part calls it an error on stderr, among other things, that an actor can be started again.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.util
-    except ImportError as error:
-        raise MissingExtra("the Ray engine needs ray: pip install 'numpyesm[ray]'") from error
+    ray = require("ray", "the Ray engine", "ray")
     logging.getLogger("ray").setLevel(logging.ERROR)
     return ray

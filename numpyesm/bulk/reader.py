@@ -12,8 +12,8 @@ from typing import NamedTuple, cast
 
 from ..alphabet import SequenceNotes
 from ..errors import InvalidOption, InvalidSequence
-from ..fasta import scan_fasta
-from .layout import Layout
+from ..fasta import record_name, scan_fasta
+from .settings import Settings
 
 # The most that one row of the journal holds: SQLite has a limit.
 MOST_BYTES = 10**9 - 1000
@@ -27,37 +27,26 @@ class Item(NamedTuple):
     position : int
         Its place in the whole input, from 1.
     id : str
-        From the header, see `Settings.record_id`; `sequence_<position>` if there is none.
+        From the header, see `fasta.record_name`; `sequence_<position>` if there is none.
     description : str
         The whole header.
-    sequence : str
-        In upper case, without blanks and a trailing `*`.
-    digest : bytes
-        SHA-256 of the sequence.
+    length : int
+        Letters of the sequence.
+    digest : bytes or None
+        SHA-256 of the sequence; None if it cannot be embedded.
     reason : str or None
         Why it cannot be embedded.
+    sequence : str
+        In upper case, without blanks and a trailing `*`; empty if the item comes from a journal.
     """
 
     position: int
     id: str
     description: str
-    sequence: str
-    digest: bytes
-    reason: str | None
-
-    def as_rejected(self) -> Rejected:
-        """The record as the list of rejected records has it."""
-        return Rejected(self.position, self.id, self.description, len(self.sequence), self.reason or "")
-
-
-class Rejected(NamedTuple):
-    """A record that cannot be embedded."""
-
-    position: int
-    id: str
-    description: str
     length: int
-    reason: str
+    digest: bytes | None
+    reason: str | None
+    sequence: str = ""
 
 
 class Reader:
@@ -67,33 +56,33 @@ class Reader:
     ----------
     inputs : sequence of str or path
         FASTA files, plain or gzip, or `-` for standard input.
-    layout : Layout
+    settings : Settings
         What is to be computed, for which records.
     """
 
-    def __init__(self, inputs: Sequence[str | os.PathLike[str]], layout: Layout) -> None:
+    def __init__(self, inputs: Sequence[str | os.PathLike[str]], settings: Settings) -> None:
         if not inputs:
             raise InvalidOption("no input: name at least one FASTA file")
         if [os.fspath(name) for name in inputs].count("-") > 1:
             raise InvalidOption("standard input (-) can be read once only")
-        self._inputs = inputs
-        self._layout, self._settings = layout, layout.settings
+        self._inputs, self._settings = inputs, settings
         self._fingerprint = hashlib.blake2b(digest_size=16)
         self.records = 0
         self.notes = SequenceNotes()
 
     def __iter__(self) -> Iterator[Item]:
         for name in self._inputs:
-            for record, problem in scan_fasta(_source(name), first=self.records + 1):
+            for (first_word, description, sequence), problem in scan_fasta(_source(name), first=self.records + 1):
                 self.records += 1
-                digest = hashlib.sha256(record.sequence.encode()).digest()
-                self._fingerprint.update(record.description.encode() + b"\n" + digest)
+                digest = hashlib.sha256(sequence.encode()).digest()
+                self._fingerprint.update(description.encode() + b"\n" + digest)
                 if self._settings.shard.takes(digest):
-                    reason = problem or self._reason(record.sequence)
-                    id = self._settings.record_id(record.id)
+                    reason = problem or self._reason(sequence)
+                    id = record_name(first_word, self._settings.ids)
                     if reason is None:
-                        self.notes.look(record.sequence, id)
-                    yield Item(self.records, id, record.description, record.sequence, digest, reason)
+                        self.notes.look(sequence, id)
+                    known = None if reason else digest
+                    yield Item(self.records, id, description, len(sequence), known, reason, sequence)
         if not self.records:
             raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")
 
@@ -103,7 +92,7 @@ class Reader:
             self._settings.long.check(sequence, self._settings.outputs)
         except InvalidSequence as error:
             return error.reason
-        size = self._layout.num_bytes(len(sequence))
+        size = self._settings.num_bytes(len(sequence))
         return f"its outputs take {size / 1e9:.2f} GB, a record can have 1 GB" if size > MOST_BYTES else None
 
     def fingerprint(self) -> str:
@@ -111,7 +100,7 @@ class Reader:
         return f"{self.records}:{self._fingerprint.hexdigest()}"
 
 
-def _source(name: str | os.PathLike[str]) -> str | Path | io.BufferedReader:
+def _source(name: str | os.PathLike[str]) -> Path | io.BufferedReader:
     if os.fspath(name) == "-":
         return cast(io.BufferedReader, sys.stdin.buffer)
     path = Path(name)

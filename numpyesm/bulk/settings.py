@@ -1,17 +1,27 @@
-"""What is computed for each record: everything that the numbers in the output depend on, and nothing else."""
+"""What is computed for each record and how it is stored: everything that the numbers in the output depend on."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from ..errors import InvalidOption
-from ..fasta import IDS, record_name
-from ..options import Outputs
-from ..streaming.batches import LongSequences
+import numpy as np
+import numpy.typing as npt
 
-DTYPES = ("fp32", "fp16")
+from ..config import ModelConfig
+from ..errors import BulkError, InvalidOption
+from ..fasta import IDS
+from ..options import Outputs
+from ..passes import Passes
+from ..results import EncodeResult, Field, count_numbers, fields
+from ..streaming.batches import LongSequences, Pending, encode_batch
+
+Array = npt.NDArray[Any]
+_DTYPES = {"fp32": "<f4", "fp16": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -39,25 +49,26 @@ class Shard:
         """Whether the sequence with this SHA-256 digest is in the share."""
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
 
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked options of a run.
+    """Checked options of a run on one model.
+
+    The outputs of a record are kept as bytes: arrays one behind the other, in the order of `fields`.
 
     Attributes
     ----------
+    config : ModelConfig
     outputs : Outputs
     long : LongSequences
     dtype : {"fp32", "fp16"}
         How numbers are stored.
     shard : Shard
     ids : {"first-word", "accession"}
-        How records are called: by the first word of their header, or by the accession in it (`fasta.accession`).
+        How records are named, see `fasta.record_name`.
     """
 
+    config: ModelConfig
     outputs: Outputs
     long: LongSequences = field(default_factory=LongSequences)
     dtype: str = "fp32"
@@ -65,13 +76,9 @@ class Settings:
     ids: str = "first-word"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("dtype", self.dtype, DTYPES), ("ids", self.ids, IDS)):
+        for name, value, allowed in (("dtype", self.dtype, _DTYPES), ("ids", self.ids, IDS)):
             if value not in allowed:
                 raise InvalidOption(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-
-    def record_id(self, first_word: str) -> str:
-        """The id of a record: of `sp|P12345|NAME_HUMAN` either the whole or `P12345`."""
-        return record_name(first_word, self.ids)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the output's metadata."""
@@ -81,6 +88,50 @@ class Settings:
             "dtype": self.dtype,
             "long": self.long.rule,
             "overlap": self.long.overlap if self.long.rule == "windows" else None,
-            "shard": str(self.shard),
+            "shard": f"{self.shard.index}/{self.shard.count}",
             "ids": self.ids,
         }
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Of the stored numbers."""
+        return np.dtype(_DTYPES[self.dtype])
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The arrays of a record, in the order in which they are stored."""
+        return tuple(fields(self.outputs))
+
+    def shape(self, output: Field, length: int) -> tuple[int, ...]:
+        """Shape of an array of a record of `length` residues."""
+        return output.shape(self.config, self.long.residues(length))
+
+    def num_bytes(self, length: int) -> int:
+        """Bytes of the arrays of a record of `length` residues."""
+        return count_numbers(self.outputs, self.config, self.long.residues(length)) * self.stored_dtype.itemsize
+
+    def encode(self, passes: Passes, batch: Sequence[Pending], budget: int) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the packed outputs of each sequence of a batch that is not done, in any order."""
+        for number, result in encode_batch(passes, batch, self.outputs, self.long, budget):
+            yield number, self.pack(result)
+
+    def pack(self, result: EncodeResult) -> bytes:
+        """The arrays of a result as bytes; BulkError if a number does not fit into float16."""
+        arrays = result.to_arrays()
+        return b"".join(self._stored(output.name, arrays[output.name]) for output in self.fields)
+
+    def _stored(self, name: str, array: Array) -> bytes:
+        with np.errstate(over="ignore"):
+            stored = array.astype(self.stored_dtype)
+        if self.dtype == "fp16" and np.isinf(stored).any() and not np.isinf(array).any():
+            raise BulkError(f"{name} has {float(np.abs(array).max()):g}, beyond float16: use dtype fp32")
+        return stored.tobytes()
+
+    def unpack(self, data: bytes, length: int) -> Iterator[tuple[Field, Array]]:
+        """Yield each output of a record with its array, a view of `data`."""
+        start = 0
+        for output in self.fields:
+            shape = self.shape(output, length)
+            array = np.frombuffer(data, self.stored_dtype, math.prod(shape), start).reshape(shape)
+            yield output, array
+            start += array.nbytes

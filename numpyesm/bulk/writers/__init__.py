@@ -1,20 +1,20 @@
-"""Where the numbers go in the end: Parquet, HDF5, or a folder with one file per record."""
+"""Where the numbers go in the end: Parquet, HDF5, or a folder with one file per record.
+
+Each module has `write(rows, settings, about, path)`, which writes everything to `path`, which nobody reads yet, and
+syncs it; and `metadata(path)`, which returns the metadata of a finished output as JSON, and raises if there are none.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...errors import InvalidOption
-from .base import Writer
+from ...extras import require
 
 ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
 # Files of embeddings in HDF5 hold one row per residue by custom; a table holds vectors.
 DEFAULT_INCLUDE = {"parquet": ("mean", "bos"), "hdf5": ("mean", "per_token"), "folder": ("mean",)}
-
-
-def written_formats() -> str:
-    """What an output can be, for messages."""
-    return ".parquet, .h5 or a folder (ending in /)"
 
 
 def output_format(output: str) -> str:
@@ -34,19 +34,21 @@ def output_format(output: str) -> str:
             return ENDINGS[path.suffix.lower()]
         if path.suffix == "" and not (path.exists() and not path.is_file()):
             return "folder"
-    raise InvalidOption(f"output {output!r}: expected {written_formats()}")
+    raise InvalidOption(f"output {output!r}: expected .parquet, .h5 or a folder (ending in /)")
 
 
-def make_writer(form: str) -> Writer:
-    """The writer of a format; MissingExtra if its library is not installed."""
+def writer_of(form: str) -> Any:
+    """The module that writes a format; MissingExtra if its library is not installed."""
     if form == "parquet":
-        from .parquet import ParquetWriter
+        require("pyarrow.parquet", "Parquet", "bulk")
+        from . import parquet
 
-        return ParquetWriter()
+        return parquet
     if form == "hdf5":
-        from .hdf5 import Hdf5Writer
+        require("h5py", "HDF5", "bulk")
+        from . import hdf5
 
-        return Hdf5Writer()
-    from .folder import FolderWriter
+        return hdf5
+    from . import folder
 
-    return FolderWriter()
+    return folder

@@ -1,4 +1,9 @@
-"""A folder with one `.npz` file per record, and an index."""
+"""A folder with one `.npz` file per record, and an index.
+
+`OUT/P12345.npz` holds `mean_12`, `per_token_12`, … for `numpy.load`, and `id`, `description`, `length`. `index.tsv`
+says which record is in which file: ids are made safe for file names, and of records whose names would be the same on
+any file system (also one that takes `a` for `A`) the second becomes `P12345~2.npz`.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +20,44 @@ import numpy as np
 
 from ...files import safe_stem
 from ..journal import Row
-from ..layout import Layout
-from .base import COLUMNS, METADATA_KEY, Writer, described, free_name, tsv_line
+from ..settings import Settings
+from .base import COLUMNS, METADATA_KEY, described, free_name, tsv_line
 
 ABOUT = "numpyesm.json"
 INDEX = "index.tsv"
 
 
-class FolderWriter(Writer):
-    """`OUT/P12345.npz` holds `mean_12`, `per_token_12`, … for `numpy.load`, and `id`, `description`, `length`.
+def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: Path) -> None:
+    """Write all records."""
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir()
+    names = path.with_name(path.name + ".names.sqlite")
+    names.unlink(missing_ok=True)
+    with (
+        closing(sqlite3.connect(names, isolation_level=None)) as taken,
+        open(path / INDEX, "w", encoding="utf-8") as index,
+    ):
+        taken.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
+        )
+        index.write(tsv_line(*("file" if name == "description" else name for name in COLUMNS)))
+        for row in rows:
+            name = _take_name(taken, safe_stem(row.id)) + ".npz"
+            arrays = {field.name: array for field, array in settings.unpack(row.data, row.length)}
+            texts = {"id": np.array(row.id), "description": np.array(row.description)}
+            with open(path / name, "wb") as file:
+                np.savez(file, **texts, length=np.int64(row.length), **arrays)  # type: ignore[arg-type]
+            index.write(tsv_line(*(described(row, settings) | {"description": name}).values()))
+    names.unlink()
+    (path / ABOUT).write_text(json.dumps({METADATA_KEY: about}, indent=1) + "\n")
+    if hasattr(os, "sync"):
+        os.sync()  # once, not a wait for every file
 
-    `index.tsv` says which record is in which file: ids are made safe for file names, and of records whose names would
-    be the same on any file system (also one that takes `a` for `A`) the second becomes `P12345~2.npz`.
-    """
 
-    def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir()
-        names = path.with_name(path.name + ".names.sqlite")
-        names.unlink(missing_ok=True)
-        with (
-            closing(sqlite3.connect(names, isolation_level=None)) as taken,
-            open(path / INDEX, "w", encoding="utf-8") as index,
-        ):
-            taken.executescript(
-                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
-            )
-            index.write(tsv_line(*("file" if name == "description" else name for name in COLUMNS)))
-            for row in rows:
-                name = _take_name(taken, safe_stem(row.id)) + ".npz"
-                arrays = {field.name: array for field, array in layout.unpack(row.data, row.length)}
-                texts = {"id": np.array(row.id), "description": np.array(row.description)}
-                with open(path / name, "wb") as file:
-                    np.savez(file, **texts, length=np.int64(row.length), **arrays)  # type: ignore[arg-type]
-                index.write(tsv_line(*(described(row, layout) | {"description": name}).values()))
-        names.unlink()
-        (path / ABOUT).write_text(json.dumps({METADATA_KEY: about}, indent=1) + "\n")
-        if hasattr(os, "sync"):
-            os.sync()  # once, not a wait for every file
-
-    def metadata(self, path: Path) -> str | bytes:
-        return json.dumps(json.loads((path / ABOUT).read_text())[METADATA_KEY])
+def metadata(path: Path) -> str:
+    """Return the metadata of a finished folder."""
+    return json.dumps(json.loads((path / ABOUT).read_text())[METADATA_KEY])
 
 
 def is_ours(entry: Path) -> bool:

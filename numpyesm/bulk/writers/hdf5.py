@@ -1,90 +1,82 @@
-"""HDF5 in the layout of UniProt's embedding downloads: one dataset per id."""
+"""HDF5 in the layout of UniProt's embedding downloads: one dataset per id.
+
+`file["P12345"]` is what UniProt's file has there: (L, D) per residue, or (D,) if only `mean` was asked for. Beside it,
+as attributes of the dataset: `mean_12`, `bos_12`, `original_id`, `description`, `length`, `residues`, `sequence_hash`,
+`record`. Further arrays (more layers, contacts, logits, attentions) lie in groups of their own, such as
+`file["contacts/P12345"]`, which also have `original_id`. In names `/` is written `%2F`; a second record of the same id
+is `id#2`. The file's attribute `model_name` is what protspace calls the embedding.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ...errors import MissingExtra
+import h5py
+
 from ...results import Field
 from ...threads import WorkerPool
 from ..journal import Row
-from ..layout import Layout
-from .base import METADATA_KEY, Writer, described, free_name, missing_bulk
+from ..settings import Settings
+from .base import METADATA_KEY, described, free_name
 from .unfailing import UnfailingFile
 
 # Which output is the dataset that bears the id alone: the first of these that is there.
 _MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions", "classes")
 
 
-class Hdf5Writer(Writer):
-    """`file["P12345"]` is what UniProt's file has there: (L, D) per residue, or (D,) if only `mean` was asked for.
+def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: Path) -> None:
+    """Write all records."""
+    # Signal handlers run, and raise, in the main thread only: HDF5 calls our `write`, and must not see that.
+    stop = threading.Event()
+    WorkerPool(1).run_together(lambda _: _write(rows, settings, about, path, stop), 1, stop.set)
 
-    Beside it, as attributes of the dataset: `mean_12`, `bos_12`, `original_id`, `description`, `length`, `residues`,
-    `sequence_hash`, `record`. Further arrays (more layers, contacts, logits, attentions) lie in groups of their own:
-    `file["contacts/P12345"]`, which also have `original_id`. In names `/` is written `%2F`; a second record of the
-    same id is `id#2`. The file's attribute `model_name` is what protspace calls the embedding.
-    """
 
-    def __init__(self) -> None:
-        try:
-            import h5py
-        except ImportError as error:
-            raise MissingExtra(missing_bulk("HDF5", "h5py")) from error
-        self._h5py: Any = h5py
-
-    def write(self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path) -> None:
-        # Signal handlers run, and raise, in the main thread only: HDF5 calls our `write`, and must not see that.
-        stop = threading.Event()
-        WorkerPool(1).run_together(lambda _: self._write(rows, layout, about, path, stop), 1, stop.set)
-
-    def _write(
-        self, rows: Iterator[Row], layout: Layout, about: dict[str, Any], path: Path, stop: threading.Event
-    ) -> None:
-        main, others, attributes = _places(layout)
-        with closing(UnfailingFile(path)) as disk:
-            # 1.8 is old enough for every reader and has no limit on the size of an attribute.
-            file = self._h5py.File(disk, "w", libver=("v108", "v110"))
-            try:
-                file.attrs["model_name"] = about["model"]
-                file.attrs[METADATA_KEY] = json.dumps(about)
+def _write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: Path, stop: threading.Event) -> None:
+    main, others, attributes = _places(settings)
+    with closing(UnfailingFile(path)) as disk:
+        # 1.8 is old enough for every reader and has no limit on the size of an attribute.
+        with h5py.File(disk, "w", libver=("v108", "v110")) as file:
+            file.attrs["model_name"] = about["model"]
+            file.attrs[METADATA_KEY] = json.dumps(about)
+            for field in others:
+                file.create_group(field.name).attrs["original_id"] = field.name
+            for row in rows:
+                name = free_name(file.__contains__, hdf5_name(row.id), "#")
+                arrays = dict(settings.unpack(row.data, row.length))
+                dataset = file.create_dataset(name, data=arrays[main])
+                for column, value in described(row, settings).items():
+                    attribute = "original_id" if column == "id" else column
+                    dataset.attrs[attribute] = _text(value) if isinstance(value, str) else value
+                for field in attributes:
+                    dataset.attrs[field.name] = arrays[field]
                 for field in others:
-                    file.create_group(field.name).attrs["original_id"] = field.name
-                for row in rows:
-                    name = free_name(lambda name: name in file, hdf5_name(row.id), "#")
-                    arrays = dict(layout.unpack(row.data, row.length))
-                    dataset = file.create_dataset(name, data=arrays[main])
-                    for column, value in described(row, layout).items():
-                        attribute = "original_id" if column == "id" else column
-                        dataset.attrs[attribute] = _text(value) if isinstance(value, str) else value
-                    for field in attributes:
-                        dataset.attrs[field.name] = arrays[field]
-                    for field in others:
-                        beside = file[field.name].create_dataset(name, data=arrays[field])
-                        beside.attrs["original_id"] = _text(row.id)
-                    disk.check()
-                    if stop.is_set():
-                        return
-            finally:
-                file.close()
-            disk.check()
-            disk.sync()
-
-    def metadata(self, path: Path) -> str | bytes:
-        with self._h5py.File(path, "r") as file:
-            found: str = file.attrs[METADATA_KEY]
-            return found
+                    beside = file[field.name].create_dataset(name, data=arrays[field])
+                    beside.attrs["original_id"] = _text(row.id)
+                disk.check()
+                if stop.is_set():
+                    return
+        disk.check()
+        os.fsync(disk.fileno())
 
 
-def _places(layout: Layout) -> tuple[Field, list[Field], list[Field]]:
+def metadata(path: Path) -> str:
+    """Return the metadata of a finished file."""
+    with h5py.File(path, "r") as file:
+        found: str = file.attrs[METADATA_KEY]
+        return found
+
+
+def _places(settings: Settings) -> tuple[Field, list[Field], list[Field]]:
     """The output under the bare id, those in groups of their own, and those that are attributes."""
-    main = min(layout.fields, key=lambda field: (_MAIN.index(field.kind), -(field.layer or 0)))
-    vectors = [field for field in layout.fields if len(layout.shape(field, 1)) == 1 and field != main]
-    return main, [field for field in layout.fields if field != main and field not in vectors], vectors
+    main = min(settings.fields, key=lambda field: (_MAIN.index(field.kind), -(field.layer or 0)))
+    vectors = [field for field in settings.fields if len(settings.shape(field, 1)) == 1 and field != main]
+    return main, [field for field in settings.fields if field != main and field not in vectors], vectors
 
 
 def hdf5_name(id: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class UnfailingFile(io.RawIOBase):
+class UnfailingFile(io.FileIO):
     """A new file whose writes always succeed; `check` says whether they did.
 
     HDF5 crashes, or prints tracebacks, if it cannot write while it closes. From the first failure on, what it writes
@@ -16,8 +16,7 @@ class UnfailingFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
-        self._at = 0
+        super().__init__(path, "w+")
         self._end = 0
         self._error: OSError | None = None
         self._kept: list[tuple[int, bytes]] = []
@@ -28,53 +27,39 @@ class UnfailingFile(io.RawIOBase):
             raise self._error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._end)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        from_end = whence == os.SEEK_END
+        return super().seek(self._end + offset if from_end else offset, os.SEEK_SET if from_end else whence)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._file.seek(self._at)
-                left = view
-                while left:
-                    left = left[self._file.write(left) :]
-            except OSError as error:
-                self._error = error
+        view, start = memoryview(data).cast("B"), self.tell()
+        try:
+            done = 0
+            while self._error is None and done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self._error = error
         if self._error is not None:
-            self._kept.append((self._at, bytes(view)))
-        self._at += len(view)
-        self._end = max(self._end, self._at)
+            self._kept.append((start, bytes(view)))
+        self._end = max(self._end, self.seek(start + len(view)))
         return len(view)
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        start, stop = self._at, max(self._at, min(self._at + len(view), self._end))
-        self._file.seek(start)
-        view[: stop - start] = self._file.read(stop - start).ljust(stop - start, b"\0")
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        stop = max(start, min(start + len(view), self._end))
+        found = super().readinto(view[: stop - start]) or 0
+        view[found : stop - start] = bytes(stop - start - found)
         for at, data in self._kept:
             low, high = max(at, start), min(at + len(data), stop)
             if low < high:
                 view[low - start : high - start] = data[low - at : high - at]
-        self._at = stop
+        self.seek(stop)
         return stop - start
 
     def truncate(self, size: int | None = None) -> int:
-        self._end = self._at if size is None else size
-        if self._error is None:
-            try:
-                self._file.truncate(self._end)
-            except OSError as error:
-                self._error = error
+        self._end = self.tell() if size is None else size
+        try:
+            if self._error is None:
+                super().truncate(self._end)
+        except OSError as error:
+            self._error = error
         return self._end
-
-    def sync(self) -> None:
-        """Wait until everything is on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -75,6 +75,13 @@ def model() -> ESM2:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> ESM2:
+    """As small as can be, for sequences of thousands of residues."""
+    with pytest.warns(SyntheticWeightsWarning):
+        return ESM2(random_checkpoint(ModelConfig(1, 16, 2, 32), seed=1), backend="numpy", threads=1)
+
+
+@pytest.fixture(scope="session")
 def reference() -> ESM2:
     """The same model in float64."""
     return small_model(backend="numpy", precision="fp64", threads=2)

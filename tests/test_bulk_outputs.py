@@ -18,14 +18,12 @@ import pytest
 from bulk_runs import DIM, LAST, fasta, rows, write_fasta
 from conftest import assert_close, random_sequence
 
-from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra, SyntheticWeightsWarning
+from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra
 from numpyesm.bulk import embed_fasta
-from numpyesm.config import ModelConfig
 from numpyesm.errors import BulkError
 from numpyesm.fasta import Record
 from numpyesm.passes import Passes
 from numpyesm.results import EncodeResult
-from numpyesm.weights.synthetic import random_checkpoint
 
 pytest.importorskip("pyarrow")
 h5py = pytest.importorskip("h5py")
@@ -34,13 +32,6 @@ ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 MEAN = f"mean_{LAST}"
 LONG = random_sequence(2500)
 HALF = 1e-3  # what is left of a number in float16
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ESM2:
-    """As small as can be, for sequences of thousands of residues."""
-    with pytest.warns(SyntheticWeightsWarning):
-        return ESM2(random_checkpoint(ModelConfig(1, 16, 2, 32), seed=1), backend="numpy", threads=1)
 
 
 def means(results: list[EncodeResult]) -> list[Any]:
@@ -401,13 +392,13 @@ def test_missing_libraries_name_the_extra(
         embed_fasta(fasta(tmp_path / "in.fasta", ("a", "MKT")), tmp_path / output, model, engine=engine)
 
 
-def test_memory_does_not_grow_with_the_file(model: ESM2, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(tiny: ESM2, tmp_path: Path) -> None:
     """What Python holds at most, of 200 and of 2,000 records; a journal in memory would show."""
     peaks = []
     for count in (200, 200, 2000):
         source = write_fasta(tmp_path / f"{count}.fasta", count, longest=12)
         tracemalloc.start()
-        embed_fasta(source, tmp_path / f"{count}.parquet", model, overwrite=True, tokens_per_batch=600)
+        embed_fasta(source, tmp_path / f"{count}.parquet", tiny, overwrite=True, tokens_per_batch=600)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + (5 << 20)  # row groups grow to 2048 rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_sequence, small_model
+from conftest import SMALL, random_sequence, small_model
 
 from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence, NumpyesmError
 from numpyesm.alphabet import AMINO_ACIDS, MASK, TOKEN_ID
@@ -45,11 +45,9 @@ def pair() -> Any:
     pytest.importorskip("esm")
     from fair_esm_models import as_checkpoint, fair_esm_model
 
-    from numpyesm.config import PRESETS
-
-    fair = fair_esm_model(4, 1.0, PRESETS["esm2-8m"])
+    fair = fair_esm_model(4, 1.0, SMALL)
     checkpoint = as_checkpoint(fair)
-    return fair, ESM2(checkpoint, backend="numpy", threads=2), ESM2(checkpoint, threads=2)
+    return fair, ESM2(checkpoint, backend="numpy", threads=1), ESM2(checkpoint, threads=1)
 
 
 def fair_log_probs(fair: Any, sequence: str, masked: int | None = None) -> Any:
@@ -185,14 +183,14 @@ def test_proteingyms_rule_by_name(pair: Any) -> None:
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-4)
 
 
-def test_proteingyms_rule_sees_short_proteins_whole(model: ESM2) -> None:
+def test_proteingyms_rule_sees_short_proteins_whole(model: ESM2, tiny: ESM2) -> None:
     for method in ("masked-marginals", "wt-marginals"):
         found = model.score_mutations(WILD_TYPE, MUTATIONS, method, window="proteingym")
         np.testing.assert_allclose(found, model.score_mutations(WILD_TYPE, MUTATIONS, method), rtol=0, atol=1e-6)
         scan = model.scan_mutations(WILD_TYPE, method, window="proteingym")
         np.testing.assert_allclose(scan.scores, model.scan_mutations(WILD_TYPE, method).scores, rtol=0, atol=1e-6)
     long = random_sequence(2100, 4)
-    assert np.isfinite(model.score_mutations(long, [f"{long[1000]}1001W"], window="proteingym")).all()
+    assert np.isfinite(tiny.score_mutations(long, [f"{long[1000]}1001W"], window="proteingym")).all()
     with pytest.raises(InvalidSequence, match="wt-marginals see the whole wild type at once: it has 2100 residues"):
         model.score_mutations(long, ["WT"], "wt-marginals", window="proteingym")
 
@@ -275,10 +273,10 @@ def test_only_needed_positions_run_and_each_has_one_row(model: ESM2, calls: list
     assert calls == [[(43, 0, 5)]]
 
 
-def test_memory_is_bounded(model: ESM2, calls: list[Any]) -> None:
+def test_memory_is_bounded(tiny: ESM2, calls: list[Any]) -> None:
     """Few token rows at a time, though the scan has many."""
     progress: list[tuple[int, int]] = []
-    model.scan_mutations(random_sequence(300), progress=lambda *done: progress.append(done))
+    tiny.scan_mutations(random_sequence(300), progress=lambda *done: progress.append(done))
     assert max(sum(tokens for tokens, _, _ in call) for call in calls) <= 32768
     assert len(calls) == math.ceil(300 / (32768 // 302))
     assert progress[-1] == (300, 300)

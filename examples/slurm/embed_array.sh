@@ -1,9 +1,9 @@
 #!/bin/bash
 # A proteome on a Slurm cluster: a job array, one shard a task.
 #   sbatch --array=1-32 examples/slurm/embed_array.sh proteome.fasta.gz embeddings/ 32
-# The number of shards is said again, so that single tasks can be repeated: sbatch --array=7,9 … 32.
-# A task that was preempted or lost its node is put back by Slurm, one near its time limit puts itself back; both go on
-# where they stood.
+# The number of shards is given again, so that single tasks can be repeated: sbatch --array=7,9 … 32.
+# A task that was preempted or lost its node is put back by Slurm, one near its time limit puts itself back; both resume
+# where they stopped.
 #SBATCH --job-name=numpyesm
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=4G

@@ -68,7 +68,7 @@ def compute_on_ray(
         worker = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
         arguments = (weights, settings, model.backend, model.precision, threads, budget)
         actors = [worker.remote(*arguments) for _ in range(count)]
-        pool = ActorPool(actors * _BATCHES_PER_WORKER)
+        pool: Any = ActorPool(actors * _BATCHES_PER_WORKER)
         for batch in journal.batches(budget):
             if not pool.has_free():
                 yield from _results(pool)

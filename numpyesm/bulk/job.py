@@ -111,7 +111,7 @@ def embed_fasta(
     repr_layers : iterable of int
         As for `ESM2.encode`.
     include : iterable of str, optional
-        As for `ESM2.encode`; by default `mean` and `bos` for Parquet, `mean` and `per_token` for HDF5, `mean` else.
+        As for `ESM2.encode`; by default `mean` and `bos` for Parquet, `mean` and `per_token` for HDF5, else `mean`.
     dtype : {"fp32", "fp16"}
         Of the stored numbers.
     long, overlap, tokens_per_batch

@@ -187,7 +187,7 @@ class Journal:
             self._db.execute("BEGIN")
 
     def commit(self) -> None:
-        """From here on, what was added survives whatever happens."""
+        """Make what was added survive a crash."""
         self._db.commit()
 
     def rollback(self) -> None:

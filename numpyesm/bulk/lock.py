@@ -1,4 +1,4 @@
-"""One run on an output at a time: a lock that the system takes away when the process dies, however it dies."""
+"""One run on an output at a time: a lock that the system releases when the process dies, however it dies."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Output:
     output : path
         `.parquet`, `.h5`, or a folder. A symbolic link stays: what it points to is replaced.
     inputs : sequence of path
-        None of which it may be.
+        The output may be none of these.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, JSON lines for schedulers, or nothing."""
+"""Progress of a run: a bar on a terminal, JSON lines for schedulers, or nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in an output's metadata: which weights, which version, which parameters, which input."""
+"""What the metadata of an output say: which weights, which version, which parameters, which input."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The engine of a cluster: a pool of Ray actors, each holding the model.
 
 This process reads batches from the journal and hands them out; actors all over the cluster compute; what comes back is
-written to the journal, exactly as with the local engine. Whatever Ray loses it computes again from the batch, and what
-it never returned is still pending in the journal.
+written to the journal, exactly as with the local engine. What Ray loses is recomputed from the batch; what it never
+returned is still pending in the journal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .journal import Journal
 from .settings import Settings
 
 _MOST_THREADS_PER_WORKER = 4
-# Of one batch whose worker died. Without an end, a batch that is too much for the memory would be tried for ever.
+# Of one batch whose worker died. Without a limit, a batch that needs too much memory would be retried for ever.
 _RETRIES = 5
 # One batch waits at a worker while another is computed.
 _BATCHES_PER_WORKER = 2

@@ -1,4 +1,4 @@
-"""The four ways to score a mutant, as fair-esm and ProteinGym define them where they have them."""
+"""The four ways to score a mutant, as fair-esm and ProteinGym define them, where they do."""
 
 from __future__ import annotations
 

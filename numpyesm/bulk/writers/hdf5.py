@@ -26,7 +26,7 @@ from ..settings import Settings
 from .base import METADATA_KEY, described, free_name
 from .unfailing import UnfailingFile
 
-# Which output is the dataset that bears the id alone: the first of these that is there.
+# The output whose dataset is named by the id alone: the first of these that is there.
 _MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions", "classes")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,20 +151,21 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
 
 def check_precision(precision: str) -> str:
     """Return `precision`; InvalidOption if there is none of this name."""
-    return _one_of("precision", precision, PRECISIONS)
+    return one_of("precision", precision, PRECISIONS)
 
 
 def check_backend(backend: str) -> str:
     """One of `BACKENDS`; `numba` is read as `compiled`."""
-    return _one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
+    return one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
 
 
 def check_positions(positions: str) -> str:
     """`all` or `masked`."""
-    return _one_of("positions", positions, POSITIONS)
+    return one_of("positions", positions, POSITIONS)
 
 
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
+    """Return the value of an option; InvalidOption if it is none of those that are allowed."""
     if value not in allowed:
         raise InvalidOption(f"{option}={value!r}: allowed are {', '.join(allowed)}")
     return value

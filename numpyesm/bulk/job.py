@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from ..errors import BulkError, InvalidOption, InvalidSequence
 from ..files import WriteError, overwritten_files
 from ..model import ESM2
-from ..options import Outputs
+from ..options import Outputs, one_of
 from ..streaming.batches import DEFAULT_OVERLAP, LongSequences
 from ..streaming.packing import check_budget, token_budget
 from .journal import FILE, Journal, Totals, readable_error
@@ -150,8 +150,7 @@ def embed_fasta(
         A file cannot be read or written. What was computed is kept.
     """
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    if engine not in ENGINES:
-        raise InvalidOption(f"engine={engine!r}: allowed are {', '.join(ENGINES)}")
+    one_of("engine", engine, ENGINES)
     if engine == "local" and (address is not None or workers is not None):
         raise InvalidOption("address and workers belong to engine='ray'")
     if tokens_per_batch is not None:

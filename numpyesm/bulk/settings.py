@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..config import ModelConfig
 from ..errors import BulkError, InvalidOption
 from ..fasta import IDS
-from ..options import Outputs
+from ..options import Outputs, one_of
 from ..passes import Passes
 from ..results import EncodeResult, Field, count_numbers, fields
 from ..streaming.batches import LongSequences, Pending, encode_batch
@@ -76,9 +76,8 @@ class Settings:
     ids: str = "first-word"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("dtype", self.dtype, _DTYPES), ("ids", self.ids, IDS)):
-            if value not in allowed:
-                raise InvalidOption(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+        one_of("dtype", self.dtype, tuple(_DTYPES))
+        one_of("ids", self.ids, IDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the output's metadata."""

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID, tokenize, warn_of_odd_sequences
 from ..config import MAX_RESIDUES
-from ..errors import InvalidOption, InvalidSequence
-from ..options import SCAN_METHODS, SCORING_METHODS, require_lm_head
+from ..errors import InvalidSequence
+from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_lm_head
 from .marginals import Progress, position_logits, pseudo_log_likelihoods
 from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, read_mutants
 from .windows import Window, check_window
@@ -36,7 +36,7 @@ def score_mutations(
     progress: Progress = None,
 ) -> FloatArray:
     """Compute one number per mutant; see `ESM2.score_mutations`."""
-    check_method(method, SCORING_METHODS)
+    one_of("method", method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
     mutants = read_mutants(wild_type, mutations, check_offset(offset))
     seen = check_window(window, len(wild_type), method)
@@ -62,13 +62,6 @@ def score_mutations(
     distinct = [wild_type, *(sequence for sequence in distinct if sequence != wild_type)]
     found = dict(zip(distinct, _log_probs(passes, distinct, progress), strict=True)) if mutants else {}
     return np.array([found[one] - found[wild_type] if one != wild_type else 0.0 for one in mutated], np.float64)
-
-
-def check_method(method: object, allowed: Sequence[str]) -> str:
-    """Return the method, or raise InvalidOption."""
-    if not isinstance(method, str) or method not in allowed:
-        raise InvalidOption(f"method={method!r}: allowed are {', '.join(allowed)}")
-    return method
 
 
 def _marginals(

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID, warn_of_odd_sequences
-from ..options import SCAN_METHODS, require_lm_head
+from ..options import SCAN_METHODS, one_of, require_lm_head
 from .marginals import Progress, position_logits
-from .methods import check_method
 from .notation import check_offset, check_wild_type
 from .windows import check_window
 
@@ -63,7 +62,7 @@ def scan_mutations(
     progress: Progress = None,
 ) -> MutationScan:
     """Score all single substitutions; see `ESM2.scan_mutations`."""
-    check_method(method, SCAN_METHODS)
+    one_of("method", method, SCAN_METHODS)
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)
     seen = check_window(window, len(wild_type), method)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..alphabet import check_letters, frame, residue_ids
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
-from ..options import Outputs
+from ..options import Outputs, one_of
 from ..passes import Passes
 from ..results import EncodeResult
 from .windows import average, cuts, needed
@@ -45,8 +45,7 @@ class LongSequences:
     overlap: int = DEFAULT_OVERLAP
 
     def __post_init__(self) -> None:
-        if self.rule not in LONG_RULES:
-            raise InvalidOption(f"long={self.rule!r}: allowed are {', '.join(LONG_RULES)}")
+        one_of("long", self.rule, LONG_RULES)
         overlap = self.overlap
         if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= MAX_RESIDUES // 2:
             raise InvalidOption(f"overlap={overlap!r}: expected a whole number from 0 to {MAX_RESIDUES // 2}")

@@ -126,6 +126,14 @@ def check_includes(include: Iterable[str], *, allow_nothing: bool = False) -> fr
     return frozenset("per_token" if name == "per_residue" else name for name in names)
 
 
+def whole_number(value: object) -> int | None:
+    """Return a whole number of any integer type as an int; None for anything else, True and False included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
     """Layers as 0 to num_layers, ascending, once each; negative ones count from the end (-1 is the last)."""
     try:
@@ -134,11 +142,8 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
         raise InvalidOption(f"repr_layers={repr_layers!r}: expected a list of layers, such as [-1]") from None
     resolved = set()
     for layer in layers:
-        try:
-            number = operator.index(layer)
-        except TypeError:
-            number = None
-        if number is None or isinstance(layer, bool):
+        number = whole_number(layer)
+        if number is None:
             raise InvalidOption(f"repr_layers has {layer!r}: layers are whole numbers")
         if not -(num_layers + 1) <= number <= num_layers:
             raise InvalidOption(

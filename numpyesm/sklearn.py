@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
-from .options import Outputs, check_layers, require_classifier
+from .options import Outputs, check_layers, require_classifier, whole_number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
     from .model import ESM2
 
 POOLING = ("mean", "bos")
+Estimator = TypeVar("Estimator", bound="_FromWeights")
 
-# Copies of an estimator (clone, every fold of a cross-validation) share one loaded model a process.
+# Copies of an estimator (clone, every fold of a cross-validation) share one loaded model per process.
 _loaded: dict[tuple[Any, ...], ESM2] = {}
 _lock = threading.Lock()
 
@@ -52,14 +52,25 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
         self.threads = threads
         self.batch_size = batch_size
 
-    def _check_number(self, name: str, least: int | None = None) -> None:
-        value = getattr(self, name)
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or isinstance(value, bool) or (least is not None and number < least):
-            raise InvalidOption(f"{name}={value!r}: expected a whole number" + ("" if least is None else " from 1"))
+    def fit(self: Estimator, X: Sequences, y: object = None) -> Estimator:
+        """Check parameters and sequences; nothing is kept of them.
+
+        Parameters
+        ----------
+        X : iterable of str
+            A list, a generator, an array, a Series, a mapping from ids, or a frame or array of one column.
+        y : ignored
+        """
+        self._checked(X)
+        return self
+
+    def _checked(self, X: Sequences) -> list[str]:
+        """Check the parameters; return the sequences, all of them checked before hours are spent on the first."""
+        if (whole_number(self.batch_size) or 0) < 1:
+            raise InvalidOption(f"batch_size={self.batch_size!r}: expected a whole number from 1")
+        sequences = as_sequences(X)
+        tokenize(sequences)
+        return sequences
 
     def _batches(self, sequences: list[str]) -> Iterator[list[npt.NDArray[np.uint8]]]:
         """Tokens of a few sequences at a time."""
@@ -103,7 +114,7 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
 class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeights):  # type: ignore[misc]
     """Embeddings of protein sequences.
 
-    Nothing is learnt: `fit` checks its input. The weights are loaded at the first `transform`, once a process for all
+    Nothing is learnt: `fit` checks its input. The weights are loaded at the first `transform`, once per process for all
     estimators of equal parameters, and never pickled: an unpickled estimator loads them again by name.
 
     Parameters
@@ -142,30 +153,15 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         self.layer = layer
         self.pooling = pooling
 
-    def fit(self, X: Sequences, y: object = None) -> ESM2Embedder:
-        """Check parameters and sequences; nothing is kept of them.
-
-        Parameters
-        ----------
-        X : iterable of str
-            A list, a generator, an array, a Series, a mapping from ids, or a frame or array of one column.
-        y : ignored
-        """
-        self._check_parameters()
-        _check_letters(as_sequences(X))
-        return self
-
     def transform(self, X: Sequences) -> npt.NDArray[np.float32]:
-        """Embeddings, one row a sequence: (n, D).
+        """Embeddings, one row per sequence: (n, D).
 
         Raises
         ------
         InvalidSequence
             A ValueError that names the item, the position and what is allowed.
         """
-        self._check_parameters()
-        sequences = as_sequences(X)
-        _check_letters(sequences)  # all of them, before hours are spent on the first
+        sequences = self._checked(X)
         model = self._model()
         layer = check_layers([self.layer], model.config.num_layers)[0]
         warn_of_odd_sequences(sequences)
@@ -190,11 +186,12 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         """What scikit-learn's `get_feature_names_out` counts."""
         return self._model().config.embed_dim
 
-    def _check_parameters(self) -> None:
+    def _checked(self, X: Sequences) -> list[str]:
         if self.pooling not in POOLING:
             raise InvalidOption(f"pooling={self.pooling!r}: allowed are {', '.join(POOLING)}")
-        self._check_number("layer")
-        self._check_number("batch_size", least=1)
+        if whole_number(self.layer) is None:
+            raise InvalidOption(f"layer={self.layer!r}: expected a whole number")
+        return super()._checked(X)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -205,7 +202,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
 class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
     """A classifier that was fine-tuned elsewhere, for sequences.
 
-    Nothing is learnt: `fit` checks its input. Weights are loaded and shared as by `ESM2Embedder`.
+    Nothing is learnt. Weights are loaded and shared as by `ESM2Embedder`.
 
     Parameters
     ----------
@@ -219,18 +216,6 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
     classes_ : ndarray of str (labels,)
     """
 
-    def fit(self, X: Sequences, y: object = None) -> ESM2Classifier:
-        """Check parameters and sequences; nothing is kept of them.
-
-        Parameters
-        ----------
-        X : as for `ESM2Embedder`
-        y : ignored
-        """
-        self._check_number("batch_size", least=1)
-        _check_letters(as_sequences(X))
-        return self
-
     def predict_proba(self, X: Sequences) -> npt.NDArray[np.float32]:
         """Probability of each label, columns in the order of `classes_`: (n, labels).
 
@@ -241,9 +226,7 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
         MissingHead
             The weights have no classification head for sequences.
         """
-        self._check_number("batch_size", least=1)
-        sequences = as_sequences(X)
-        _check_letters(sequences)
+        sequences = self._checked(X)
         warn_of_odd_sequences(sequences)
         model, labels = self._model(), self.classes_
         rows = [result.probabilities for tokens in self._batches(sequences) for result in model.passes.classify(tokens)]
@@ -275,9 +258,5 @@ def as_sequences(X: Any) -> list[str]:
     """Sequences as a list; rows of one text each, which scikit-learn calls a column, are taken too."""
     items = texts(X)
     rows = [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in items]
-    # NumPy's own string type is a str, but is not pickled or compared as cheaply.
+    # Not NumPy's own kind of str, which is slower to pickle and to compare.
     return [str(row) if isinstance(row, str) else row for row in rows]
-
-
-def _check_letters(sequences: list[str]) -> None:
-    tokenize(sequences)

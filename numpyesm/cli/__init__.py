@@ -9,8 +9,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from ..errors import InvalidOption, NumpyesmError
 from ..printable import in_words, printable
@@ -20,6 +21,11 @@ from .parser import build_parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for a failure, 2 for wrong use."""
     arguments = build_parser().parse_args(argv)
+    return guarded(partial(arguments.run, arguments), arguments.debug)
+
+
+def guarded(run: Callable[[], int], debug: bool = False) -> int:
+    """Return the exit code of `run`; errors and warnings become lines on stderr, with `debug` tracebacks too."""
     warnings.showwarning = _show_warning
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As an exception, so that half-written files are removed on the way out.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        code: int = arguments.run(arguments)
+        code = run()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader (head, less) has gone
@@ -41,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("numpyesm: interrupted", file=sys.stderr)
         return 130
     except (NumpyesmError, OSError, MemoryError) as error:
-        if arguments.debug:
+        if debug:
             traceback.print_exc()
         print(f"numpyesm: error: {printable(in_words(error))}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:

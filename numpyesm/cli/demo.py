@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"picture: {output / 'contacts.png'}")
     except MissingExtra as error:
         print(f"no picture: {error}")
-    write(contact_text(title, contacts, width=160).encode(), output / "contacts.txt")
+    write(contact_text(title, contacts, width=160), output / "contacts.txt")
     print(f"all results: {output}/")
     return 0
 

@@ -16,6 +16,12 @@ from ..errors import InvalidOption, MissingExtra, NumpyesmError
 from ..printable import in_words
 from .inputs import load_model
 
+# Options of the command that `embed_fasta` has by the same names.
+_OPTIONS = (
+    "include", "dtype", "long", "overlap", "ids", "tokens_per_batch", "shard", "strict", "engine", "address", "workers",
+    "threads", "overwrite", "restart",
+)  # fmt: skip
+
 
 class _QuietProgress(Progress):
     """Prints no progress, only what the user should know."""
@@ -92,21 +98,8 @@ def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
             arguments.output,
             model,
             repr_layers=arguments.layers,
-            include=arguments.include,
-            dtype=arguments.dtype,
-            long=arguments.long,
-            overlap=arguments.overlap,
-            ids=arguments.ids,
-            tokens_per_batch=arguments.tokens_per_batch,
-            shard=arguments.shard,
-            strict=arguments.strict,
-            engine=arguments.engine,
-            address=arguments.address,
-            workers=arguments.workers,
-            threads=arguments.threads,
-            overwrite=arguments.overwrite,
-            restart=arguments.restart,
             progress=progress,
+            **{name: getattr(arguments, name) for name in _OPTIONS},
         )
 
 

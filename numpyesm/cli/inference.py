@@ -99,7 +99,7 @@ def _write(
     if target.form in ("json", "npz"):
         target.write(result_pieces(target.form, results, [record.id for record in records]))
     elif target.form == "table":
-        target.write(table(*summary(records, results)).encode("utf-8", "replace"))
+        target.write(table(*summary(records, results)))
     else:
         target.write(csv_pieces(*spreadsheet(records, results), target.form))
     return 0

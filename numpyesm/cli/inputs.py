@@ -44,11 +44,10 @@ def read_records(
     """
     records: list[Record] = []
     for text in inputs:
-        if output is not None and output != "-" and _is_file(text) and same_file(text, output):
-            raise InvalidOption(f"-o {output} is the input itself: choose another output")
         if text == "-":
             records += read_fasta(sys.stdin.buffer, first=len(records) + 1)
-        elif _is_file(text):
+        elif os.path.exists(text) and not os.path.isdir(text):
+            check_output_is_another(text, output)
             records += read_fasta(text, first=len(records) + 1)
         elif _BARE_SEQUENCE.fullmatch(text):
             records.append(Record(nameless(len(records) + 1), "", clean_sequence(text)))
@@ -57,11 +56,10 @@ def read_records(
     return [record._replace(id=record_name(record.id, ids)) for record in records]
 
 
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).exists() and not Path(text).is_dir()
-    except (OSError, ValueError):  # too long for a name, or a NUL in it: not a file
-        return False
+def check_output_is_another(source: str, output: str | Path | None, option: str = "-o") -> None:
+    """Raise InvalidOption if the output would replace the input."""
+    if output is not None and same_file(source, output):
+        raise InvalidOption(f"{option} {output} is the input itself: choose another output")
 
 
 def _no_input(text: str, masks: bool) -> str:

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     models = _scikit_learn()
     if arguments.folds < 2:
         raise InvalidOption(f"--folds {arguments.folds}: expected 2 or more")
-    data = sys.stdin.buffer.read() if arguments.table == "-" else Path(arguments.table).read_bytes()
-    found = read_table(data, arguments.table, [arguments.sequence_column, arguments.target])
+    found = read_table(arguments.table, [arguments.sequence_column, arguments.target])
     sequences = found.require(arguments.sequence_column, "--sequence-column")
     tokens = _tokens(found, sequences)
     groups = np.unique([ids.tobytes() for ids in tokens], return_inverse=True)[1]

@@ -44,8 +44,10 @@ class Destination:
     path: str | None
     compression: str = ""
 
-    def write(self, data: bytes | Iterable[bytes]) -> None:
+    def write(self, data: bytes | str | Iterable[bytes]) -> None:
         """Write all of `data`, to a file whole or not at all."""
+        if isinstance(data, str):
+            data = data.encode("utf-8", "replace")
         pieces = [data] if isinstance(data, bytes) else data
         if self.path is None:
             sys.stdout.flush()
@@ -112,7 +114,7 @@ def check_writable(output: str | Path) -> None:
         raise WriteError(None, f"no permission to write in {folder}", str(output))
 
 
-def write(data: bytes | Iterable[bytes], output: str | Path) -> None:
+def write(data: bytes | str | Iterable[bytes], output: str | Path) -> None:
     """Write all of `data` to a file, whole or not at all."""
     Destination("", str(output)).write(data)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidOption, MissingExtra
-from ..files import same_file
 from ..formats import json_pieces
 from ..scoring.scan import MutationScan
-from .inputs import load_model
+from .inputs import check_output_is_another, load_model
 from .outputs import Destination, check_writable, csv_pieces, destination, write
 from .pictures import figure_class, png_bytes
 from .score import progress_line, read_wild_type
@@ -31,9 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the matrix, and the picture beside it."""
     target, picture = _outputs(arguments)
     wild_type = read_wild_type(arguments.input, target.path)
-    if picture is not None and same_file(arguments.input, str(picture)):
-        raise InvalidOption(f"--heatmap {picture} is the input itself: choose another output")
     if picture is not None:
+        check_output_is_another(arguments.input, picture, "--heatmap")
         try:
             figure_class()  # before the model runs: a missing extra should not cost minutes
         except MissingExtra as error:

@@ -6,17 +6,15 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
-from ..files import same_file
 from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, apply_changes, check_same_terms, check_wild_type, fit_mutant, parse_mutant
-from .inputs import load_model, read_records
+from .inputs import check_output_is_another, load_model, read_records
 from .outputs import DELIMITERS, destination
-from .variant_table import InvalidTable, VariantTable, read_table
+from .variant_table import VariantTable, read_table
 
 # ProteinGym's names; fair-esm's example has the first too.
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
@@ -29,11 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything about the table, then load the model, score, and write the table with its new column."""
     wild_text, table_text = _inputs(arguments)
     target = destination(arguments, _ENDINGS, terminal="as it was", otherwise="as it was")
-    if target.path is not None and table_text != "-" and same_file(table_text, target.path):
-        raise InvalidOption(f"-o {target.path} is the input itself: choose another output")
+    check_output_is_another(table_text, target.path)
     wild_type = read_wild_type(wild_text, target.path)
     column = arguments.column or arguments.method
-    table = read_table(*_read(table_text), wanted=[arguments.mutation_col or _MUTANT, _SEQUENCE])
+    table = read_table(table_text, [arguments.mutation_col or _MUTANT, _SEQUENCE])
     if column in table.columns:
         raise InvalidOption(f"{table.name} has a column {column!r} already: name another with --column")
     if "\n" in column or "\r" in column:
@@ -97,19 +94,6 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
     if wild_type == table == "-":
         raise InvalidOption("the wild type and the variants cannot both come from standard input")
     return wild_type, table
-
-
-def _read(text: str) -> tuple[bytes, str]:
-    """Return contents and name of the table."""
-    if text == "-":
-        return sys.stdin.buffer.read(), "standard input"
-    path = Path(text)
-    if path.is_dir():
-        raise InvalidTable(f"{text} is a folder, expected a table of variants")
-    try:
-        return path.read_bytes(), text
-    except (FileNotFoundError, ValueError) as error:
-        raise InvalidTable(f"there is no file {text[:200]!r}, expected a table of variants") from error
 
 
 def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import NumpyesmError
@@ -117,7 +120,19 @@ class VariantTable:
         return buffer.getvalue() if value else ""
 
 
-def read_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
+def read_table(source: str, wanted: Sequence[str]) -> VariantTable:
+    """Read a table from a file, or from standard input (`-`); see `parse_table`."""
+    if source == "-":
+        return parse_table(sys.stdin.buffer.read(), "standard input", wanted)
+    if os.path.isdir(source):
+        raise InvalidTable(f"{source} is a folder, expected a table")
+    try:
+        return parse_table(Path(source).read_bytes(), source, wanted)
+    except FileNotFoundError as error:
+        raise InvalidTable(f"there is no file {source[:200]!r}, expected a table") from error
+
+
+def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
     """Read a table.
 
     CSV or TSV, compressed or not, in UTF-8, UTF-16 or Windows' cp1252, with comment lines (`#`) and Excel's `sep=;`

@@ -12,9 +12,9 @@ import os
 import re
 import struct
 import sys
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import TOKENS, SequenceNotes
-from ..errors import InvalidOption, InvalidSequence, NumpyesmError
+from ..cli import guarded
+from ..errors import InvalidOption, InvalidSequence
 from ..files import atomic_write, native_name
 from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
 from ..weights.integrity import weights_sha256
@@ -66,7 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Write one `.npz` per record."""
     if arguments.truncation_seq_length < 1 or arguments.toks_per_batch < 1:
         raise InvalidOption("--truncation_seq_length and --toks_per_batch: expected at least 1")
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             results = _extract(model, tokens[todo], layers, arguments.include)
             for i, result in zip(todo, results, strict=True):
                 save({"label": labels[i], **result}, paths[batch[i]], stamps[i])
+    return 0
 
 
 def _extract(
@@ -194,17 +196,7 @@ def _path(folder: Path, label: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a failure, 2 for wrong use."""
-    arguments = create_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        run(arguments)
-    except (NumpyesmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidOption) else 1
-    except KeyboardInterrupt:
-        print("interrupted; with --skip_existing the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(partial(run, create_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS, letter_hint
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..given import texts
+from ..options import whole_number
 
 _SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z=])")
 _THREE_LETTERS = re.compile(r"([A-Za-z]{3})(-?[0-9]{1,9})([A-Za-z]{3}|=)")
@@ -154,11 +154,8 @@ def check_wild_type(wild_type: object) -> str:
 
 def check_offset(offset: object) -> int:
     """Return the position of the first residue, a whole number, or raise InvalidOption."""
-    try:
-        number = operator.index(offset)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(offset, bool):
+    number = whole_number(offset)
+    if number is None:
         raise InvalidOption(f"offset={offset!r}: expected a whole number, the position of the first residue")
     return number
 

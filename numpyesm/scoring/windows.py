@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from ..alphabet import frame
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
-from ..options import SCAN_METHODS
+from ..options import SCAN_METHODS, whole_number
 
 TokenArray = npt.NDArray[np.uint8]
 
@@ -96,11 +95,8 @@ def check_window(window: object, length: int, method: str) -> Window:
                 "(window=1022, --window 1022) scores every position among that many residues around it"
             )
         return Window(length)
-    try:
-        number = operator.index(window)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if isinstance(window, bool) or not 1 <= number <= MAX_RESIDUES:
+    number = whole_number(window)
+    if number is None or not 1 <= number <= MAX_RESIDUES:
         raise InvalidOption(
             f"window={window!r}: expected a whole number from 1 to {MAX_RESIDUES}, {PROTEINGYM!r}, or None"
         )

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +30,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
 SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)
 
+
+BACKENDS = [
+    "numpy",
+    pytest.param("compiled", marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")),
+]
 
 # What batch mates may change. On AVX2, OpenBLAS sums a row in an order that depends on its place in the batch.
 ROUNDING = 5e-6

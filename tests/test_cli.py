@@ -48,15 +48,13 @@ def test_encode_bare_sequences(run: Any, loaded: ESM2) -> None:
     assert results(done) == as_json(loaded.encode(["MKT-X", "W"], [-1, 2], wanted))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("source", ["x.fasta", "-"])
-@pytest.mark.parametrize(
-    "text", [b">one first\nMKTAYI\nAKQR\n>two\nMK\n", b">one first\r\nmktayi\r\nakqr*\r\n>two\r\nmk*\r\n"]
-)
-def test_encode_fasta(run: Any, loaded: ESM2, text: bytes, source: str, packed: bool) -> None:
-    data = gzip.compress(text) if packed else text
-    Path("x.fasta").write_bytes(data)
-    assert results(run("encode", source, stdin=data)) == as_json(loaded.encode(["MKTAYIAKQR", "MK"]), "one", "two")
+def test_encode_fasta(run: Any, loaded: ESM2) -> None:
+    """From a file and from standard input; test_fasta.py has the forms that a file may have."""
+    text = b">one first\r\nmktayi\r\nAKQR*\r\n>two\r\nmk*\r\n"
+    Path("x.fasta").write_bytes(text)
+    expected = as_json(loaded.encode(["MKTAYIAKQR", "MK"]), "one", "two")
+    assert results(run("encode", "x.fasta")) == expected
+    assert results(run("encode", "-", stdin=gzip.compress(text))) == expected
 
 
 def test_encode_to_npz_and_table(run: Any) -> None:
@@ -128,8 +126,7 @@ def test_pictures_of_contacts(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
 READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-@pytest.mark.parametrize("compression", READERS)
-@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@pytest.mark.parametrize(("ending", "compression"), zip([".csv", ".tsv"] * 2, READERS, strict=True))
 def test_spreadsheets_of_embeddings(run: Any, loaded: ESM2, ending: str, compression: str) -> None:
     """A row per sequence or per residue, with the very numbers, compressed if the name says so."""
     name, out = "a," + "x" * 300, f"out{ending}{compression}"
@@ -222,6 +219,7 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["encode", "MK.T"], 1, "a stop codon or a gap"),
         (["encode", "no-such-file.fasta"], 1, "no file 'no-such-file.fasta'"),
         (["encode", ""], 1, "no file"),
+        (["encode", "."], 1, "'.' is a folder"),
         (["encode", "MK<mask>"], 1, "predict"),
         (["predict", "MKT"], 1, "no <mask>"),
         (["encode", "A" * 2049], 1, "at most 2048"),
@@ -330,7 +328,7 @@ def test_broken_pipe_is_quiet(small_file: str) -> None:
 def test_interrupt_ends_within_seconds(tmp_path: Path) -> None:
     fasta, out = tmp_path / "long.fasta", tmp_path / "x.json"
     fasta.write_text("".join(f">{i}\n{random_sequence(2000, i)}\n" for i in range(40)))
-    command = ["encode", str(fasta), "-o", str(out), "--weights", "synthetic:esm2-35m", "--backend", "numpy"]
+    command = ["encode", str(fasta), "-o", str(out), "--weights", "synthetic:esm2-8m", "--backend", "numpy"]
     process = subprocess.Popen([sys.executable, "-m", "numpyesm", *command], stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert b"SYNTHETIC" in process.stderr.readline()  # the weights are made: it computes from now on

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_model
 
 from numpyesm import ESM2, InvalidMutation, InvalidSequence
 from numpyesm.fasta import Record
@@ -57,11 +56,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "missing value": (pandas.Series([None]), "expected .*got (NoneType|float)"),
     "number": (7, "expected a list of sequences, got int"),
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> ESM2:
-    return small_model()
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -124,15 +118,17 @@ def test_mutations(model: ESM2) -> None:
             model.score_mutations("MKTW", wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*SYNTHETIC")
-def test_scikit_learn_reads_a_generator_once() -> None:
+def test_scikit_learn(small_file: str) -> None:
+    """A generator is read once for both steps; rows of one text each, which scikit-learn calls a column, are taken."""
     pytest.importorskip("sklearn")
     from numpyesm.sklearn import ESM2Embedder
 
-    embedder = ESM2Embedder("synthetic:esm2-8m")
+    embedder = ESM2Embedder(small_file, backend="numpy")
     expected = embedder.transform(FEW)
-    for make, _ in TAKEN.values():
+    for make in (*(make for make, _ in TAKEN.values()), lambda: [[s] for s in FEW]):
         np.testing.assert_array_equal(embedder.fit_transform(make()), expected)
-    for given, said in REFUSED.values():
-        with pytest.raises(InvalidSequence, match=said):
-            embedder.fit(given)
+    refused = [*REFUSED.values(), ([], "empty"), (["MKT", "MKtA"], "item 1: 't' at position 3")]
+    for given, said in refused:
+        for method in (embedder.fit, embedder.transform):
+            with pytest.raises(InvalidSequence, match=said):
+                method(given)

@@ -44,7 +44,6 @@ def test_quoted_values_are_short() -> None:
     ("redirection", "said", "code"),
     [
         (">&-", None, 0),
-        ("2>&-", None, 0),
         (">&- 2>&-", "", 0),
         ("> /dev/full", FULL, 1),
     ],

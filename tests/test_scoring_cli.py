@@ -16,7 +16,7 @@ import pytest
 from conftest import Done, random_sequence
 
 from numpyesm import ESM2
-from numpyesm.cli.variant_table import InvalidTable, read_table
+from numpyesm.cli.variant_table import InvalidTable, parse_table
 
 WILD_TYPE = "MKTAYIAKQRW"
 GYM = (
@@ -136,11 +136,10 @@ def test_quotes_line_ends_and_blank_lines(score: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "mark"),
-    [("cp1252", b""), ("latin-1", b""), ("utf-8-sig", b""), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff"),
-     ("utf-16-le", b""), ("utf-32", b"")],
+    ("encoding", "mark", "delimiter"),
+    [("cp1252", b"", ";"), ("latin-1", b"", "\t"), ("utf-8-sig", b"", ";"), ("utf-16-le", b"\xff\xfe", "\t"),
+     ("utf-16-be", b"\xfe\xff", ";"), ("utf-16-le", b"", ";"), ("utf-32", b"", "\t")],
 )  # fmt: skip
-@pytest.mark.parametrize("delimiter", ["\t", ";"])
 def test_encodings_and_delimiters(score: Any, encoding: str, mark: bytes, delimiter: str) -> None:
     head, row = ["MUTANT", "Größe"], ["M1A", "\u20ac" if encoding == "cp1252" else "ÿ\x81"]
 
@@ -182,7 +181,7 @@ def test_compressed_and_from_standard_input(run: Any) -> None:
 
 
 def test_old_line_ends() -> None:
-    table = read_table(b"mutant,x\rM1A,1\rM1C,2\r", "t", ["mutant"])
+    table = parse_table(b"mutant,x\rM1A,1\rM1C,2\r", "t", ["mutant"])
     assert [row.line for row in table.rows] == [2, 3]
     assert table.with_column("s", ["1", "2"]) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
     with pytest.raises(InvalidTable):

@@ -1,7 +1,7 @@
 """The one FASTA reader: files as people have them, and a name for what is no FASTA.
 
-Headers with sequences below them, or sequences alone: one a line, or one that is wrapped at one width. A line counts as
-sequence only if it looks like one.
+Headers with sequences below them, or sequences alone: one per line, or one that is wrapped at a fixed width. A line
+counts as sequence only if it looks like one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .config import MAX_RESIDUES
 from .errors import InputWarning, InvalidSequence
 from .text_input import UnreadableFile, decoded, open_unpacked
 
-# Of a line or a record. The longest protein known has 46,000 residues; a chromosome or a gzip bomb is no input here.
+# In a line or a record. The longest known protein has 46,000 residues; chromosomes and gzip bombs are refused.
 MAX_LETTERS = 1_000_000
-# Read of a longer record: a trailing `*` taken off, it is still too long.
+# What is kept of a longer record: without a trailing `*` it is still too long.
 _TOO_MANY = MAX_LETTERS + 2
 _MASK = re.compile("<mask>", re.IGNORECASE)
 # ASCII only: str.upper would make SS of the letter ß.
@@ -88,7 +88,7 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
     record, comment lines (`;`) and grep's separators (`--`) are dropped. A record without a name is called `sequence_N`
     after its place. Letters are not checked here: the model's error names item and position.
 
-    Without any header each line is a sequence; lines of one width, the last one shorter, are one wrapped sequence.
+    Without any header each line is a sequence; lines of equal width, the last one shorter, are one wrapped sequence.
 
     Parameters
     ----------
@@ -165,14 +165,9 @@ def nameless(place: int) -> str:
     return f"sequence_{place}"
 
 
-def record_name(first_word: str, ids: str) -> str:
-    """Return the id of a record: `sp|P12345|NAME_HUMAN` as it is, or, with `ids="accession"`, `P12345`."""
-    return accession(first_word) if ids == "accession" else first_word
-
-
-def accession(name: str) -> str:
-    """Return the accession in a name such as UniProt's `sp|P12345|AATM_RABIT`; other names as they are."""
-    match = _ACCESSION.match(name)
+def record_name(name: str, ids: str) -> str:
+    """Return the id of a record: `sp|P12345|NAME_HUMAN` as it is or, with `ids="accession"`, `P12345`."""
+    match = _ACCESSION.match(name) if ids == "accession" else None
     return match[1] if match else name
 
 
@@ -387,7 +382,7 @@ class _Paragraph:
             draft = Draft(self._source, "", first)
             for number, text in self._lines:
                 draft.add_checked(number, text, headed=False)
-            self._source.tell("lines of one width without a header are read as one sequence, from", first)
+            self._source.tell("lines of equal width without a header are read as one sequence, from", first)
             yield draft
         self._lines, self._letters, self._one_a_line = [], 0, False
 
@@ -401,7 +396,7 @@ class _Paragraph:
     def _is_wrapped(self, widths: list[int]) -> bool:
         if len(widths) < 2 or self._one_a_line or widths[-1] > widths[0]:
             return False
-        if widths[0] in _USUAL_WIDTHS:  # many lines of one width may be a library of peptides
+        if widths[0] in _USUAL_WIDTHS:  # many lines of equal width may be a library of peptides
             return widths[-1] < widths[0] or sum(widths) <= MAX_RESIDUES
         return widths[0] >= _LEAST_WIDTH and len(widths) > 2 and widths[-1] < widths[0]
 

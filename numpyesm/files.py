@@ -90,9 +90,13 @@ def _open_directly(name: str) -> BinaryIO | None:
     if descriptor is not None and os.name == "posix":
         sys.stdout.flush()
         return os.fdopen(os.dup(descriptor), "wb")  # opening the name again would truncate a redirected file
-    if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
-        return open(name, "wb")
-    return None
+    return open(name, "wb") if is_stream(name) and os.path.exists(name) else None
+
+
+def is_stream(name: str) -> bool:
+    """Whether a name means a pipe, a device or a descriptor of this process: /dev/stdout, /dev/null, a FIFO."""
+    special = os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
+    return special or name.startswith(("/dev/", "/proc/self/fd/"))
 
 
 def sync_folder(folder: _AnyPath) -> None:

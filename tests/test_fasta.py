@@ -18,7 +18,7 @@ from numpyesm import ESM2, InvalidSequence
 from numpyesm.bulk import embed_fasta
 from numpyesm.cli.inputs import read_records
 from numpyesm.errors import InputWarning
-from numpyesm.fasta import MAX_LETTERS, Record, accession, clean_sequence, parse_fasta, read_fasta, scan_fasta
+from numpyesm.fasta import MAX_LETTERS, Record, clean_sequence, parse_fasta, read_fasta, record_name, scan_fasta
 
 TEXT = ">a first one\nMKT\nAYI\n\n>b\nMK*\n"
 PLAIN = TEXT.encode()
@@ -80,7 +80,7 @@ def test_names() -> None:
         ("UniRef50_P12345", "UniRef50_P12345"),
         ("a|b", "a|b"),
     ):
-        assert accession(name) == expected
+        assert (record_name(name, "accession"), record_name(name, "first-word")) == (expected, name)
 
 
 def test_nameless_records_are_called_by_their_place_at_every_door(model: ESM2, tmp_path: Path) -> None:

@@ -14,10 +14,19 @@ import numpy.typing as npt
 
 from ..errors import InvalidOption
 from ..fasta import Record
-from ..files import safe_stem
+from ..files import is_stream, safe_stem
 from ..model import ESM2
 from .inputs import compute, read_records
-from .outputs import DELIMITERS, Destination, check_writable, csv_pieces, destination, result_pieces, write
+from .outputs import (
+    DELIMITERS,
+    Destination,
+    check_writable,
+    csv_pieces,
+    destination,
+    names_folder,
+    result_pieces,
+    write,
+)
 from .pictures import figure_class, png_bytes
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "map"}
@@ -73,10 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _folder(arguments: argparse.Namespace) -> Path | None:
     """Return the folder that `-o` names: an existing one, a name that ends in a slash, or one without an ending."""
     output = arguments.output
-    if not output or output == "-" or output.startswith("/dev/"):
+    if not output or output == "-" or is_stream(output):
         return None
     bare = not Path(output).suffix and arguments.format in _ONE_FILE_EACH and not os.path.exists(output)
-    if not (bare or output.endswith(("/", os.sep)) or os.path.isdir(output)):
+    if not (bare or names_folder(output)):
         return None
     if arguments.format in ("npz", "json"):
         raise InvalidOption(f"-o {output} is a folder, and {arguments.format} holds all maps in one file")

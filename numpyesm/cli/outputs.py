@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import formats
 from ..errors import InvalidOption
-from ..files import WriteError, atomic_write
+from ..files import WriteError, atomic_write, is_stream
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -82,10 +82,10 @@ def destination(
     chosen, output = getattr(arguments, "format", None), arguments.output
     if output in (None, "-"):
         return Destination(chosen or (terminal if sys.stdout.isatty() else otherwise), None)
-    if _is_stream(output):
+    if is_stream(output):  # its name has no ending to go by
         return Destination(chosen or otherwise, output)
     can = f"this command writes {', '.join(endings)}, also with {', '.join(_COMPRESSIONS)} behind"
-    if not output or output.endswith(("/", os.sep)) or os.path.isdir(output):
+    if not output or names_folder(output):
         raise InvalidOption(f"-o {output!r} is no file name; {can}")
     name = os.path.basename(output).lower()
     compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
@@ -98,6 +98,11 @@ def destination(
         raise InvalidOption(f"-o {output} and --format {chosen} contradict each other")
     check_writable(output)
     return Destination(form or str(chosen), output, compression)
+
+
+def names_folder(output: str) -> bool:
+    """Whether `-o` names a folder, which need not exist if the name ends in a slash."""
+    return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def check_writable(output: str | Path) -> None:
@@ -146,13 +151,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _is_stream(output: str) -> bool:
-    """Whether a name means a pipe or device, whose name has no ending to go by: /dev/stdout, /dev/null, a FIFO."""
-    return output.startswith(("/dev/", "/proc/self/fd/")) or (
-        os.path.exists(output) and not os.path.isfile(output) and not os.path.isdir(output)
-    )
 
 
 def _compressed(file: BinaryIO, compression: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidOption, MissingExtra
+from ..files import is_stream
 from ..formats import json_pieces
 from ..scoring.scan import MutationScan
 from .inputs import check_output_is_another, load_model
-from .outputs import Destination, check_writable, csv_pieces, destination, write
+from .outputs import Destination, check_writable, csv_pieces, destination, names_folder, write
 from .pictures import figure_class, png_bytes
 from .score import progress_line, read_wild_type
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
     """Return where table and heat map go: by default the picture lies beside the table."""
     output = arguments.output
-    if output and output != "-" and (output.endswith(("/", os.sep)) or os.path.isdir(output)):
+    if output and output != "-" and names_folder(output):
         arguments.output = str(Path(output) / "scan.csv")
     target = destination(arguments, _ENDINGS, terminal="csv", otherwise="csv")
     if arguments.no_heatmap and arguments.heatmap:
@@ -70,7 +70,7 @@ def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
             raise InvalidOption(f"--heatmap {picture}: the picture is a .png")
         check_writable(picture)
         return target, picture
-    if arguments.no_heatmap or target.path is None or target.path.startswith("/dev/"):
+    if arguments.no_heatmap or target.path is None or is_stream(target.path):
         return target, None
     return target, Path(target.path.removesuffix(target.compression)).with_suffix(".png")
 

@@ -20,7 +20,7 @@ _BOM = "\ufeff"
 _DELIMITERS = (",", "\t", ";")
 # The first line by which Excel is told the delimiter.
 _EXCEL_HINT = re.compile(r"\s*\"?sep=([^\r\n\"])\"?[,;\t]*(\r\n|\r|\n)", re.IGNORECASE)
-# csv's own limit is 131,072 characters a field. This is the largest that it takes on every system.
+# csv's own limit is 131,072 characters per field. This is the largest that it takes on every system.
 _LONGEST_FIELD = 2**31 - 1
 
 

@@ -127,7 +127,7 @@ class Done(NamedTuple):
 def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Run a command line in this process, in an empty folder, away from the network.
 
-    With the small model and NumPy, unless the arguments name weights or it is run `bare`.
+    With the small model and NumPy, unless the arguments name others or it is run `bare`.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NUMPYESM_WEIGHTS", raising=False)
@@ -136,8 +136,8 @@ def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.M
 
     def call(*arguments: str, stdin: bytes = b"", bare: bool = False) -> Done:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        bare = bare or not arguments or "--weights" in arguments
-        defaults = [] if bare else ["--weights", small_file, "--backend", "numpy"]
+        usual = {} if bare or not arguments else {"--weights": small_file, "--backend": "numpy"}
+        defaults = [word for option, value in usual.items() if option not in arguments for word in (option, value)]
         capfdbinary.readouterr()
         try:
             code = main([*arguments, *defaults])

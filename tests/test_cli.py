@@ -126,7 +126,7 @@ def test_pictures_of_contacts(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
 READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-@pytest.mark.parametrize(("ending", "compression"), zip([".csv", ".tsv"] * 2, READERS, strict=True))
+@pytest.mark.parametrize(("ending", "compression"), list(zip([".csv", ".tsv"] * 2, READERS, strict=True)))
 def test_spreadsheets_of_embeddings(run: Any, loaded: ESM2, ending: str, compression: str) -> None:
     """A row per sequence or per residue, with the very numbers, compressed if the name says so."""
     name, out = "a," + "x" * 300, f"out{ending}{compression}"

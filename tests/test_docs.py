@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from numpyesm import ESM2, weights
+from numpyesm import ESM2, SyntheticWeightsWarning, weights
 from numpyesm.cli import main
 from numpyesm.cli.parser import build_parser
 from numpyesm.compat.extract import create_parser
@@ -65,6 +65,13 @@ def service(small_file: str) -> Iterator[str]:
         yield running.url
 
 
+@pytest.fixture(scope="module")
+def synthetic() -> ESM2:
+    """What stands for the weights that the pages name."""
+    with pytest.warns(SyntheticWeightsWarning):
+        return ESM2.from_pretrained("synthetic:esm2-35m", backend="numpy")
+
+
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The files that the tutorial names, in the working directory."""
@@ -79,15 +86,15 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_PYTHON)
-def test_python_runs(page: str, monkeypatch: pytest.MonkeyPatch, folder: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("folder")
+def test_python_runs(
+    page: str, synthetic: ESM2, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """As written, but for the weights, which are synthetic here, and the port of the service."""
     for module in NEEDS.get(page, []):
         pytest.importorskip(module)
-    original = ESM2.from_pretrained.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        ESM2, "from_pretrained", classmethod(lambda cls, _, **options: original(cls, "synthetic:esm2-35m", **options))
-    )
-    monkeypatch.setattr(weights, "open_weights", lambda _: weights.synthetic_checkpoint("esm2-35m"), raising=False)
+    monkeypatch.setattr(ESM2, "from_pretrained", lambda *_, **__: synthetic)
+    monkeypatch.setattr(weights, "open_weights", lambda _: synthetic.checkpoint, raising=False)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         if HOST in block:
@@ -132,7 +139,7 @@ def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path, sm
     """All that need neither the network nor another program."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("matplotlib")
-    chosen = ["--weights", small_file]
+    chosen = ["--weights", small_file, "--backend", "numpy"]
     runnable = {"encode", "embed", "predict", "contacts", "score", "scan"}
     found = [words[1:] for words in commands("docs/tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
     found = [words for words in found if "--weights" not in words]

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from typing import BinaryIO, NamedTuple
@@ -290,7 +291,7 @@ def split_records(lines: Iterable[str], name: str, strict: bool = False, *, verb
             _check_format(number, text, source)
             if verbatim:
                 raise source.error(number, "expected a header, >…, in front of the first sequence")
-            yield from _headerless(number, text, numbered, source)
+            yield from _headerless((number, text), numbered, source)
 
 
 def _headed(
@@ -337,68 +338,57 @@ class _InsertionsInLowerCase:
             )
 
 
-def _headerless(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
+def _headerless(first: tuple[int, str], rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
     """Read each paragraph as one wrapped sequence, or as one sequence per line."""
-    first: tuple[int, str] | None = (number, text)
-    group = _Paragraph(source)
-    yield from group.add(number, text)
-    for number, text in rest:
+    title: tuple[int, str] | None = first  # perhaps
+    held: list[tuple[int, str]] = []  # lines of a paragraph, as long as they may be one wrapped sequence
+    one_per_line = False
+    for number, text in chain([first], rest):
         if text.startswith(">"):
             raise source.error(number, "a FASTA header after lines that belong to no record")
         if not text or source.is_comment(number, text):
-            yield from group.end()
+            yield from _paragraph(held, source)
+            held, one_per_line = [], False
             continue
-        if first is not None and text.isupper() and first[1].isalpha() and not first[1].isupper():
-            raise source.error(first[0], f"{first[1][:40]!r} is a column's title; {_EXPECTED}")
-        first = None
-        yield from group.add(number, text)
-    yield from group.end()
+        if title is not None and number > title[0]:
+            if text.isupper() and title[1].isalpha() and not title[1].isupper():
+                raise source.error(title[0], f"{title[1][:40]!r} is a column's title; {_EXPECTED}")
+            title = None
+        held.append((number, text))
+        width = len(held[0][1])
+        if one_per_line or len(held[-2:][0][1]) != width or len(held) * width > MAX_LETTERS:
+            one_per_line = True
+            yield from _singly(held, source)
+            held = []
+    yield from _paragraph(held, source)
 
 
-class _Paragraph:
-    """Headerless lines up to a blank line, held back as long as they may be one wrapped sequence."""
+def _paragraph(lines: list[tuple[int, str]], source: _Source) -> Iterator[Draft]:
+    """Yield the sequence that is wrapped in these lines, or else a sequence per line."""
+    if not _is_wrapped([len(text) for _, text in lines]):
+        yield from _singly(lines, source)
+        return
+    draft = Draft(source, "", lines[0][0])
+    for number, text in lines:
+        draft.add_checked(number, text, headed=False)
+    source.tell("lines of equal width without a header are read as one sequence, from", lines[0][0])
+    yield draft
 
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self._lines: list[tuple[int, str]] = []
-        self._letters = 0
-        self._one_a_line = False
 
-    def add(self, number: int, text: str) -> Iterator[Draft]:
-        """Append a line; yield the sequences that are complete now."""
-        self._lines.append((number, text))
-        self._letters += len(text)
-        widths = [len(self._lines[0][1]), *(len(text) for _, text in self._lines[-2:-1])]
-        if self._one_a_line or widths[0] != widths[-1] or self._letters > MAX_LETTERS:
-            self._one_a_line = True
-            yield from self._singly()
+def _singly(lines: list[tuple[int, str]], source: _Source) -> Iterator[Draft]:
+    for number, text in lines:
+        draft = Draft(source, "", number)
+        draft.add_checked(number, text, headed=False)
+        yield draft
 
-    def end(self) -> Iterator[Draft]:
-        """Yield the lines that were held back."""
-        if not self._is_wrapped([len(text) for _, text in self._lines]):
-            yield from self._singly()
-        else:
-            first = self._lines[0][0]
-            draft = Draft(self._source, "", first)
-            for number, text in self._lines:
-                draft.add_checked(number, text, headed=False)
-            self._source.tell("lines of equal width without a header are read as one sequence, from", first)
-            yield draft
-        self._lines, self._letters, self._one_a_line = [], 0, False
 
-    def _singly(self) -> Iterator[Draft]:
-        for number, text in self._lines:
-            draft = Draft(self._source, "", number)
-            draft.add_checked(number, text, headed=False)
-            yield draft
-        self._lines = []
-
-    def _is_wrapped(self, widths: list[int]) -> bool:
-        if len(widths) < 2 or self._one_a_line or widths[-1] > widths[0]:
-            return False
-        if widths[0] in _USUAL_WIDTHS:  # many lines of equal width may be a library of peptides
-            return widths[-1] < widths[0] or sum(widths) <= MAX_RESIDUES
-        return widths[0] >= _LEAST_WIDTH and len(widths) > 2 and widths[-1] < widths[0]
+def _is_wrapped(widths: list[int]) -> bool:
+    """Whether lines, all but the last one of equal width, are one sequence."""
+    if len(widths) < 2 or widths[-1] > widths[0]:
+        return False
+    if widths[0] in _USUAL_WIDTHS:  # many lines of equal width may be a library of peptides
+        return widths[-1] < widths[0] or sum(widths) <= MAX_RESIDUES
+    return widths[0] >= _LEAST_WIDTH and len(widths) > 2 and widths[-1] < widths[0]
 
 
 def _check_format(number: int, text: str, source: _Source) -> None:

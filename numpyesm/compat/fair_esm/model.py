@@ -124,7 +124,13 @@ class ESM2:
         layers = sorted({int(layer) for layer in repr_layers} & set(range(self.num_layers + 1)))
         usual = np.array([_is_usual(row, contacts) for row in ids])
         lengths = [int(np.count_nonzero(row != _PAD)) for row in ids]
-        shapes = self._shapes(*ids.shape, logits=logits, attentions=attentions, contacts=contacts)
+        (batch, width), inside = ids.shape, max(ids.shape[1] - 2, 0)
+        wanted: list[tuple[bool, str, tuple[int, ...]]] = [
+            (logits, "logits", (batch, width, self.alphabet_size)),
+            (attentions, "attentions", (batch, self.num_layers, self.attention_heads, width, width)),
+            (contacts, "contacts", (batch, inside, inside)),
+        ]
+        shapes = {name: shape for asked, name, shape in wanted if asked}
         sizes = self._sizes(ids, lengths, len(layers), shapes, exact=not usual.all())
 
         zeros = partial(np.zeros, dtype=np.float32)
@@ -142,18 +148,6 @@ class ESM2:
         if not usual.all():
             fill_rows(self.core, ids, np.flatnonzero(~usual), result)
         return result
-
-    def _shapes(
-        self, batch: int, width: int, *, logits: bool, attentions: bool, contacts: bool
-    ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the outputs other than representations."""
-        inside = max(width - 2, 0)
-        outputs: list[tuple[bool, str, tuple[int, ...]]] = [
-            (logits, "logits", (batch, width, self.alphabet_size)),
-            (attentions, "attentions", (batch, self.num_layers, self.attention_heads, width, width)),
-            (contacts, "contacts", (batch, inside, inside)),
-        ]
-        return {name: shape for wanted, name, shape in outputs if wanted}
 
     def _sizes(
         self, ids: Array, lengths: list[int], layers: int, shapes: dict[str, tuple[int, ...]], exact: bool

@@ -1,4 +1,4 @@
-"""The one FASTA reader: files as people have them, and a name for what is no FASTA.
+"""The one FASTA reader: it takes files as people have them, and names the format of what is not FASTA.
 
 Headers with sequences below them, or sequences alone: one per line, or one that is wrapped at a fixed width. A line
 counts as sequence only if it looks like one.
@@ -121,7 +121,7 @@ def scan_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[tup
     """As `read_fasta`, but a record that is no sequence comes with line and reason and does not end the reading.
 
     For bulk work, where one odd record must not stop a million others. Of a record that is too long, a little more than
-    `MAX_LETTERS` letters are read. A file without records is no error.
+    `MAX_LETTERS` letters are kept. A file without records is not an error.
     """
     for place, draft in enumerate(read_drafts(source), start=first):
         yield draft.finish(place)
@@ -185,7 +185,7 @@ class _Source:
         return InvalidSequence(f"{self.name}, line {number}: {what}")
 
     def tell(self, what: str, number: int) -> None:
-        """Warn, once for each kind."""
+        """Warn once per kind."""
         if what not in self._told:
             warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
         self._told.add(what)

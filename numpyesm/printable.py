@@ -1,4 +1,4 @@
-"""Text from files of others, made fit for messages and terminals."""
+"""Make text from other people's files safe for messages and terminals."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 class _FromWeights(BaseEstimator):  # type: ignore[misc]
-    """What every estimator here has: weights that are loaded when they are needed, and nothing to learn."""
+    """Base of the estimators: weights are loaded when they are needed, and nothing is learnt."""
 
     def __init__(
         self,

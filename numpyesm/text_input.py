@@ -44,7 +44,7 @@ _BYTE_ORDER_MARKS = (
 
 
 class UnreadableFile(NumpyesmError, ValueError):
-    """A file that is no text, or whose compressed data are damaged; the message names it."""
+    """A file that is not text, or whose compressed data are damaged; the message names it."""
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.Buffe
     Raises
     ------
     UnreadableFile
-        On opening or on any later read: a folder, an archive of several files, no text, or compressed data that are
-        damaged or end early.
+        On opening or on any later read: a folder, an archive of several files, or compressed data that are damaged or
+        end early.
     OSError
         The file cannot be read.
     """
@@ -74,7 +74,7 @@ def encoding_of(head: bytes, name: str) -> str:
     Raises
     ------
     UnreadableFile
-        It is no text.
+        It is not text.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):

@@ -63,7 +63,7 @@ def check_output_is_another(source: str, output: str | Path | None, option: str 
 
 
 def _no_input(text: str, masks: bool) -> str:
-    """Say why an argument that names no file is no sequence either."""
+    """Explain why an argument is neither a file nor a sequence."""
     if os.path.isdir(text):
         return f"{text!r} is a folder, expected a file"
     if not text or (set(text) & set("./\\:~") and not _NEARLY_A_SEQUENCE.fullmatch(text)):

@@ -37,7 +37,7 @@ class Destination:
     path : str or None
         A file; None is standard output.
     compression : str
-        `.gz`, `.bz2`, `.xz` or nothing.
+        `.gz`, `.bz2`, `.xz` or empty.
     """
 
     form: str

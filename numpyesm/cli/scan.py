@@ -22,7 +22,7 @@ from .score import progress_line, read_wild_type
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json"}
 # Positions in one strip of the heat map.
 _STRIP = 100
-# More would be higher than a picture can be.
+# A picture cannot be higher.
 _MOST_STRIPS = 150
 
 

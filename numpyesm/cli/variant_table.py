@@ -1,4 +1,4 @@
-"""Tables of variants as people have them; they get one more column, and every other byte stays as it is."""
+"""Tables of variants as people have them: a column is added, every other byte is kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class VariantTable:
     records : list of Row
         Header, rows, blank lines and comments in the order of the file; the last two have no fields.
     encoding : str
-        In which the table is written again.
+        Used to write the table back.
     """
 
     name: str

@@ -150,7 +150,7 @@ class BatchConverter:
         return labels, strs, tokens
 
     def convert(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
-        """As a call, without a warning of what is allowed and yet seldom meant."""
+        """Convert without warnings about unusual input."""
         alphabet = self.alphabet
         pairs = list(raw_batch)
         if not pairs:
@@ -218,7 +218,7 @@ class NotSupported(NumpyesmError, NotImplementedError):
 def read_fasta(
     path: str | os.PathLike[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Yield (header, sequence) of a FASTA or A3M file, if so wished without `-` or lower-case insertions."""
+    """Yield (header, sequence) of a FASTA or A3M file, optionally without `-` or lower-case insertions."""
     return _alignment(read_drafts(Path(path), strict=True, verbatim=True), keep_gaps, keep_insertions, to_upper)
 
 

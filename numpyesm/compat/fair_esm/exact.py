@@ -1,4 +1,4 @@
-"""Rows that the kernels do not take, computed step by step: slower, any tokens in any order."""
+"""Compute rows that the kernels do not take, step by step: slower, but with any tokens in any order."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class ESM2:
             hint = "; predict_contacts does without them" if "contacts" in shapes else ""
             raise NotEnoughMemory(f"{error} (all attention maps are {size} of it{hint})") from error
 
-    # -- what a torch module has besides ------------------------------------------------------------------------
+    # -- the rest of a torch module's interface ------------------------------------------------------------------
 
     def eval(self, *_: object) -> ESM2:
         """Return the model: it has no dropout, no gradients, and stays in float32 on the CPU."""

@@ -200,25 +200,13 @@ class _Source:
 
 @dataclass
 class Draft:
-    """A record as it is written in the file.
-
-    Attributes
-    ----------
-    header : str
-        Without `>`; empty if there is none.
-    line : int
-        Where it begins.
-    parts : list of str
-        Its sequence lines as they are, without blanks at their ends.
-    problem : (int, str) or None
-        Line and reason why it is no sequence.
-    """
+    """A record as it is written in the file."""
 
     source: _Source
-    header: str
-    line: int
-    parts: list[str] = field(default_factory=list)
-    problem: tuple[int, str] | None = None
+    header: str  # without `>`; empty if there is none
+    line: int  # where it begins
+    parts: list[str] = field(default_factory=list)  # sequence lines as they are, without blanks at their ends
+    problem: tuple[int, str] | None = None  # line and reason why it is not a sequence
     letters: int = 0
 
     def add(self, text: str) -> None:
@@ -273,12 +261,8 @@ class Draft:
 def split_records(lines: Iterable[str], name: str, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
     """Split lines into records; without headers, each line or each wrapped sequence is one.
 
-    With `verbatim`, text without headers is refused, and A3M is not.
-
-    Raises
-    ------
-    InvalidSequence
-        The text is in another format, or begins before its first header.
+    With `verbatim`, text without headers is refused, and A3M is not. InvalidSequence: the text is in another format, or
+    begins before its first header.
     """
     numbered = enumerate(map(str.strip, lines), start=1)
     source = _Source(name, strict)

@@ -19,21 +19,10 @@ def labelled(
 ) -> Iterator[tuple[str | None, Any]]:
     """Pair each item with its id, or with None where the container has no ids.
 
-    Parameters
-    ----------
-    given : iterable, mapping or column
-        A mapping from ids to texts; a Series, whose labels are ids if they are strings; an array or a frame of one
-        column; or any iterable that has an order. Nothing is read ahead: a generator may be endless.
-    what : str
-        What an item is, for messages.
-    error : type
-        What to raise.
-
-    Raises
-    ------
-    InvalidSequence or InvalidMutation
-        At once, if it is a single text, has no order, has several columns, or cannot be iterated over. Items are not
-        looked at.
+    `given` is a mapping from ids to texts; a Series, whose labels are ids if they are strings; an array or a frame of
+    one column; or any iterable that has an order. Nothing is read ahead: a generator may be endless. `error` is raised
+    at once for a single text, what has no order or several columns, or cannot be iterated over; items are not looked
+    at. `what` names an item in messages.
     """
     kind = type(given).__name__
     if isinstance(given, str | bytes | bytearray):

@@ -51,13 +51,8 @@ class UnreadableFile(NumpyesmError, ValueError):
 def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.BufferedReader]:
     """Open a file, or take an open binary stream, and decompress gzip, bzip2, xz or a zip archive of one file.
 
-    Raises
-    ------
-    UnreadableFile
-        On opening or on any later read: a folder, an archive of several files, or compressed data that are damaged or
-        end early.
-    OSError
-        The file cannot be read.
+    UnreadableFile, on opening or on any later read: a folder, an archive of several files, or compressed data that are
+    damaged or end early.
     """
     if isinstance(source, str | Path):
         if Path(source).is_dir():
@@ -69,13 +64,7 @@ def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.Buffe
 
 
 def encoding_of(head: bytes, name: str) -> str:
-    """Recognise the encoding of a text by its beginning; "utf-8" if nothing shows another one.
-
-    Raises
-    ------
-    UnreadableFile
-        It is not text.
-    """
+    """Recognise the encoding of a text by its beginning, by default UTF-8, or raise UnreadableFile."""
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding

@@ -28,21 +28,11 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one result goes.
-
-    Attributes
-    ----------
-    form : str
-        The format, one of the command's own.
-    path : str or None
-        A file; None is standard output.
-    compression : str
-        `.gz`, `.bz2`, `.xz` or empty.
-    """
+    """Where one result goes, and in which of the command's own formats."""
 
     form: str
-    path: str | None
-    compression: str = ""
+    path: str | None  # None is standard output
+    compression: str = ""  # .gz, .bz2, .xz or empty
 
     def write(self, data: bytes | str | Iterable[bytes]) -> None:
         """Write all of `data`, to a file whole or not at all."""
@@ -63,21 +53,9 @@ def destination(
 ) -> Destination:
     """Return where `-o` sends the results of a command, and in which format.
 
-    Parameters
-    ----------
-    arguments : Namespace
-        With `output`, and with `format` if the command has that option.
-    endings : mapping of str to str
-        Format of each ending that the command can write, such as `{".csv": "csv"}`.
-    terminal, otherwise : str
-        Formats of standard output, on a terminal and elsewhere.
-
-    Raises
-    ------
-    InvalidOption
-        The name ends in something that the command cannot write, or `--format` contradicts it.
-    WriteError
-        The output cannot be written.
+    `endings` has the format of each ending that the command can write, such as `{".csv": "csv"}`; `terminal` and
+    `otherwise` are the formats of standard output. InvalidOption: the ending is none of these, or `--format`
+    contradicts it. WriteError: the output cannot be written.
     """
     chosen, output = getattr(arguments, "format", None), arguments.output
     if output in (None, "-"):

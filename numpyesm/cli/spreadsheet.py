@@ -28,17 +28,8 @@ def is_spreadsheet(data: bytes) -> bool:
 def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
     """Return the table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first.
 
-    Raises
-    ------
-    MissingExtra
-        pandas, or what it reads the file with, is not installed.
-    ValueError
-        The file is damaged.
-
-    Warns
-    -----
-    InputWarning
-        The workbook has several sheets; says which one is read.
+    InputWarning says which sheet of several is read. MissingExtra: pandas, or what it reads the file with, is not
+    installed. ValueError: the file is damaged.
     """
     parquet = data.startswith(b"PAR1")
     try:

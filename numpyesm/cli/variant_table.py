@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,32 +39,22 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class VariantTable:
-    """A table with a header.
+    """A table with a header."""
 
-    Attributes
-    ----------
-    name : str
-        For messages.
-    delimiter : str
-    header : Row
-    rows : list of Row
-    records : list of Row
-        Header, rows, blank lines and comments in the order of the file; the last two have no fields.
-    encoding : str
-        Used to write the table back.
-    """
-
-    name: str
+    name: str  # for messages
     delimiter: str
-    header: Row
-    rows: list[Row]
-    records: list[Row]
+    records: list[Row]  # header, rows, blank lines and comments in the order of the file; the last two have no fields
     encoding: str = "utf-8"
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows below the header."""
+        return [record for record in self.records if record.fields][1:]
 
     @property
     def columns(self) -> list[str]:
         """The names as written, without surrounding blanks."""
-        return [name.strip() for name in self.header.fields]
+        return [name.strip() for name in next(record.fields for record in self.records if record.fields)]
 
     def column(self, name: str, option: str) -> list[str] | None:
         """Return the fields of a column, or None if there is no such name; case counts where names differ by it.
@@ -137,16 +128,7 @@ def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
 
     CSV or TSV, compressed or not, in UTF-8, UTF-16 or Windows' cp1252, with comment lines (`#`) and Excel's `sep=;`
     line; or an Excel workbook or a Parquet file, which become CSV. The delimiter is Excel's, or the one that makes one
-    of the `wanted` columns appear in the header.
-
-    Raises
-    ------
-    InvalidTable
-        No header, a quote that is not closed, a row of another length than the header, a damaged file.
-    UnreadableFile
-        No text, or compressed data that are damaged.
-    MissingExtra
-        pandas is needed, and not installed.
+    of the `wanted` columns appear in the header. InvalidTable names the line; UnreadableFile: not text, or damaged.
     """
     text, encoding = _text_of(data, name, wanted)
     bom = text.startswith(_BOM)
@@ -174,7 +156,7 @@ def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
             raise InvalidTable(
                 f"{name}, line {row.line}: {len(row.fields)} fields, but the header has {len(header.fields)} columns"
             )
-    return VariantTable(name, delimiter, header, rows, records, encoding)
+    return VariantTable(name, delimiter, records, encoding)
 
 
 def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:

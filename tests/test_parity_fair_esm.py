@@ -40,14 +40,18 @@ class Models(NamedTuple):
     ours: list[ESM2]
 
 
-# seed, sharpness: the first is fair-esm's own initialisation, the other has peaked attention and spread contacts.
-@pytest.fixture(scope="module", params=[(0, 1.0), (2, 2.5)], ids=lambda p: f"seed{p[0]}-sharp{p[1]}")
-def models(request: pytest.FixtureRequest) -> Models:
-    fair = fair_esm_model(*request.param)
+def models_of(seed: int, sharpness: float) -> Models:
+    fair = fair_esm_model(seed, sharpness)
     checkpoint = as_checkpoint(fair)
     backends = ["numpy", *(["compiled"] if find_spec("numba") else [])]
     exact = ESM2(checkpoint, backend="numpy", precision="fp64", threads=2)
     return Models(fair, exact, [ESM2(checkpoint, backend=backend, threads=2) for backend in backends])
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """Peaked attention and contacts that spread over 0 to 1."""
+    return models_of(2, 2.5)
 
 
 def run_fair_esm(fair: Any, sequence: str, layers: list[int], contacts: bool = True) -> Outputs:
@@ -87,17 +91,10 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_float32_rule(models: Models, batch: str) -> None:
-    sequences, sharp = BATCHES[batch], models.fair.contact_head.regression.bias.item() == -1.0
-    if not sharp and batch in ("1022", "2048"):
-        pytest.skip("one set of weights shows what a long sequence does")
-    maps = batch != "2048"  # fair-esm's contacts would take 25 GB
+def judge(models: Models, sequences: list[str], maps: bool = True) -> list[Outputs]:
+    """Hold every backend against fair-esm; return the outputs in float64."""
     fair = [run_fair_esm(models.fair, sequence, LAYERS, maps) for sequence in sequences]
     truth = [result.to_arrays() for result in models.exact.encode(sequences, LAYERS, ALL)]
-    if sharp and batch == "257":  # contacts far from 0 and 1: else agreement there would show nothing
-        assert (truth[0]["contacts"] > 0.5).any()
-        assert ((truth[0]["contacts"] > 0.05) & (truth[0]["contacts"] < 0.95)).mean() > 0.05
     for model in models.ours:
         found = [result.to_arrays() for result in model.encode(sequences, LAYERS, ALL)]
         for name in found[0]:
@@ -107,6 +104,23 @@ def test_float32_rule(models: Models, batch: str) -> None:
             else:
                 for one, exact in zip(found, truth, strict=True):
                     assert largest(one[name], exact[name]) < (allowed or 1e-4), (repr(model), name)
+    return truth
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_float32_rule(models: Models, batch: str) -> None:
+    truth = judge(models, BATCHES[batch], maps=batch != "2048")  # fair-esm's contacts would take 25 GB
+    if batch == "257":  # contacts are far from 0 and 1: else agreement there would show nothing
+        contacts = truth[0]["contacts"]
+        assert (contacts > 0.5).any()
+        assert ((contacts > 0.05) & (contacts < 0.95)).mean() > 0.05
+
+
+def test_fair_esms_own_initialisation() -> None:
+    """Which gives every position about the same attention."""
+    models = models_of(0, 1.0)
+    for batch in ("1", "3", "33", "257"):
+        judge(models, BATCHES[batch])
 
 
 def test_float64_reference_is_fair_esm() -> None:

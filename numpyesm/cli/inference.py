@@ -36,30 +36,27 @@ AnyResult = TypeVar("AnyResult", bound=Result)
 
 def encode(arguments: argparse.Namespace) -> int:
     """Write embeddings and whatever else `--include` names."""
-    target = _destination(arguments)
+    target, records = _prepare(arguments)
     wanted = check_includes(arguments.include)
     if target.form in ("csv", "tsv") and not (wanted <= _PER_SEQUENCE or wanted <= _PER_RESIDUE):
         raise InvalidOption(
             f"{target.form} has a row per sequence (mean, bos) or a row per residue (per_token, logits), "
             f"and --include asks for {', '.join(sorted(wanted))}: write .npz or .json"
         )
-    records = _records(arguments, target)
     _, results = compute(arguments, records, lambda model, s: model.encode(s, arguments.layers, arguments.include))
     return _write(target, records, results, _sequence_rows if wanted <= _PER_SEQUENCE else _residue_rows, _summary)
 
 
 def predict(arguments: argparse.Namespace) -> int:
     """Write logits at the masks or everywhere."""
-    target = _destination(arguments)
-    records = _records(arguments, target, masks=True)
+    target, records = _prepare(arguments, masks=True)
     _, results = compute(arguments, records, lambda model, s: model.predict(s, arguments.positions))
     return _write(target, records, results, _logit_rows, most_probable)
 
 
 def classify(arguments: argparse.Namespace) -> int:
     """Write the label and the probability of each label, per sequence or per residue, depending on the head."""
-    target = _destination(arguments)
-    records = _records(arguments, target)
+    target, records = _prepare(arguments)
     model, results = compute(arguments, records, ESM2.classify)
     assert model.config.classifier is not None  # or classify would have said so
     rows = partial(_class_rows, classifier=model.config.classifier)
@@ -68,8 +65,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def log_prob(arguments: argparse.Namespace) -> int:
     """Write one number per sequence."""
-    target = _destination(arguments)
-    records = _records(arguments, target)
+    target, records = _prepare(arguments)
     with warnings.catch_warnings():
         # The model's own note counts items; here they have names.
         warnings.filterwarnings("ignore", re.escape(nothing_to_score([])), InputWarning)
@@ -80,12 +76,10 @@ def log_prob(arguments: argparse.Namespace) -> int:
     return _write(target, records, scores, _score_rows, _score_rows)
 
 
-def _destination(arguments: argparse.Namespace) -> Destination:
-    return destination(arguments, _ENDINGS, terminal="table", otherwise="json")
-
-
-def _records(arguments: argparse.Namespace, target: Destination, masks: bool = False) -> list[Record]:
-    return read_records(arguments.input, target.path, arguments.ids, masks)
+def _prepare(arguments: argparse.Namespace, masks: bool = False) -> tuple[Destination, list[Record]]:
+    """Check where the results will go, and read the records."""
+    target = destination(arguments, _ENDINGS, terminal="table", otherwise="json")
+    return target, read_records(arguments.input, target.path, arguments.ids, masks)
 
 
 def _write(
@@ -114,8 +108,9 @@ def _sequence_rows(records: Sequence[Record], results: Sequence[EncodeResult]) -
     """Return a row per sequence, a column per number: `mean_12_0`, `mean_12_1`, …"""
     arrays = [result.to_arrays() for result in results]
     header = ["id", *(f"{name}_{i}" for name, array in arrays[0].items() for i in range(array.size))]
-    rows = ([r.id, *np.concatenate(list(a.values())).tolist()] for r, a in zip(records, _shortest(arrays), strict=True))
-    return header, rows
+    return header, (
+        [record.id, *_digits(np.concatenate(list(one.values())))] for record, one in zip(records, arrays, strict=True)
+    )
 
 
 def _residue_rows(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
@@ -125,16 +120,16 @@ def _residue_rows(records: Sequence[Record], results: Sequence[EncodeResult]) ->
     for name, array in arrays[0].items():
         header += [f"{name}_{column}" for column in (AMINO_ACIDS if name == "logits" else range(array.shape[1]))]
     return header, (
-        [record.id, position, residue, *np.concatenate([array[position - 1] for array in one.values()]).tolist()]
-        for record, one in zip(records, _shortest(arrays), strict=True)
-        for position, residue in enumerate(record.sequence, start=1)
+        [record.id, position, residue, *_digits(row)]
+        for record, one in zip(records, arrays, strict=True)
+        for position, (residue, row) in enumerate(zip(record.sequence, np.hstack(list(one.values())), strict=True), 1)
     )
 
 
 def _logit_rows(records: Sequence[Record], results: Sequence[PredictResult]) -> Table:
     """Return a row per residue or mask: id, position (from 1), token, and a logit per amino acid."""
     return ["id", "position", "token", *AMINO_ACIDS], (
-        [record.id, position + 1, result.sequence_tokens[position], *_digits(row).tolist()]
+        [record.id, position + 1, result.sequence_tokens[position], *_digits(row)]
         for record, result in zip(records, results, strict=True)
         for position, row in _rows(result)
     )
@@ -159,7 +154,7 @@ def _class_rows(
             for position, (letter, row) in enumerate(zip(letters, np.atleast_2d(result.probabilities), strict=True), 1):
                 place = [position, letter] if residues else []
                 label = [] if regression else [_label(row, classifier)]
-                yield [record.id, *place, *label, *(_digits(row) if text else row).tolist()]
+                yield [record.id, *place, *label, *(_digits(row) if text else row.tolist())]
 
     return [*header, *classifier.labels], rows()
 
@@ -171,13 +166,10 @@ def _label(probabilities: np.ndarray, classifier: Classifier) -> str:
     return classifier.labels[int(np.argmax(probabilities))]
 
 
-def _shortest(arrays: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    return ({name: _digits(array) for name, array in one.items()} for one in arrays)
-
-
-def _digits(array: np.ndarray) -> np.ndarray:
-    """Return each float32 as text of the fewest digits that give it back."""
-    return array.astype("U32")
+def _digits(row: np.ndarray) -> list[str]:
+    """Write each float32 in the fewest digits that give it back."""
+    written: list[str] = row.astype("U32").tolist()
+    return written
 
 
 def _summary(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:

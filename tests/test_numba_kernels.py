@@ -1,15 +1,17 @@
-"""Compiled steps against NumPy in float64: every row count around the tiles' heights, the widths of the four presets.
+"""Compiled steps against NumPy in float64: every row count around the tiles' heights, heads as the four presets have.
 
 The file runs once for the host's best instruction set, and in other processes for the lower ones that it has.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ pytest.importorskip("numba")
 
 import numba
 
-from numpyesm.config import PRESETS, ModelConfig
+from numpyesm.config import ModelConfig
 from numpyesm.kernels.base import AttentionMaps
 from numpyesm.kernels.numba_ import attention, gemm, layer
 from numpyesm.kernels.numba_.emitter import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
@@ -30,11 +32,14 @@ from numpyesm.kernels.numba_.layout import address
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.weights.synthetic import random_checkpoint
 
-# One layer of each preset, and a shape that fills no tile.
+# One layer with heads of 16, 24, 32 and 64 channels, as the presets have them, and a shape that fills no tile.
 SHAPES = {
-    name: ModelConfig(1, p.embed_dim, p.num_heads, p.ffn_dim) for name, p in PRESETS.items() if p.embed_dim < 2560
+    "esm2-8m": ModelConfig(1, 320, 20, 1280),
+    "esm2-35m": ModelConfig(1, 480, 20, 1920),
+    "32 channels": ModelConfig(1, 160, 5, 640),
+    "64 channels": ModelConfig(1, 192, 3, 768),
+    "odd": ModelConfig(1, 30, 3, 50),
 }
-SHAPES["odd"] = ModelConfig(1, 30, 3, 50)
 
 
 @numba.njit
@@ -46,17 +51,8 @@ def _linear(x, rows, inner, piece, weight, bias, columns, step, out, tile):  # t
 
 def linear(x: Any, weight: Any, bias: Any, step: int, out: Any, piece: int = 100) -> Any:
     tile, packed, padded = gemm.aligned(TILE_ROWS * TILE_COLUMNS), gemm.pack_panels(weight), gemm.padded_columns(bias)
-    _linear(
-        address(x),
-        *x.shape,
-        piece,
-        address(packed),
-        address(padded),
-        weight.shape[1],
-        step,
-        address(out),
-        address(tile),
-    )
+    at = map(address, (packed, padded, out, tile))
+    _linear(address(x), *x.shape, piece, next(at), next(at), weight.shape[1], step, next(at), next(at))
     return out
 
 
@@ -81,16 +77,8 @@ class Steps:
         out = gemm.aligned(3 * rows * self.config.num_heads * packed.head_dim)
         model, room = self.tables(rows, start + rows)
         positions = np.arange(start, start + rows)
-        self.project_qkv(
-            address(model),
-            address(packed.layers),
-            address(room),
-            address(x),
-            rows,
-            address(positions),
-            rows,
-            address(out),
-        )
+        tables = (address(table) for table in (model, packed.layers, room))
+        self.project_qkv(*tables, address(x), rows, address(positions), rows, address(out))
         return out.reshape(3, self.config.num_heads, rows, packed.head_dim)
 
     def plain(self, qkv: Any) -> Any:
@@ -108,17 +96,9 @@ class Steps:
         at = address(qkv)
         row = packed.head_dim * qkv.itemsize
         attend = attention.attend_bf16 if packed.narrow else attention.attend
-        attend(
-            address(model),
-            address(room),
-            at + start * row,
-            stop - start,
-            at,
-            length,
-            length,
-            address(out),
-            address(table) if maps else 0,
-        )
+        maps_at = address(table) if maps else 0
+        query = at + start * row
+        attend(address(model), address(room), query, stop - start, at, length, length, address(out), maps_at)
         if maps:
             maps.summary[...] = summaries[0]
             del kept
@@ -139,16 +119,19 @@ def normal(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def backends(request: pytest.FixtureRequest) -> tuple[Steps, NumpyKernels]:
-    checkpoint = random_checkpoint(SHAPES[request.param], seed=3)
-    return Steps(checkpoint), NumpyKernels(checkpoint, "fp64")
+Backends = Callable[..., tuple[Steps, NumpyKernels]]
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[Steps, NumpyKernels]:
-    checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
-    return Steps(checkpoint), NumpyKernels(checkpoint, "fp64")
+def backends() -> Backends:
+    """Compiled steps of a shape in a precision, and what they are judged by."""
+
+    @functools.cache
+    def make(shape: str = "esm2-35m", precision: str = "fp32") -> tuple[Steps, NumpyKernels]:
+        checkpoint = random_checkpoint(SHAPES[shape], seed=3)
+        return Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+
+    return make
 
 
 def project(kernels: NumpyKernels, x: Any, start: int = 0) -> Any:
@@ -157,9 +140,8 @@ def project(kernels: NumpyKernels, x: Any, start: int = 0) -> Any:
     return out
 
 
-@pytest.mark.parametrize("rows", range(1, 41))
-def test_linear_takes_any_number_of_rows(rows: int) -> None:
-    for inner, columns in ((24, 96), (101, 20)):
+def test_linear_takes_any_number_of_rows() -> None:
+    for rows, (inner, columns) in itertools.product(range(1, 41), ((24, 96), (101, 20))):
         x, weight, bias = normal(rows, inner), normal(inner, columns), normal(columns)
         exact = x.astype(np.float64) @ weight + bias
         # A frame around the rows shows stores that go astray.
@@ -189,47 +171,38 @@ def test_gelu_is_the_exact_form() -> None:
     assert np.isnan(linear(one * np.nan, one, np.zeros(1, np.float32), gemm.GELU, np.empty_like(one))).all()
 
 
-@pytest.mark.parametrize("rows", [1, 13, 101])
-def test_qkv(backends: Any, rows: int) -> None:
-    ours, reference = backends
-    x = normal(rows, ours.config.embed_dim)
-    found = ours.plain(ours.project(x, start=5))
-    np.testing.assert_allclose(found, project(reference, x, start=5), rtol=0, atol=5e-6)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps(backends: Backends, shape: str) -> None:
+    ours, reference = backends(shape)
+    width = ours.config.embed_dim
+    for rows in (1, 13, 101, 300):
+        context, x = normal(rows, width), normal(rows, width, seed=1)
+        found = ours.plain(ours.project(x, start=5))
+        np.testing.assert_allclose(found, project(reference, x, start=5), rtol=0, atol=5e-6)
+        logits = reference.lm_head(x.astype(np.float64) + 0.5)
+        np.testing.assert_allclose(ours.kernels.lm_head(x + np.float32(0.5)), logits, rtol=0, atol=2e-5)
+        exact = x.astype(np.float64)
+        ours.project_and_feed_forward(context, x)
+        reference.project_and_feed_forward(0, context.astype(np.float64), exact)
+        np.testing.assert_allclose(x, exact, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 13, 101, 300])
-def test_project_and_feed_forward(backends: Any, rows: int) -> None:
-    ours, reference = backends
-    context, x = normal(rows, ours.config.embed_dim), normal(rows, ours.config.embed_dim, seed=1)
-    found, exact = x.copy(), x.astype(np.float64)
-    ours.project_and_feed_forward(context, found)
-    reference.project_and_feed_forward(0, context.astype(np.float64), exact)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6)
-
-
-@pytest.mark.parametrize("rows", [1, 19, 40])
-def test_norm_and_lm_head(backends: Any, rows: int) -> None:
-    ours, reference = backends
-    x = normal(rows, ours.config.embed_dim) + np.float32(0.5)
-    np.testing.assert_allclose(ours.kernels.lm_head(x), reference.lm_head(x.astype(np.float64)), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 3), (17, 17), (33, 40), (43, 258), (64, 700)])
-def test_attention(backends: Any, rows: int, length: int) -> None:
-    ours, reference = backends
-    x = normal(length, ours.config.embed_dim)
-    qkv, exact_qkv = ours.project(x), project(reference, x)
-    exact = np.empty((rows, x.shape[1]))
-    reference.attention(exact_qkv[:rows], exact_qkv, exact, None)
-    np.testing.assert_allclose(ours.attention(qkv, 0, rows), exact, rtol=0, atol=5e-6)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(backends: Backends, shape: str) -> None:
+    ours, reference = backends(shape)
+    for rows, length in ((1, 1), (2, 3), (17, 17), (33, 40), (43, 258), (64, 700)):
+        x = normal(length, ours.config.embed_dim)
+        qkv, exact_qkv = ours.project(x), project(reference, x)
+        exact = np.empty((rows, x.shape[1]))
+        reference.attention(exact_qkv[:rows], exact_qkv, exact, None)
+        np.testing.assert_allclose(ours.attention(qkv, 0, rows), exact, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shift", [0, 150, -150])
-def test_attention_out_of_the_range_of_exponentials(shift: int, precision: str) -> None:
+def test_attention_out_of_the_range_of_exponentials(backends: Backends, shift: int, precision: str) -> None:
     """Scores of hundreds, where an exponential without its row's maximum would overflow; all far below zero; both."""
-    checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
-    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+    ours, reference = backends(precision=precision)
     qkv = ours.project(normal(300, 480))
     qkv[:2] *= 2 if ours.packed.narrow else 16  # rounding to bf16 moves scores by their 500th
     if shift:  # the same for all keys of some queries: a channel that every key shares
@@ -245,8 +218,8 @@ def test_attention_out_of_the_range_of_exponentials(shift: int, precision: str) 
         np.testing.assert_array_equal(ours.attention(qkv, first, last), found[first:last])
 
 
-def test_attention_keeps_nan_in_its_row(small: Any) -> None:
-    ours, _ = small
+def test_attention_keeps_nan_in_its_row(backends: Backends) -> None:
+    ours, _ = backends()
     qkv = ours.project(normal(40, 480))
     qkv[0, :, 3] = np.nan  # one query
     out = ours.attention(qkv, 0, 40)
@@ -254,8 +227,8 @@ def test_attention_keeps_nan_in_its_row(small: Any) -> None:
     assert np.isfinite(np.delete(out, 3, axis=0)).all()
 
 
-def test_attention_of_a_row_does_not_depend_on_the_tile(small: Any) -> None:
-    ours, _ = small
+def test_attention_of_a_row_does_not_depend_on_the_tile(backends: Backends) -> None:
+    ours, _ = backends()
     qkv = ours.project(normal(300, 480))
     whole = ours.attention(qkv, 0, 300)
     for first, last in ((0, 1), (7, 20), (40, 83), (200, 300)):
@@ -277,9 +250,8 @@ def make_maps(rows: int, first: int, last: int, length: int, dtype: Any) -> Atte
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("start", "rows", "length"), [(0, 3, 3), (0, 43, 257), (200, 58, 258), (60, 33, 400)])
-def test_maps(start: int, rows: int, length: int, precision: str) -> None:
-    checkpoint = random_checkpoint(SHAPES["esm2-35m"], seed=3)
-    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+def test_maps(backends: Backends, start: int, rows: int, length: int, precision: str) -> None:
+    ours, reference = backends(precision=precision)
     first, last = int(start == 0), rows - int(start + rows == length)
     found, exact = (make_maps(rows, first, last, length, dtype) for dtype in (np.float32, np.float64))
     qkv = ours.project(normal(length, 480))
@@ -314,9 +286,8 @@ def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_low_precision_steps(shape: str, precision: str) -> None:
-    checkpoint = random_checkpoint(SHAPES[shape], seed=3)
-    ours, reference = Steps(checkpoint, precision), NumpyKernels(checkpoint, "fp64")
+def test_low_precision_steps(backends: Backends, shape: str, precision: str) -> None:
+    ours, reference = backends(shape, precision)
     width = ours.config.embed_dim
     bound = {"bf16": 0.006, "int8": 0.01}[precision]
     for rows in (1, 13, 101):

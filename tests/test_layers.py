@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import random_sequence
-
-from numpyesm.cli import main
+from conftest import SMALL, Done, random_sequence
 
 pytest.importorskip("sklearn")
-
-pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
 SEQUENCES = [random_sequence(20 + seed % 7, seed) for seed in range(40)]
 NUMBERS = [str(sequence.count("K") / len(sequence)) for sequence in SEQUENCES]
 NAMES = ["many" if float(number) > 0.05 else "few" for number in NUMBERS]
 
 
-def run(folder: Path, labels: list[str], *options: str, sequences: list[str] = SEQUENCES) -> int:
-    table = folder / "train.csv"
-    lines = (f"{sequence},{label}" for sequence, label in zip(sequences, labels, strict=True))
-    table.write_text("\n".join(["sequence,target", *lines]) + "\n")
-    return main(["layers", str(table), "--target", "target", "--weights", "synthetic:esm2-8m", "--backend", "numpy",
-                 *options])  # fmt: skip
+@pytest.fixture
+def layers(run: Callable[..., Done], tmp_path: Path) -> Callable[..., Done]:
+    """Run the command on a table of sequences and labels."""
+
+    def call(labels: list[str], *options: str, sequences: list[str] = SEQUENCES) -> Done:
+        lines = (f"{sequence},{label}" for sequence, label in zip(sequences, labels, strict=True))
+        (tmp_path / "train.csv").write_text("\n".join(["sequence,target", *lines]) + "\n")
+        return run("layers", "train.csv", "--target", "target", *options)
+
+    return call
 
 
 @pytest.mark.parametrize(("labels", "score"), [(NUMBERS, "spearman"), (NAMES, "accuracy")])
 def test_composition_is_read_from_the_embedding(
-    tmp_path: Path, labels: list[str], score: str, capsys: pytest.CaptureFixture[str]
+    layers: Callable[..., Done], tmp_path: Path, labels: list[str], score: str
 ) -> None:
-    assert run(tmp_path, labels, "-o", str(tmp_path / "out.tsv")) == 0
+    assert layers(labels, "-o", "out.tsv").code == 0
     header, *rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    names = [str(layer) for layer in range(SMALL.num_layers + 1)]
     assert header == ["layer", score, "std"]
-    assert [row[0] for row in rows] == [str(layer) for layer in range(7)]
+    assert [row[0] for row in rows] == names
     assert float(rows[0][1]) > 0.7
-    capsys.readouterr()
-    assert run(tmp_path, labels) == 0
-    said = capsys.readouterr()
-    lines = [line.split() for line in said.out.splitlines()]
-    assert [line[0] for line in lines] == ["layer", *map(str, range(7))]
+    said = layers(labels)
+    lines = [line.split() for line in said.out.decode().splitlines()]
+    assert (said.code, [line[0] for line in lines]) == (0, ["layer", *names])
     (best,) = [line for line in lines if line[-1] == "best"]
     assert float(best[1]) == max(float(line[1]) for line in lines[1:])  # not the file's: a class may flip between runs
     assert f"layer {best[0]} is best" in said.err
@@ -59,29 +59,22 @@ def test_composition_is_read_from_the_embedding(
     ],
 )
 def test_tables_that_cannot_be_scored(
-    tmp_path: Path,
-    labels: list[str],
-    options: tuple[str, ...],
-    code: int,
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    layers: Callable[..., Done], tmp_path: Path, labels: list[str], options: tuple[str, ...], code: int, said: str
 ) -> None:
-    assert run(tmp_path, labels, "-o", str(tmp_path / "out.tsv"), *options) == code
-    error = capsys.readouterr().err
-    assert (said in error, error.count("\n")) == (True, 1), error
+    done = layers(labels, "-o", "out.tsv", *options)
+    assert (done.code, said in done.err, done.err.count("\n")) == (code, True, 1), done.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["train.csv"]
 
 
-def test_a_bad_sequence_is_named_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, NUMBERS, sequences=[*SEQUENCES[:3], "MK1", *SEQUENCES[4:]]) == 1
-    assert "line 5" in capsys.readouterr().err
+def test_a_bad_sequence_is_named_by_its_line(layers: Callable[..., Done]) -> None:
+    done = layers(NUMBERS, sequences=[*SEQUENCES[:3], "MK1", *SEQUENCES[4:]])
+    assert (done.code, "line 5" in done.err) == (1, True)
 
 
-def test_equal_sequences_stay_in_one_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_sequences_stay_in_one_fold(layers: Callable[..., Done], tmp_path: Path) -> None:
     """Numbers that say nothing cannot be predicted, although each sequence is there twice."""
     noise = [str((37 * row) % 41) for row in range(20)]
-    assert run(tmp_path, noise * 2, "-o", str(tmp_path / "out.tsv"), sequences=SEQUENCES[:20] * 2) == 0
+    assert layers(noise * 2, "-o", "out.tsv", sequences=SEQUENCES[:20] * 2).code == 0
     assert max(float(row.split("\t")[1]) for row in (tmp_path / "out.tsv").read_text().splitlines()[1:]) < 0.5
-    capsys.readouterr()
-    assert run(tmp_path, NUMBERS, sequences=SEQUENCES[:4] * 10) == 1
-    assert "has 4 different sequences, fewer than the 5 --folds" in capsys.readouterr().err
+    done = layers(NUMBERS, sequences=SEQUENCES[:4] * 10)
+    assert (done.code, "has 4 different sequences, fewer than the 5 --folds" in done.err) == (1, True)

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pytest
 
 PAGE = Path(__file__).parents[1] / "numpyesm" / "service" / "page"
-SCREENSHOTS = Path(__file__).parents[1] / "test-output" / "page"
 
 
 def chromium() -> str:
@@ -24,12 +23,12 @@ def chromium() -> str:
 
 
 class Tab:
-    """A page with everything that it should not have done written down."""
+    """A page with everything that it should not have done written down; the rest is Playwright's."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         self.context = browser.new_context(accept_downloads=True, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(180_000)
         self.address = address
         self.complaints: list[str] = []
         self.page.on("console", lambda m: m.type in ("error", "warning") and self.complaints.append(m.text))
@@ -37,6 +36,9 @@ class Tab:
         self.page.on("request", self._check_origin)
         self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
         self.load()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page, name)
 
     def load(self) -> None:
         """Open the page, or open it again."""
@@ -47,17 +49,13 @@ class Tab:
         if not request.url.startswith((self.address, "data:", "blob:")):
             self.complaints.append(f"left the origin: {request.url}")
 
-    def compute(self, text: str, *statuses: str) -> Any:
-        """Paste, press the button, wait for what the page says then; the page itself."""
+    def compute(self, text: str, *statuses: str) -> Tab:
+        """Paste, press the button, wait for what the page says then."""
         self.page.fill("#sequence", text)
         self.page.click("#compute")
         for status in statuses or ("Done in",):
             self.page.wait_for_selector(f"#status:has-text('{status}')")
-        return self.page
-
-    def screenshot(self, name: str) -> None:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+        return self
 
     def download(self, button: str) -> bytes:
         with self.page.expect_download() as waiting:

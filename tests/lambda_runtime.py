@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +32,24 @@ def url_event(path: str, body: Any, method: str = "POST", stage: str = "$default
         "body": text,
         "isBase64Encoded": binary,
     }
+
+
+class Answer(NamedTuple):
+    """What a client gets, whichever door it came through."""
+
+    status_code: int
+    headers: dict[str, str]
+    content: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+def answer_of(document: Any) -> Answer:
+    """What AWS makes of the function's answer, which must be JSON."""
+    document = json.loads(json.dumps(document))
+    content = base64.b64decode(document["body"]) if document["isBase64Encoded"] else document["body"].encode()
+    return Answer(document["statusCode"], document["headers"], content)
 
 
 @dataclass
@@ -95,15 +113,14 @@ class RuntimeApi:
         self.server.shutdown()
         self.server.server_close()
 
-    def invoke(self, event: Any, seconds: float = 60.0) -> dict[str, Any]:
+    def invoke(self, event: Any, seconds: float = 60.0) -> Answer:
         """Hand out one event and wait for the function's answer to it."""
         self._count += 1
         identity = f"request-{self._count}"
         self.waiting.put((identity, event, seconds))
         answered, kind, content = self.answers.get(timeout=seconds + 60)
         assert (answered, kind) == (identity, "response"), (answered, kind, content[:2000])
-        answer: dict[str, Any] = json.loads(content)
-        return answer
+        return answer_of(json.loads(content))
 
 
 def start_client(api: RuntimeApi, python_path: str, **variables: str) -> subprocess.Popen[bytes]:

@@ -1,8 +1,10 @@
-"""`numpyesm serve` in a process of its own, for tests that speak HTTP to it."""
+"""The HTTP service for tests that speak to it: in a thread of this process, or `numpyesm serve` in another."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,8 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import pytest
 import requests
 
 from numpyesm import ESM2
+from numpyesm.api.catalog import Catalog
+from numpyesm.api.keys import KeyRing
 
 
 def items(*sequences: Any) -> list[dict[str, Any]]:
@@ -69,14 +72,86 @@ def receive_all(connection: socket.socket) -> bytes:
     return got
 
 
-def _limit_address_space(size: int) -> None:
-    import resource
+class Running:
+    """A service on a free loopback port, as its clients see it."""
 
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    port = 0
+    log_lines: Callable[[], list[str]]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def post(self, path: str, document: Any = None, **options: Any) -> requests.Response:
+        """POST JSON."""
+        return requests.post(f"{self.url}/api/v3/{path}", json=document, timeout=120, **options)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return requests.get(self.url + path, timeout=60, **options)
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        return [json.loads(line) for line in self.log_lines()]
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over its labels."""
+        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        """Wait for something that will happen; an assertion fails if it does not."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited {seconds} s in vain"
+            time.sleep(0.01)
 
 
-class RunningService:
-    """A service on a free loopback port."""
+class ServiceHere(Running):
+    """In a thread of this process; `service` holds its parts."""
+
+    def __init__(self, models: Mapping[str, ESM2], keys: Sequence[str] = (), **settings: Any) -> None:
+        from numpyesm.service.app import Service
+        from numpyesm.service.server import Server, bind
+        from numpyesm.service.settings import Settings
+
+        log = io.StringIO()
+        self.log_lines = lambda: log.getvalue().splitlines()
+        self.service = Service(Catalog(models), KeyRing(keys), Settings(**{"local_only": not keys} | settings), log)
+        sockets = bind("127.0.0.1", 0)
+        self.port = sockets[0].getsockname()[1]
+        self.server = Server(self.service)
+
+        async def serve() -> None:
+            self.loop = asyncio.get_running_loop()
+            await self.server.serve(sockets)
+
+        self.thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        self.thread.start()
+        self.wait_until(lambda: self.server.started)
+
+    def signal(self) -> None:
+        """What the process does when a signal comes."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
+
+@contextlib.contextmanager
+def serving_here(models: Mapping[str, ESM2], keys: Sequence[str] = (), **settings: Any) -> Iterator[ServiceHere]:
+    """A service in this process that is stopped at the end."""
+    here = ServiceHere(models, keys, **settings)
+    try:
+        yield here
+    finally:
+        here.signal()
+        here.signal()
+        here.thread.join(60)
+
+
+class RunningService(Running):
+    """`numpyesm serve` in a process of its own."""
 
     def __init__(
         self, *options: str, environment: dict[str, str] | None = None, address_space: int | None = None
@@ -91,15 +166,15 @@ class RunningService:
             env=clean | (environment or {}),
             preexec_fn=None if address_space is None else lambda: _limit_address_space(address_space),
         )
-        self.log: list[str] = []
+        log: list[str] = []
+        self.log_lines = lambda: log
         self.talk: list[str] = []
         self._readers = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self.log), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stdout, log), daemon=True),
             threading.Thread(target=self._read, args=(self.process.stderr, self.talk), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
-        self.port = 0
         self.wait_until(lambda: self._find_port() or self.process.poll() is not None, 300)
         assert self.port, f"the service did not start: {self.talk}"
         self.wait_until(self._is_ready, 300)
@@ -116,42 +191,12 @@ class RunningService:
 
     def _is_ready(self) -> bool:
         try:
-            return requests.get(f"{self.url}/readyz", timeout=10).status_code == 200
+            return self.get("/readyz").status_code == 200
         except requests.ConnectionError:
             return False
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def post(self, path: str, document: Any = None, **options: Any) -> requests.Response:
-        """POST JSON."""
-        return requests.post(f"{self.url}/api/v3/{path}", json=document, timeout=120, **options)
-
-    def connect(self) -> socket.socket:
-        """A bare connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
-
-    def entries(self) -> list[dict[str, Any]]:
-        """The access log so far."""
-        return [json.loads(line) for line in self.log]
-
-    def wait_until(self, condition: Any, seconds: float = 60) -> None:
-        """Wait for something that will happen; an assertion fails if it does not."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"waited {seconds} s in vain"
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        if sys.platform == "win32":
-            pytest.skip("POSIX signals")
-        self.process.send_signal(signal.SIGTERM)
+    def leave(self) -> int:
+        """Wait for the process to end; its exit code."""
         code = self.process.wait(60)
         for reader in self._readers:
             reader.join(5)
@@ -161,29 +206,26 @@ class RunningService:
         """A number of /proc/PID/status, such as VmRSS (kB) or Threads."""
         if sys.platform != "linux":
             pytest.skip("reads /proc")
-        text = Path(f"/proc/{self.pid}/status").read_text()
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
     def open_files(self) -> int:
         """File descriptors."""
-        if sys.platform != "linux":
-            pytest.skip("reads /proc")
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def _limit_address_space(size: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 @contextlib.contextmanager
 def serving(*options: str, **limits: Any) -> Iterator[RunningService]:
-    """A service that is stopped at the end."""
+    """A service in a process of its own that is killed at the end."""
     service = RunningService(*options, **limits)
     try:
         yield service
     finally:
         service.process.kill()
         service.process.wait()
-
-
-def load_quietly(source: str | Path, **options: Any) -> ESM2:
-    """The same model in this process, to compare with."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ESM2.from_pretrained(source, **options)

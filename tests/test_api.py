@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import io
 import json
+import tracemalloc
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ from conftest import random_sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from lambda_runtime import url_event
+from lambda_runtime import Answer, answer_of, url_event
 from running_service import check_error, items, same
 
 from numpyesm import ESM2
+from numpyesm.api.bodies import gunzip
 from numpyesm.api.catalog import Catalog
 from numpyesm.api.errors import ApiError
 from numpyesm.api.keys import KeyRing
@@ -45,17 +46,6 @@ JSON = {"content-type": "application/json"}
 GZIP = {**JSON, "content-encoding": "gzip"}
 
 
-class Answer(NamedTuple):
-    """What came back, whichever door."""
-
-    status_code: int
-    headers: dict[str, str]
-    content: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.content)
-
-
 Ask = Callable[..., Answer]
 
 
@@ -72,14 +62,6 @@ def catalog(library: ESM2) -> Catalog:
     return Catalog({"esm2-35m": library, "headless": ESM2(headless, backend="numpy", threads=1)})
 
 
-def ask_lambda(function: Function, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
-    """Through a function URL."""
-    event = url_event(path, body, method, **headers)
-    answer = json.loads(json.dumps(function.handle(event)))
-    content = base64.b64decode(answer["body"]) if answer["isBase64Encoded"] else answer["body"].encode()
-    return Answer(answer["statusCode"], answer["headers"], content)
-
-
 def both_doors(client: TestClient, function: Function) -> Ask:
     """Ask both doors the same; their answers must be equal, and one of them is returned."""
 
@@ -87,7 +69,7 @@ def both_doors(client: TestClient, function: Function) -> Ask:
         client.headers = {"accept-encoding": "identity"}
         with client.stream(method, path, content=body, headers=headers, follow_redirects=False) as response:
             answer = Answer(response.status_code, dict(response.headers), b"".join(response.iter_raw()))
-        other = ask_lambda(function, method, path, body, headers or {})
+        other = answer_of(function.handle(url_event(path, body, method, **(headers or {}))))
         assert (answer.status_code, answer.content) == (other.status_code, other.content)
         for name in ("content-type", "content-encoding", "vary", "www-authenticate", "retry-after"):
             assert answer.headers.get(name) == other.headers.get(name)
@@ -100,7 +82,6 @@ def both_doors(client: TestClient, function: Function) -> Ask:
 @pytest.fixture(scope="module")
 def ask(catalog: Catalog) -> Any:
     service = Service(catalog)
-    service.prepare()
     with TestClient(service.gate, base_url="http://localhost") as client:
         yield both_doors(client, Function(catalog))
 
@@ -136,18 +117,15 @@ def test_encode(ask: Ask, library: ESM2, params: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize(
     ("params", "keys"),
     [
-        ({"include": []}, set()),
         ({"include": [], "repr_layers": []}, set()),
-        ({"repr_layers": []}, set()),
-        ({"repr_layers": [], "include": ["mean", "bos", "per_token"]}, set()),
-        ({"repr_layers": [], "include": ["mean", "contacts"]}, {"contacts"}),
+        ({"include": []}, set()),
+        ({"repr_layers": [], "include": ["mean", "bos", "per_token", "contacts"]}, {"contacts"}),
     ],
 )
 def test_nothing_may_be_asked_for(ask: Ask, params: dict[str, Any], keys: set[str]) -> None:
     """As in the hosted API."""
     results = post(ask, "encode", {"params": params, "items": items("MKT", "MK")}).json()["results"]
-    assert [result.pop("sequence_index") for result in results] == [0, 1]
-    assert [set(result) for result in results] == [keys, keys]
+    assert [set(result) - {"sequence_index"} for result in results] == [keys, keys]
 
 
 def test_longest_items(ask: Ask, library: ESM2) -> None:
@@ -204,7 +182,7 @@ def test_gzip(ask: Ask, coding: str, gzipped: bool) -> None:
     assert len(json.loads(content)["results"]) == 1
 
 
-@pytest.mark.parametrize("path", ["/api/v3/{}", "/api/v3/{}/", "/api/v1/{}", "/api/v1/{}/"])
+@pytest.mark.parametrize("path", ["/api/v3/{}", "/api/v1/{}/"])
 def test_what_there_is_to_read(ask: Ask, path: str) -> None:
     first, second = ask("GET", path.format("models")).json()["models"]
     assert (first["slug"], first["actions"]) == ("esm2-35m", list(ACTIONS))
@@ -231,7 +209,6 @@ def test_keys(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["first-key", "second-key"]
     monkeypatch.setenv("NUMPYESM_API_KEYS", ",".join(keys))
     service = Service(catalog, KeyRing(keys))
-    service.prepare()
     with TestClient(service.gate, base_url="http://localhost") as client:
         ask = both_doors(client, Function(catalog))
         for value in ("Token first-key", "token second-key", "TOKEN  second-key "):
@@ -353,21 +330,24 @@ def test_not_quite_json(ask: Ask, body: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers",
+    ("status", "headers"),
     [
-        {"content-type": "text/plain"},
-        {"content-type": "multipart/form-data; boundary=x"},
-        {"content-type": "application/json; charset=latin-1"},
-        {"content-type": "application/jsonp"},
-        {},
-        {**JSON, "content-encoding": "br"},
-        {**JSON, "content-encoding": "gzip, gzip"},
+        (200, {"content-type": "Application/JSON"}),
+        (200, {"content-type": 'application/json; charset="utf-8"'}),
+        (415, {"content-type": "text/plain"}),
+        (415, {"content-type": "multipart/form-data; boundary=x"}),
+        (415, {"content-type": "application/json; charset=latin-1"}),
+        (415, {"content-type": "application/jsonp"}),
+        (415, {}),
+        (415, {**JSON, "content-encoding": "br"}),
+        (415, {**JSON, "content-encoding": "gzip, gzip"}),
     ],
 )
-def test_media_types(ask: Ask, headers: dict[str, str]) -> None:
-    check_error(ask("POST", "/api/v3/esm2-35m/encode", GOOD, headers), 415)
-    for media in ("application/json; charset=UTF-8", "Application/JSON", 'application/json;charset="utf-8"'):
-        assert ask("POST", "/api/v3/esm2-35m/encode", GOOD, {"content-type": media}).status_code == 200
+def test_media_types(ask: Ask, status: int, headers: dict[str, str]) -> None:
+    answer = ask("POST", "/api/v3/esm2-35m/encode", GOOD, headers)
+    assert answer.status_code == status
+    if status == 415:
+        check_error(answer, status)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +366,15 @@ def test_media_types(ask: Ask, headers: dict[str, str]) -> None:
 )
 def test_damaged_gzip(ask: Ask, packed: bytes, status: int) -> None:
     check_error(ask("POST", "/api/v3/esm2-35m/encode", packed, GZIP), status, "__all__")
+
+
+def test_a_gzip_bomb_costs_nothing() -> None:
+    bomb = gzip.compress(bytes(50 << 20))
+    tracemalloc.start()
+    with pytest.raises(ApiError, match="larger than 2097152 bytes"):
+        gunzip(bomb, 2 << 20)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -459,27 +448,20 @@ def test_a_number_that_is_not_finite_is_an_error(ask: Ask, library: ESM2, monkey
 
 # -- whatever comes ----------------------------------------------------------------------------------------------------
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-DOCUMENTS = st.recursive(
-    SCALARS,
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=10,
 )
-ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | SCALARS})
-PARAMS = st.fixed_dictionaries(
-    {},
-    optional={
-        "repr_layers": st.lists(st.integers(-6, 6) | SCALARS, max_size=4) | DOCUMENTS,
-        "include": st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3) | DOCUMENTS,
-    },
-)
-NEARLY = st.fixed_dictionaries(
-    {"items": st.lists(ITEM, max_size=10) | DOCUMENTS}, optional={"params": PARAMS | DOCUMENTS, "other": DOCUMENTS}
-)
+ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | ANY})
+LAYERS = st.lists(st.integers(-6, 6) | ANY, max_size=4)
+INCLUDE = st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3)
+PARAMS = st.fixed_dictionaries({}, optional={"repr_layers": LAYERS | ANY, "include": INCLUDE | ANY})
+NEARLY = st.fixed_dictionaries({"items": st.lists(ITEM, max_size=10) | ANY}, optional={"params": PARAMS, "other": ANY})
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(document=NEARLY | DOCUMENTS, action=st.sampled_from(ACTIONS))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(document=NEARLY | ANY, action=st.sampled_from(ACTIONS))
 def test_any_document(ask: Ask, document: Any, action: str) -> None:
     answer = post(ask, action, document)
     if answer.status_code == 200:
@@ -488,7 +470,7 @@ def test_any_document(ask: Ask, document: Any, action: str) -> None:
         check_error(answer, 422)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=300), gzipped=st.booleans())
 def test_any_bytes(ask: Ask, data: bytes, gzipped: bool) -> None:
     check_error(ask("POST", "/api/v3/esm2-35m/encode", data, GZIP if gzipped else JSON), 422)

@@ -238,7 +238,6 @@ def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
     models = {kind: ESM2.from_pretrained(path, backend="numpy", threads=1) for kind, path in weights.items()}
     catalog = Catalog(models | {"plain": ESM2(random_checkpoint(SMALL), backend="numpy", threads=1)})
     service = Service(catalog)
-    service.prepare()
     with TestClient(service.gate, base_url="http://localhost") as client:
         ask = both_doors(client, Function(catalog))
 

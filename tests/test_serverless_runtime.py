@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from conftest import random_sequence
-from lambda_runtime import ROOT, RuntimeApi, start_client, url_event
-
-from numpyesm import ESM2, SyntheticWeightsWarning
+from lambda_runtime import ROOT, Answer, RuntimeApi, start_client, url_event
+from running_service import check_error, items, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Lambda is Linux")]
 
@@ -36,9 +32,9 @@ def runtime_client(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def function(runtime_client):
+def function(runtime_client, small_file):
     with RuntimeApi() as api:
-        process = start_client(api, f"{ROOT}:{runtime_client}", NUMPYESM_MODEL="esm2-8m=synthetic:esm2-8m")
+        process = start_client(api, f"{ROOT}:{runtime_client}", NUMPYESM_MODEL=f"small={small_file}")
         try:
             assert api.asked.wait(60), process.communicate(timeout=5)[0]
             yield api
@@ -47,72 +43,50 @@ def function(runtime_client):
             process.communicate()
 
 
-@pytest.fixture(scope="module")
-def model() -> ESM2:
-    with pytest.warns(SyntheticWeightsWarning):
-        return ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy", threads=2)
-
-
-def ask(function: RuntimeApi, action: str, document: object, seconds: float = 60.0, **headers: str) -> dict[str, Any]:
+def ask(function: RuntimeApi, action: str, document: object, seconds: float = 60.0, **headers: str) -> Answer:
     """Ask through a function URL."""
-    event = url_event(f"/api/v3/esm2-8m/{action}/", document, **{"content-type": "application/json", **headers})
+    event = url_event(f"/api/v3/small/{action}/", document, **{"content-type": "application/json", **headers})
     return function.invoke(event, seconds)
 
 
-def error(answer: dict[str, Any], status: int) -> dict[str, Any]:
-    assert answer["statusCode"] == status
-    return json.loads(answer["body"])
-
-
-def test_cold_and_warm_and_whatever_comes_between(function, model) -> None:
+def test_cold_and_warm_and_whatever_comes_between(function, loaded) -> None:
     sequences = [random_sequence(n) for n in (12, 100)]
-    expected = [r.embeddings[6] for r in model.encode(sequences)]
-    for odd in ("text", {"items": [{"sequence": "MKT"}, {"sequence": "MK1"}]}, "{"):
-        answer = ask(function, "encode", {"items": [{"sequence": s} for s in sequences]})
-        assert answer["statusCode"] == 200
-        results = json.loads(answer["body"])["results"]
-        assert [r["sequence_index"] for r in results] == [0, 1]
-        for result, mean in zip(results, expected, strict=True):
-            np.testing.assert_allclose(result["embeddings"][0]["embedding"], mean, atol=1e-5)
-        fields = list(error(ask(function, "encode", odd), 422)["error"])
-        assert fields == (["__all__"] if isinstance(odd, str) else ["items__1__sequence"])
+    expected = [result.to_dict() for result in loaded.encode(sequences)]
+    for odd, field in (("text", "__all__"), ({"items": items("MKT", "MK1")}, "items__1__sequence"), ("{", "__all__")):
+        same(ask(function, "encode", {"items": items(*sequences)}).json(), {"results": expected})
+        check_error(ask(function, "encode", odd), 422, field)
     for odd in (None, [], "text", {}, {"Records": []}, 7):
-        error(function.invoke(odd), 400)
+        check_error(function.invoke(odd), 400)
 
 
-def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, model) -> None:
-    document = {"params": {"include": ["per_token"]}, "items": [{"sequence": random_sequence(2000)}]}
-    refusal = error(ask(function, "encode", document), 413)
+def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, loaded) -> None:
+    sequences = [random_sequence(1000, i) for i in range(8)]
+    document = {"params": {"include": ["per_token"]}, "items": items(*sequences)}
+    refusal = check_error(ask(function, "encode", document), 413)
     assert refusal["code"] == "user.answer_too_large"
     assert "gzip" in refusal["detail"]
     answer = ask(function, "encode", document, **{"accept-encoding": "gzip"})
-    assert answer["statusCode"] == 200, answer["body"][:500]
-    result = json.loads(gzip.decompress(base64.b64decode(answer["body"])))["results"][0]
-    found = np.float32(result["per_token_embeddings"][0]["embeddings"])
-    expected = model.encode([random_sequence(2000)], include=["per_token"])[0].per_token_embeddings[6]
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    document["items"] *= 8  # beyond every form: refused before it is computed
-    assert "numbers" in error(ask(function, "encode", document, accept="application/x-npz"), 413)["detail"]
+    assert answer.status_code == 200, answer.content[:500]
+    result = json.loads(gzip.decompress(answer.content))["results"][7] | {"sequence_index": 0}
+    same(result, loaded.encode(sequences[7:], include=["per_token"])[0].to_dict())
+    document["params"]["repr_layers"] = [0, -1]  # beyond every form: refused before it is computed
+    assert "numbers" in check_error(ask(function, "encode", document, accept="application/x-npz"), 413)["detail"]
 
 
 def test_a_time_out_that_is_near_is_answered(function) -> None:
-    """Eight proteins take seconds; with less than that left the answer says so, and comes in time."""
-    document = {"params": {"include": ["contacts", "attentions"]}, "items": [{"sequence": random_sequence(250)}] * 8}
-    refusal = error(ask(function, "encode", document, seconds=0.4, **{"accept-encoding": "gzip"}), 503)
+    """Eight long proteins take seconds; with less than that left the answer says so, and comes in time."""
+    document = {"params": {"include": ["attentions"]}, "items": items(*[random_sequence(2000)] * 8)}
+    refusal = check_error(ask(function, "encode", document, seconds=0.4), 503)
     assert refusal["code"] == "server.deadline"
     assert "fewer or shorter" in refusal["detail"]
-    assert ask(function, "log_prob", {"items": [{"sequence": "MKT"}]})["statusCode"] == 200
+    assert ask(function, "log_prob", {"items": items("MKT")}).status_code == 200
 
 
 def test_a_function_without_weights_says_so_when_it_starts(runtime_client, tmp_path) -> None:
+    folder = str(tmp_path)
+    variables = {"LAMBDA_TASK_ROOT": folder, "NUMPYESM_CACHE": folder, "NUMPYESM_WEIGHTS": str(tmp_path / "none")}
     with RuntimeApi() as api:
-        process = start_client(
-            api,
-            f"{ROOT}:{runtime_client}",
-            LAMBDA_TASK_ROOT=str(tmp_path),
-            NUMPYESM_CACHE=str(tmp_path),
-            NUMPYESM_WEIGHTS=str(tmp_path / "none"),
-        )
+        process = start_client(api, f"{ROOT}:{runtime_client}", **variables)
         _, kind, content = api.answers.get(timeout=60)
         process.kill()
         process.communicate()

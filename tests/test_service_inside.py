@@ -1,36 +1,40 @@
-"""The service's parts, without a network: who is next, what may start, and what is answered when something fails."""
+"""Fairness and memory: who is next, what may start, and what is answered when it takes too long or something fails."""
 
 from __future__ import annotations
 
 import asyncio
-import io
+import contextlib
 import json
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import requests
+from running_service import ServiceHere, check_error, items, serving_here
 
 pytest.importorskip("starlette")
 
+from numpyesm import ESM2
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.catalog import Catalog
 from numpyesm.api.requests import Work, check_request
 from numpyesm.config import ModelConfig
-from numpyesm.model import ESM2
 from numpyesm.passes import Passes
-from numpyesm.service.access_log import AccessLog
-from numpyesm.service.app import Service
-from numpyesm.service.jobs import Job
-from numpyesm.service.queue import FairQueue
-from numpyesm.service.settings import Settings
+from numpyesm.service.admission import Admission
+from numpyesm.service.queue import FairQueue, Job
 from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
-GOOD = {"items": [{"sequence": "MKT"}]}
-ENCODE = "/api/v3/esm2-35m/encode/"
 ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, ESM2]:
+    return {"esm2-35m": ESM2(random_checkpoint(ModelConfig(2, 32, 4, 64), 1), backend="numpy", threads=1)}
+
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
@@ -106,72 +110,96 @@ def test_what_does_not_fit_the_memory_waits() -> None:
     assert list(queue) == [large]
 
 
-# -- the whole, without a network --------------------------------------------------------------------------------------
+def wants_per_token(models: dict[str, ESM2], length: int) -> Work:
+    document = {"params": {"include": ["per_token"]}, "items": items("M" * length)}
+    return check_request(Catalog(models).get("esm2-35m"), "encode", document)
 
 
-class Inside:
-    """A service whose application is called directly, in the event loop of the test."""
-
-    def __init__(self, **settings: Any) -> None:
-        model = ESM2(random_checkpoint(ModelConfig(2, 32, 4, 64), 1), backend="numpy", threads=1)
-        catalog = Catalog({"esm2-35m": model})
-        self.lines = io.StringIO()
-        self.service = Service(catalog, settings=Settings(**settings), access_log=AccessLog(self.lines))
-        self.engine, self.gate = self.service.engine, self.service.gate
-
-    def run(self, test: Callable[[], Awaitable[None]]) -> None:
-        """Run a test while the service runs."""
-
-        async def running() -> None:
-            self.service.prepare()
-            async with self.service.lifespan(None):
-                await asyncio.wait_for(test(), 60)
-
-        asyncio.run(running())
-
-    async def call(self, method: str, path: str, document: Any = None, stuck: bool = False) -> tuple[int, Any]:
-        """Status and document of one request; `stuck` is a client that takes nothing after the answer's head."""
-        body = json.dumps(document).encode()
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-            "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 80),
-            "client": ("127.0.0.1", 1), "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-        }  # fmt: skip
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return messages.pop() if messages else await asyncio.sleep(3600)
-
-        async def send(message: Any) -> None:
-            if stuck and message["type"] == "http.response.body":
-                await asyncio.sleep(3600)
-            sent.append(message)
-
-        await self.gate(scope, receive, send)
-        content = b"".join(message.get("body", b"") for message in sent[1:])
-        return sent[0]["status"], json.loads(content) if content else None
+def test_a_request_that_joins_others_keeps_what_it_needs_alone(models: dict[str, ESM2]) -> None:
+    """What is held by other answers and what this one needs must fit together; sending takes memory too."""
+    admission, work = Admission(8 << 30, ROWS), wants_per_token(models, 100)
+    one = Job(work, "x", admission.check(work), cast(Any, None))
+    admission.held = 1000
+    admission.limit = admission.need(work) + 999
+    assert not admission.admit(one)
+    admission.limit += 1
+    assert admission.admit(one)
+    admission.release(one)
+    assert admission.held == 1000
+    admission.held, admission.limit = 0, 1  # alone it may always start
+    assert admission.admit(one)
 
 
-class HeldPasses:
-    """Passes wait until they are let go; `spoil` gets the tokens and the results of each."""
+def test_only_small_jobs_overtake_one_that_waits_for_memory(models: dict[str, ESM2]) -> None:
+    admission, works = Admission(8 << 30, ROWS), [wants_per_token(models, length) for length in (1000, 10)]
+    (waits, large, small), limit = [Job(w, "x", 0, cast(Any, None)) for w in (works[0], *works)], admission.limit
+    waits.memory = large.memory = limit // 2
+    admission.held, admission.limit = 1, admission.need(works[0])
+    assert not admission.admit(waits)
+    admission.limit = limit
+    assert [admission.admit(one) for one in (large, small)] == [False, True]
+    assert admission.admit(waits)
+    assert admission.admit(large)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any, Any], None] = lambda *_: None) -> None:
-        self._begun, self.go = threading.Semaphore(0), threading.Event()
+
+# -- a service whose passes wait ---------------------------------------------------------------------------------------
+
+GOOD = {"items": items("MKT")}
+TWO_PASSES = {"items": items("M" * 2000, "M" * 2000)}
+ENCODE = "esm2-35m/encode"
+
+
+class Held:
+    """A service whose passes wait until they are let go; `spoil` gets the tokens and the results of each."""
+
+    def __init__(self, service: ServiceHere, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.service, self.engine = service, service.service.engine
+        self.go = threading.Event()
+        self.spoil: Callable[[Any, Any], None] = lambda *_: None
+        self._begun = threading.Semaphore(0)
+        self._pool = ThreadPoolExecutor(16)
         real = Passes.encode
 
         def encode(passes: Passes, tokens: Any, outputs: Any) -> Any:
             self._begun.release()
             assert self.go.wait(60)
             results = list(real(passes, tokens, outputs))
-            spoil(tokens, results)
-            return results
+            self.spoil(tokens, results)
+            return iter(results)
 
         monkeypatch.setattr(Passes, "encode", encode)
 
-    async def wait(self) -> None:
-        """Until a pass has begun."""
-        assert await asyncio.get_running_loop().run_in_executor(None, self._begun.acquire, True, 60)
+    def ask(self, document: Any = GOOD, key: str = "") -> Future[requests.Response]:
+        """Ask in another thread."""
+        return self._pool.submit(self.service.post, ENCODE, document, headers={"Authorization": f"Token {key}"})
+
+    def first(self, document: Any = GOOD, key: str = "") -> Future[requests.Response]:
+        """Ask, and wait until the engine has begun."""
+        answer = self.ask(document, key)
+        assert self._begun.acquire(timeout=60)
+        return answer
+
+    def wait(self, waiting: int) -> None:
+        """Until so many requests wait."""
+        self.service.wait_until(lambda: self.engine.waiting == waiting)
+
+    def check_idle(self) -> None:
+        """Nothing is held when all is done."""
+        self.service.wait_until(lambda: self.service.service.gate.active == 0)
+        assert (self.engine.waiting, self.engine.admission.held) == (0, 0)
+
+
+@pytest.fixture
+def hold(models: dict[str, ESM2], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+    """Starts a service whose passes wait."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*keys: str, **settings: Any) -> Held:
+            held = Held(stack.enter_context(serving_here(models, keys, **settings)), monkeypatch)
+            stack.callback(held.go.set)
+            return held
+
+        yield start
 
 
 def no_memory(tokens: Any, results: Any) -> None:
@@ -190,80 +218,77 @@ def not_finite(tokens: Any, results: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "status", "code"), [(no_memory, 503, "server.memory"), (not_finite, 500, "server.not_finite")]
 )
-def test_no_request_suffers_from_another_in_its_pass(
-    monkeypatch: pytest.MonkeyPatch, spoil: Any, status: int, code: str
-) -> None:
-    inside = Inside()
-
-    async def test() -> None:
-        held = HeldPasses(monkeypatch, spoil)
-        calls = [asyncio.create_task(inside.call("POST", ENCODE, GOOD))]
-        await held.wait()  # while this one is in the engine, the others gather
-        for sequence in ("MKT", "WWW", "MKV"):
-            document = {"items": [{"sequence": sequence}]}
-            calls.append(asyncio.create_task(inside.call("POST", ENCODE, document)))
-        while inside.engine.waiting < 3:
-            await asyncio.sleep(0)
-        held.go.set()
-        answers = await asyncio.gather(*calls)
-        assert [answer[0] for answer in answers] == [200, 200, status, 200]
-        assert answers[2][1]["code"] == code
-        assert inside.engine.admission.held == 0
-
-    inside.run(test)
+def test_no_request_suffers_from_another_in_its_pass(hold: Any, spoil: Any, status: int, code: str) -> None:
+    held = hold()
+    held.spoil = spoil
+    answers = [held.first()]  # while this one is in the engine, the others gather
+    answers += [held.ask({"items": items(sequence)}) for sequence in ("MKT", "WWW", "MKV")]
+    held.wait(3)
+    held.go.set()
+    done = [answer.result(60) for answer in answers]
+    assert [answer.status_code for answer in done] == [200, 200, status, 200]
+    assert check_error(done[2], status)["code"] == code
+    held.check_idle()
 
 
-def test_a_client_that_takes_nothing_frees_its_place() -> None:
-    inside = Inside(write_timeout=0.2)
-
-    async def test() -> None:
-        large = {"params": {"include": ["per_token"]}, "items": [{"sequence": "M" * 2000}]}
-        for method, path, document in (("POST", ENCODE, GOOD), ("POST", ENCODE, large), ("GET", "/openapi.json", None)):
-            await inside.call(method, path, document, stuck=True)
-            assert inside.engine.admission.held == 0
-            assert inside.gate.active == 0
-
-    inside.run(test)
-    assert [json.loads(line)["status"] for line in inside.lines.getvalue().splitlines()] == [499, 499, 499]
-
-
-def test_an_engine_that_stops_tells_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = Inside()
-
-    async def test() -> None:
-        held = HeldPasses(monkeypatch)
-        assert await inside.call("GET", "/healthz") == (200, {"status": "ok"})
-        running = asyncio.create_task(inside.call("POST", ENCODE, GOOD))
-        await held.wait()
-        waiting = asyncio.create_task(inside.call("POST", ENCODE, GOOD))
-        while not inside.engine.waiting:
-            await asyncio.sleep(0)
-        inside.engine.abandon()
-        for call in (running, waiting):
-            status, document = await call
-            assert (status, document["code"]) == (503, "server.draining")
-        held.go.set()
-        await inside.engine.stop()
-        inside.engine.draining = False
-        for method, path in (("GET", "/healthz"), ("GET", "/readyz"), ("POST", ENCODE)):
-            status, document = await inside.call(method, path, GOOD)
-            assert (status, document["code"]) == (503, "server.not_ready"), path
-
-    inside.run(test)
+def test_who_hangs_up_frees_its_place(hold: Any) -> None:
+    held = hold()
+    answer = held.first(TWO_PASSES)
+    assert held.service.get("/healthz").status_code == 200
+    body = json.dumps(TWO_PASSES)
+    head = "POST /api/v3/esm2-35m/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connections = [held.service.connect() for _ in range(5)]
+    for connection in connections:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    held.wait(6)
+    for connection in connections:
+        connection.close()
+    with held.service.connect() as connection:  # half a body, and gone
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    held.service.wait_until(lambda: held.service.metric("numpyesm_hang_ups_total") == 6)
+    held.wait(1)
+    assert [entry["status"] for entry in held.service.entries()].count(499) == 6
+    held.go.set()
+    assert answer.result(60).status_code == 200
+    held.check_idle()
 
 
-def test_a_request_that_joins_others_keeps_what_it_needs_alone() -> None:
-    """What is held by other answers and what this one needs must fit together; sending takes memory too."""
-    inside = Inside()
-    admission, served = inside.engine.admission, inside.service.catalog.get("esm2-35m")
-    work = check_request(served, "encode", {"params": {"include": ["per_token"]}, "items": [{"sequence": "M" * 100}]})
-    one = Job(work, "x", admission.check(work), cast(Any, None))
-    admission.held = 1000
-    admission.limit = admission.need(work) + 999
-    assert not admission.admit(one)
-    admission.limit += 1
-    assert admission.admit(one)
-    admission.release(one)
-    assert admission.held == 1000
-    admission.held, admission.limit = 0, 1  # alone it may always start
-    assert admission.admit(one)
+def test_deadline_and_share_of_the_queue(hold: Any) -> None:
+    """One client fills its share and gets 429; another still gets in, until the queue itself is full: 503."""
+    held = hold("aaa", "bbb", "ccc", queue_size=4, deadline=1.0)
+    answers = [held.first(key="aaa")]
+    for waiting, key in enumerate(["aaa", "aaa", "aaa", "bbb"], start=1):
+        answers.append(held.ask(key=key))
+        held.wait(waiting)
+    answers += [held.ask(key="aaa"), held.ask(key="ccc")]
+    codes = [check_error(one.result(60), one.result().status_code)["code"] for one in answers]
+    assert codes == ["server.deadline"] * 5 + ["user.rate", "server.queue_full"]
+    assert all(int(one.result().headers["retry-after"]) >= 1 for one in answers)
+    held.go.set()
+    assert held.ask(key="aaa").result(60).status_code == 200
+    held.check_idle()
+
+
+@pytest.mark.parametrize("how", ["the grace ends", "a second signal"])
+def test_who_waits_is_told_when_time_is_up(hold: Any, how: str) -> None:
+    held = hold(grace=0.2 if how == "the grace ends" else 300)
+    answers = [held.first(TWO_PASSES), held.ask(), held.ask()]
+    held.wait(3)
+    held.service.signal()
+    if how == "a second signal":
+        held.service.wait_until(lambda: held.service.get("/readyz").status_code == 503)
+        check_error(held.service.post(ENCODE, GOOD), 503)  # nothing new
+        assert held.service.get("/healthz").status_code == 200
+        held.service.signal()
+    for answer in answers:
+        assert check_error(answer.result(60), 503)["code"] == "server.draining"
+    held.go.set()
+    held.service.thread.join(60)
+    assert not held.service.thread.is_alive()
+
+
+def test_an_engine_that_has_stopped_says_so(hold: Any) -> None:
+    service = hold().service
+    asyncio.run_coroutine_threadsafe(service.service.engine.stop(), service.loop).result(60)
+    for answer in (service.get("/healthz"), service.get("/readyz"), service.post(ENCODE, GOOD)):
+        assert check_error(answer, 503)["code"] == "server.not_ready"

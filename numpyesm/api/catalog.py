@@ -20,6 +20,9 @@ MAX_ITEMS = 8
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("models", "schema")
+# The head that an action or an output needs.
+_HEADS = dict.fromkeys(("predict", "log_prob", "logits"), "LM head")
+_HEADS |= {"contacts": "contact head"} | dict.fromkeys(("classify", "classes"), "classification head")
 
 
 def check_slug(slug: str) -> str:
@@ -44,12 +47,20 @@ class ServedModel:
         """The model's weights."""
         return self.model.checkpoint
 
+    def missing_head(self, name: str) -> str | None:
+        """The head that an action or output needs, if the weights lack it."""
+        heads = {
+            "LM head": self.checkpoint.has_lm_head,
+            "contact head": self.checkpoint.has_contact_head,
+            "classification head": self.model.head is not None,
+        }
+        head = _HEADS.get(name)
+        return None if head is None or heads[head] else head
+
     @property
-    def actions(self) -> tuple[str, ...]:
+    def actions(self) -> list[str]:
         """What the weights can do: without any head, embeddings only."""
-        heads = {"predict": self.checkpoint.has_lm_head, "classify": self.model.head is not None}
-        heads["log_prob"] = heads["predict"]
-        return tuple(action for action in ACTIONS if heads.get(action, True))
+        return [action for action in ACTIONS if self.missing_head(action) is None]
 
     def describe(self) -> dict[str, Any]:
         """Describe the model, also in the words that the `biolmai` SDK looks for."""
@@ -62,7 +73,7 @@ class ServedModel:
             "heads": config.num_heads,
             "max_length": MAX_RESIDUES,
             "max_items": MAX_ITEMS,
-            "actions": list(self.actions),
+            "actions": self.actions,
             "contacts": self.checkpoint.has_contact_head,
             "head": self.model.head,
             "labels": self.model.labels,
@@ -81,7 +92,7 @@ class ServedModel:
         return {
             "model_name": self.model.name,
             "model_slug": self.slug,
-            "actions": list(self.actions),
+            "actions": self.actions,
             "encoder": True,
             "predictor": "predict" in self.actions,
             "generator": False,
@@ -117,14 +128,6 @@ class Catalog:
         """All slugs."""
         return list(self._models)
 
-    def describe(self) -> dict[str, Any]:
-        """Describe all models."""
-        return {"models": [served.describe() for served in self]}
-
-    def describe_for_sdk(self) -> dict[str, Any]:
-        """Describe all models as the hosted API does."""
-        return {"models": [served.describe_for_sdk() for served in self]}
-
     def get(self, slug: str) -> ServedModel:
         """Find a model; ApiError 404 says what there is."""
         served = self._models.get(slug)
@@ -136,7 +139,7 @@ class Catalog:
         """Find a model that can do `action`; ApiError 404 says what there is."""
         served = self.get(slug)
         if action not in served.actions:
-            head = "classification head" if action == "classify" else "LM head"
-            reason = f": its weights have no {head}" if action in ACTIONS else ""
+            head = served.missing_head(action)
+            reason = f": its weights have no {head}" if head else ""
             raise ApiError(404, f"{slug} has no action {action[:80]!r}{reason}; it has {', '.join(served.actions)}")
         return served

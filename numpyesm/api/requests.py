@@ -214,18 +214,13 @@ class _Reader:
                 self.check(entry, (*place, index), schema["items"])
 
     def _one_of(self, value: Any, place: Place, allowed: list[Any]) -> None:
-        checkpoint, slug = self._served.checkpoint, self._served.slug
         if isinstance(allowed[0], int):
             self._layer(value, place)
-        elif value == "classes" and self._served.model.head is None:
-            self._add(place[:-1], f"classes: the weights of {slug} have no classification head")
-        elif not isinstance(value, str) or value not in allowed:
+        elif place[-2] == "include" and value in INCLUDES and (head := self._served.missing_head(value)):
+            self._add(place[:-1], f"{value}: the weights of {self._served.slug} have no {head}")
+        elif value not in allowed:
             *first, last = map(repr, allowed)
             self._add(place, f"expected one of {', '.join(first)} or {last}")
-        elif value == "logits" and not checkpoint.has_lm_head:
-            self._add(place[:-1], f"logits: the weights of {slug} have no LM head")
-        elif value == "contacts" and not checkpoint.has_contact_head:
-            self._add(place[:-1], f"contacts: the weights of {slug} have no contact head")
 
     def _layer(self, value: Any, place: Place) -> None:
         if type(value) is not int:  # True is an int, and 1.0 is no layer

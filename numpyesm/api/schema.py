@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._version import __version__
@@ -34,16 +34,15 @@ _ERRORS = {
     500: "The service failed",
     503: "The queue is full, the deadline passed, or the service is shutting down; see Retry-After",
 }
+_ONE_ITEM = {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]}
 _EXAMPLES: dict[str, dict[str, Any]] = {
-    "encode": {
-        "params": {"repr_layers": [-1], "include": ["mean"]},
-        "items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}],
-    },
+    "encode": {"params": {"repr_layers": [-1], "include": ["mean"]}} | _ONE_ITEM,
     "predict": {"items": [{"sequence": "MKTFFV<mask>LVLLLSGALAAPVA"}]},
-    "log_prob": {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]},
-    "classify": {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]},
+    "log_prob": _ONE_ITEM,
+    "classify": _ONE_ITEM,
 }
 _TEXT = {"type": "string"}
+_INTEGER = {"type": "integer"}
 
 
 def _list(items: Schema, **more: Any) -> Schema:
@@ -66,17 +65,16 @@ def _answers() -> dict[str, Schema]:
     vocabulary = _list(_TEXT, examples=[list(AMINO_ACIDS)])
     classes = _list({"anyOf": [{"type": "number"}, vector]})
     labels = _list(_TEXT, description="What the columns are called.")
-    by_layer = _list(object_schema({"layer": {"type": "integer"}, "embedding": vector}))
+    by_layer = _list(object_schema({"layer": _INTEGER, "embedding": vector}))
+    index = _INTEGER | {"description": "Place of the item in the request."}
+    per_token = _list(object_schema({"layer": _INTEGER, "embeddings": matrix}))
     results = {
         "encode": object_schema(
             {
-                "sequence_index": {"type": "integer", "description": "Place of the item in the request."},
+                "sequence_index": index,
                 "embeddings": by_layer | {"description": "`mean`: over the residues."},
                 "bos_embeddings": by_layer | {"description": "`bos`: of the <cls> token."},
-                "per_token_embeddings": _list(
-                    object_schema({"layer": {"type": "integer"}, "embeddings": matrix}),
-                    description="`per_token`: one row per residue.",
-                ),
+                "per_token_embeddings": per_token | {"description": "`per_token`: one row per residue."},
                 "contacts": matrix | {"description": "L×L contact probabilities."},
                 "logits": matrix | {"description": "L×20, columns in the order of `vocab_tokens`."},
                 "vocab_tokens": vocabulary,
@@ -96,19 +94,14 @@ def _answers() -> dict[str, Schema]:
         ),
         "classify": object_schema(
             {
-                "sequence_index": {"type": "integer", "description": "Place of the item in the request."},
+                "sequence_index": index,
                 "logits": classes | {"description": "A number per label, or a row of them per residue."},
                 "probabilities": classes | {"description": "Softmax or sigmoid of them; of a regression, themselves."},
                 "labels": labels,
             }
         ),
         "log_prob": object_schema(
-            {
-                "log_prob": {
-                    "type": ["number", "null"],
-                    "description": "null for a sequence without any of the 20 amino acids.",
-                }
-            }
+            {"log_prob": {"type": ["number", "null"], "description": "null without any of the 20 amino acids."}}
         ),
     }
     return {action: object_schema({"results": _list(result)}) for action, result in results.items()}
@@ -120,7 +113,7 @@ def _error_answer() -> Schema:
         {
             "detail": _TEXT,
             "errors": _list(problem),
-            "status_code": {"type": "integer"},
+            "status_code": _INTEGER,
             "code": _TEXT | {"examples": ["user.validation"]},
             "error": {
                 "type": "object",
@@ -137,24 +130,36 @@ def _error_answer() -> Schema:
 def openapi_document(catalog: Catalog) -> Schema:
     """Describe the whole API as OpenAPI 3.1."""
     layers = min(served.model.config.num_layers for served in catalog)  # what every served model has
-    slug, action = _path_parameter("slug", catalog.slugs), _path_parameter("action", list(ACTIONS))
     classifies = all(served.model.head is not None for served in catalog)
+    slug, action = _path_parameter("slug", catalog.slugs), _path_parameter("action", list(ACTIONS))
     paths: Schema = {}
     schemas: Schema = {"ErrorAnswer": _error_answer()}
     for name, answer in _answers().items():
         if slugs := [served.slug for served in catalog if name in served.actions]:
             title = name.title().replace("_", "")
             schemas |= {f"{title}Request": body_schema(name, layers, classifies), f"{title}Answer": answer}
-            paths[f"/api/v3/{{slug}}/{name}/"] = {"post": _action_operation(name, title, slugs)}
-    for path, name, summary, parameters in (
-        ("/api/v3/schema/{slug}/{action}/", "schema", "JSON Schema of an action's request", [slug, action]),
-        ("/api/v3/models/", "models", "The models that are served", []),
-        ("/healthz", "healthz", "Whether the service is alive", []),
-        ("/readyz", "readyz", "Whether the service takes requests", []),
-        ("/metrics", "metrics", "Counters for Prometheus", []),
+            form = {"schema": _reference(f"{title}Request"), "example": _EXAMPLES[name]}
+            content = {
+                JSON_TYPE: {"schema": _reference(f"{title}Answer")},
+                NPZ_TYPE: {"schema": _TEXT | {"contentMediaType": NPZ_TYPE}},
+            }
+            operation = _operation(name, _SUMMARIES[name], [_path_parameter("slug", slugs)], content, _ERRORS)
+            operation |= {
+                "security": [{"token": []}, {}],
+                "requestBody": {"required": True, "content": {JSON_TYPE: form}},
+            }
+            paths[f"/api/v3/{{slug}}/{name}/"] = {"post": operation}
+    document, reading = {JSON_TYPE: {"schema": {"type": "object"}}}, (403, 404, 405, 500)
+    for path, name, summary, parameters, content, errors in (
+        ("/api/v3/schema/{slug}/{action}/", "schema", "JSON Schema of a request", [slug, action], document, reading),
+        ("/api/v3/models/", "models", "The models that are served", [], document, reading),
+        ("/healthz", "healthz", "Whether the service is alive", [], document, (*reading, 503)),
+        ("/readyz", "readyz", "Whether the service takes requests", [], document, (*reading, 503)),
+        ("/metrics", "metrics", "Counters for Prometheus", [], {"text/plain": {"schema": _TEXT}}, reading),
     ):
-        paths[path] = {"get": _get_operation(name, summary, parameters)}
-    key = "Token KEY (only if the service has keys)"
+        paths[path] = {"get": _operation(name, summary, parameters, content, errors)}
+    text = "Token KEY (only if the service has keys)"
+    token = {"type": "apiKey", "in": "header", "name": "Authorization", "description": text}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -165,46 +170,17 @@ def openapi_document(catalog: Catalog) -> Schema:
             f"Accept: {NPZ_TYPE}.",
         },
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {
-                "token": {"type": "apiKey", "in": "header", "name": "Authorization", "description": key}
-            },
-        },
+        "components": {"schemas": schemas, "securitySchemes": {"token": token}},
     }
 
 
-def _action_operation(action: str, title: str, slugs: list[str]) -> Schema:
-    answer = {
-        JSON_TYPE: {"schema": _reference(f"{title}Answer")},
-        NPZ_TYPE: {"schema": {"type": "string", "contentMediaType": NPZ_TYPE}},
-    }
-    request = {"schema": _reference(f"{title}Request"), "example": _EXAMPLES[action]}
-    return {
-        "operationId": action,
-        "summary": _SUMMARIES[action],
-        "parameters": [_path_parameter("slug", slugs)],
-        "security": [{"token": []}, {}],
-        "requestBody": {"required": True, "content": {JSON_TYPE: request}},
-        "responses": _responses("Results in the order of the items", answer, _ERRORS),
-    }
-
-
-def _get_operation(name: str, summary: str, parameters: list[Schema]) -> Schema:
-    content = {"text/plain": {"schema": _TEXT}} if name == "metrics" else {JSON_TYPE: {"schema": {"type": "object"}}}
-    errors = (403, 404, 405, 500, *([503] if name in ("healthz", "readyz") else []))
-    return {
-        "operationId": name,
-        "summary": summary,
-        "parameters": parameters,
-        "responses": _responses(summary, content, errors),
-    }
-
-
-def _responses(description: str, content: Schema, errors: Iterable[int]) -> Schema:
+def _operation(
+    name: str, summary: str, parameters: Sequence[Schema], content: Schema, errors: Iterable[int]
+) -> dict[str, Any]:
     error = {JSON_TYPE: {"schema": _reference("ErrorAnswer")}}
-    good = {"200": {"description": description, "content": content}}
-    return good | {str(status): {"description": _ERRORS[status], "content": error} for status in errors}
+    responses = {"200": {"description": summary, "content": content}}
+    responses |= {str(status): {"description": _ERRORS[status], "content": error} for status in errors}
+    return {"operationId": name, "summary": summary, "parameters": list(parameters), "responses": responses}
 
 
 def _path_parameter(name: str, values: list[str]) -> Schema:

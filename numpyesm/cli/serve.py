@@ -46,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="numpyesm: %(levelname)s: %(message)s")
     sockets = bind(arguments.host, arguments.port)  # before the models: a taken port should not cost their loading
     service = Service(Catalog(_load(arguments)), keys, settings)
-    service.prepare()  # before the server: what is wrong is told as wrong use, not as a failure of its start
     port = sockets[0].getsockname()[1]
     name = arguments.host if ":" not in arguments.host else f"[{arguments.host}]"
     print(

@@ -1,4 +1,4 @@
-"""Answering before Lambda kills the function: an alarm interrupts the work."""
+"""Answer before Lambda kills the function: an alarm interrupts the work."""
 
 from __future__ import annotations
 

@@ -135,12 +135,11 @@ class Answer:
     """An answer, which takes the same form for all three kinds of events."""
 
     content: bytes
-    headers: Mapping[str, str]
+    headers: dict[str, str]
     status: int = 200
     binary: bool = False
 
-    def for_aws(self, **headers: str) -> dict[str, Any]:
-        """Return the document that AWS takes, with these headers as well."""
+    def for_aws(self) -> dict[str, Any]:
+        """Return the document that AWS takes."""
         body = base64.b64encode(self.content).decode("ascii") if self.binary else self.content.decode("utf-8")
-        headers = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return {"statusCode": self.status, "headers": headers, "body": body, "isBase64Encoded": self.binary}
+        return {"statusCode": self.status, "headers": self.headers, "body": body, "isBase64Encoded": self.binary}

@@ -9,11 +9,12 @@ import time
 import uuid
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..api.bodies import parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
 from ..api.errors import ApiError, as_api_error
+from ..api.keys import KeyRing, read_keys
 from ..api.media import JSON_TYPE, AnswerForm, check_json_type, is_gzipped
 from ..api.requests import check_request
 from ..errors import InvalidOption, NotEnoughMemory
@@ -22,9 +23,6 @@ from ..model import ESM2
 from ..threads import default_threads
 from .deadline import before_the_deadline
 from .events import Answer, Request, read_event
-
-if TYPE_CHECKING:
-    from ..api.keys import KeyRing
 
 log = logging.getLogger("numpyesm.serverless")
 
@@ -36,7 +34,8 @@ _LEAST_BYTES = 8.0
 _LEAST_BYTES_BINARY = 4.0 * 4 / 3
 # Memory of the function that the model may not use: it is for the runtime, the event, the answer as text.
 _KEPT_BACK = 56 << 20
-# MB of memory with which AWS gives one CPU.
+# MB of the function's memory, and with how many of them AWS gives one CPU.
+_SIZE = "AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
 _MEMORY_PER_CPU = 1769
 
 
@@ -54,7 +53,7 @@ class Function:
 
     def __init__(self, catalog: Catalog | None = None) -> None:
         self._catalog = catalog
-        self._keys: KeyRing | None = None
+        self._keys = KeyRing(read_keys(None))
 
     def load(self) -> Catalog:
         """Return the one model under its slug; it is loaded and run once when first asked for."""
@@ -69,15 +68,13 @@ class Function:
                         source,
                         backend=os.environ.get("NUMPYESM_BACKEND") or "auto",
                         precision=os.environ.get("NUMPYESM_PRECISION") or "fp32",
-                        threads=_threads(),
-                        max_memory=_memory(),
+                        **_limits(),
                     )
                 except NotEnoughMemory as error:  # no request of whatever size would fit
-                    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
                     raise ApiError(
                         503,
-                        f"the function has too little memory ({size} MB, of which {_KEPT_BACK >> 20} MB are kept for "
-                        f"the runtime and the answer): {error}",
+                        f"the function has too little memory ({os.environ[_SIZE]} MB, of which {_KEPT_BACK >> 20} MB "
+                        f"are kept for the runtime and the answer): {error}",
                         code="server.memory",
                     ) from None
             # What is made on first use is made in the init phase, so the first event runs at full speed.
@@ -102,10 +99,10 @@ class Function:
             facts["reason"] = refusal.detail[:300]
             headers = {name.lower(): value for name, value in refusal.headers.items()}
             answer = Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
-        headers = {"x_request_id": request_id}
+        answer.headers["x-request-id"] = request_id
         if self._catalog is not None and any(served.checkpoint.synthetic for served in self._catalog):
-            headers["x_numpyesm_weights"] = "synthetic: these numbers mean nothing"
-        sent = answer.for_aws(**headers)
+            answer.headers["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
+        sent = answer.for_aws()
         _print_line(**facts, status=answer.status, bytes=len(sent["body"]), ms=_milliseconds(started))
         return sent
 
@@ -116,7 +113,9 @@ class Function:
             catalog = self.load()
             healthy = route["health"] == "healthz"
             return _json({"status": "ok"} if healthy else {"status": "ready", "models": catalog.slugs})
-        self._check_key(request)
+        values = request.headers.get("authorization", ())
+        # Without keys AWS decides who may call.
+        self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
         catalog = self.load()
         if "action" in route:
             served = catalog.find(route["slug"], route["action"])
@@ -124,15 +123,6 @@ class Function:
             return _act(request, served, route["action"], context, facts)
         _check_method(request, "GET", "HEAD")
         return _json(_document(route, catalog))
-
-    def _check_key(self, request: Request) -> None:
-        """Raise ApiError 401 unless a known key was sent, or none is set: then AWS decides who may call."""
-        if self._keys is None:
-            from ..api.keys import KeyRing, read_keys
-
-            self._keys = KeyRing(read_keys(None))
-        values = request.headers.get("authorization", ())
-        self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
 
 
 def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> Answer:
@@ -160,11 +150,11 @@ def _act(request: Request, served: ServedModel, action: str, context: Any, facts
 def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
     """Return the list of models, one of them, or the schema of an action."""
     if "models" in route:
-        return catalog.describe()
+        return {"models": [served.describe() for served in catalog]}
     if "sdk_slug" in route:
         return catalog.get(route["sdk_slug"]).describe_for_sdk()
     if "sdk_models" in route:
-        return catalog.describe_for_sdk()
+        return {"models": [served.describe_for_sdk() for served in catalog]}
     from ..api.schema import request_schema  # not in a cold start
 
     action = route["schema_action"]
@@ -191,21 +181,19 @@ def _chosen_model() -> tuple[str | None, str]:
     return None, str(packed[0]) if packed else "esm2-35m"
 
 
-def _memory() -> int | None:
-    """Bytes for the process in a Lambda function of this size; None elsewhere."""
-    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
-    return (int(size) << 20) - _KEPT_BACK if size.isdigit() else None
+def _limits() -> dict[str, Any]:
+    """Memory and threads in a Lambda function of this size; elsewhere what `ESM2.from_pretrained` takes by itself.
 
-
-def _threads() -> int | None:
-    """As many as the function has whole CPUs: Lambda shows at least two and gives them their time by its memory.
-
-    More threads than CPUs would wait for each other at every product.
+    Lambda shows at least two CPUs and gives them their time by the memory. More threads than whole CPUs would wait for
+    each other at every product.
     """
-    size = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
-    if not size.isdigit() or os.environ.get("NUMPYESM_THREADS"):
-        return None
-    return max(1, min(default_threads(), int(size) // _MEMORY_PER_CPU))
+    size = os.environ.get(_SIZE, "")
+    if not size.isdigit():
+        return {}
+    limits = {"max_memory": (int(size) << 20) - _KEPT_BACK}
+    if not os.environ.get("NUMPYESM_THREADS"):
+        limits["threads"] = max(1, min(default_threads(), int(size) // _MEMORY_PER_CPU))
+    return limits
 
 
 def _check_method(request: Request, *allowed: str) -> None:

@@ -15,19 +15,15 @@ from ..formats import json_bytes
 _MAX_WAITING = 10_000
 
 
-class _Quiet:
-    """Drop what cannot be written: the queue is full, or the reader of the pipe is gone."""
-
+class _Quiet(logging.Handler):
     def handleError(self, record: logging.LogRecord) -> None:
-        return
+        """Drop what cannot be written: the queue is full, or the reader of the pipe is gone."""
 
 
-class _QueueHandler(_Quiet, QueueHandler):
-    pass
+class _ToQueue(_Quiet, QueueHandler): ...
 
 
-class _StreamHandler(_Quiet, logging.StreamHandler[TextIO]):
-    pass
+class _ToStream(_Quiet, logging.StreamHandler[TextIO]): ...
 
 
 class AccessLog:
@@ -36,11 +32,8 @@ class AccessLog:
     def __init__(self, stream: TextIO | None = None) -> None:
         waiting: queue.Queue[Any] = queue.Queue(_MAX_WAITING)
         self._logger = logging.Logger("numpyesm.access")
-        self._logger.addHandler(_QueueHandler(waiting))
-        self._listener = QueueListener(waiting, _StreamHandler(stream if stream is not None else sys.stdout))
-
-    def start(self) -> None:
-        """Begin writing."""
+        self._logger.addHandler(_ToQueue(waiting))
+        self._listener = QueueListener(waiting, _ToStream(stream or sys.stdout))
         self._listener.start()
 
     def stop(self) -> None:

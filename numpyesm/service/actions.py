@@ -1,10 +1,10 @@
-"""Answers an action, such as `encode`: reads a body, has it computed, sends the results."""
+"""Answer an action, such as `encode`: read the body, have it computed, send the results."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -18,77 +18,72 @@ from ..api.media import AnswerForm, check_json_type, is_gzipped
 from ..api.requests import Work, check_request
 from .engine import Engine
 from .gate import Record, record_of
-from .jobs import Job
+from .queue import Job
 from .settings import Settings
 
 # Below this many bytes of arrays, writing takes less time than going to another thread.
 _SMALL = 1 << 16
 
 
+@dataclass(frozen=True)
 class Actions:
     """The ASGI application behind `/api/v3/{slug}/{action}`."""
 
-    def __init__(self, catalog: Catalog, keys: KeyRing, engine: Engine, settings: Settings) -> None:
-        self._catalog = catalog
-        self._keys = keys
-        self._engine = engine
-        self._settings = settings
-        self._writers = ThreadPoolExecutor(4, thread_name_prefix="numpyesm-answer")
-
-    def stop(self) -> None:
-        """Stop the threads that write large answers."""
-        self._writers.shutdown(wait=False, cancel_futures=True)
+    catalog: Catalog
+    keys: KeyRing
+    engine: Engine
+    settings: Settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        due = time.monotonic() + self._settings.deadline
+        due = time.monotonic() + self.settings.deadline
         request, record = Request(scope, receive), record_of(scope)
         work = await self._read(request, record)
-        job = self._engine.submit(work, record.client)
+        job = self.engine.submit(work, record.client)
         gone = asyncio.create_task(_hang_up(receive))
         try:
             await self._wait(job, gone, due)
-            await self._send(request, job, gone, send)
+            await _send_results(request, job, gone, send)
         finally:
             gone.cancel()
             record.facts |= job.times()
-            self._engine.release(job)
+            self.engine.release(job)
 
     async def _read(self, request: Request, record: Record) -> Work:
         """Check who asks and for what, the cheapest checks first; read the body last."""
         headers = request.headers
         authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
-        record.client = self._keys.identify(authorization) or record.client
+        record.client = self.keys.identify(authorization) or record.client
         slug, action = request.path_params["slug"], request.path_params["action"]
-        served = self._catalog.find(slug, action)
+        served = self.catalog.find(slug, action)
         record.route, record.slug = action, slug
-        self._engine.check_place(record.client)
+        self.engine.check_place(record.client)
         check_json_type(headers.get("content-type"))
         gzipped = is_gzipped(headers.get("content-encoding"))
         body = await self._read_body(request)
         if gzipped:
-            body = gunzip(body, self._settings.max_decompressed)
+            body = gunzip(body, self.settings.max_decompressed)
         work = check_request(served, action, parse_json(body))
         record.facts |= {"slug": slug, "action": action, "items": len(work.tokens), "residues": sum(work.lengths)}
         return work
 
     async def _read_body(self, request: Request) -> bytes:
         """Read a body; ApiError 413 as soon as it is known to be too large, 408 if it does not come in time."""
-        length, settings = request.headers.get("content-length", ""), self._settings
-        if length.isdecimal() and int(length[:16]) > settings.max_body:
-            raise too_large(settings.max_body)
+        length, limit = request.headers.get("content-length", ""), self.settings.max_body
+        if length.isdecimal() and int(length[:16]) > limit:
+            raise too_large(limit)
 
         async def read() -> bytes:
             body = bytearray()
             async for piece in request.stream():
                 body += piece
-                if len(body) > settings.max_body:
-                    raise too_large(settings.max_body)
+                if len(body) > limit:
+                    raise too_large(limit)
             return bytes(body)
 
         try:
-            return await asyncio.wait_for(read(), settings.body_timeout)
+            return await asyncio.wait_for(read(), self.settings.body_timeout)
         except asyncio.TimeoutError:
-            message = f"the body did not arrive within {settings.body_timeout:g} seconds"
+            message = f"the body did not arrive within {self.settings.body_timeout:g} seconds"
             raise ApiError(408, message, headers={"Connection": "close"}) from None
 
     async def _wait(self, job: Job, gone: asyncio.Task[None], due: float) -> None:
@@ -100,30 +95,30 @@ class Actions:
         elif gone.done():
             raise ClientDisconnect
         else:
-            message = f"no result within {self._settings.deadline:g} seconds"
-            wait = {"Retry-After": str(self._engine.retry_after())}
+            message = f"no result within {self.settings.deadline:g} seconds"
+            wait = {"Retry-After": str(self.engine.retry_after())}
             raise ApiError(503, message, code="server.deadline", headers=wait)
 
-    async def _send(self, request: Request, job: Job, gone: asyncio.Task[None], send: Send) -> None:
-        """Send small results at once, large ones piece by piece from a thread."""
-        accept, encodings = (", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding"))
-        form = AnswerForm.chosen(accept, encodings)
-        pieces = form.write(job.results)
-        if job.memory <= _SMALL:
-            response = Response(b"".join(pieces), headers=form.headers)
-            await response(request.scope, request.receive, send)
-            return
-        loop = asyncio.get_running_loop()
-        # The first piece before the status: a failure can then still be told.
-        piece: bytes | None = await loop.run_in_executor(self._writers, next, pieces, None)
-        headers = [(name.encode(), value.encode()) for name, value in form.headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        while piece is not None:
-            if gone.done():
-                raise ClientDisconnect
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            piece = await loop.run_in_executor(self._writers, next, pieces, None)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], send: Send) -> None:
+    """Send small results at once, large ones piece by piece from a thread."""
+    accept, encodings = (", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding"))
+    form = AnswerForm.chosen(accept, encodings)
+    pieces = form.write(job.results)
+    if job.memory <= _SMALL:
+        response = Response(b"".join(pieces), headers=form.headers)
+        await response(request.scope, request.receive, send)
+        return
+    # The first piece before the status: a failure can then still be told.
+    piece: bytes | None = await asyncio.to_thread(next, pieces, None)
+    headers = [(name.encode(), value.encode()) for name, value in form.headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    while piece is not None:
+        if gone.done():
+            raise ClientDisconnect
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        piece = await asyncio.to_thread(next, pieces, None)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _hang_up(receive: Receive) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import memory
 from ..api.errors import ApiError
 from ..api.requests import Work
-from .jobs import Job
+from .queue import Job
 
 # A piece of an answer as text, the same compressed and in the socket's buffer, and Python's own needs.
 _SENDING = 16 << 20
@@ -61,20 +61,20 @@ class Admission:
         """Reserve memory for a job's results, if there is enough."""
         if job.holds_memory:
             return True
-        waiting = self._starved if self._starved is not None and not self._starved.cancelled else job
-        if waiting is not job and job.memory > _SMALL_SHARE * self.limit:
+        if self._starved not in (None, job) and job.memory > _SMALL_SHARE * self.limit:
             return False  # large jobs do not overtake one that waits for memory
         # A job may always start alone: whether it fits at all was checked when it arrived.
         if self.held and self.held + self.need(job.work) > self.limit:
-            self._starved = waiting
+            self._starved = self._starved or job
             return False
-        self._starved = None if waiting is job else waiting
+        if self._starved is job:
+            self._starved = None
         job.holds_memory = True
         self.held += job.memory
         return True
 
     def release(self, job: Job) -> None:
-        """Free what a job holds."""
+        """Free what a job holds, and its claim to be next."""
         if job.holds_memory:
             job.holds_memory = False
             job.results = []

@@ -6,7 +6,7 @@ import mimetypes
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +15,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from ..api.catalog import Catalog
-from ..api.errors import ApiError
 from ..api.keys import KeyRing
 from ..api.media import JSON_TYPE
 from ..api.schema import openapi_document, request_schema
@@ -41,14 +40,23 @@ _PAGE = Path(__file__).parent / "page"
 class Service:
     """All parts of a running service; `gate` is the ASGI application that a server runs.
 
+    The models are warmed up, so that the first request does not wait.
+
     Parameters
     ----------
     catalog : Catalog
     keys : KeyRing, optional
         None by default: everybody is let in.
     settings : Settings, optional
-    access_log : AccessLog, optional
-        To stdout by default.
+    log_to : text file, optional
+        For the access log; stdout by default.
+
+    Raises
+    ------
+    InvalidOption
+        The memory limit leaves no room for any request.
+    NumpyesmError
+        The system allows no more threads.
     """
 
     def __init__(
@@ -56,45 +64,31 @@ class Service:
         catalog: Catalog,
         keys: KeyRing | None = None,
         settings: Settings | None = None,
-        access_log: AccessLog | None = None,
+        log_to: TextIO | None = None,
     ) -> None:
         self.catalog = catalog
         self.settings = settings or Settings()
         self.metrics = Metrics()
-        self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
-        self.metrics.watch(self.engine)
-        self._actions = Actions(catalog, keys or KeyRing(), self.engine, self.settings)
-        self._log = access_log or AccessLog()
-        router = Router(self._routes(), redirect_slashes=False, lifespan=self.lifespan)
-        self.gate = Gate(router, self.settings, self.metrics, self._log)
-
-    def prepare(self) -> None:
-        """Start the threads and warm up the models, so that the first request does not wait.
-
-        Raises
-        ------
-        InvalidOption
-            The memory limit leaves no room for any request.
-        NumpyesmError
-            The system allows no more threads.
-        """
         try:
-            self._log.start()
-            self.engine.prepare()
+            self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
+            self._log = AccessLog(log_to)
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise
             raise NumpyesmError(f"the service cannot start its threads: {error}") from error
+        self.metrics.watch(self.engine)
+        self._actions = Actions(catalog, keys or KeyRing(), self.engine, self.settings)
+        router = Router(self._routes(), redirect_slashes=False, lifespan=self.lifespan)
+        self.gate = Gate(router, self.settings, self.metrics, self._log)
 
     @asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
-        """Run the engine of a prepared service while the server runs."""
+        """Run the engine while the server runs."""
         self.engine.start()
         try:
             yield
         finally:
             await self.engine.stop()
-            self._actions.stop()
             self._log.stop()
 
     def _routes(self) -> list[BaseRoute]:
@@ -113,12 +107,11 @@ class Service:
             return request_schema(catalog.find(slug, action), action)
 
         for version in ("/api/v3", "/api/v1"):
-            add(f"{version}/models", "models", lambda _: catalog.describe())
+            add(f"{version}/models", "models", lambda _: {"models": [served.describe() for served in catalog]})
             add(f"{version}/schema/{{slug}}/{{action}}", "schema", schema)
             routes.append(Route(f"{version}/{{slug}}/{{action}}", self._actions, methods=["POST"]))
-        for prefix in ("/api/ui", "/ui"):  # where `biolmai model list` and `show` look
-            path = f"{prefix}/community-api-models"
-            add(path, "models", lambda _: catalog.describe_for_sdk())
+        for path in ("/api/ui/community-api-models", "/ui/community-api-models"):
+            add(path, "models", lambda _: {"models": [served.describe_for_sdk() for served in catalog]})
             add(f"{path}/{{slug}}", "models", lambda request: catalog.get(**request.path_params).describe_for_sdk())
         add("/healthz", "healthz", self._health)
         add("/readyz", "readyz", self._ready)
@@ -126,22 +119,15 @@ class Service:
         routes.append(Route("/metrics", self._metrics))
         mimetypes.add_type("text/javascript", ".js")  # a registry of Windows may say otherwise
         page = _Page(directory=_PAGE)
-        routes += [
-            Route("/docs", page.answer("docs.html")),
-            Route("/", page.answer("index.html")),
-            Mount("/page", page),
-        ]
-        return routes
+        front, docs = Route("/", page.answer("index.html")), Route("/docs", page.answer("docs.html"))
+        return [*routes, front, docs, Mount("/page", page)]
 
     def _health(self, _: Request) -> Any:
-        if not self.engine.alive:
-            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
+        self.engine.check_alive()
         return {"status": "ok"}
 
-    def _ready(self, request: Request) -> Any:
-        self._health(request)
-        if self.engine.draining:
-            raise ApiError(503, "shutting down", code="server.not_ready", headers={"Retry-After": "5"})
+    def _ready(self, _: Request) -> Any:
+        self.engine.check_accepting()
         return {"status": "ready", "models": self.catalog.slugs, "waiting": self.engine.waiting}
 
     async def _metrics(self, request: Request) -> Response:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from ..alphabet import tokenize
 from ..api.catalog import Catalog
-from ..api.errors import ApiError
+from ..api.errors import ApiError, as_api_error
 from ..api.requests import Work
 from ..errors import InvalidOption
+from ..formats import Result
 from ..memory import format_memory
-from ..options import Outputs
+from ..options import INCLUDES, Outputs
 from .admission import Admission
-from .jobs import Job, Part, compute
-from .queue import FairQueue
+from .queue import FairQueue, Job, Part
 from .settings import Settings
+
+log = logging.getLogger("numpyesm.service")
 
 # Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep whoever comes
 # meanwhile waiting longer.
@@ -28,11 +32,13 @@ PASS_ROWS = 2112
 class Engine:
     """Runs jobs in the order that fairness gives; its methods are called from the event loop.
 
+    Each model is run once, so that the first request does not wait for compilation.
+
     Parameters
     ----------
     catalog : Catalog
     settings : Settings
-    on_pass : callable (slug, sequences, rows, seconds), optional
+    on_pass : callable (slug, sequences, rows, seconds)
         Called after every pass.
 
     Attributes
@@ -40,40 +46,27 @@ class Engine:
     draining : bool
         No new jobs are accepted; accepted ones finish.
     admission : Admission
+
+    Raises
+    ------
+    InvalidOption
+        The memory limit leaves no room for any request.
     """
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        settings: Settings,
-        on_pass: Callable[[str, int, int, float], None] | None = None,
-    ) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, settings: Settings, on_pass: Callable[[str, int, int, float], None]) -> None:
         self._settings = settings
         self._on_pass = on_pass
         self._queue = FairQueue()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="numpyesm-engine")
         self._running: list[Job] = []
         self._stopped = False
         self._rows_per_second = 1000.0
         self.draining = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="numpyesm-engine")
+        self._thread.submit(_warm_up, catalog).result()
         self.admission = Admission(settings.max_memory, PASS_ROWS)
-
-    # -- life ---------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Start the thread, and run each model once so that the first request does not wait for compilation.
-
-        Raises
-        ------
-        InvalidOption
-            The memory limit leaves no room for any request.
-        """
-        self._thread.submit(self._warm_up).result()
-        self.admission = Admission(self._settings.max_memory, PASS_ROWS)
-        for served in self._catalog:
+        for served in catalog:
             outputs = Outputs(("mean",), (served.model.config.num_layers,))
             shortest = Work(served, "encode", tuple(tokenize(["M"])), outputs)
             if (need := self.admission.need(shortest)) > self.admission.limit:
@@ -83,25 +76,14 @@ class Engine:
                     f"without any, and about {format_memory(need)} with one"
                 )
 
-    def _warm_up(self) -> None:
-        for served in self._catalog:
-            include = ["mean", "attentions"]
-            include += ["logits"] * served.checkpoint.has_lm_head
-            include += ["classes"] * (served.model.head is not None)
-            include += ["contacts"] * served.checkpoint.has_contact_head
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for length in (20, 120):
-                    served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
-
     def start(self) -> None:
-        """Start serving in the running event loop; call `prepare` first."""
+        """Start serving in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     async def stop(self) -> None:
-        """Fail all waiting jobs, and finish the current pass."""
-        self.draining = self._stopped = True
-        self._fail(self._queue)
+        """Fail all jobs, and wait for the current pass."""
+        self.abandon()
+        self._stopped = True
         self._wake.set()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -109,13 +91,7 @@ class Engine:
     def abandon(self) -> None:
         """Fail all jobs, running ones too: clients are told now, and the current pass is discarded."""
         self.draining = True
-        self._fail(self._queue)
-        self._fail(self._running)
-
-    @property
-    def alive(self) -> bool:
-        """Whether jobs are being served."""
-        return self._task is not None and not self._task.done()
+        self._fail([*self._queue, *self._running], _unavailable("draining", "the service is shutting down"))
 
     @property
     def waiting(self) -> int:
@@ -124,19 +100,26 @@ class Engine:
 
     # -- for requests ---------------------------------------------------------------------------------------------
 
+    def check_alive(self) -> None:
+        """Raise ApiError 503 if jobs are not being served."""
+        if self._task is None or self._task.done():
+            raise _unavailable("not_ready", "the engine has stopped")
+
+    def check_accepting(self) -> None:
+        """Raise ApiError 503 if no new jobs are accepted."""
+        self.check_alive()
+        if self.draining:
+            raise _unavailable("draining", "the service is shutting down")
+
     def check_place(self, client: str) -> None:
         """Raise ApiError 503 or 429 if a job would not be accepted now; called before the body is read."""
-        if self.draining:
-            raise _shutting_down()
-        if not self.alive:
-            raise ApiError(503, "the engine has stopped", code="server.not_ready", headers={"Retry-After": "5"})
+        self.check_accepting()
         limit, size = self._settings.client_limit, self._settings.queue_size
-        too_many = self._queue.count(client) >= limit
-        if too_many or len(self._queue) >= size:
+        if self._queue.count(client) >= limit:
             wait = {"Retry-After": str(self.retry_after())}
-            if too_many:
-                raise ApiError(429, f"{limit} requests of this client are waiting already", headers=wait)
-            raise ApiError(503, f"the queue is full ({size} requests)", code="server.queue_full", headers=wait)
+            raise ApiError(429, f"{limit} requests of this client are waiting already", headers=wait)
+        if len(self._queue) >= size:
+            raise _unavailable("queue_full", f"the queue is full ({size} requests)", self.retry_after())
 
     def submit(self, work: Work, client: str) -> Job:
         """Queue a job.
@@ -155,10 +138,10 @@ class Engine:
 
     def release(self, job: Job) -> None:
         """Free a job's place and memory, once its answer is sent or nobody waits for it."""
-        job.cancelled = True
+        job.released = True
         job.done.cancel()
         self._queue.remove(job)
-        if not job.in_pass:
+        if job not in self._running:
             self.admission.release(job)
             self._wake.set()
 
@@ -177,49 +160,64 @@ class Engine:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            self._begin(parts)
-            start = time.perf_counter()
-            await loop.run_in_executor(self._thread, compute, parts)
-            self._finish(parts, time.perf_counter() - start)
-
-    def _begin(self, parts: Sequence[Part]) -> None:
-        self._running = list(dict.fromkeys(job for job, _ in parts))
-        for job in self._running:
-            job.in_pass = True
-            job.started = job.started or time.monotonic()
-
-    def _finish(self, parts: Sequence[Part], seconds: float) -> None:
-        for job in self._running:
-            job.in_pass = False
-            if job.cancelled:
-                self.admission.release(job)
-            elif job.error is not None:
-                self._queue.remove(job)
-                _resolve(job, job.error)
-            elif job.all_taken:
-                job.computed = time.monotonic()
-                _resolve(job, None)
-        self._running = []
-        rows = sum(job.rows[index] for job, index in parts)
-        self._rows_per_second += 0.2 * (rows / max(seconds, 1e-6) - self._rows_per_second)
-        if self._on_pass is not None:
+            start = time.monotonic()
+            self._running = list(dict.fromkeys(job for job, _ in parts))
+            for job in self._running:
+                job.started = job.started or start
+            outcomes = await loop.run_in_executor(self._thread, compute, parts)
+            self._finish(outcomes)
+            seconds = time.monotonic() - start
+            rows = sum(job.rows[index] for job, index in parts)
+            self._rows_per_second += 0.2 * (rows / max(seconds, 1e-6) - self._rows_per_second)
             self._on_pass(parts[0][0].work.served.slug, len(parts), rows, seconds)
 
-    def _fail(self, jobs: Iterable[Job]) -> None:
-        for job in list(jobs):
+    def _finish(self, outcomes: dict[Job, list[Result] | ApiError]) -> None:
+        self._running = []
+        for job, outcome in outcomes.items():
+            if job.released:
+                self.admission.release(job)
+            elif isinstance(outcome, ApiError):
+                self._fail([job], outcome)
+            else:
+                job.results += outcome
+                if job.all_taken and not job.done.done():
+                    job.computed = time.monotonic()
+                    job.done.set_result(None)
+
+    def _fail(self, jobs: Iterable[Job], error: ApiError) -> None:
+        for job in jobs:
             self._queue.remove(job)
-            _resolve(job, _shutting_down())
+            if not job.done.done():
+                job.done.set_exception(error)
 
 
-def _resolve(job: Job, error: ApiError | None) -> None:
-    """Wake the request that waits for this job."""
-    if job.done.done():
-        return
-    if error is not None:
-        job.done.set_exception(error)
-    else:
-        job.done.set_result(None)
+def compute(parts: Sequence[Part]) -> dict[Job, list[Result] | ApiError]:
+    """Compute one pass; if it fails, each job on its own, so that no job fails because of another."""
+    jobs = list(dict.fromkeys(job for job, _ in parts))
+    tokens = tuple(job.work.tokens[index] for job, index in parts)
+    try:
+        results = list(replace(jobs[0].work, tokens=tokens).compute())
+    except Exception as error:
+        if len(jobs) == 1:
+            log.error("a computation failed", exc_info=error)
+            return {jobs[0]: as_api_error(error)}
+        log.warning("a shared pass failed; its jobs run one by one", exc_info=error)
+        alone = [compute([part for part in parts if part[0] is job]) for job in jobs]
+        return {job: outcome for outcomes in alone for job, outcome in outcomes.items()}
+    outcomes: dict[Job, list[Result]] = {job: [] for job in jobs}
+    for (job, index), result in zip(parts, results, strict=True):
+        outcomes[job].append(result if isinstance(result, float) else replace(result, sequence_index=index))
+    return dict(outcomes)
 
 
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the service is shutting down", code="server.draining", headers={"Retry-After": "5"})
+def _warm_up(catalog: Catalog) -> None:
+    for served in catalog:
+        include = [name for name in INCLUDES if served.missing_head(name) is None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for length in (20, 120):
+                served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
+
+
+def _unavailable(kind: str, message: str, retry_after: int = 5) -> ApiError:
+    return ApiError(503, message, code=f"server.{kind}", headers={"Retry-After": str(retry_after)})

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -26,7 +27,7 @@ from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _SAFETY = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -75,7 +76,11 @@ class Gate:
             return
         start = time.perf_counter()
         client = scope["client"][0] if scope.get("client") else "unknown"
-        record = Record(_request_id(scope["headers"]), client, scope["method"], _printable(scope["path"]))
+        # The client's own id, if it is harmless.
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        path = scope["path"][:300].encode("utf-8", "backslashreplace").decode()
+        record = Record(request_id, client, scope["method"], path)
         exchange = _Exchange(scope, receive, send, record, self._settings)
         # Every address works with and without a slash at its end.
         inner = {**scope, "app": self, "path": scope["path"].removesuffix("/") or "/", "numpyesm.record": record}
@@ -94,10 +99,13 @@ class Gate:
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         """Run the application, and send what it raises."""
         try:
-            exchange.check_framing()
+            headers = Headers(scope=scope)
+            if "content-length" in headers and "transfer-encoding" in headers:
+                # The body has two lengths: a proxy in front may have believed the other one.
+                message = "the request has both Content-Length and Transfer-Encoding"
+                raise ApiError(400, message, headers={"Connection": "close"})
             if self._settings.local_only:
-                hosts = [value for name, value in scope["headers"] if name == b"host"]
-                check_host(hosts, self._settings.allowed_hosts)
+                check_host(headers.getlist("host"), self._settings.allowed_hosts)
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             raise
@@ -107,9 +115,9 @@ class Gate:
                 log.error("request %s failed", exchange.record.id, exc_info=error)
             if exchange.record.status:  # in the middle of an answer: only a broken connection tells the client
                 exchange.abort()
-                return
-            response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
-            await response(scope, exchange.receive, exchange.send)
+            else:
+                response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
+                await response(scope, exchange.receive, exchange.send)
 
     def count(self, record: Record, seconds: float = 0.0) -> None:
         """Count and log a finished request, or one that was refused before it became one."""
@@ -137,16 +145,10 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._settings = settings
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.record = record
-        self._body_left = self._headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self._headers
-        self._asks_first = b"expect" in self._headers  # whether to send the body
-
-    def check_framing(self) -> None:
-        """Raise ApiError 400 if the body has two lengths: a proxy in front may have believed the other one."""
-        if b"content-length" in self._headers and b"transfer-encoding" in self._headers:
-            message = "the request has both Content-Length and Transfer-Encoding"
-            raise ApiError(400, message, headers={"Connection": "close"})
+        headers = Headers(scope=scope)
+        self._body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self._asks_first = "expect" in headers  # whether to send the body
 
     def abort(self) -> None:
         """Break the connection: closing would wait for the client to read."""
@@ -202,15 +204,3 @@ class _Exchange:
 def _from_router(error: HTTPException) -> ApiError:
     details = {404: "there is nothing at this address", 405: "this address does not take this method"}
     return ApiError(error.status_code, details.get(error.status_code, error.detail), headers=error.headers)
-
-
-def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """Return the client's own id if it is harmless, otherwise a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value.decode()
-    return uuid.uuid4().hex
-
-
-def _printable(path: str) -> str:
-    return path[:300].encode("utf-8", "backslashreplace").decode()

@@ -16,27 +16,21 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def check_host(host: Sequence[bytes], allowed: Sequence[str]) -> None:
+def check_host(hosts: Sequence[str], allowed: Sequence[str]) -> None:
     """Raise ApiError 403 if a Host header names another machine.
 
     A web page can make a browser send requests to 127.0.0.1 under a name of its own (DNS rebinding); its Host header
     gives it away. Programs that send none at all are not browsers.
     """
-    if not host:
+    if not hosts:
         return
-    name = _host_name(host[0].decode("latin-1"))
-    if len(host) == 1 and (name in ("localhost", *allowed) or is_loopback(name)):
+    # `LocalHost:8000` is `localhost`, `[::1]:8000` is `::1`.
+    name = hosts[0].strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    if len(hosts) == 1 and (name in ("localhost", *allowed) or is_loopback(name)):
         return
     raise ApiError(
         403,
         f"this service has no API keys and answers only to the names of this machine, not to {name[:80]!r}",
         code="user.host",
     )
-
-
-def _host_name(host: str) -> str:
-    """`LocalHost:8000` is `localhost`, `[::1]:8000` is `::1`."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].removesuffix(".")

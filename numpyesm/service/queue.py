@@ -1,15 +1,72 @@
-"""Waiting jobs, served so that no client crowds out the others."""
+"""Requests that wait for the engine, served so that no client crowds out the others."""
 
 from __future__ import annotations
 
-from collections import deque
+import asyncio
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-from .jobs import Job, Part
+from ..api.requests import Work
+from ..formats import Result
+
+
+@dataclass(eq=False)
+class Job:
+    """Work of one client, and where its results go.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes of its results.
+    done : Future
+        Resolved when the results are complete, or with an ApiError.
+    taken : int
+        How many sequences the engine has taken so far, in order.
+    released : bool
+        Nobody waits for the results, or they are sent.
+    rows : list of int
+        Rows that each sequence takes in a pass.
+    group : Work
+        Jobs may share a pass if they are equal in this.
+    """
+
+    work: Work
+    client: str
+    memory: int
+    done: asyncio.Future[None]
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    computed: float | None = None
+    taken: int = 0
+    released: bool = False
+    holds_memory: bool = False
+    results: list[Result] = field(default_factory=list)
+    rows: list[int] = field(init=False)
+    group: Work = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [length + 2 for length in self.work.lengths]
+        self.group = replace(self.work, tokens=())
+
+    @property
+    def all_taken(self) -> bool:
+        """Whether the engine has taken every sequence."""
+        return self.taken == len(self.rows)
+
+    def times(self) -> dict[str, float]:
+        """Milliseconds spent in the queue and in the engine, as far as known."""
+        spans = {"queue_ms": (self.arrived, self.started), "compute_ms": (self.started, self.computed)}
+        return {name: round((end - start) * 1e3, 2) for name, (start, end) in spans.items() if start and end}
+
+
+# A sequence of a job, by its index.
+Part: TypeAlias = tuple[Job, int]
 
 
 class FairQueue:
-    """Jobs by client.
+    """Jobs of all clients.
 
     The next sequence is always one of the client that has been given the fewest rows so far: a client with a thousand
     long sequences and one with a single short one get the engine in turn. Within a client it is first come first
@@ -17,36 +74,32 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._by_client: dict[str, deque[Job]] = {}
-        self._given: dict[str, float] = {}
+        self._jobs: list[Job] = []
+        self._given: dict[str, int] = {}  # rows so far, of clients that have jobs here
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_client.values()))
+        return len(self._jobs)
 
     def __iter__(self) -> Iterator[Job]:
-        return (job for jobs in self._by_client.values() for job in jobs)
+        return iter(self._jobs)
 
     def count(self, client: str) -> int:
         """Jobs of one client."""
-        return len(self._by_client.get(client, ()))
+        return sum(job.client == client for job in self._jobs)
 
     def put(self, job: Job) -> None:
         """Append a job."""
-        if job.client not in self._by_client:
-            # A new or returning client starts at the current minimum, so idling earns no credit and reconnecting
-            # clears no debt.
-            self._given[job.client] = min(self._given.values(), default=0.0)
-            self._by_client[job.client] = deque()
-        self._by_client[job.client].append(job)
+        # A new or returning client starts at the current minimum, so idling earns no credit and reconnecting clears no
+        # debt.
+        self._given.setdefault(job.client, min(self._given.values(), default=0))
+        self._jobs.append(job)
 
     def remove(self, job: Job) -> None:
         """Take a job out, if it is in."""
-        jobs = self._by_client.get(job.client)
-        if jobs is None or job not in jobs:
-            return
-        jobs.remove(job)
-        if not jobs:
-            del self._by_client[job.client], self._given[job.client]
+        if job in self._jobs:
+            self._jobs.remove(job)
+            if not self.count(job.client):
+                del self._given[job.client]
 
     def take(self, max_rows: int, admit: Callable[[Job], bool]) -> list[Part]:
         """Take sequences for one pass: of one group, at most `max_rows` rows or a single sequence.
@@ -57,36 +110,31 @@ class FairQueue:
         admit : callable
             Whether there is memory for a job's results.
         """
+        waiting: dict[str, list[Job]] = {}  # ordered: equals are served as they came
+        for one in self._jobs:
+            waiting.setdefault(one.client, []).append(one)
         taken: list[Part] = []
-        rows = 0
-        waiting = dict.fromkeys(self._by_client)  # ordered: equals are served as they came
+        rows_left = max_rows
+
+        def may_join(job: Job) -> bool:
+            fits = not taken or (job.group == taken[0][0].group and job.rows[job.taken] <= rows_left)
+            return fits and admit(job)
+
         while waiting:
             client = min(waiting, key=self._given.__getitem__)
-            job = self._next(client, taken[0][0] if taken else None, max_rows - rows, admit)
+            job = next(filter(may_join, waiting[client]), None)
             if job is None:
-                waiting.pop(client)
+                del waiting[client]
                 continue
             taken.append((job, job.taken))
-            rows += job.rows[job.taken]
+            rows_left -= job.rows[job.taken]
             self._given[client] += job.rows[job.taken]
             job.taken += 1
             if job.all_taken:
                 self.remove(job)
-                if client not in self._by_client:
-                    waiting.pop(client)
-        for client in {job.client for job, _ in taken if not job.all_taken}:
-            self._let_short_jobs_pass(client, max_rows)
+                waiting[client].remove(job)
+                if not waiting[client]:
+                    del waiting[client]
+        unfinished = {job.client for job, _ in taken if not job.all_taken}
+        self._jobs.sort(key=lambda job: job.client in unfinished and (job.taken > 0 or sum(job.rows) > max_rows))
         return taken
-
-    def _let_short_jobs_pass(self, client: str, max_rows: int) -> None:
-        jobs = self._by_client[client]
-        self._by_client[client] = deque(sorted(jobs, key=lambda job: job.taken > 0 or sum(job.rows) > max_rows))
-
-    def _next(self, client: str, like: Job | None, rows_left: int, admit: Callable[[Job], bool]) -> Job | None:
-        """The client's first job that can join the pass."""
-        for job in self._by_client[client]:
-            if like is not None and (job.group != like.group or job.rows[job.taken] > rows_left):
-                continue
-            if admit(job):
-                return job
-        return None

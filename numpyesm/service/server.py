@@ -1,4 +1,4 @@
-"""Listening and shutting down: sockets, signals, and the time that accepted requests have to finish."""
+"""Listen and shut down: sockets, signals, and the time that accepted requests have to finish."""
 
 from __future__ import annotations
 
@@ -33,12 +33,9 @@ def bind(host: str, port: int) -> list[socket.socket]:
         if sockets and port == 0:
             address = (address[0], sockets[0].getsockname()[1], *address[2:])
         try:
-            made = socket.create_server(address, family=family, backlog=2048)
+            sockets.append(socket.create_server(address, family=family, backlog=2048))
         except OSError as error:
             failure = error
-        else:
-            made.setblocking(False)
-            sockets.append(made)
     if not sockets:
         raise InvalidOption(f"cannot listen on {host} port {port}: {failure.strerror if failure else 'no address'}")
     return sockets

@@ -70,8 +70,8 @@ class Service:
         self.settings = settings or Settings()
         self.metrics = Metrics()
         try:
+            self._log = AccessLog(log_to)  # before the engine looks at what `ulimit -v` leaves: a thread takes some
             self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
-            self._log = AccessLog(log_to)
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise

@@ -73,7 +73,7 @@ class Function:
                 except NotEnoughMemory as error:  # no request of whatever size would fit
                     raise ApiError(
                         503,
-                        f"the function has too little memory ({os.environ[_SIZE]} MB, of which {_KEPT_BACK >> 20} MB "
+                        f"the function has too little memory ({os.environ.get(_SIZE)} MB, of which {_KEPT_BACK >> 20} MB "
                         f"are kept for the runtime and the answer): {error}",
                         code="server.memory",
                     ) from None

@@ -187,7 +187,7 @@ def test_a_client_that_does_not_read(service: ServiceHere) -> None:
         whole = 2 * 4 * 2000 * 80 * 6  # bytes at least
         assert len(receive_all(connection)) < whole
     assert service.metric("numpyesm_result_bytes") == 0
-    assert service.service.gate.active == 0
+    service.wait_until(lambda: service.service.gate.active == 0)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ class Function:
                 except NotEnoughMemory as error:  # no request of whatever size would fit
                     raise ApiError(
                         503,
-                        f"the function has too little memory ({os.environ.get(_SIZE)} MB, of which {_KEPT_BACK >> 20} MB "
-                        f"are kept for the runtime and the answer): {error}",
+                        f"the function has too little memory ({os.environ.get(_SIZE)} MB, of which {_KEPT_BACK >> 20} "
+                        f"MB are kept for the runtime and the answer): {error}",
                         code="server.memory",
                     ) from None
             # What is made on first use is made in the init phase, so the first event runs at full speed.

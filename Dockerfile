@@ -6,8 +6,7 @@
 #   docker run --read-only --tmpfs /tmp -p 8000:8000 -e NUMPYESM_API_KEYS=secret esm2
 #
 # WEIGHTS is a name (esm2-35m), a file below this folder (weights/esm2-35m.safetensors, for builds without a network),
-# or synthetic:esm2-8m for trying out. Compiled kernels are for the kind of CPU that builds the image; on another they
-# are compiled anew in /tmp when first used.
+# or synthetic:esm2-8m for trying out. The compiled kernels fit every CPU of the architecture; the image has no Numba.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS build
@@ -15,18 +14,18 @@ ARG WEIGHTS=esm2-35m
 ARG DTYPE=fp32
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
 WORKDIR /src
-RUN python -m venv /opt/venv
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && python -m venv /opt/venv
 COPY pyproject.toml README.md LICENSE ./
 COPY numpyesm/ numpyesm/
 COPY weights/ weights/
-RUN pip install ".[fast,serve]" "awslambdaric>=3"
+COPY packaging/ packaging/
+RUN pip install ".[serve]" ./packaging/kernels "awslambdaric>=3"
 RUN mkdir -p /opt/weights \
  && case "$WEIGHTS" in \
       synthetic*|*/*|*.safetensors|*.pt) numpyesm convert "$WEIGHTS" -o /opt/weights --dtype "$DTYPE" ;; \
       *) numpyesm fetch "$WEIGHTS" -o /opt/weights --dtype "$DTYPE" --quiet ;; \
     esac
-RUN numpyesm warmup --cache /opt/numba-cache \
- && find /opt/venv -name tests -type d -path '*/site-packages/*' -prune -exec rm -rf {} + \
+RUN find /opt/venv -name tests -type d -path '*/site-packages/*' -prune -exec rm -rf {} + \
  && python -m compileall -q /opt/venv/lib \
  && chmod -R a+rX /opt
 
@@ -36,7 +35,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
-    NUMBA_CACHE_DIR=/opt/numba-cache \
     NUMPYESM_OFFLINE=1 \
     NUMPYESM_CACHE=/tmp/numpyesm
 WORKDIR /opt

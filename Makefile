@@ -7,13 +7,13 @@ TEST_BIN = $(TEST_VENV)/bin
 
 .PHONY: demo test test-minimum lint audit api bench bench-full clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed $(VENV)/.kernels
 	$(BIN)/numpyesm demo
 
 # Without a network the tests of trained weights skip.
-test: $(TEST_VENV)/.installed lint
+test: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels lint
 	-$(TEST_BIN)/python tests/trained_weights.py
-	$(TEST_BIN)/python -m pytest -m ""
+	$(TEST_BIN)/python -m pytest -m "" -n auto --maxprocesses 4 --dist loadfile
 	$(TEST_BIN)/numpyesm demo --output demo-output
 
 # The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.
@@ -49,10 +49,10 @@ lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff format --check .
 	$(TEST_BIN)/mypy
 
-bench: $(TEST_VENV)/.installed
+bench: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels
 	$(TEST_BIN)/python -m bench --setup
 
-bench-full: $(TEST_VENV)/.installed
+bench-full: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels
 	$(TEST_BIN)/python -m bench --full --setup
 
 # The environments are made anew when pyproject.toml changes.
@@ -71,5 +71,15 @@ $(TEST_VENV)/.installed: pyproject.toml
 	$(TEST_BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# Compiled kernels from this checkout, for this machine; without a C compiler Numba or NumPy does the work.
+KERNEL_SOURCES = $(wildcard numpyesm/kernels/*.py numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py)
+$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+	-NUMPYESM_KERNEL_LEVELS=best $(BIN)/python -m pip install --quiet --no-deps ./packaging/kernels
+	touch $@
+
+$(TEST_VENV)/.kernels: $(TEST_VENV)/.installed $(KERNEL_SOURCES)
+	-NUMPYESM_KERNEL_LEVELS=host $(TEST_BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./packaging/kernels
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit .venv-api .trained api-reference demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit .venv-api .trained api-reference demo-output build packaging/kernels/build *.egg-info packaging/kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache

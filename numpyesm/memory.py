@@ -40,9 +40,10 @@ _PER_THREAD = 6 << 20
 _MARGIN = 10 << 20
 # A result without its arrays.
 _RESULT_OBJECT = 600
-# Numba, LLVM and the compiled kernels.
-_NUMBA = 330 << 20
-_NUMBA_ADDRESS_SPACE = 900 << 20
+# What the compiled backend takes beside its weights, of memory and of address space: with Numba and LLVM, and with a
+# library of kernels.
+_NUMBA, _NUMBA_ADDRESS_SPACE = 330 << 20, 900 << 20
+_LIBRARY, _LIBRARY_ADDRESS_SPACE = 20 << 20, 150 << 20
 
 
 # -- sizes as text -------------------------------------------------------------------------------------------------
@@ -155,17 +156,19 @@ def _ulimits() -> Iterator[tuple[int, int]]:
             yield limit, _status(field) or resident_memory()
 
 
-def numba_fits(limit: int | None, checkpoint: Checkpoint) -> bool:
+def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> bool:
     """Whether the compiled backend, which keeps packed weights of its own, has enough memory and address space.
 
-    LLVM ends the process without a word if it cannot get what it asks for.
+    LLVM, which is needed unless kernels were compiled `ahead` of time, ends the process without a word if it cannot get
+    what it asks for.
     """
+    besides, addresses = (_LIBRARY, _LIBRARY_ADDRESS_SPACE) if ahead else (_NUMBA, _NUMBA_ADDRESS_SPACE)
     weights = 4 * checkpoint.num_parameters
     limits = [size for size in (limit, _machine_memory()) if size is not None] + [size for size, _ in _containers()]
     # Packing holds more than the result for a moment only; a mapped file leaves the memory as it is packed.
-    if limits and resident_memory() + _NUMBA + weights * 5 // 4 >= min(limits):
+    if limits and resident_memory() + besides + weights * 5 // 4 >= min(limits):
         return False
-    return all(_NUMBA_ADDRESS_SPACE + 3 * weights < size for size, _ in _ulimits())
+    return all(addresses + 3 * weights < size for size, _ in _ulimits())
 
 
 def unread_weights(checkpoint: Checkpoint) -> int:

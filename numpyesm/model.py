@@ -178,8 +178,8 @@ class ESM2:
         narrow = f" stored as {stored}" if stored != "fp32" else ""
         return (
             f"ESM2({self.name}: {config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads, "
-            f"backend={self.backend}, precision={self.precision}, threads={self.threads}, "
-            f"source={self.checkpoint.source!r}{narrow}{synthetic})"
+            f"backend={self.backend} ({self._passes.kernels.origin}), precision={self.precision}, "
+            f"threads={self.threads}, source={self.checkpoint.source!r}{narrow}{synthetic})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -20,7 +20,8 @@ from .heads import AttentionReader, AttentionSummary, ClassificationHead, Contac
 from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels, Partition
 from .kernels.blas import blas_threads
-from .memory import MemoryBudget, Sizes, numba_fits, parse_memory, require_room, result_bytes, unread_weights
+from .kernels.compiled.library import library_code
+from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
 from .options import Outputs, require_classifier
 from .results import ClassifyResult, EncodeResult, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
@@ -84,7 +85,11 @@ class Passes:
     ) -> None:
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
-        if backend == "auto" and precision == "fp32" and not numba_fits(limit, checkpoint):
+        if (
+            backend == "auto"
+            and precision == "fp32"
+            and not compiled_fits(limit, checkpoint, library_code() is not None)
+        ):
             backend = "numpy"
         self.checkpoint = checkpoint
         if limit is not None:

@@ -23,14 +23,20 @@ import numba
 
 from numpyesm.config import ModelConfig
 from numpyesm.kernels.base import AttentionMaps
-from numpyesm.kernels.numba_ import attention, gemm, layer
-from numpyesm.kernels.numba_.emitter import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
-from numpyesm.kernels.numba_.forward import cut_blocks, map_table
-from numpyesm.kernels.numba_.isa import host_isa, host_levels
-from numpyesm.kernels.numba_.kernels import NumbaKernels
-from numpyesm.kernels.numba_.layout import address
+from numpyesm.kernels.compiled.code import needed
+from numpyesm.kernels.compiled.forward import cut_blocks, map_table
+from numpyesm.kernels.compiled.isa import host_isa, host_levels
+from numpyesm.kernels.compiled.kernels import CompiledKernels
+from numpyesm.kernels.compiled.layout import address
+from numpyesm.kernels.compiled.library import library_code
+from numpyesm.kernels.compiled.panels import aligned, pack_panels, padded_columns
+from numpyesm.kernels.numba_ import gemm
+from numpyesm.kernels.numba_.code import numba_code
+from numpyesm.kernels.numba_.emitter import TILE_BYTES
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.weights.synthetic import random_checkpoint
+
+ISA = host_isa()
 
 # One layer with heads of 16, 24, 32 and 64 channels, as the presets have them, and a shape that fills no tile.
 SHAPES = {
@@ -50,7 +56,7 @@ def _linear(x, rows, inner, piece, weight, bias, columns, step, out, tile):  # t
 
 
 def linear(x: Any, weight: Any, bias: Any, step: int, out: Any, piece: int = 100) -> Any:
-    tile, packed, padded = gemm.aligned(TILE_ROWS * TILE_COLUMNS), gemm.pack_panels(weight), gemm.padded_columns(bias)
+    tile, packed, padded = aligned(ISA.rows * ISA.columns), pack_panels(ISA, weight), padded_columns(ISA, bias)
     at = map(address, (packed, padded, out, tile))
     _linear(address(x), *x.shape, piece, next(at), next(at), weight.shape[1], step, next(at), next(at))
     return out
@@ -60,12 +66,12 @@ class Steps:
     """Compiled steps of a model of one layer, on arrays."""
 
     def __init__(self, checkpoint: Any, precision: str = "fp32") -> None:
-        self.kernels = NumbaKernels(checkpoint, precision)
+        # Both are the same code bit for bit, see test_kernel_library.py.
+        self.code = library_code() or numba_code(precision)
+        self.kernels = CompiledKernels(checkpoint, precision, self.code)
         self.packed = self.kernels.packed
         self.config, self.dtype = self.kernels.config, np.dtype(np.float32)
-        end = "" if precision == "fp32" else f"_{precision}"
-        self.project_qkv = getattr(layer, f"project_qkv{end}")
-        self.rest = getattr(layer, f"project_and_feed_forward{end}")
+        self.project_qkv, self.attend, self.rest, *_ = needed(self.code.isa, precision)
 
     def tables(self, rows: int, length: int, with_maps: bool = False) -> tuple[Any, Any]:
         model, self.rotary = self.packed.model_table(length)
@@ -74,11 +80,11 @@ class Steps:
     def project(self, x: Any, start: int = 0) -> Any:
         """Query, key and value (3, H, rows, padded C) as they lie in memory."""
         rows, packed = len(x), self.packed
-        out = gemm.aligned(3 * rows * self.config.num_heads * packed.head_dim)
+        out = aligned(3 * rows * self.config.num_heads * packed.head_dim)
         model, room = self.tables(rows, start + rows)
         positions = np.arange(start, start + rows)
         tables = (address(table) for table in (model, packed.layers, room))
-        self.project_qkv(*tables, address(x), rows, address(positions), rows, address(out))
+        self.code.call(self.project_qkv, *tables, address(x), rows, address(positions), rows, address(out))
         return out.reshape(3, self.config.num_heads, rows, packed.head_dim)
 
     def plain(self, qkv: Any) -> Any:
@@ -95,10 +101,10 @@ class Steps:
         table, summaries, kept = map_table([maps], [length], self.config.num_heads, not context) if maps else (0, [], 0)
         at = address(qkv)
         row = packed.head_dim * qkv.itemsize
-        attend = attention.attend_bf16 if packed.narrow else attention.attend
+        tables = address(model), address(room)
         maps_at = address(table) if maps else 0
         query = at + start * row
-        attend(address(model), address(room), query, stop - start, at, length, length, address(out), maps_at)
+        self.code.call(self.attend, *tables, query, stop - start, at, length, length, address(out), maps_at)
         if maps:
             maps.summary[...] = summaries[0]
             del kept
@@ -112,7 +118,9 @@ class Steps:
         padded = np.zeros((len(x), config.num_heads, packed.head_dim), np.float32)
         padded[..., : config.head_dim] = context.reshape(len(x), config.num_heads, -1)
         model, room = self.tables(len(x), 1)
-        self.rest(address(model), address(packed.layers), address(room), address(padded), address(x), len(x))
+        self.code.call(
+            self.rest, address(model), address(packed.layers), address(room), address(padded), address(x), len(x)
+        )
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -272,7 +280,7 @@ def test_maps(backends: Backends, start: int, rows: int, length: int, precision:
 def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
     ends = np.cumsum([0, *lengths]).tolist()
     spans = list(itertools.pairwise(ends))
-    blocks = cut_blocks(spans, threads, 256)
+    blocks = cut_blocks(spans, threads, 256, 32)
     pieces = [piece for block in blocks for piece in block]
     rows = [row for start, stop, _, _ in pieces for row in range(start, stop)]
     assert rows == list(range(ends[-1]))
@@ -308,7 +316,7 @@ def test_low_precision_steps(backends: Backends, shape: str, precision: str) -> 
 
 
 # Where the CPU multiplies bf16, that need not be spelled out.
-LOWER = [isa.name for isa in list(host_levels().values())[1:] if not (isa.spelled_out and host_isa().bf16)]
+LOWER = [isa.name for isa in host_levels().values() if isa != ISA and not (isa.spelled_out and ISA.bf16)]
 
 
 @pytest.mark.parametrize("level", LOWER)

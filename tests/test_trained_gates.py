@@ -74,7 +74,7 @@ def test_narrow_files_on_numpy(folder: Path, exact: list[Any], precision: str) -
 
 def test_other_way_of_bf16() -> None:
     pytest.importorskip("numba")
-    from numpyesm.kernels.numba_.isa import host_isa, host_levels
+    from numpyesm.kernels.compiled.isa import host_isa, host_levels
 
     if os.environ.get("NUMPYESM_ISA"):
         pytest.skip("this is the run at another level")

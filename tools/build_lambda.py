@@ -1,4 +1,4 @@
-"""Make the zip of an AWS Lambda function: NumPy, safetensors, numpyesm and weights, no more.
+"""Make the zip of an AWS Lambda function: NumPy, safetensors, numpyesm, its compiled kernels and weights, no more.
 
     python tools/build_lambda.py --weights esm2-35m --dtype fp16 -o numpyesm-lambda.zip
 
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16", "int8"], default="fp16", help="(%(default)s)")
     parser.add_argument("--python", default="3.12", metavar="3.X", help="of the Lambda runtime (%(default)s)")
     parser.add_argument("--arch", choices=["x86_64", "aarch64"], default="x86_64", help="(%(default)s)")
+    parser.add_argument(
+        "--kernels", default="auto", metavar="FILE", help="library of kernels; none for NumPy alone (the installed one)"
+    )
     parser.add_argument(
         "--requirement", action="append", metavar="PACKAGE==VERSION", help="instead of the newest; may be repeated"
     )
@@ -96,6 +99,8 @@ def _build(staging: Path, options: argparse.Namespace) -> int:
     install_dependencies(staging, with_defaults(options.requirement or []), options.python, options.arch)
     left_out = strip(staging)
     shutil.copytree(ROOT / "numpyesm", staging / "numpyesm", ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
+    if options.kernels != "none":
+        pack_kernels(staging / "numpyesm_kernels", options.kernels, options.arch)
     if options.weights != "none":
         pack_weights(staging / "weights", options.weights, options.dtype)
     compiled = compile_sources(staging, options.python)
@@ -138,6 +143,28 @@ def strip(staging: Path) -> int:
         if record or (path.name.endswith(_NEVER_USED_SUFFIXES) and ".dist-info" not in str(path)):
             path.unlink()
     return before - sum(path.stat().st_size for path in files(staging))
+
+
+def pack_kernels(folder: Path, kernels: str, arch: str) -> None:
+    """Copy the library of kernels that was named, or the one that is installed if it is for the target."""
+    from numpyesm.kernels.compiled.library import library_code
+
+    name = f"numpyesm-kernels-{arch}.so"
+    source = Path(kernels)
+    if kernels == "auto":
+        code = library_code()
+        source = Path("" if code is None else code.origin.removeprefix("library "))
+        if source.name != name:
+            how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
+            print(
+                f"build_lambda: no compiled kernels for Linux on {arch}, NumPy will do the work: {how}", file=sys.stderr
+            )
+            return
+    elif not source.is_file():
+        raise BuildFailed(f"--kernels {kernels}: there is no such file")
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    shutil.copyfile(source, folder / name)
 
 
 def pack_weights(folder: Path, weights: str, dtype: str) -> None:

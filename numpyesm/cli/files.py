@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shlex
@@ -15,7 +14,8 @@ import numpy as np
 
 from .._version import __version__
 from ..config import PRESETS
-from ..errors import MissingExtra, NumpyesmError, WeightsNotFound
+from ..errors import NumpyesmError, WeightsNotFound
+from ..kernels import describe_kernels
 from ..printable import printable
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
@@ -99,18 +99,10 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def warmup(arguments: argparse.Namespace) -> int:
-    """Fill the cache of compiled kernels; print where it is."""
-    if importlib.util.find_spec("numba") is None:
-        raise MissingExtra("warmup compiles kernels: pip install 'numpyesm[fast]'")
-    try:
-        import numba  # noqa: F401 - here, not in the process that compiles
+    """Compile kernels for this machine; print where they are."""
+    from ..kernels.warmup import warmup as compile_kernels
 
-        from ..kernels.numba_.warmup import warmup as compile_kernels
-    except ImportError as error:  # made for another NumPy
-        raise MissingExtra(f"warmup compiles kernels, and Numba fails here: {error}") from error
-
-    wanted = [arguments.precision] if arguments.precision else None
-    print(compile_kernels(wanted, cache_dir=arguments.cache) or "compiled in memory only: no folder can be written")
+    print(compile_kernels([arguments.precision] if arguments.precision else None, cache_dir=arguments.cache))
     return 0
 
 
@@ -122,6 +114,7 @@ def info(arguments: argparse.Namespace) -> int:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("numpy", np.__version__),
         *((name, _version(name)) for name in ("safetensors", "huggingface-hub", "numba", "matplotlib")),
+        ("compiled kernels", describe_kernels()),
         ("threads", threads),
         ("cache", cache_dir()),
         ("NUMPYESM_WEIGHTS", os.environ.get("NUMPYESM_WEIGHTS", "not set")),

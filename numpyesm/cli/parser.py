@@ -80,8 +80,8 @@ def _add_weights_commands(add: Add) -> None:
     command.add_argument("--adapter", type=_named, help="folder or Hub id of a PEFT adapter (LoRA) to merge in")
 
     add("verify", "files:verify", "compare the weights with the published reference numbers")
-    command = add("warmup", "files:warmup", "compile the compiled backend's kernels before they are first used")
-    command.add_argument("--cache", metavar="DIR", help="folder (NUMBA_CACHE_DIR, or the user's cache)")
+    command = add("warmup", "files:warmup", "compile kernels for this machine before they are first used")
+    command.add_argument("--cache", metavar="DIR", help="folder (the user's cache)")
     command.set_defaults(precision=None)
     add("info", "files:info", "what is installed, what the machine has, which weights are found")
 

@@ -4,61 +4,95 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import TYPE_CHECKING
 
 from ..errors import InvalidOption, MissingExtra
 from ..options import PRECISIONS, check_backend, check_precision
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
+from .compiled.library import library_code
+
+if TYPE_CHECKING:
+    from .compiled.code import Code
+
+_HOW = "pip install './packaging/kernels' from a clone (compiled ahead of time) or 'numpyesm[fast]' (Numba)"
 
 
 def make_kernels(
     checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32", *, in_place: bool = False
 ) -> Kernels:
-    """Lay the weights out for a backend; `auto` is the compiled one if Numba is there and can keep what it compiles.
+    """Lay the weights out for a backend.
 
-    `in_place` leaves all matrices in the mapped file, where the backend can: less memory for a little time.
+    `auto` is the library of compiled kernels where one is installed, else Numba if it is there and can keep what it
+    compiles, else NumPy. `in_place` leaves all matrices in the mapped file, where the backend can: less memory for a
+    little time.
 
     Raises
     ------
     InvalidOption
-        An unknown backend or precision, or a precision that the backend or the CPU does not have.
+        An unknown backend or precision, a precision that the backend does not have, or a library that was named and
+        cannot be used.
     MissingExtra
-        The compiled backend without Numba.
+        The compiled backend without a library and without Numba.
     """
     backend = check_backend(backend)
     # fp64 is for tests; it is not offered to users.
     if precision != "fp64":
         check_precision(precision)
-    if backend == "compiled" or (backend == "auto" and precision in PRECISIONS and _numba_available()):
-        if not _numba_available():
-            raise MissingExtra("backend='compiled' needs Numba: pip install 'numpyesm[fast]'")
-        if precision == "fp64":
-            raise InvalidOption("precision='fp64': the compiled backend does not have it")
-        try:
-            from .numba_.cache import cache_folder
-            from .numba_.kernels import NumbaKernels
-        except (ImportError, AttributeError) as error:  # made for another NumPy; NUMBA_DISABLE_JIT
-            if backend == "compiled" or precision != "fp32":
-                raise MissingExtra(f"the compiled backend cannot be used, Numba fails here: {error}") from error
-            warnings.warn(f"using the slower NumPy backend, because Numba fails here: {error}", stacklevel=4)
-        else:
-            if backend == "compiled" or precision != "fp32" or cache_folder() is not None:
-                return NumbaKernels(checkpoint, precision)
-            warnings.warn(
-                "using the slower NumPy backend, because no folder can be written to keep compiled kernels in: set "
-                "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process",
-                stacklevel=4,
-            )
+    elif backend == "compiled":
+        raise InvalidOption("precision='fp64': the compiled backend does not have it")
+    code, reason = None, "backend='numpy'"
+    if backend != "numpy" and precision in PRECISIONS:
+        code, reason = _compiled(precision, must=backend == "compiled" or precision != "fp32")
+    if code is not None:
+        from .compiled.kernels import CompiledKernels
+
+        return CompiledKernels(checkpoint, precision, code)
     if precision in ("bf16", "int8"):
-        hint = "" if _numba_available() else " (it is not installed: pip install 'numpyesm[fast]')"
+        hint = "" if backend == "numpy" else f" ({reason}): {_HOW}"
         raise InvalidOption(
             f"precision={precision!r}: the numpy backend computes in fp32 only, the compiled backend has it{hint}"
         )
+    if backend == "compiled":
+        raise MissingExtra(f"backend='compiled': {reason}: {_HOW}")
     from .numpy_forward import NumpyKernels
 
-    return NumpyKernels(checkpoint, precision, in_place)
+    kernels = NumpyKernels(checkpoint, precision, in_place)
+    kernels.origin = reason
+    return kernels
 
 
-def _numba_available() -> bool:
-    """Whether `import numba` would find something; looked up without importing it."""
-    return importlib.util.find_spec("numba") is not None
+def describe_kernels() -> str:
+    """Return what `backend="auto"` runs on this machine, and why, without compiling anything."""
+    code = library_code()
+    if code is not None:
+        return f"{code.isa.name}, {code.origin}"
+    if importlib.util.find_spec("numba") is None:
+        return "none, NumPy is used: no library of kernels, and Numba is not installed"
+    return "by Numba, at first use: no library of kernels"
+
+
+def _compiled(precision: str, must: bool) -> tuple[Code | None, str]:
+    """Compiled kernels, or None and why there are none; Numba that fails is an error if they `must` be had."""
+    code = library_code()
+    if code is not None:
+        return code, ""
+    reason = "no library of kernels"
+    if importlib.util.find_spec("numba") is None:
+        return None, f"{reason}, and Numba is not installed"
+    try:
+        from .numba_.cache import cache_folder
+        from .numba_.code import numba_code
+    except (ImportError, AttributeError) as error:  # made for another NumPy; NUMBA_DISABLE_JIT
+        if must:
+            raise MissingExtra(f"the compiled backend cannot be used, Numba fails here: {error}") from error
+        warnings.warn(f"using the slower NumPy backend, because Numba fails here: {error}", stacklevel=5)
+        return None, f"{reason}, and Numba fails here"
+    if must or cache_folder() is not None:
+        return numba_code(precision), ""
+    warnings.warn(
+        "using the slower NumPy backend, because no folder can be written to keep compiled kernels in: set "
+        "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process",
+        stacklevel=5,
+    )
+    return None, f"{reason}, and no folder for what Numba compiles"

@@ -116,6 +116,7 @@ class Kernels(ABC):
 
     config: ModelConfig
     name: str
+    origin: str  # where compiled code comes from, or why there is none
     precision: str
     dtype: np.dtype[Any]
 

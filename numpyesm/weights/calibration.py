@@ -2,7 +2,7 @@
 
 The inputs of a layer's matrices have channels with a large mean. Rounded as they are, they lose in bf16 what is left
 without the mean, and rounding a weight that meets a constant input shifts every result the same way. Both are undone
-by the means: see `rounding.py` and `kernels/numba_/packing.py`.
+by the means: see `rounding.py` and `kernels/compiled/packing.py`.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ registers, and only the lanes whose sum left the safe range are computed again, 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
-from numba import types
 
-from .attention_tiles import CHUNK_KEYS as CHUNK_KEYS_ON_TILES
-from .attention_tiles import fill_queries, query_rows, strip_on_tiles, transpose_values, value_size
+from ..compiled.isa import HALF_ROWS, ROWS
+from ..compiled.layout import Maps, Model, Room
+from ..compiled.panels import chunk_keys
+from .attention_tiles import fill_queries, strip_on_tiles, transpose_values
 from .cache import helper, kernel
 from .emitter import (
     ISA,
@@ -39,10 +39,8 @@ from .emitter import (
     wide_scores,
     wide_scores_bf16,
 )
-from .layer import NARROW
-from .layout import Maps, Model, Room
-from .steps import REASSOCIATE
-from .tiles import HALF_ROWS, ROWS, configure_tiles, release_tiles
+from .rows import contact_row, weighted_sum
+from .tiles import configure_tiles, release_tiles
 from .vectors import (
     PIECE,
     carray,
@@ -61,11 +59,9 @@ from .vectors import (
     uint32_at,
 )
 
-INT = types.int64
 _TILES = ISA.tiles
 
-# Keys whose scores are held at a time: 16 kB of them, half of a small first cache.
-CHUNK_KEYS = max(32, 16384 // (4 * TILE_COLUMNS) // TILE_ROWS * TILE_ROWS)
+CHUNK_KEYS = chunk_keys(ISA)
 
 # Up to so many tokens, attention is in float32 at all precisions: it is little work there, and a short peptide's few
 # rows do not average rounding out.
@@ -89,32 +85,6 @@ _ROW_SUMS, _ROW_SUMS_STEP = int(Maps.ROW_SUMS), int(Maps.ROW_SUMS_STEP)
 _COLUMN_SUMS, _COLUMN_SUMS_STEP = int(Maps.COLUMN_SUMS), int(Maps.COLUMN_SUMS_STEP)
 _FULL, _FULL_HEAD_STEP, _FULL_ROW_STEP = int(Maps.FULL), int(Maps.FULL_HEAD_STEP), int(Maps.FULL_ROW_STEP)
 _FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RESIDUE), int(Maps.ONLY)
-
-
-def strip_size(length: int, with_maps: bool) -> int:
-    """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
-    rows = -(-length // ROWS) * ROWS if _TILES else length + 1
-    return (rows if with_maps else CHUNK_KEYS) * TILE_COLUMNS
-
-
-def bf16_sizes(rows: int, length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
-    """Numbers of the buffers of `Room` that bf16 needs or needs larger, for blocks of `rows` rows."""
-    sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
-        Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
-        Room.NARROW_KEYS: ((length + ROWS) * head_dim, np.uint16),
-        Room.NARROW_VALUES: (length * head_dim, np.uint16),
-        Room.SHIFTS: (2 * head_dim, np.float32),
-    }
-    if not _TILES:
-        pairs = CHUNK_KEYS * TILE_COLUMNS
-        return sizes | {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
-    channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
-    return sizes | {
-        Room.VALUES: (value_size(length, head_dim), np.uint16),
-        Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * TILE_COLUMNS, np.uint32),
-        Room.QUERIES: (max(head_dim, query_rows(head_dim)) * TILE_COLUMNS, np.float32),
-        Room.STRIP_CONTEXT: (channels * TILE_COLUMNS, np.float32),
-    }
 
 
 # -- products of one strip ------------------------------------------------------------------------------------------
@@ -363,21 +333,25 @@ def _keep(kept, state, context, head_dim, lanes):
     """Copy sums and context."""
     sums, rows = carray(float32_at(state + 4 * lanes), (lanes,)), carray(float32_at(context), (head_dim * lanes,))
     target = carray(float32_at(kept), ((1 + head_dim) * lanes,))
-    target[:lanes] = sums
-    target[lanes:] = rows
+    # Number by number: Numba's assignment of arrays can raise, and would need Python for it.
+    for lane in range(lanes):
+        target[lane] = sums[lane]
+    for i in range(head_dim * lanes):
+        target[lanes + i] = rows[i]
 
 
 # -- maps -----------------------------------------------------------------------------------------------------------
 
 
-@helper(fastmath=REASSOCIATE)
+@helper
 def _add_summary(scores, factors, length, lanes, summary):
     """summary (L,) += attention summed over queries: exponentials (L, lanes) times factors (lanes,) float64"""
     factor, sums = carray(float64_at(factors), (lanes,)), carray(float64_at(summary), (length,))
+    eights = lanes // 8
     for key in range(length):
         row = carray(float32_at(scores + 4 * key * lanes), (lanes,))
-        column = 0.0
-        for lane in range(lanes):
+        column = weighted_sum(scores + 4 * key * lanes, factors, eights)
+        for lane in range(8 * eights, lanes):
             column += np.float64(row[lane]) * factor[lane]
         sums[key] += column
 
@@ -393,7 +367,7 @@ def _write_map(scores, factors, length, lanes, count, out, step):
             row[key] = np.float64(strip[key, lane]) * factor[lane]
 
 
-@helper(fastmath=REASSOCIATE)
+@helper
 def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weighted, step, row_sums, column_sums):
     """One head's attention on residues, of the lanes from `first` to `last`.
 
@@ -406,11 +380,12 @@ def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weig
     columns = carray(float64_at(column_sums), (length - 2,))
     for lane in range(count):
         sums[lane] = 0.0
+    eights = count // 8
     for key in range(1, length - 1):
-        row = carray(float32_at(scores + 4 * (key * lanes + first)), (count,))
-        target = carray(float64_at(weighted + (key - 1) * step), (count,))
-        column = 0.0
-        for lane in range(count):
+        at, to = scores + 4 * (key * lanes + first), weighted + (key - 1) * step
+        column = contact_row(at, factors + 8 * first, eights, coefficient, row_sums, to)
+        row, target = carray(float32_at(at), (count,)), carray(float64_at(to), (count,))
+        for lane in range(8 * eights, count):
             attention = np.float64(row[lane]) * factor[lane]
             column += attention
             sums[lane] += attention
@@ -548,7 +523,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         release_tiles()
 
 
-@kernel("fp32" if NARROW else ("fp32", "bf16", "int8"), *[INT] * 9)
+@kernel
 def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
     """Attention of `rows` rows over the `length` rows of their sequence: -> out (rows, all heads) float32.
 
@@ -559,7 +534,7 @@ def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
     _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
 
 
-@kernel(("bf16", "int8") if NARROW else (), *[INT] * 9)
+@kernel
 def attend_bf16(model, room, queries, rows, keys, length, all_rows, out, maps):
     """`attend` with products in bf16, summed in float32, unless the sequence is short."""
     if length <= SHORT:

@@ -9,26 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..compiled.isa import HALF_ROWS, ROWS, STEPS
+from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
 from .emitter import LANES, TILE_COLUMNS
-from .tiles import HALF_ROWS, ROWS, STEPS, context_product, narrow_scores, wide_scores
+from .tiles import context_product, narrow_scores, wide_scores
 from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
-
-# Keys whose exponentials are held at a time, as pairs of bf16: a part of the first cache.
-CHUNK_KEYS = 320
 
 _ZERO = np.float32(0)
 _BLOCK_ROW = 2 * ROWS  # bytes of one channel of 32 keys
-
-
-def query_rows(head_dim: int) -> int:
-    """Rows of pairs that the queries of a strip fill, zeros included."""
-    return -(-head_dim // (2 * STEPS)) * STEPS
-
-
-def value_size(length: int, head_dim: int) -> int:
-    """Numbers of bf16 that the values of one head take, with what a tile may read behind them."""
-    return (-(-length // ROWS) * head_dim + HALF_ROWS) * ROWS
 
 
 @helper
@@ -91,7 +80,7 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, s
         sums[lane] = _ZERO
     wide = 1 if lanes == TILE_COLUMNS else 0
     blocks = (length + ROWS - 1) // ROWS
-    chunks = (length + CHUNK_KEYS - 1) // CHUNK_KEYS
+    chunks = (length + CHUNK_KEYS_ON_TILES - 1) // CHUNK_KEYS_ON_TILES
     tiles_of_k = (head_dim // 2 + STEPS - 1) // STEPS
     block_step = head_dim * _BLOCK_ROW
     first = 0

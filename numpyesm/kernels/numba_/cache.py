@@ -1,4 +1,4 @@
-"""Where compiled code is kept, and the decorator that compiles and keeps it.
+"""Where Numba keeps what it compiles, and the decorators that say what is compiled.
 
 Compiled code depends on the CPU, the instruction set in use, Numba, and our own sources: each combination has its own
 folder, so that no process finds another's. Numba writes each file under a temporary name and renames it: several
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,17 +20,21 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
+from numba import types
 from numba.core import config as _config
 
 from ..._version import __version__
-from .isa import host_isa
+from ..compiled.code import ARGUMENTS
+from ..compiled.sources import kernel_sources
+from .target import target_isa
+
+ISA = target_isa()
 
 numba_config: Any = _config  # its settings are not declared
+_njit: Any = vars(numba)["njit"]  # nor are all its options
 
-# Dispatchers with their one signature, by precision; "all" is needed by each.
-_registry: dict[str, list[tuple[Any, Any]]] = {"all": [], "fp32": [], "bf16": [], "int8": []}
+_kernels: dict[str, Any] = {}  # dispatchers by name
 _lock = threading.Lock()
-_ready: set[str] = set()
 
 
 def _candidates() -> Iterator[Path]:
@@ -60,12 +63,10 @@ def _temporary_folder() -> Path | None:
 
 def _key() -> str:
     """Name of the folder for this host and these sources."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256(kernel_sources().encode())
     features = ",".join(sorted(name for name, present in llvm.get_host_cpu_features().items() if present))
     digest.update(f"{features} {numba_config.CPU_NAME} {numba_config.CPU_FEATURES}".encode())
-    parts = (f"numpyesm-{__version__}", f"numba-{numba.__version__}", llvm.get_host_cpu_name(), host_isa().name)
+    parts = (f"numpyesm-{__version__}", f"numba-{numba.__version__}", llvm.get_host_cpu_name(), ISA.name)
     return "-".join((*parts, digest.hexdigest()[:16]))
 
 
@@ -124,67 +125,32 @@ def _numba_writes_to(folder: Path) -> Iterator[None]:
             numba_config.CACHE_DIR = before
 
 
-def kernel(precisions: str | tuple[str, ...], *arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Compile a function for these argument types when one of `precisions` is first used, and keep the code on disk.
-
-    Parameters
-    ----------
-    precisions : str or tuple of str
-        Of `fp32`, `bf16`, `int8`; `all` for what every precision needs.
-    arguments : Numba types
-    """
-
-    def decorate(function: Callable[..., None]) -> Any:
-        dispatcher = numba.njit(nogil=True)(function)
-        folder = cache_folder()
-        if folder is not None:
-            # A folder that became read-only: the code stays in memory.
-            with suppress(RuntimeError), _numba_writes_to(folder):
-                dispatcher.enable_caching()
-        for precision in (precisions,) if isinstance(precisions, str) else precisions:
-            _registry[precision].append((dispatcher, arguments))
-        return dispatcher
-
-    return decorate
+def kernel(function: Callable[..., None]) -> Any:
+    """Compile a function of integers when a precision that needs it is first used, and keep the code on disk."""
+    # It is called by its address: Python's way in is not made. Nothing here raises.
+    dispatcher = _njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    folder = cache_folder()
+    if folder is not None:
+        # A folder that became read-only: the code stays in memory.
+        with suppress(RuntimeError), _numba_writes_to(folder):
+            dispatcher.enable_caching()
+    _kernels[function.__name__] = dispatcher
+    return dispatcher
 
 
-def helper(function: Callable[..., Any] | None = None, *, fastmath: Any = False) -> Any:
+def helper(function: Callable[..., Any]) -> Any:
     """Compile a function as a part of the kernels that call it.
 
-    Without `fastmath` it is put in its caller's place before compilation: a function of its own would go through LLVM
-    once for itself and once more for every caller above it.
+    It is put in its caller's place before compilation: a function of its own would go through LLVM once for itself and
+    once more for every caller above it.
     """
-    if function is None:
-        return lambda inner: helper(inner, fastmath=fastmath)
-    return numba.njit(nogil=True, fastmath=fastmath, inline="never" if fastmath else "always")(function)
+    return _njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
-def entry(dispatcher: Any) -> int:
-    """Address of a compiled function, for `vectors.call_kernel`."""
+def compile_kernel(name: str) -> Any:
+    """Numba's result for one kernel, compiled or loaded now if need be."""
+    dispatcher = _kernels[name]
+    if not dispatcher.signatures:
+        dispatcher.compile((types.int64,) * ARGUMENTS[name])
     (compiled,) = dispatcher.overloads.values()
-    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-    return address
-
-
-def signatures() -> list[int]:
-    """How many versions there are of each kernel that has been prepared."""
-    return [len(dispatcher.signatures) for group in ("all", *_ready) for dispatcher, _ in _registry[group]]
-
-
-def prepare(precision: str) -> None:
-    """Load or compile what `precision` needs; says so on stderr when it has to compile."""
-    if precision in _ready:
-        return
-    folder = cache_folder()
-    mark = None if folder is None else folder / f"{precision}.ready"
-    if mark is None or not mark.exists():
-        sys.stderr.write("numpyesm: compiling kernels for this CPU (once, some seconds) ...\n")
-        sys.stderr.flush()
-    for group in ("all", precision):
-        for dispatcher, arguments in _registry[group]:
-            if not dispatcher.signatures:
-                dispatcher.compile(arguments)
-    if mark is not None:
-        with suppress(OSError):
-            mark.touch()
-    _ready.add(precision)
+    return compiled

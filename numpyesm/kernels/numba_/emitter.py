@@ -2,7 +2,7 @@
 
 What it makes are Numba intrinsics that take addresses as integers: products here, arithmetic on a vector in
 `vectors.py`; `gemm.py` and `attention.py` build on them.
-The IR names vector widths and, for bf16, instructions; which ones comes from `isa.host_isa()`.
+The IR names vector widths and, for bf16, instructions; which ones comes from `target.target_isa()`.
 
 A product intrinsic computes one tile, C (rows × columns) = A (rows × k) · B (k × columns), with all of C in registers.
 Every element of C is one chain of multiply-adds in ascending k, whatever the height of the tile: a row's result does
@@ -21,10 +21,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..compiled.isa import Isa
 from ..numpy_steps import GELU_POLYNOMIAL
-from .isa import Isa, host_isa
+from .target import target_isa
 
-ISA = host_isa()
+ISA = target_isa()
 LANES = ISA.lanes
 VECTOR_BYTES = 4 * LANES
 TILE_ROWS = ISA.rows
@@ -113,9 +114,9 @@ class Emitter:
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        # Without the instruction, `fma` would be a call into the C library for every lane.
-        name = "fma" if self.isa.fused else "fmuladd"
-        return self.call(f"llvm.{name}.v{self.isa.lanes}f32", self.vector, x, y, z)
+        if not self.isa.fused:  # it would be a call into the C library for every lane
+            return self.b.fadd(self.b.fmul(x, y), z)
+        return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
     def larger(self, x: Any, y: Any) -> Any:
         """Lane-wise maximum; x where either is NaN."""
@@ -235,7 +236,7 @@ def _multiply_bf16(e: Emitter, a: Any, b: Any, total: Any) -> Any:
         high = [e.b.bitcast(e.b.and_(x, upper), e.vector) for x in (a, b)]
         return e.fma(high[0], high[1], e.fma(low[0], low[1], total))
     pairs = ir.VectorType(_BFloat(), 2 * e.isa.lanes)
-    name = "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if e.isa.name == "neon" else "llvm.x86.avx512bf16.dpbf16ps.512"
+    name = "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if e.isa.lanes == 4 else "llvm.x86.avx512bf16.dpbf16ps.512"
     return e.call(name, e.vector, total, e.b.bitcast(a, pairs), e.b.bitcast(b, pairs))
 
 

@@ -7,13 +7,8 @@ Rows, weights and outputs are addresses; `step`s are bytes from row to row.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
 from ...weights.tensor import GROUP
-from ..base import Array
+from ..compiled.layout import Matrix, Room
 from .cache import helper
 from .emitter import (
     ISA,
@@ -25,8 +20,7 @@ from .emitter import (
     multiply_bf16,
     multiply_fp32,
 )
-from .layout import Matrix, Room
-from .tiles import ROWS, STEPS, configure_tiles, multiply_tiles, release_tiles, store_tiles
+from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
     PIECE,
     add_biased,
@@ -52,67 +46,14 @@ READY, BF16, INT8 = 0, 1, 2
 _VECTORS = TILE_COLUMNS // LANES
 # Where bf16 is multiplied on tile registers, its products take more rows, and steps of k by the tile.
 _TILES = ISA.tiles
-NARROW_ROWS = ROWS if _TILES else TILE_ROWS
-_MULTIPLE = STEPS if _TILES else 1
+_NARROW_ROWS, _MULTIPLE = ISA.narrow_rows, ISA.narrow_steps
 _WEIGHT, _BIAS, _SCALES, _CENTRE = (int(entry) for entry in Matrix)
 _TILE, _WIDE, _ZEROS = int(Room.TILE), int(Room.WIDE), int(Room.ZEROS)
 
 
-def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
-    """A one-dimensional array that begins on a cache line; contents undefined."""
-    dtype = np.dtype(dtype)
-    buffer = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size * dtype.itemsize].view(dtype)
-
-
-def panels(columns: int) -> int:
-    """Tiles across this many columns."""
-    return -(-columns // TILE_COLUMNS)
-
-
-def padded_columns(vector: Array) -> Array:
-    """Zeros appended up to a whole number of tiles: (N,) -> (panels · tile columns,) float32."""
-    out = aligned(panels(len(vector)) * TILE_COLUMNS)
-    out[: len(vector)] = vector
-    out[len(vector) :] = 0
-    return out
-
-
-def product_steps(inner: int, narrow: bool) -> int:
-    """Steps along K that a product takes: of one number, or of two in bf16."""
-    return -(-inner // (2 * _MULTIPLE)) * _MULTIPLE if narrow else inner
-
-
-def pack_panels(weight: Array, narrow: bool = False) -> Array:
-    """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
-
-    `group` neighbours in K, two for a product in bf16 (`narrow`) and else one, lie together as one step of the product
-    takes them; K and N are padded with zeros.
-    """
-    inner, columns = weight.shape
-    group, steps, count = 2 if narrow else 1, product_steps(inner, narrow), panels(columns)
-    out = aligned(count * steps * TILE_COLUMNS * group, weight.dtype)
-    by_panel = out.reshape(count, steps, TILE_COLUMNS, group)
-    if (steps * group, count * TILE_COLUMNS) != weight.shape:
-        padded: npt.NDArray[Any] = np.zeros((steps * group, count * TILE_COLUMNS), weight.dtype)
-        padded[:inner, :columns] = weight
-        weight = padded
-    by_panel[...] = weight.reshape(steps, group, count, TILE_COLUMNS).transpose(2, 0, 3, 1)
-    return out
-
-
-def pack_scales(scale: Array, inner: int, narrow: bool) -> Array:
-    """Scales of int8 weights, panel by panel: (groups, N) -> flat (panel, groups of all steps, tile column)."""
-    rows = product_steps(inner, narrow) * (2 if narrow else 1)
-    padded = np.zeros((-(-rows // GROUP), panels(scale.shape[1]) * TILE_COLUMNS), np.float32)
-    padded[: len(scale), : scale.shape[1]] = scale
-    return pack_panels(padded)
-
-
 @helper
 def steps_of(inner, narrow):
-    """`product_steps` for compiled code."""
+    """`panels.product_steps` for compiled code."""
     return (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE if narrow else inner
 
 
@@ -201,7 +142,7 @@ def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step)
 @helper
 def _begin(narrow, rows):
     """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register."""
-    highest = NARROW_ROWS if narrow else TILE_ROWS
+    highest = _NARROW_ROWS if narrow else TILE_ROWS
     tiles = (rows + highest - 1) // highest
     half = (rows + 2 * tiles - 1) // (2 * tiles)
     if narrow and _TILES:

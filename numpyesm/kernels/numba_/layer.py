@@ -7,16 +7,12 @@ is the product.
 
 from __future__ import annotations
 
-from numba import types
-
+from ..compiled.layout import Layer, Model, Room
 from .cache import helper, kernel
 from .emitter import ISA, TILE_BYTES
 from .gemm import ADD, BF16, GELU, GELU_BF16, INT8, READY, STORE, linear, linear_heads, plain_linear, steps_of
-from .layout import Layer, Model, Room
 from .steps import layer_norm, layer_norm_bf16, narrow_rows
 from .vectors import load_integer
-
-INT = types.int64
 
 # Whether low precision multiplies bf16, and how its weights lie.
 NARROW = ISA.bf16
@@ -135,7 +131,7 @@ def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, ro
             )
 
 
-@kernel("fp32", *[INT] * 8)
+@kernel
 def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
     """LayerNorm(x) @ weight + bias, rotated, head by head: (R, D) -> `out`, see `gemm.linear_heads`.
 
@@ -144,19 +140,19 @@ def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
     _project_qkv(False, READY, model, layer, room, x, rows, positions, all_rows, out)
 
 
-@kernel("bf16", *[INT] * 8)
+@kernel
 def project_qkv_bf16(model, layer, room, x, rows, positions, all_rows, out):
     """`project_qkv` of weights in bf16."""
     _project_qkv(NARROW, _BF16_WEIGHTS, model, layer, room, x, rows, positions, all_rows, out)
 
 
-@kernel("int8", *[INT] * 8)
+@kernel
 def project_qkv_int8(model, layer, room, x, rows, positions, all_rows, out):
     """`project_qkv` of weights in int8."""
     _project_qkv(NARROW, INT8, model, layer, room, x, rows, positions, all_rows, out)
 
 
-@kernel("fp32", *[INT] * 6)
+@kernel
 def project_and_feed_forward(model, layer, room, context, x, rows):
     """x += context @ out_proj; x += gelu(LayerNorm(x) @ fc1) @ fc2, each with its bias, in place: (R, D), (R, D).
 
@@ -165,19 +161,19 @@ def project_and_feed_forward(model, layer, room, context, x, rows):
     _project_and_feed_forward(False, READY, model, layer, room, context, x, rows)
 
 
-@kernel("bf16", *[INT] * 6)
+@kernel
 def project_and_feed_forward_bf16(model, layer, room, context, x, rows):
     """`project_and_feed_forward` of weights in bf16."""
     _project_and_feed_forward(NARROW, _BF16_WEIGHTS, model, layer, room, context, x, rows)
 
 
-@kernel("int8", *[INT] * 6)
+@kernel
 def project_and_feed_forward_int8(model, layer, room, context, x, rows):
     """`project_and_feed_forward` of weights in int8."""
     _project_and_feed_forward(NARROW, INT8, model, layer, room, context, x, rows)
 
 
-@kernel("all", *[INT] * 13)
+@kernel
 def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
     """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
     step, panel = 4 * width, width * TILE_BYTES

@@ -1,4 +1,4 @@
-"""Vector loops along one row: sums and normalising.
+"""Vector loops along one row: sums, normalising, and what a row of attention adds to maps.
 
 `count` is a number of whole vectors; what is left of a row, none in the published models, is `steps.py`'s business.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .emitter import I32, VECTOR_BYTES, Emitter
+from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter
 from .vectors import intrinsic
 
 
@@ -128,3 +128,65 @@ def _normalise(narrow: bool) -> Any:
 
 
 row_normalise, row_normalise_bf16 = _normalise(False), _normalise(True)
+
+
+# -- maps: eight numbers at a time on every CPU, so that sums are added up in the same order everywhere ----------------
+
+_EIGHT_NUMBERS, _EIGHT_SUMS = ir.VectorType(FLOAT, 8), ir.VectorType(ir.DoubleType(), 8)
+
+
+def _attention(e: Emitter, row: Any, factors: Any, i: Any) -> Any:
+    """Eight exponentials times the factors of their queries, in float64."""
+    numbers = e.b.fpext(e.load(e.offset(row, i, 32), _EIGHT_NUMBERS), _EIGHT_SUMS)
+    return e.b.fmul(numbers, e.load(e.offset(factors, i, 64), _EIGHT_SUMS, align=8))
+
+
+def _sum_of_eight(e: Emitter, vector: Any) -> Any:
+    numbers = [e.b.extract_element(vector, ir.Constant(I32, i)) for i in range(8)]
+    while len(numbers) > 1:
+        half = len(numbers) // 2
+        numbers = [e.b.fadd(a, b) for a, b in zip(numbers[:half], numbers[half:], strict=True)]
+    return numbers[0]
+
+
+@intrinsic
+def weighted_sum(typingctx, row, factors, eights):
+    """Sum of 8 · `eights` numbers, float32, times float64 factors."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        row, factors, eights = arguments
+
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            return [builder.fadd(values[0], _attention(e, row, factors, i))]
+
+        return _sum_of_eight(e, _fold(e, eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
+
+    return types.float64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def contact_row(typingctx, row, factors, eights, coefficient, sums, target):
+    """sums += attention and target += coefficient · attention, of 8 · `eights` queries; the sum of their attention."""
+
+    def codegen(context, builder, signature, arguments):
+        e = Emitter(builder)
+        row, factors, eights, coefficient, sums, target = arguments
+        weight = ir.Constant(_EIGHT_SUMS, ir.Undefined)
+        for i in range(8):
+            weight = builder.insert_element(weight, coefficient, ir.Constant(I32, i))
+
+        def add(value: Any, address: Any, i: Any) -> None:
+            at = e.offset(address, i, 64)
+            e.store(builder.fadd(e.load(at, _EIGHT_SUMS, align=8), value), at, align=8)
+
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            attention = _attention(e, row, factors, i)
+            add(attention, sums, i)
+            add(builder.fmul(attention, weight), target, i)
+            return [builder.fadd(values[0], attention)]
+
+        return _sum_of_eight(e, _fold(e, eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
+
+    int64, float64 = types.int64, types.float64
+    return float64(int64, int64, int64, float64, int64, int64), codegen

@@ -13,9 +13,8 @@ import os
 import numpy as np
 from numba import types
 
+from ..compiled.layout import Layer, Maps, Model, Pass, Room
 from .cache import helper, kernel
-from .layer import INT
-from .layout import Layer, Maps, Model, Pass, Room
 from .steps import layer_norm
 from .vectors import (
     call_kernel,
@@ -166,7 +165,7 @@ def _run_block(run, model, room, phase, block):
         _project(run, model, room, phase, first, last)
 
 
-@kernel("all", *[INT] * 5)
+@kernel
 def run_phases(run, model, room, start, stop):
     """Phases `start` to `stop` of a pass, together with the other threads that are given them.
 

@@ -15,9 +15,6 @@ from .vectors import carray, float32_at, store_bf16, store_bf16_of, store_number
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
 
-# What a sum over a row needs to be vectorised; infinities and NaN keep their meaning.
-REASSOCIATE = {"reassoc", "contract", "nsz"}
-
 
 @helper
 def _moments(row, width):

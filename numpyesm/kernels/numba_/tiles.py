@@ -1,7 +1,7 @@
 """Products on the tile registers of Intel AMX: 16 rows of 64 bytes each, configured by every thread for itself.
 
 One instruction multiplies a tile of A (rows × 64 bytes of k) by a tile of B (16 steps of k × 16 columns) and adds to
-a tile of C (rows × 16 columns). A lies as rows lie anyway, B as `gemm.pack_panels` lays it. Four tiles of C, two of A
+a tile of C (rows × 16 columns). A lies as rows lie anyway, B as `panels.pack_panels` lays it. Four tiles of C, two of A
 and two of B make one product of up to 32 × 32 elements. Each element of C is one chain over ascending k, whatever
 rows share its tile; what lies behind the last row may be read, and gives rows that nobody looks at.
 """
@@ -14,13 +14,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from ..compiled.isa import HALF_ROWS, STEPS
 from .emitter import I64, ISA, TILE_BYTES, VECTOR_BYTES, Emitter, function
 from .vectors import intrinsic
 
 BYTE = ir.IntType(8)
 _POINTER = BYTE.as_pointer()
-# Rows of one tile and of a product of two by two; steps of k (4 bytes of a row) that one instruction takes.
-HALF_ROWS, ROWS, STEPS = 16, 32, 16
 _ROW_BYTES = 64
 _PALETTE = 1
 # Numbers of the tile registers: C by row and column, then A by row, then B by column.

@@ -94,8 +94,7 @@ def _rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any) -> Any:
     swap = ir.Constant(ir.VectorType(I32, PIECE), [lane ^ 1 for lane in range(PIECE)])
     swapped = e.b.shuffle_vector(value, ir.Constant(piece, ir.Undefined), swap)
     turned = e.b.fmul(swapped, e.load(sine, piece))
-    name = "fma" if e.isa.fused else "fmuladd"
-    return e.call(f"llvm.{name}.v{PIECE}f32", piece, value, e.load(cosine, piece), turned)
+    return e.fma(value, e.load(cosine, piece), turned)
 
 
 def _piece_bf16(e: Emitter, value: Any) -> Any:
@@ -328,7 +327,7 @@ def pause(typingctx):
 
     def codegen(context, builder, signature, arguments):
         e = Emitter(builder)
-        if e.isa.name == "neon":
+        if e.isa.name.startswith("neon"):
             e.call("llvm.aarch64.hint", ir.VoidType(), ir.Constant(I32, 1))
         elif e.isa.name != "plain":
             e.call("llvm.x86.sse2.pause", ir.VoidType())

@@ -17,17 +17,9 @@ from ...weights.tensor import StoredTensor
 from ..base import Array
 from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
-from . import attention, cache, layer
-from .emitter import TILE_COLUMNS, TILE_ROWS
-from .gemm import NARROW_ROWS, aligned, pack_panels, pack_scales, padded_columns, panels
-from .isa import host_isa
+from .code import Code, needed
 from .layout import Layer, Matrix, Model, Room, address, table
-
-_STEPS = {
-    "fp32": (layer.project_qkv, layer.project_and_feed_forward),
-    "bf16": (layer.project_qkv_bf16, layer.project_and_feed_forward_bf16),
-    "int8": (layer.project_qkv_int8, layer.project_and_feed_forward_int8),
-}
+from .panels import aligned, bf16_sizes, pack_panels, pack_scales, padded_columns, panels, strip_size
 
 # What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
@@ -54,21 +46,20 @@ class PackedModel:
     layers : ndarray (num_layers, Layer.ENTRIES) int64
         `layout.Layer` of each layer.
     lm_head : list of int or None
-        Addresses of the LM head's arrays, in the order in which `layer.lm_head` takes them.
+        Addresses of the LM head's arrays, in the order in which the kernel `lm_head` takes them.
     entries : list of int
-        Addresses of the compiled steps: queries, keys and values; attention; the rest of a layer.
+        Addresses of the steps: queries, keys and values; attention; the rest of a layer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: str, code: Code) -> None:
         self.config = config = checkpoint.config
-        self.precision = precision
-        self.narrow = layer.NARROW and precision != "fp32"
+        self.precision, self.isa = precision, code.isa
+        self.narrow = code.isa.bf16 and precision != "fp32"
         if precision == "int8" != checkpoint.precision and not checkpoint.synthetic:
             sys.stderr.write(
                 "numpyesm: rounding the weights to int8 (`numpyesm convert --dtype int8` does it once) ...\n"
             )
-        cache.prepare(precision)
-        multiple = 8 if config.head_dim <= 32 or not host_isa().tiles else 32
+        multiple = 8 if config.head_dim <= 32 or not self.isa.tiles else 32
         self.head_dim = -(-config.head_dim // multiple) * multiple
         self._kept: list[Array] = []  # every array that a table points at
         self._rooms = threading.local()
@@ -76,12 +67,12 @@ class PackedModel:
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
-        on_tiles = host_isa().tiles and self.narrow
+        on_tiles = self.isa.tiles and self.narrow
         at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
         most, room = (_MOST_ROWS_ON_TILES, _GROUP_BYTES_ON_TILES) if on_tiles else (_MOST_GROUP_ROWS, _GROUP_BYTES)
-        self.group_rows = max(NARROW_ROWS, min(most, room // (4 * (config.embed_dim + _FFN_COLUMNS))))
+        self.group_rows = max(self.isa.narrow_rows, min(most, room // (4 * (config.embed_dim + _FFN_COLUMNS))))
         self.block_rows = _MOST_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
-        self.ffn_columns = min(at_a_time, panels(config.ffn_dim) * TILE_COLUMNS)
+        self.ffn_columns = min(at_a_time, panels(self.isa, config.ffn_dim) * self.isa.columns)
         whole = config.whole_layers is None
         self._final_norm = [
             self._vector(checkpoint, f"final_norm.{name}") if whole else 0 for name in ("weight", "bias")
@@ -94,9 +85,7 @@ class PackedModel:
             ]
         ).reshape(config.num_layers, Layer.ENTRIES)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
-        project_qkv, rest = _STEPS[precision]
-        attend = attention.attend_bf16 if self.narrow else attention.attend
-        self.entries = [cache.entry(step) for step in (project_qkv, attend, rest)]
+        self.entries = [code.addresses[name] for name in needed(self.isa, precision)[:3]]
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -139,7 +128,7 @@ class PackedModel:
                 self._pack(name, origins[f"{prefix}{name}.weight"], parts[f"{name}.weight"], vectors[f"{name}.bias"])
             )
             origins[f"{prefix}{name}.weight"].release()  # or the file's pages would stand beside the packed weights
-        matrices[MATRICES.index("fc1")][Matrix.CENTRE] = address(self._keep(padded_columns(centre)))
+        matrices[MATRICES.index("fc1")][Matrix.CENTRE] = address(self._keep(padded_columns(self.isa, centre)))
         return [*norms, *itertools.chain.from_iterable(matrices)]
 
     def _pack(self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array) -> list[int]:
@@ -147,7 +136,7 @@ class PackedModel:
         own = self.precision == "int8" and weight is not origin  # rounding depends on what goes into the matrix
         if name == "qkv":
             bias = self._fill_heads(bias[rotary_pair_order(self.config)], axis=0)
-        packed_bias = self._keep(padded_columns(bias))
+        packed_bias = self._keep(padded_columns(self.isa, bias))
 
         if name == "out_proj" and self.head_dim != self.config.head_dim:
             # Other rows share a scale then.
@@ -156,13 +145,13 @@ class PackedModel:
 
         def panels() -> Array:
             values = weight.astype(np.float32) if self.precision == "fp32" else weight.raw
-            return pack_panels(self._ordered(name, values), self.narrow)
+            return pack_panels(self.isa, self._ordered(name, values), self.narrow)
 
         packed = self._keep(panels() if own else shared(origin, (self.precision, name, self.head_dim), panels))
         scales = None
         if self.precision == "int8":
             assert weight.scale is not None
-            scales = self._keep(pack_scales(self._ordered(name, weight.scale), weight.shape[0], self.narrow))
+            scales = self._keep(pack_scales(self.isa, self._ordered(name, weight.scale), weight.shape[0], self.narrow))
         return [address(packed), address(packed_bias), address(scales), 0]
 
     def _ordered(self, name: str, array: Array) -> Array:
@@ -181,12 +170,12 @@ class PackedModel:
 
     def _pack_lm_head(self, checkpoint: Checkpoint) -> list[int]:
         arrays = (
-            pack_panels(checkpoint.array("lm_head.dense.weight")),
-            padded_columns(checkpoint.array("lm_head.dense.bias")),
+            pack_panels(self.isa, checkpoint.array("lm_head.dense.weight")),
+            padded_columns(self.isa, checkpoint.array("lm_head.dense.bias")),
             np.array(checkpoint.array("lm_head.norm.weight"), np.float32),
             np.array(checkpoint.array("lm_head.norm.bias"), np.float32),
-            pack_panels(checkpoint.vocabulary()),
-            padded_columns(checkpoint.array("lm_head.bias")),
+            pack_panels(self.isa, checkpoint.vocabulary()),
+            padded_columns(self.isa, checkpoint.array("lm_head.bias")),
         )
         return [address(self._keep(array)) for array in arrays]
 
@@ -228,27 +217,27 @@ class PackedModel:
         """`layout.Room` of the calling thread, with its buffers made large enough; they are kept for later."""
         buffers: dict[Room, Array] = self._rooms.__dict__.setdefault("buffers", {})
         width, rows = self.config.embed_dim, self.group_rows
-        spare = NARROW_ROWS  # tile registers may read so many rows behind the last one
-        lanes, context = TILE_COLUMNS, self.config.num_heads * self.head_dim
+        spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
+        lanes, context = self.isa.columns, self.config.num_heads * self.head_dim
         number = np.uint16 if self.narrow else np.float32
         # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
         widest = max(width, context) + 32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
             Room.LEFT: ((rows + spare) * widest, number),
             Room.HIDDEN: ((rows + spare) * self.ffn_columns, number),
-            Room.TILE: (max(TILE_ROWS, NARROW_ROWS) * lanes, np.float32),
+            Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * lanes, np.float32),
             Room.WIDE: (max(widest, self.ffn_columns) * lanes, np.float32),
             Room.ZEROS: (lanes, np.float32),
             Room.CONTEXT: (block_rows * context, np.float32),
             Room.QUERIES: (self.head_dim * lanes, np.float32),
-            Room.SCORES: (attention.strip_size(length, with_maps), np.float32),
+            Room.SCORES: (strip_size(self.isa, length, with_maps), np.float32),
             Room.STATE: (3 * lanes, np.float32),
             Room.STRIP_CONTEXT: (self.head_dim * lanes, np.float32),
             Room.KEPT: ((1 + self.head_dim) * lanes, np.float32),
             Room.FACTORS: (lanes, np.float64),
         }
         if self.narrow:
-            sizes |= attention.bf16_sizes(block_rows, length, self.head_dim)
+            sizes |= bf16_sizes(self.isa, block_rows, length, self.head_dim)
         for name, (size, dtype) in sizes.items():
             if name not in buffers or buffers[name].size < size:
                 buffers[name] = aligned(size, dtype)

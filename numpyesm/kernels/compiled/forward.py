@@ -11,25 +11,32 @@ import numpy.typing as npt
 from ...batch import Batch
 from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Forward, Partition
-from .emitter import TILE_COLUMNS
-from .gemm import aligned
+from .code import Code
 from .layout import Maps, Pass, address, table
 from .packing import PackedModel
-from .runner import run_phases
+from .panels import aligned
 
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
 
 
-class NumbaForward(Forward):
+class CompiledForward(Forward):
     """See `Forward`.
 
     Blocks are cut anywhere, since a row's result does not depend on its neighbours; with maps they are whole tiles,
     which leave their sums one by one.
     """
 
-    def __init__(self, packed: PackedModel, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> None:
-        self._packed, self._pool, self._partition, self._phase = packed, pool, partition, 0
+    def __init__(
+        self,
+        code: Code,
+        packed: PackedModel,
+        pool: WorkerPool,
+        batch: Batch,
+        layers: int,
+        partition: Partition,
+    ) -> None:
+        self._code, self._packed, self._pool, self._partition, self._phase = code, packed, pool, partition, 0
         rows, config = batch.num_rows, packed.config
         self._most_rows = partition.block_rows or packed.block_rows
         self._length = max(last - first for first, last in batch.spans)
@@ -39,7 +46,7 @@ class NumbaForward(Forward):
                 for block in batch.blocks(partition.threads, self._most_rows)
             ]
         else:
-            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows)
+            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows, code.isa.columns)
         self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
@@ -96,7 +103,9 @@ class NumbaForward(Forward):
         rows: Array | None = None,
     ) -> None:
         if rows is not None:
-            self._use_blocks(cut_blocks(self._spans, self._partition.threads, self._most_rows, np.sort(rows)))
+            self._use_blocks(
+                cut_blocks(self._spans, self._partition.threads, self._most_rows, self._code.isa.columns, np.sort(rows))
+            )
         if maps is None:
             self._table[Pass.MAPS] = 0
             self._run(stop + 1)
@@ -116,7 +125,7 @@ class NumbaForward(Forward):
 
         def work(_: int) -> None:
             room = self._packed.room(self._block_rows, self._length, self._partition.whole_tiles)
-            run_phases(*arguments, address(room), self._phase, stop)
+            self._code.call("run_phases", *arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
             self._stop[0] = 1
@@ -162,15 +171,17 @@ def map_table(
     return rows, summaries, kept
 
 
-def cut_blocks(spans: Sequence[Span], threads: int, block_rows: int, wanted: Array | None = None) -> list[list[Piece]]:
+def cut_blocks(
+    spans: Sequence[Span], threads: int, block_rows: int, columns: int, wanted: Array | None = None
+) -> list[list[Piece]]:
     """Blocks of near-equal numbers of rows, as many for every thread, as pieces of sequences.
 
-    With `wanted`, sorted, they need hold those rows only.
+    `columns` are those of a register tile. With `wanted`, sorted, blocks need hold those rows only.
     """
     rows = spans[-1][1]
     count = threads * -(-rows // (threads * block_rows))
     # Attention takes a register tile of queries at a time; where each thread has one block, equal shares matter more.
-    step = TILE_COLUMNS if count > threads else 8
+    step = columns if count > threads else 8
     strips = [
         (start, min(start + step, last), first, last) for first, last in spans for start in range(first, last, step)
     ]

@@ -1,0 +1,153 @@
+"""Compile the kernels ahead of time into one library that needs neither Numba nor Python.
+
+    python -m numpyesm.kernels.build -o DIR                  every level of this architecture
+    python -m numpyesm.kernels.build -o DIR --levels host    those that this machine can run
+
+It needs Numba (`pip install 'numpyesm[fast]'`) and a C compiler (`CC`, else cc, gcc or clang), which links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import InvalidOption, MissingExtra, NumpyesmError
+from .compiled.isa import host_levels, levels, wanted_levels
+from .compiled.library import abi, library_name
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class BuildFailed(NumpyesmError):
+    """The library could not be made; the message says at which step."""
+
+
+def linker() -> list[str] | None:
+    """The command of the C compiler; None if there is none."""
+    if chosen := os.environ.get("CC"):
+        return shlex.split(chosen)
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    return None if found is None else [found]
+
+
+def check_levels(names: str) -> list[str]:
+    """Return levels from `all`, `host`, or names separated by commas.
+
+    Raises
+    ------
+    InvalidOption
+        An unknown level.
+    """
+    known = list(levels())
+    chosen = {"all": known, "host": list(host_levels()), "best": list(wanted_levels())[:1]}.get(names)
+    if chosen is None:
+        chosen = names.split(",")
+        if unknown := [name for name in chosen if name not in known]:
+            raise InvalidOption(f"level {unknown[0]!r} is unknown; there are {', '.join(known)}")
+    return chosen
+
+
+def build(folder: Path, names: Sequence[str]) -> Path:
+    """Compile some levels and link them.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the library goes, under `library_name()`.
+    names : sequence of str
+        Levels.
+
+    Returns
+    -------
+    Path
+        The library; it is complete, or what was there before is untouched.
+
+    Raises
+    ------
+    MissingExtra
+        Numba is not installed.
+    BuildFailed
+        No C compiler, or a step failed.
+    OSError
+        `folder` cannot be written to.
+    """
+    if importlib.util.find_spec("numba") is None:
+        raise MissingExtra("compiling kernels needs Numba: pip install 'numpyesm[fast]'")
+    compiler = linker()
+    if compiler is None:
+        raise BuildFailed("there is no C compiler to link with: none of cc, gcc and clang is found, and CC is not set")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as temporary:
+        room = Path(temporary)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(lambda name: _compile(name, room), names))
+        source = room / "abi.c"
+        export = "__declspec(dllexport) " if sys.platform == "win32" else ""
+        source.write_text(f'{export}const char numpyesm_abi[] = "{abi()}";\n')
+        made = room / library_name()
+        position = [] if sys.platform == "win32" else ["-fPIC"]
+        _run([*compiler, "-shared", *position, "-o", str(made), str(source), *map(str, objects)], "linking")
+        target = folder / library_name()
+        os.replace(made, target)
+    return target
+
+
+def _compile(name: str, room: Path) -> Path:
+    """One level in a process of its own: its shapes are constants of the modules that emit code."""
+    from .numba_.target import BUILD_FOR, portable_cpu
+
+    cpu, features = portable_cpu(levels()[name])
+    output = room / f"{name}.o"
+    environment = {
+        **os.environ,
+        BUILD_FOR: name,
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(room / f"numba-{name}"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    command = [sys.executable, "-m", "numpyesm.kernels.numba_.objects", str(output)]
+    _run(command, f"compiling for {name}", environment)
+    return output
+
+
+def _run(command: list[str], step: str, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise BuildFailed(f"{step} failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 if the library could not be made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m numpyesm.kernels.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the library")
+    parser.add_argument("--levels", default="all", help=f"all, host, or some of {','.join(levels())} (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        names = check_levels(options.levels)
+    except InvalidOption as error:
+        parser.error(str(error))
+    try:
+        made = build(options.output, names)
+    except (NumpyesmError, OSError) as error:
+        print(f"numpyesm.kernels.build: error: {error}", file=sys.stderr)
+        return 1
+    print(f"{made}: {made.stat().st_size / 1e6:.2f} MB, {', '.join(names)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

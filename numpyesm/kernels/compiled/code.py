@@ -1,0 +1,67 @@
+"""Compiled kernels as this process calls them: functions at addresses, that take integers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .isa import Isa
+
+# How many integers each takes; `numba_/` says which.
+ARGUMENTS = {
+    "run_phases": 5,
+    "lm_head": 13,
+    "attend": 9,
+    "attend_bf16": 9,
+    "project_qkv": 8,
+    "project_qkv_bf16": 8,
+    "project_qkv_int8": 8,
+    "project_and_feed_forward": 6,
+    "project_and_feed_forward_bf16": 6,
+    "project_and_feed_forward_int8": 6,
+}
+
+
+def symbol(isa: Isa, name: str) -> str:
+    """Name of a kernel of one level in a library of all of them."""
+    return f"numpyesm_{isa.name.replace('-', '_')}_{name}"
+
+
+def needed(isa: Isa, precision: str) -> tuple[str, ...]:
+    """Names of the kernels that a precision needs at a level.
+
+    Queries, keys and values; attention; the rest of a layer; then what all precisions share.
+    """
+    end = "" if precision == "fp32" else f"_{precision}"
+    attend = "attend_bf16" if end and isa.bf16 else "attend"
+    return f"project_qkv{end}", attend, f"project_and_feed_forward{end}", "run_phases", "lm_head"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Kernels of one level.
+
+    Attributes
+    ----------
+    isa : Isa
+    origin : str
+        Where they come from, for people to read.
+    addresses : mapping from str to int
+        Functions by name. In C: `int32_t f(void **result, void **error, int64_t, …)`, as Numba calls what it compiles;
+        nothing is ever left in the two pointers.
+    """
+
+    isa: Isa
+    origin: str
+    addresses: Mapping[str, int]
+    _functions: dict[str, Callable[..., int]] = field(default_factory=dict, repr=False)
+
+    def call(self, name: str, *numbers: int) -> None:
+        """Call a kernel; the interpreter's lock is free meanwhile."""
+        function = self._functions.get(name)
+        if function is None:
+            kinds = (ctypes.POINTER(ctypes.c_void_p),) * 2 + (ctypes.c_int64,) * ARGUMENTS[name]
+            function = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(self.addresses[name])
+            self._functions[name] = function
+        function(ctypes.c_void_p(), ctypes.c_void_p(), *numbers)

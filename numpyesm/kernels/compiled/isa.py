@@ -1,0 +1,145 @@
+"""SIMD levels: what each needs of a CPU, the shape of its register tiles, and which one this process uses."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+from ...errors import InvalidOption
+from .cpu import host_features
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), see Linux's Documentation/arch/x86/xstate.rst.
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18
+
+# Rows of one tile register and of a product of two by two; steps of k (4 bytes of a row) that one instruction takes.
+HALF_ROWS, ROWS, STEPS = 16, 32, 16
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One level of SIMD and the shape of the register tiles that suits it.
+
+    Attributes
+    ----------
+    name : str
+        As `NUMPYESM_ISA` spells it.
+    needs : tuple of str
+        Features of the CPU, as LLVM spells them. Code of this level uses nothing else.
+    lanes : int
+        float32 numbers in a register.
+    vectors : int
+        Registers across a tile; a tile has `lanes * vectors` columns.
+    rows : int
+        Rows of a tile: `rows * vectors` accumulators and what a step needs beside them fill the register file.
+    fused : bool
+        Whether multiplication and addition are one instruction.
+    bf16 : bool
+        Whether low precision multiplies bf16. Elsewhere it is a way to store weights, which are widened to float32.
+    spelled_out : bool
+        Whether these products are made of others, slowly: `avx2-bf16` is for tests on CPUs that have no bf16.
+    tiles : bool
+        Whether they run on the tile registers of AMX; float32 and what is not a product are as on AVX-512.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    lanes: int
+    vectors: int
+    rows: int
+    fused: bool = True
+    bf16: bool = False
+    spelled_out: bool = False
+    tiles: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Columns of a register tile."""
+        return self.lanes * self.vectors
+
+    @property
+    def narrow_rows(self) -> int:
+        """Rows that a product in bf16 takes at a time."""
+        return ROWS if self.tiles else self.rows
+
+    @property
+    def narrow_steps(self) -> int:
+        """Steps of k, of two numbers in bf16, that such a product takes at a time."""
+        return STEPS if self.tiles else 1
+
+
+_AVX2 = ("avx2", "fma")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl")
+_LEVELS = {
+    "x86_64": (
+        Isa("amx", (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"), 16, 2, 12, bf16=True, tiles=True),
+        Isa("avx512-bf16", (*_AVX512, "avx512bf16"), 16, 2, 12, bf16=True),
+        Isa("avx512", _AVX512, 16, 2, 12),
+        Isa("avx2", _AVX2, 8, 2, 6),
+        Isa("avx2-bf16", _AVX2, 8, 2, 6, bf16=True, spelled_out=True),
+        Isa("plain", (), 4, 2, 4, fused=False),
+    ),
+    "aarch64": (  # all of which have NEON
+        Isa("neon-bf16", ("bf16",), 4, 2, 8, bf16=True),
+        Isa("neon", (), 4, 2, 8),
+        Isa("plain", (), 4, 2, 4, fused=False),
+    ),
+}
+
+
+def architecture() -> str:
+    """`x86_64`, `aarch64`, or what the system calls another one."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def levels() -> dict[str, Isa]:
+    """The levels of this architecture, best first."""
+    return {isa.name: isa for isa in _LEVELS.get(architecture(), _LEVELS["x86_64"][-1:])}
+
+
+@cache
+def tiles_granted() -> bool:
+    """Whether the system lets this process use tile registers: Linux wants to be asked, as they are 8 kB a thread."""
+    if not sys.platform.startswith("linux") or architecture() != "x86_64":
+        return False
+    import ctypes  # nothing else needs it before code is called
+
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(system_call(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0)
+
+
+@cache
+def host_levels() -> dict[str, Isa]:
+    """The levels that this CPU can run and the system grants, best first."""
+    features = host_features()
+    return {
+        name: isa
+        for name, isa in levels().items()
+        if features.issuperset(isa.needs) and (not isa.tiles or tiles_granted())
+    }
+
+
+@cache
+def wanted_levels() -> dict[str, Isa]:
+    """The levels that this process may use: all of the CPU's, or the one that `NUMPYESM_ISA` asks for.
+
+    Raises
+    ------
+    InvalidOption
+        `NUMPYESM_ISA` names a level that this CPU does not have.
+    """
+    found = host_levels()
+    wanted = os.environ.get("NUMPYESM_ISA", "").strip().lower()
+    if not wanted:
+        return {name: isa for name, isa in found.items() if not isa.spelled_out}
+    if wanted not in found:
+        raise InvalidOption(f"NUMPYESM_ISA={wanted}: this CPU has {', '.join(found)}")
+    return {wanted: found[wanted]}
+
+
+def host_isa() -> Isa:
+    """The best of `wanted_levels`."""
+    return next(iter(wanted_levels().values()))

@@ -1,0 +1,106 @@
+"""The library of kernels that was compiled ahead of time: where it is looked for, and what it must be.
+
+In this order: `NUMPYESM_KERNELS` (a file, a folder, or `none`), the package `numpyesm-kernels`, the cache, where
+`numpyesm warmup` leaves it. Only a library from the same sources is called: its tables are laid out alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import InvalidOption
+from ...weights.cache import cache_dir
+from .isa import architecture, host_isa, wanted_levels
+from .sources import kernel_sources
+
+if TYPE_CHECKING:
+    from .code import Code
+
+# Changes when functions are called in another way; what is in the tables, the hash of the sources tells.
+ABI = 1
+VARIABLE = "NUMPYESM_KERNELS"
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+
+def library_name() -> str:
+    """File name of the library for this system and architecture."""
+    return f"numpyesm-kernels-{architecture()}{_SUFFIX}"
+
+
+def abi() -> str:
+    """What a library must say of itself."""
+    return f"{ABI} {kernel_sources()}"
+
+
+def cached_library() -> Path:
+    """Where the cache holds the library for these sources and this kind of CPU: clusters share home directories."""
+    return cache_dir() / "kernels" / f"{kernel_sources()[:16]}-{host_isa().name}" / library_name()
+
+
+def library_code() -> Code | None:
+    """Return the kernels of the best level that the library and this CPU have; None without a library that fits.
+
+    Raises
+    ------
+    InvalidOption
+        `NUMPYESM_KERNELS` names one that is not there or does not fit.
+    """
+    return _code(os.environ.get(VARIABLE, "").strip())
+
+
+@cache
+def _code(named: str) -> Code | None:
+    if named.lower() == "none":
+        return None
+    if named:
+        path = Path(named).expanduser()
+        path = path / library_name() if path.is_dir() else path
+        code = _open(path)
+        if isinstance(code, str):
+            raise InvalidOption(f"{VARIABLE}={named}: {code}")
+        return code
+    for path in _installed():
+        if path.is_file():
+            code = _open(path)
+            if not isinstance(code, str):
+                return code
+            warnings.warn(f"the compiled kernels are not used: {code}", stacklevel=4)
+    return None
+
+
+def _installed() -> list[Path]:
+    spec = importlib.util.find_spec("numpyesm_kernels")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return [*(Path(folder) / library_name() for folder in folders), cached_library()]
+
+
+def _open(path: Path) -> Code | str:
+    """The kernels of a library, or why they cannot be used."""
+    if not path.is_file():
+        return f"there is no file {path}"
+    import ctypes
+
+    from .code import ARGUMENTS, Code, symbol
+
+    try:
+        library = ctypes.CDLL(str(path))
+        found = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(library, "numpyesm_abi"))).value
+    except (OSError, ValueError) as error:
+        return f"{path} is no library of kernels for this machine ({error})"
+    if found != abi().encode():
+        return f"{path} was built from other sources than this numpyesm: build or install it again"
+    for isa in wanted_levels().values():
+        if hasattr(library, symbol(isa, "run_phases")):
+            addresses = {
+                name: ctypes.cast(getattr(library, symbol(isa, name)), ctypes.c_void_p).value or 0
+                for name in ARGUMENTS
+                if hasattr(library, symbol(isa, name))
+            }
+            return Code(isa, f"library {path}", addresses)
+    return f"{path} has no kernels for {', '.join(wanted_levels())}"

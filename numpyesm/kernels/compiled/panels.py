@@ -1,0 +1,105 @@
+"""Weights in the order in which register tiles read them, and the sizes of what else depends on the tiles' shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...weights.tensor import GROUP
+from ..base import Array
+from .isa import HALF_ROWS, ROWS, STEPS, Isa
+from .layout import Room
+
+# Keys whose exponentials tile registers hold at a time, as pairs of bf16: a part of the first cache.
+CHUNK_KEYS_ON_TILES = 320
+
+
+def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
+    """A one-dimensional array that begins on a cache line; contents undefined."""
+    dtype = np.dtype(dtype)
+    buffer = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size * dtype.itemsize].view(dtype)
+
+
+def panels(isa: Isa, columns: int) -> int:
+    """Tiles across this many columns."""
+    return -(-columns // isa.columns)
+
+
+def padded_columns(isa: Isa, vector: Array) -> Array:
+    """Zeros appended up to a whole number of tiles: (N,) -> (panels · tile columns,) float32."""
+    out = aligned(panels(isa, len(vector)) * isa.columns)
+    out[: len(vector)] = vector
+    out[len(vector) :] = 0
+    return out
+
+
+def product_steps(isa: Isa, inner: int, narrow: bool) -> int:
+    """Steps along K that a product takes: of one number, or of two in bf16."""
+    return -(-inner // (2 * isa.narrow_steps)) * isa.narrow_steps if narrow else inner
+
+
+def pack_panels(isa: Isa, weight: Array, narrow: bool = False) -> Array:
+    """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
+
+    `group` neighbours in K, two for a product in bf16 (`narrow`) and else one, lie together as one step of the product
+    takes them; K and N are padded with zeros.
+    """
+    inner, columns = weight.shape
+    group, steps, count = 2 if narrow else 1, product_steps(isa, inner, narrow), panels(isa, columns)
+    out = aligned(count * steps * isa.columns * group, weight.dtype)
+    by_panel = out.reshape(count, steps, isa.columns, group)
+    if (steps * group, count * isa.columns) != weight.shape:
+        padded: npt.NDArray[Any] = np.zeros((steps * group, count * isa.columns), weight.dtype)
+        padded[:inner, :columns] = weight
+        weight = padded
+    by_panel[...] = weight.reshape(steps, group, count, isa.columns).transpose(2, 0, 3, 1)
+    return out
+
+
+def pack_scales(isa: Isa, scale: Array, inner: int, narrow: bool) -> Array:
+    """Scales of int8 weights, panel by panel: (groups, N) -> flat (panel, groups of all steps, tile column)."""
+    rows = product_steps(isa, inner, narrow) * (2 if narrow else 1)
+    padded = np.zeros((-(-rows // GROUP), panels(isa, scale.shape[1]) * isa.columns), np.float32)
+    padded[: len(scale), : scale.shape[1]] = scale
+    return pack_panels(isa, padded)
+
+
+# -- what attention holds -------------------------------------------------------------------------------------------
+
+
+def chunk_keys(isa: Isa) -> int:
+    """Keys whose scores are held at a time: 16 kB of them, half of a small first cache."""
+    return max(32, 16384 // (4 * isa.columns) // isa.rows * isa.rows)
+
+
+def strip_size(isa: Isa, length: int, with_maps: bool) -> int:
+    """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
+    rows = -(-length // ROWS) * ROWS if isa.tiles else length + 1
+    return (rows if with_maps else chunk_keys(isa)) * isa.columns
+
+
+def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
+    """Numbers of the buffers of `Room` that attention in bf16 needs or needs larger, for blocks of `rows` rows."""
+    sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
+        Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
+        Room.NARROW_KEYS: ((length + ROWS) * head_dim, np.uint16),
+        Room.NARROW_VALUES: (length * head_dim, np.uint16),
+        Room.SHIFTS: (2 * head_dim, np.float32),
+    }
+    if not isa.tiles:
+        pairs = chunk_keys(isa) * isa.columns
+        return sizes | {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
+    channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
+    # Rows of pairs that the queries of a strip fill, zeros included.
+    query_rows = -(-head_dim // (2 * STEPS)) * STEPS
+    return sizes | {
+        # With what a tile may read behind the values of one head.
+        Room.VALUES: ((-(-length // ROWS) * head_dim + HALF_ROWS) * ROWS, np.uint16),
+        Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * isa.columns, np.uint32),
+        Room.QUERIES: (max(head_dim, query_rows) * isa.columns, np.float32),
+        Room.STRIP_CONTEXT: (channels * isa.columns, np.float32),
+    }

@@ -1,0 +1,1 @@
+"""The library of compiled kernels; numpyesm finds it beside this file."""

@@ -129,6 +129,7 @@ def test_auto_is_compiled() -> None:
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "numba", None)
+    monkeypatch.setenv("NUMPYESM_KERNELS", "none")
     checkpoint = random_checkpoint(SMALL, seed=1)
     assert make_kernels(checkpoint).name == "numpy"
     with pytest.raises(MissingExtra, match=r"numpyesm\[fast\]"):

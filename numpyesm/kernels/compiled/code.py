@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -61,7 +61,10 @@ class Code:
         """Call a kernel; the interpreter's lock is free meanwhile."""
         function = self._functions.get(name)
         if function is None:
+            import ctypes  # not everywhere; nothing else here needs it
+
             kinds = (ctypes.POINTER(ctypes.c_void_p),) * 2 + (ctypes.c_int64,) * ARGUMENTS[name]
             function = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(self.addresses[name])
+            function = functools.partial(function, ctypes.c_void_p(), ctypes.c_void_p())
             self._functions[name] = function
-        function(ctypes.c_void_p(), ctypes.c_void_p(), *numbers)
+        function(*numbers)

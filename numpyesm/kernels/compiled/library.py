@@ -84,8 +84,10 @@ def _open(path: Path) -> Code | str:
     """The kernels of a library, or why they cannot be used."""
     if not path.is_file():
         return f"there is no file {path}"
-    import ctypes
-
+    try:
+        import ctypes
+    except ImportError:
+        return "this Python has no ctypes"
     from .code import ARGUMENTS, Code, symbol
 
     try:

@@ -192,8 +192,8 @@ def unread_weights(checkpoint: Checkpoint) -> int:
     return unread
 
 
-def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str) -> None:
-    """Refuse, before they are read or packed, weights that a limit has no room for.
+def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str, ahead: bool) -> None:
+    """Refuse, before they are read or packed, weights that a limit has no room for; `ahead` as in `compiled_fits`.
 
     Raises
     ------
@@ -201,7 +201,8 @@ def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: st
         The message says what they would take.
     """
     if precision in LOW or backend in ("compiled", "numba"):
-        weights = packed_bytes(checkpoint, precision) + _NUMBA * ("numba" not in sys.modules)
+        weights = packed_bytes(checkpoint, precision)
+        weights += _LIBRARY if ahead else _NUMBA * ("numba" not in sys.modules)
     else:
         deferred = (tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DeferredTensor))
         weights = unread_weights(checkpoint) + sum(tensor.nbytes for tensor in deferred)

@@ -85,15 +85,12 @@ class Passes:
     ) -> None:
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
-        if (
-            backend == "auto"
-            and precision == "fp32"
-            and not compiled_fits(limit, checkpoint, library_code() is not None)
-        ):
+        ahead = backend != "numpy" and library_code() is not None
+        if backend == "auto" and precision == "fp32" and not compiled_fits(limit, checkpoint, ahead):
             backend = "numpy"
         self.checkpoint = checkpoint
         if limit is not None:
-            require_room(limit, checkpoint, backend, precision)
+            require_room(limit, checkpoint, backend, precision, ahead)
         in_place = limit is not None or checkpoint.num_parameters > _LARGE
         self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place)
         unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies

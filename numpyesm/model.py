@@ -178,7 +178,7 @@ class ESM2:
         narrow = f" stored as {stored}" if stored != "fp32" else ""
         return (
             f"ESM2({self.name}: {config.num_layers} layers, width {config.embed_dim}, {config.num_heads} heads, "
-            f"backend={self.backend} ({self._passes.kernels.origin}), precision={self.precision}, "
+            f"backend={self.backend} ({self.passes.kernels.origin}), precision={self.precision}, "
             f"threads={self.threads}, source={self.checkpoint.source!r}{narrow}{synthetic})"
         )
 

@@ -11,10 +11,9 @@ import math
 import numpy as np
 
 from .base import Array, AttentionMaps
+from .constants import GELU_POLYNOMIAL, LAYER_NORM_EPSILON
 from .narrow import WIDENED_ROWS, NarrowMatrix
 from .scratch import scratch
-
-LAYER_NORM_EPSILON = 1e-5
 
 # Numbers that GELU, and bytes of attention scores that softmax, take at a time: what fits a core's L2 cache.
 _GELU_ELEMENTS = 32 * 1920
@@ -28,18 +27,6 @@ _SMALL_PRODUCT = 1_000_000
 # exp() of a score within ± this neither overflows nor vanishes, even summed over 2050 keys: no need to subtract the
 # row's maximum first.
 _SAFE_SCORE = 60.0
-
-# gelu(x) = x / (1 + exp(-x P(x²))): P is a minimax fit of logit(Φ(x)) / x, highest power first, weighted by its effect
-# on the result; the largest error against the exact erf form is 7e-8 (tools/fit_gelu.py).
-GELU_POLYNOMIAL = (
-    3.6187271938271902e-09,
-    -2.67293764072034e-07,
-    7.946226863840827e-06,
-    -0.00011055588674078872,
-    -6.590950812169469e-05,
-    0.07266782266675867,
-    1.5957689853266488,
-)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, out: Array) -> Array:

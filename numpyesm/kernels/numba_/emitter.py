@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..compiled.isa import Isa
-from ..numpy_steps import GELU_POLYNOMIAL
+from ..constants import GELU_POLYNOMIAL
 from .target import target_isa
 
 ISA = target_isa()
@@ -46,7 +46,7 @@ _EXP2_P = (
     1.0,
 )
 _EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)
-# `numpy_steps.GELU_POLYNOMIAL` with three coefficients, error 3e-5, and the x² up to which they hold.
+# `constants.GELU_POLYNOMIAL` with three coefficients, error 3e-5, and the x² up to which they hold.
 _GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762)
 _GELU_COARSE_LARGEST = 36.0
 # Adding 1.5 · 2^23 rounds a float32 to a whole number and leaves that number in its low bits.
@@ -170,7 +170,7 @@ class Emitter:
         return b.or_(b.lshr(low, every(16)), b.and_(high, every(0xFFFF0000)))
 
     def gelu(self, x: Any, coarse: bool = False) -> Any:
-        """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `numpy_steps`."""
+        """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `constants.py`."""
         b = self.b
         square = b.fmul(x, x)
         if coarse:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..numpy_steps import LAYER_NORM_EPSILON
+from ..constants import LAYER_NORM_EPSILON
 from .cache import helper
 from .emitter import LANES
 from .rows import row_normalise, row_normalise_bf16, row_squares, row_sum

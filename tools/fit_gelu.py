@@ -3,7 +3,7 @@
     gelu(x) = x Φ(x) = x / (1 + exp(-v(x))),   v(x) = logit Φ(x) = x P(x²)
 
 P is fitted on 0 < x <= 6 by Lawson's reweighted least squares, each point weighted by how much an error of P there
-changes gelu. Run `python tools/fit_gelu.py`; the coefficients stand in numpyesm/kernels/numpy_steps.py.
+changes gelu. Run `python tools/fit_gelu.py`; the coefficients stand in numpyesm/kernels/constants.py.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Engine:
 ENGINES = (
     Engine(OURS, "fp32", "canonical.safetensors", "own", "numpy"),
     Engine(OURS, "fp32", "canonical.safetensors", "own", "compiled"),
-    Engine(OURS, "bf16", "canonical.safetensors", "own", "compiled"),
-    Engine(OURS, "int8", "canonical.safetensors", "own", "compiled"),
+    Engine(OURS, "bf16", "canonical-bf16.safetensors", "own", "compiled"),
+    Engine(OURS, "int8", "canonical-int8.safetensors", "own", "compiled"),
     Engine("fair-esm", "fp32", "fair-esm.pt", "peers"),
     Engine("transformers", "fp32", "hf", "peers"),
     Engine("transformers", "bf16", "hf", "peers"),

@@ -17,7 +17,7 @@ from typing import Any
 from .engines import ROOT, Engine
 from .workloads import REAL_PROTEINS, pad, random_sequence, read_fasta
 
-VERSION = 3  # of the files in the cache: raise it when they change
+VERSION = 4  # of the files in the cache: raise it when they change
 TRAINED = "trained"  # instead of a preset's name: the 8M trunk of tests/trained_weights.py
 
 sys.path.append(str(ROOT / "tests"))
@@ -43,8 +43,10 @@ def make_weights(model: str, engines: Sequence[Engine], python: Path, cache: Pat
                 (folder / f"{step}.done").touch()
             else:
                 print(f"{step} failed, see {log.name}", file=sys.stderr)
-    if not (folder / "canonical.safetensors").exists():
-        convert(folder / "hf", folder / "canonical.safetensors")
+    ours = {engine.file: engine.precision for engine in engines if engine.ours}
+    for file, dtype in ({"canonical.safetensors": "fp32"} | ours).items():
+        if not (folder / file).exists():
+            convert(folder / "hf", folder / file, dtype=dtype)
     return folder
 
 

@@ -86,13 +86,16 @@ class Passes:
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
         ahead = backend != "numpy" and library_code() is not None
-        if backend == "auto" and precision == "fp32" and not compiled_fits(limit, checkpoint, ahead):
+        too_large = backend == "auto" and precision == "fp32" and not compiled_fits(limit, checkpoint, ahead)
+        if too_large:
             backend = "numpy"
         self.checkpoint = checkpoint
         if limit is not None:
             require_room(limit, checkpoint, backend, precision, ahead)
         in_place = limit is not None or checkpoint.num_parameters > _LARGE
         self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place)
+        if too_large:
+            self.kernels.origin = "the compiled backend needs more memory"
         unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
         self.budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count, unread)
         self.pool = WorkerPool(count if self.budget is None else self.budget.threads)

@@ -41,7 +41,7 @@ def make_kernels(
         check_precision(precision)
     elif backend == "compiled":
         raise InvalidOption("precision='fp64': the compiled backend does not have it")
-    code, reason = None, "backend='numpy'"
+    code, reason = None, "as asked"
     if backend != "numpy" and precision in PRECISIONS:
         code, reason = _compiled(precision, must=backend == "compiled" or precision != "fp32")
     if code is not None:

@@ -161,3 +161,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in missing.keys() & item.keywords:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: compressed ones hold the time, and all workers must see the same names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and len(val) > 20 else None

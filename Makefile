@@ -72,7 +72,7 @@ $(TEST_VENV)/.installed: pyproject.toml
 	touch $@
 
 # Compiled kernels from this checkout, for this machine; without a C compiler Numba or NumPy does the work.
-KERNEL_SOURCES = $(wildcard numpyesm/kernels/*.py numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py)
+KERNEL_SOURCES = $(wildcard numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py) numpyesm/kernels/build.py numpyesm/kernels/constants.py
 $(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
 	-NUMPYESM_KERNEL_LEVELS=best $(BIN)/python -m pip install --quiet --no-deps ./packaging/kernels
 	touch $@

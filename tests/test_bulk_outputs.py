@@ -28,6 +28,8 @@ from numpyesm.results import EncodeResult
 pytest.importorskip("pyarrow")
 h5py = pytest.importorskip("h5py")
 
+# What batch mates may change with NumPy on AVX2, see CONTRIBUTING.md: contacts move most.
+BATCHED = 1e-5
 ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 MEAN = f"mean_{LAST}"
 LONG = random_sequence(2500)
@@ -54,7 +56,7 @@ def test_parquet_in_input_order_and_read_by_all(model: ESM2, tmp_path: Path, dty
         assert (row["length"], row["residues"]) == (len(sequence), len(sequence))
         for name, array in result.to_arrays().items():
             value = np.reshape(row[name], row.get(f"{name}_shape", -1))
-            assert_close(value, array, HALF if dtype == "fp16" else 5e-6)
+            assert_close(value, array, HALF if dtype == "fp16" else BATCHED)
 
     found = duckdb.sql(f"SELECT {MEAN}, sequence_hash FROM '{path}' ORDER BY record").fetchall()
     assert found[0][1] == duckdb.sql(f"SELECT sha256('{records[0][1]}')").fetchall()[0][0]
@@ -86,7 +88,7 @@ def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path, dtype: str) -> None
         assert shapes == {key: (len(s), DIM) for key, s in zip(names, sequences, strict=True)}
         results = model.encode(sequences, include=["mean", "per_token"])
         for (key, id), header, result in zip(names.items(), headers, results, strict=True):
-            arrays, within = result.to_arrays(), HALF if dtype == "fp16" else 5e-6
+            arrays, within = result.to_arrays(), HALF if dtype == "fp16" else BATCHED
             assert file[key].dtype == {"fp32": np.float32, "fp16": np.float16}[dtype]
             assert_close(file[key], arrays[f"per_token_{LAST}"], within)
             assert_close(file[key].attrs[MEAN], arrays[MEAN], within)

@@ -77,8 +77,8 @@ def rounded_layers(
                 stored = _with_feedback(exact, inputs - mean)
             else:
                 stored = StoredTensor(exact).stored_as(PRECISION_DTYPES[precision])
-            # What rounding does to the mean input.
-            corrected = checkpoint.array(bias) + (mean @ exact - mean @ stored.astype(np.float32))
+            # What rounding does to the mean input; of the differences, as the two products would cancel.
+            corrected = checkpoint.array(bias) + mean @ (exact - stored.astype(np.float32))
             changed |= {weight: stored, bias: StoredTensor(corrected.astype(np.float32))}
             checkpoint.tensors[weight].release()
         yield changed

@@ -16,7 +16,7 @@ from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
-from .options import Outputs, check_layers, require_classifier, whole_number
+from .options import Outputs, check_layers, one_of, require_classifier, whole_number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -187,8 +187,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         return self._model().config.embed_dim
 
     def _checked(self, X: Sequences) -> list[str]:
-        if self.pooling not in POOLING:
-            raise InvalidOption(f"pooling={self.pooling!r}: allowed are {', '.join(POOLING)}")
+        one_of("pooling", self.pooling, POOLING)
         if whole_number(self.layer) is None:
             raise InvalidOption(f"layer={self.layer!r}: expected a whole number")
         return super()._checked(X)

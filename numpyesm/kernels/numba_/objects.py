@@ -14,14 +14,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from ..compiled.code import ARGUMENTS, symbol
+from ...options import PRECISIONS
+from ..compiled.code import needed, symbol
 from . import attention, layer, runner  # noqa: F401  # importing them registers the kernels
 from .cache import compile_kernel
 from .emitter import ISA
 from .target import portable_cpu
-
-# What the compiled code of one level does not have, as its precisions share another kernel.
-_ONLY_WITH_BF16 = {"attend_bf16"}
 
 
 def kernel_module(name: str) -> Any:
@@ -45,8 +43,8 @@ def object_code() -> bytes:
     cpu, features = portable_cpu(ISA)
     target = llvm.Target.from_triple(llvm.get_process_triple())
     machine = target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="default")
-    names = [name for name in ARGUMENTS if ISA.bf16 or name not in _ONLY_WITH_BF16]
-    whole, *others = (kernel_module(name) for name in names)
+    names = dict.fromkeys(name for precision in PRECISIONS for name in needed(ISA, precision))
+    whole, *others = map(kernel_module, names)
     for module in others:
         whole.link_in(module)
     passes = llvm.create_new_module_pass_manager()

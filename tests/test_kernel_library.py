@@ -62,7 +62,8 @@ def library() -> Path:
     code = library_code()
     if code is None:
         pytest.skip("no library of kernels that fits is installed: make test builds it where there is a C compiler")
-    return Path(code.origin.removeprefix("library "))
+    assert code.file is not None
+    return code.file
 
 
 def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -153,7 +153,7 @@ def pack_kernels(folder: Path, kernels: str, arch: str) -> None:
     source = Path(kernels)
     if kernels == "auto":
         code = library_code()
-        source = Path("" if code is None else code.origin.removeprefix("library "))
+        source = Path("") if code is None or code.file is None else code.file
         if source.name != name:
             how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
             print(

@@ -66,7 +66,7 @@ def describe_kernels() -> str:
     """Return what `backend="auto"` runs on this machine, and why, without compiling anything."""
     code = library_code()
     if code is not None:
-        return f"{code.isa.name}, {code.origin}"
+        return str(code)
     if importlib.util.find_spec("numba") is None:
         return "none, NumPy is used: no library of kernels, and Numba is not installed"
     return "by Numba, at first use: no library of kernels"

@@ -107,17 +107,21 @@ def _compile(name: str, room: Path) -> Path:
 
     cpu, features = portable_cpu(levels()[name])
     output = room / f"{name}.o"
-    environment = {
-        **os.environ,
-        BUILD_FOR: name,
-        "NUMBA_CPU_NAME": cpu,
-        "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(room / f"numba-{name}"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
-    }
+    environment = child_environment(
+        NUMBA_CPU_NAME=cpu,
+        NUMBA_CPU_FEATURES=features,
+        NUMBA_CACHE_DIR=str(room / f"numba-{name}"),
+        **{BUILD_FOR: name},
+    )
     command = [sys.executable, "-m", "numpyesm.kernels.numba_.objects", str(output)]
     _run(command, f"compiling for {name}", environment)
     return output
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """Environment of a process that imports this numpyesm and compiles, with some variables more."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 def _run(command: list[str], step: str, environment: dict[str, str] | None = None) -> None:

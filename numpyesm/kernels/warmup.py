@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import MissingExtra
 from ..options import PRECISIONS, check_precision
-from .build import build, linker
+from .build import build, child_environment, linker
 from .compiled.isa import host_isa
 from .compiled.library import cached_library, library_code
 
@@ -49,7 +49,7 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
     """
     wanted = [check_precision(precision) for precision in precisions or PRECISIONS]
     if cache_dir is None and (code := library_code()) is not None:
-        return f"nothing to compile: {code.origin}"
+        return f"nothing to compile: {code}"
     if importlib.util.find_spec("numba") is None:
         raise MissingExtra("warmup compiles kernels: pip install 'numpyesm[fast]'")
     folder = None if cache_dir is None else Path(cache_dir).absolute()
@@ -81,10 +81,7 @@ def _fill_numba_cache(precisions: Sequence[str], folder: Path | None) -> Path | 
         "for precision in sys.argv[1:]: numba_code(precision)\n"
         "print(cache_folder() or '')"
     )
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    if folder is not None:
-        environment["NUMBA_CACHE_DIR"] = str(folder)
+    environment = child_environment(**({} if folder is None else {"NUMBA_CACHE_DIR": str(folder)}))
     done = subprocess.run(
         [sys.executable, "-c", code, *precisions], env=environment, stdout=subprocess.PIPE, text=True, check=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .isa import Isa
 
@@ -45,17 +46,23 @@ class Code:
     Attributes
     ----------
     isa : Isa
-    origin : str
-        Where they come from, for people to read.
+    made_by : str
+        What compiled them: `library`, or Numba with its version.
     addresses : mapping from str to int
         Functions by name. In C: `int32_t f(void **result, void **error, int64_t, …)`, as Numba calls what it compiles;
         nothing is ever left in the two pointers.
+    file : Path or None
+        The library that they are in.
     """
 
     isa: Isa
-    origin: str
+    made_by: str
     addresses: Mapping[str, int]
+    file: Path | None = None
     _functions: dict[str, Callable[..., int]] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.isa.name}, {self.made_by}" + (f" {self.file}" if self.file else "")
 
     def call(self, name: str, *numbers: int) -> None:
         """Call a kernel; the interpreter's lock is free meanwhile."""

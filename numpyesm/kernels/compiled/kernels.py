@@ -24,7 +24,7 @@ class CompiledKernels(Kernels):
 
     def __init__(self, checkpoint: Checkpoint, precision: str, code: Code) -> None:
         self.config, self.precision, self.code = checkpoint.config, precision, code
-        self.origin = f"{code.isa.name}, {code.origin}"
+        self.origin = str(code)
         self.packed = PackedModel(checkpoint, precision, code)
 
     def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:

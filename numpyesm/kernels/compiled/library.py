@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Changes when functions are called in another way; what is in the tables, the hash of the sources tells.
 ABI = 1
 VARIABLE = "NUMPYESM_KERNELS"
+_CACHE = "kernels"  # folder in the cache
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
@@ -40,7 +42,7 @@ def abi() -> str:
 
 def cached_library() -> Path:
     """Where the cache holds the library for these sources and this kind of CPU: clusters share home directories."""
-    return cache_dir() / "kernels" / f"{kernel_sources()[:16]}-{host_isa().name}" / library_name()
+    return cache_dir() / _CACHE / f"{kernel_sources()[:16]}-{host_isa().name}" / library_name()
 
 
 def library_code() -> Code | None:
@@ -74,10 +76,12 @@ def _code(named: str) -> Code | None:
     return None
 
 
-def _installed() -> list[Path]:
+def _installed() -> Iterator[Path]:
     spec = importlib.util.find_spec("numpyesm_kernels")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return [*(Path(folder) / library_name() for folder in folders), cached_library()]
+    for folder in spec.submodule_search_locations or () if spec else ():
+        yield Path(folder) / library_name()
+    if (cache_dir() / _CACHE).is_dir():  # its name has a hash of the sources, which takes longer than all the rest
+        yield cached_library()
 
 
 def _open(path: Path) -> Code | str:
@@ -104,5 +108,5 @@ def _open(path: Path) -> Code | str:
                 for name in ARGUMENTS
                 if hasattr(library, symbol(isa, name))
             }
-            return Code(isa, f"library {path}", addresses)
+            return Code(isa, "library", addresses, path)
     return f"{path} has no kernels for {', '.join(wanted_levels())}"

@@ -134,6 +134,15 @@ def whole_number(value: object) -> int | None:
         return None
 
 
+def number_within(option: str, value: object, least: int, most: int | None = None) -> int:
+    """Return the value of an option that is a whole number; InvalidOption if it is not, or out of range."""
+    number = whole_number(value)
+    if number is None or number < least or (most is not None and number > most):
+        to = "" if most is None else f" to {most}"
+        raise InvalidOption(f"{option}={value!r}: expected a whole number from {least}{to}")
+    return number
+
+
 def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
     """Layers as 0 to num_layers, ascending, once each; negative ones count from the end (-1 is the last)."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ from make_checkpoints import with_half_precision_frequencies
 
 from numpyesm import ESM2
 from numpyesm.config import PRESETS, ModelConfig
+from numpyesm.weights import load_checkpoint
 from numpyesm.weights.checkpoint import Checkpoint
-from numpyesm.weights.load import checkpoint_of
-from numpyesm.weights.tensor import StoredTensor
 
 torch = pytest.importorskip("torch")
 esm = pytest.importorskip("esm")
@@ -47,9 +47,10 @@ def fair_esm_model(seed: int, sharpness: float = 1.0, config: ModelConfig = PRES
 
 
 def as_checkpoint(model: Any) -> Checkpoint:
-    """The same numbers in numpyesm's layout, by way of the reader of fair-esm checkpoints."""
-    state = {name: StoredTensor(values.numpy().copy()) for name, values in model.state_dict().items()}
-    return checkpoint_of({"model": state}, Path("in-memory.pt"))
+    """The same numbers in numpyesm's layout, by way of a checkpoint of fair-esm."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": model.state_dict()}, path := Path(folder, "model.pt"))
+        return load_checkpoint(path)
 
 
 def numpyesm_models(model: Any, backend: str = "numpy", threads: int = 2) -> tuple[ESM2, ESM2]:

@@ -25,6 +25,7 @@ from .lock import FolderLock
 from .output import Output
 from .progress import Progress
 from .provenance import describe, difference
+from .ray_engine import check_ray, compute_on_ray
 from .reader import Item, Reader
 from .settings import Settings, Shard
 from .writers import DEFAULT_INCLUDE
@@ -153,12 +154,8 @@ def embed_fasta(
     one_of("engine", engine, ENGINES)
     if engine == "local" and (address is not None or workers is not None):
         raise InvalidOption("address and workers belong to engine='ray'")
-    if tokens_per_batch is not None:
-        check_budget(tokens_per_batch)
-    if engine == "ray":  # before anything is read
-        from .ray_engine import check_ray, compute_on_ray
-
-        check_ray(address, workers)
+    tokens_per_batch = check_budget(tokens_per_batch)
+    ray = check_ray(address, workers) if engine == "ray" else None  # before anything is read
     target = Output(output, paths)
     if not isinstance(model, ESM2):
         model = ESM2.from_pretrained(model, threads=threads)
@@ -172,8 +169,8 @@ def embed_fasta(
     )
 
     def compute(journal: Journal) -> Computed:
-        if engine == "ray":
-            yield from compute_on_ray(journal, model, settings, tokens_per_batch, address, workers, threads)
+        if ray is not None:
+            yield from compute_on_ray(ray, journal, model, settings, tokens_per_batch, address, workers, threads)
             return
         budget = tokens_per_batch or token_budget(model.config, model.threads, settings.outputs)
         for batch in journal.batches(budget):

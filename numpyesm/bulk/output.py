@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -62,7 +61,7 @@ class Output:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
         try:
-            about = json.loads(self.writer.metadata(self.path))
+            about = self.writer.metadata(self.path)
         except (OSError, KeyError, ValueError, TypeError):
             return {}
         return about if isinstance(about, dict) else {}

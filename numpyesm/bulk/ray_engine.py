@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import BulkError, InvalidOption, NumpyesmError
 from ..extras import require
 from ..model import ESM2, SyntheticWeightsWarning
+from ..options import number_within
 from ..streaming.batches import Pending
 from ..streaming.packing import token_budget
 from ..threads import default_threads
@@ -34,6 +35,7 @@ _BATCHES_PER_WORKER = 2
 
 
 def compute_on_ray(
+    ray: Any,
     journal: Journal,
     model: ESM2,
     settings: Settings,
@@ -46,6 +48,8 @@ def compute_on_ray(
 
     Parameters
     ----------
+    ray : module
+        As `check_ray` returns it.
     model : ESM2
         Its weights are put into the object store once and read from there by every worker.
     tokens_per_batch : int or None
@@ -54,7 +58,6 @@ def compute_on_ray(
     workers, threads : int or None
         Workers, and CPUs of each.
     """
-    ray = check_ray(address, workers)
     from ray.util import ActorPool
 
     started = not ray.is_initialized()
@@ -172,8 +175,8 @@ def check_ray(address: str | None, workers: int | None) -> Any:
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
         except OSError as error:
             raise BulkError(f"no Ray cluster at {address}: {error.strerror or error}") from error
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise InvalidOption(f"workers={workers!r}: expected a whole number from 1")
+    if workers is not None:
+        number_within("workers", workers, 1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would otherwise hand a worker that asks for no GPU an empty CUDA_VISIBLE_DEVICES, and say so at length.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

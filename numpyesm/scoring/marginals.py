@@ -53,12 +53,8 @@ def position_logits(
             _Query(frame(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
             for (start, stop), places in by_window.items()
         )
-    logits = np.empty((len(indices), len(TOKEN_ID)))
-    done = 0
-    for chunk in _chunks(passes, queries, len(indices), progress):
-        logits[order[done : done + len(chunk)]] = chunk
-        done += len(chunk)
-    return logits
+    found = np.concatenate([np.empty((0, len(TOKEN_ID))), *_chunks(passes, queries, len(indices), progress)])
+    return found[np.argsort(order)]
 
 
 def pseudo_log_likelihoods(
@@ -86,24 +82,26 @@ def _masked_queries(sequence: str, indices: Iterable[int], window: Window) -> It
 
 
 def _chunks(passes: Passes, queries: Iterable[_Query], total: int, progress: Progress) -> Iterator[FloatArray]:
-    """Yield logits (n, 33), as many queries at a time as the model gets; `total` is the sum of all n."""
-    batch: list[_Query] = []
-    rows = done = 0
-
-    def run() -> FloatArray:
-        nonlocal done
-        tokens, wanted = zip(*batch, strict=True)
-        found = np.concatenate(list(passes.logits(tokens, wanted, ALL_TOKENS))).astype(np.float64)
+    """Yield logits (n, 33) of as many queries as run at a time; `total` is the sum of all n."""
+    done = 0
+    for batch in _batches(queries):
+        tokens, rows = zip(*batch, strict=True)
+        found = np.concatenate(list(passes.logits(tokens, rows, ALL_TOKENS))).astype(np.float64)
         done += len(found)
         if progress is not None:
             progress(done, total)
-        return found
+        yield found
 
+
+def _batches(queries: Iterable[_Query]) -> Iterator[list[_Query]]:
+    """Cut queries into batches of at most `_ROWS_AT_A_TIME` tokens, or one query."""
+    batch: list[_Query] = []
+    rows = 0
     for query in queries:
         if batch and rows + len(query.tokens) > _ROWS_AT_A_TIME:
-            yield run()
+            yield batch
             batch, rows = [], 0
         batch.append(query)
         rows += len(query.tokens)
     if batch:
-        yield run()
+        yield batch

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ..alphabet import check_letters, frame, residue_ids
 from ..config import MAX_RESIDUES
-from ..errors import InvalidOption, InvalidSequence
-from ..options import Outputs, one_of
+from ..errors import InvalidSequence
+from ..options import Outputs, number_within, one_of
 from ..passes import Passes
 from ..results import EncodeResult
 from .windows import average, cuts, needed
@@ -46,9 +46,8 @@ class LongSequences:
 
     def __post_init__(self) -> None:
         one_of("long", self.rule, LONG_RULES)
-        overlap = self.overlap
-        if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap <= MAX_RESIDUES // 2:
-            raise InvalidOption(f"overlap={overlap!r}: expected a whole number from 0 to {MAX_RESIDUES // 2}")
+        overlap = number_within("overlap", self.overlap, 0, MAX_RESIDUES // 2)
+        object.__setattr__(self, "overlap", overlap)  # an int, whatever integer was given
 
     def residues(self, length: int) -> int:
         """How many residues of a sequence its outputs cover."""

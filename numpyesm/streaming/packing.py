@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from ..config import MAX_RESIDUES, ModelConfig
-from ..errors import InvalidOption
 from ..memory import available_memory
-from ..options import Outputs
+from ..options import Outputs, number_within
 
 Item = TypeVar("Item")
 
@@ -30,11 +29,9 @@ def token_budget(config: ModelConfig, threads: int, outputs: Outputs) -> int:
     return int(max(MAX_RESIDUES + 2, min(wanted, affordable, _MOST_TOKENS)))
 
 
-def check_budget(tokens: object) -> int:
-    """Return a positive number of tokens, or raise InvalidOption."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= 1 << 24:
-        raise InvalidOption(f"tokens_per_batch={tokens!r}: expected a whole number from 1 to {1 << 24}")
-    return tokens
+def check_budget(tokens: object) -> int | None:
+    """Return the tokens of a batch that the caller asks for, None to let `token_budget` choose; or InvalidOption."""
+    return None if tokens is None else number_within("tokens_per_batch", tokens, 1, 1 << 24)
 
 
 def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:

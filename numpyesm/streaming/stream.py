@@ -35,10 +35,7 @@ def embed_iter(
 ) -> Iterator[tuple[Record, EncodeResult]]:
     """See `ESM2.embed_iter`. Options are checked at once, each record when its turn comes."""
     outputs, rule = Outputs.check(passes.checkpoint, repr_layers, include), LongSequences(long, overlap)
-    if tokens_per_batch is None:
-        budget = token_budget(passes.config, passes.pool.threads, outputs)
-    else:
-        budget = check_budget(tokens_per_batch)
+    budget = check_budget(tokens_per_batch) or token_budget(passes.config, passes.pool.threads, outputs)
     if isinstance(records, Record):
         raise InvalidSequence("expected a list of records, got one Record; put it into a list: [record]")
     given = labelled(records)

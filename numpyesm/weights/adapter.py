@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Adapter:
     """What a folder of peft holds."""
 
     origin: str  # the folder
-    base: str | None  # what its configuration names
+    base: str  # what its configuration names, perhaps nothing
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
@@ -72,36 +73,34 @@ class _Change:
     whole: dict[str, Array] = field(default_factory=dict)  # "weight", "bias"
     scale: float = 1.0
 
+    def added(self, kind: str) -> list[Array]:
+        """The matrices (in, r) and (r, out) whose product is added to the weight, or what is added to the bias."""
+        names = ("A", "B") if kind == "weight" else ("bias",)
+        return [self.low_rank[name].T for name in names if name in self.low_rank]
+
     def touches(self, kind: str) -> bool:
         """Whether it changes the weight, or the bias."""
-        return kind in self.whole or ("A" if kind == "weight" else "bias") in self.low_rank
+        return kind in self.whole or bool(self.added(kind))
 
     def fits(self, kind: str, shape: tuple[int, ...]) -> bool:
         """Whether it can be applied to an array of the canonical shape."""
         sizes = [self.whole[kind].T.shape] if kind in self.whole else []
-        if kind == "bias" and "bias" in self.low_rank:
-            sizes.append(self.low_rank["bias"].shape)
-        elif kind == "weight" and self.low_rank:
-            a, b = self.low_rank["A"], self.low_rank["B"]
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                return False
-            sizes.append((a.shape[1], b.shape[0]))
+        if added := self.added(kind):
+            sizes.append(added[0].shape[:1] + added[-1].shape[1:])
         return all(size == shape or (len(shape) == 1 and size == (*shape, 1)) for size in sizes)
 
     def apply(self, kind: str, values: Array) -> None:
         """Change an array of the base in place."""
         if kind in self.whole:
             values[...] = self.whole[kind].T.reshape(values.shape)
-        if kind == "bias" and "bias" in self.low_rank:
-            values += self.scale * self.low_rank["bias"]
-        elif kind == "weight" and self.low_rank:
-            values += (self.scale * (self.low_rank["A"].T @ self.low_rank["B"].T)).reshape(values.shape)
+        if added := self.added(kind):
+            values += (self.scale * reduce(np.matmul, added)).reshape(values.shape)
 
 
 def base_of(folder: Path) -> str:
     """What an adapter names as its base."""
-    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    base = _stated_base(read_config(folder / "adapter_config.json"))
+    if not base:
         raise CheckpointError(f"{folder} is an adapter that does not name its base: name both (adapter=…)")
     return base
 
@@ -126,9 +125,13 @@ def read_adapter(folder: Path) -> Adapter:
     refused = next((name for key, name in _VARIANTS.items() if config.get(key)), refused)
     if refused:
         raise CheckpointError(f"{folder} is an adapter of {refused}; numpyesm merges LoRA and rsLoRA")
-    base = config.get("base_model_name_or_path")
     tensors = named_tensors(read_weights(file)[0], str(file))
-    return Adapter(str(folder), base if isinstance(base, str) and base else None, config, tensors)
+    return Adapter(str(folder), _stated_base(config), config, tensors)
+
+
+def _stated_base(config: dict[str, Any]) -> str:
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) else ""
 
 
 def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoint:
@@ -188,7 +191,7 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
 
 
 def _check_base(checkpoint: Checkpoint, adapter: Adapter, base: str) -> None:
-    preset = preset_name(adapter.base) if adapter.base else None
+    preset = preset_name(adapter.base)
     if preset is not None and PRESETS[preset] != checkpoint.config:
         raise _another_base(adapter, base)
     if preset is None and adapter.base and Path(adapter.base).exists() and not same_file(adapter.base, base):
@@ -232,7 +235,10 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
             missing = "lora_A" if "A" not in low_rank else "lora_B"
             raise CheckpointError(f"{adapter.origin} is incomplete: {missing} of {quoted(module)} is missing")
         if low_rank:
-            change.scale = _scale(adapter, module, low_rank["A"])
+            a, b = low_rank["A"], low_rank["B"]
+            if a.ndim != 2 or b.ndim != 2 or not len(a) or len(a) != b.shape[1]:
+                raise CheckpointError(f"{adapter.origin}: lora_A and lora_B of {quoted(module)} do not match")
+            change.scale = _scale(adapter, module, len(a))
     return {module: change for module, change in changes.items() if not module.startswith(_POOLER)}
 
 
@@ -247,7 +253,7 @@ def _array(name: str, tensor: StoredTensor, origin: str) -> Array:
     return tensor.astype(np.float64)
 
 
-def _scale(adapter: Adapter, module: str, a: Array) -> float:
+def _scale(adapter: Adapter, module: str, rank: int) -> float:
     """alpha / r, or alpha / √r of rsLoRA."""
     alpha, patterns = adapter.config.get("lora_alpha"), adapter.config.get("alpha_pattern") or {}
     for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
@@ -259,8 +265,7 @@ def _scale(adapter: Adapter, module: str, a: Array) -> float:
             break
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{adapter.origin} does not give lora_alpha as a number")
-    rank = a.shape[0] if a.ndim else 0
-    return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank) if rank else 0.0
+    return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
 def _changed(tensor: StoredTensor, kind: str, columns: slice, change: _Change) -> StoredTensor:

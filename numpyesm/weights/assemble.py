@@ -7,6 +7,7 @@ Both store matrices as (out_features, in_features).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,9 @@ class _Assembler:
         self.origin = origin
         self.used: set[str] = set()
         self.storage = _common_storage(
-            {
-                name: tensor
-                for name, tensor in model.tensors.items()
-                if not name.startswith(_ALWAYS_FLOAT32) and not name.endswith(model.naming.ignored)
-            }
+            tensor
+            for name, tensor in model.tensors.items()
+            if not name.startswith(_ALWAYS_FLOAT32) and not name.endswith(model.naming.ignored)
         )
 
     def assemble(self) -> dict[str, StoredTensor]:
@@ -220,9 +219,9 @@ class _Assembler:
                 )
 
 
-def _common_storage(tensors: Tensors) -> str:
+def _common_storage(tensors: Iterable[StoredTensor]) -> str:
     """The dtype that all matrices of floats share; float32 if they do not."""
-    found = {t.dtype for t in tensors.values() if len(t.shape) == 2 and t.dtype in STORAGE_DTYPES}
+    found = {t.dtype for t in tensors if len(t.shape) == 2 and t.dtype in STORAGE_DTYPES}
     (dtype,) = found if len(found) == 1 else ("F32",)
     return dtype if dtype in FLOAT_DTYPES.values() else "F32"
 

@@ -32,7 +32,12 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "numpyesm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numpyesm"
+    return user_cache() / "numpyesm"
+
+
+def user_cache() -> Path:
+    """Where the programs of this user keep their caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def is_hub_id(spec: str) -> bool:
@@ -45,16 +50,6 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
-def cached(name: str, *, revision: str | None = None, dtype: str = "fp32") -> Path | None:
-    """The canonical file that an earlier `fetch` left in the cache; never a network call."""
-    model = RemoteModel.named(name, revision)
-    commit = model.cached_commit()
-    if commit is None:
-        return None
-    path = model.cache_path(commit, dtype)
-    return path if path.is_file() else None
-
-
 @dataclass(frozen=True)
 class RemoteModel:
     """A repository at a revision, and where its conversions are kept."""
@@ -64,7 +59,8 @@ class RemoteModel:
     revision: str | None
 
     @classmethod
-    def named(cls, name: str, revision: str | None) -> RemoteModel:
+    def named(cls, name: str, revision: str | None = None) -> RemoteModel:
+        """The model of a preset name or a Hub id."""
         preset = preset_name(name)
         if preset is not None:
             pinned = PINNED_COMMITS[preset]
@@ -73,6 +69,11 @@ class RemoteModel:
         if not is_hub_id(name):
             raise InvalidOption(f"{name!r} is neither one of {', '.join(PRESETS)} nor a Hub id 'organisation/name'")
         return cls(name, None, revision)
+
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+        return self.preset or self.repository
 
     @property
     def is_pinned(self) -> bool:
@@ -88,6 +89,12 @@ class RemoteModel:
         if self.is_pinned:
             return cache_dir() / f"{self.preset}{suffix}.safetensors"
         return self.folder / f"{commit}{suffix}.safetensors"
+
+    def cached(self, dtype: str = "fp32") -> Path | None:
+        """The canonical file that an earlier `fetch` left in the cache."""
+        commit = self.cached_commit()
+        path = None if commit is None else self.cache_path(commit, dtype)
+        return path if path is not None and path.is_file() else None
 
     def cached_commit(self) -> str | None:
         """The commit that needs no question to the Hub: a full one, or what `main` was when first fetched."""

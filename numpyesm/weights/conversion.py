@@ -18,7 +18,6 @@ from .checkpoint import Checkpoint
 from .hugging_face import files_of
 from .load import Opened, load_checkpoint, open_checkpoint
 from .reading import reading
-from .synthetic import is_synthetic_spec, parse_synthetic, synthetic_checkpoint
 
 
 class Conversion(NamedTuple):
@@ -64,13 +63,8 @@ def convert(
     """
     check_dtype(dtype)
     _check_suffix(output)
-    if isinstance(source, str) and is_synthetic_spec(source):
-        if regression is not None:
-            raise InvalidOption("synthetic weights have a contact head of their own: a regression cannot be given")
-        opened = Opened(synthetic_checkpoint(*parse_synthetic(source)), (), ())
-    else:
-        _announce(Path(source), progress)
-        opened = open_checkpoint(source, regression=regression)
+    _announce(Path(source), progress)
+    opened = open_checkpoint(source, regression=regression)
     if adapter is not None:
         made = merged(opened.checkpoint, read_adapter(adapter), os.fspath(source))
         opened = replace(opened, checkpoint=made, files=(*opened.files, *files_of(adapter)))

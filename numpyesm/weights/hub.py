@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import RemoteModel, cached, is_commit
+from .cache import RemoteModel, is_commit
 from .canonical import check_dtype
 from .conversion import write
-from .hugging_face import WEIGHT_FILES, adapter_file, files_of, weight_map
+from .hugging_face import ADAPTER_FILES, WEIGHT_FILES, adapter_file, files_of, weight_map
 from .load import Opened, open_checkpoint
 from .official import check_download, hub_folder, is_whole, snapshot_folder, ways_out
 
@@ -69,7 +69,7 @@ def fetch(
     """
     check_dtype(dtype)
     model = RemoteModel.named(name, revision)
-    found = cached(name, revision=revision, dtype=dtype)
+    found = model.cached(dtype)
     if found is not None and (opened := _opened(found)):  # a damaged file is fetched again
         return found if output is None else write(opened, output, dtype, progress)
     snapshot = _downloaded(model) or _download(model, progress)
@@ -103,8 +103,8 @@ def _download(model: RemoteModel, progress: bool) -> Path:
     """The folder in huggingface-hub's cache, after its own download."""
     if is_offline():
         raise WeightsNotFound(
-            f"{model.preset or model.repository} is not in the cache, and NUMPYESM_OFFLINE or HF_HUB_OFFLINE forbids "
-            "to download it; " + ways_out(model.preset or model.repository)
+            f"{model.name} is not in the cache, and NUMPYESM_OFFLINE or HF_HUB_OFFLINE forbids downloading it; "
+            + ways_out(model.name)
         )
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -136,16 +136,15 @@ def _download(model: RemoteModel, progress: bool) -> Path:
 def _wanted(model: RemoteModel, names: list[str]) -> list[str]:
     """What is needed of the files in a repository; the weights, or the index of their shards, come last."""
     weights = next((name for name in WEIGHT_FILES if name in names), None)
-    adapter = [name for name in names if name == "adapter_config.json"]
-    alone = [name for name in names if name in ("adapter_model.safetensors", "adapter_model.bin")]
-    if adapter and alone and weights is None:
-        return [*(name for name in ("config.json",) if name in names), *adapter, max(alone)]
-    if adapter and weights is None:
-        raise CheckpointError(f"{model.repository} is a PEFT adapter without adapter_model.safetensors")
-    if weights is None or "config.json" not in names:
+    beside = [name for name in ("config.json", "adapter_config.json") if name in names]
+    if weights is None and "adapter_config.json" in beside:
+        weights = next((name for name in ADAPTER_FILES if name in names), None)
+        if weights is None:
+            raise CheckpointError(f"{model.repository} is a PEFT adapter without {ADAPTER_FILES[0]}")
+    elif weights is None or "config.json" not in beside:
         missing = "config.json" if weights else " or ".join(WEIGHT_FILES[::2])
         raise CheckpointError(f"{model.repository} on the Hub has no {missing}")
-    return ["config.json", *adapter, weights]
+    return [*beside, weights]
 
 
 def _verify(model: RemoteModel, snapshot: Path) -> None:
@@ -173,7 +172,7 @@ def _network_errors(model: RemoteModel) -> Iterator[None]:
         raise
     except Exception as error:
         kind = type(error).__name__
-        advice = ways_out(model.preset or model.repository)
+        advice = ways_out(model.name)
         if kind in _ABSENT:
             at = f" at revision {model.revision}" if model.revision else ""
             raise WeightsNotFound(f"the Hub has no {model.repository}{at}, or it is private; {advice}") from error

@@ -39,6 +39,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What an ESM-2 model's configuration says. Where a key is absent, transformers' own default counts, which comes first.
 _CONFIG: dict[str, tuple[object, tuple[object, ...]]] = {
     "is_folding_model": (False, (False, None)),
@@ -82,7 +83,7 @@ def adapter_file(folder: Path) -> Path | None:
     """The weights of an adapter that stands alone, its base elsewhere; None if the folder is something else."""
     if not (folder / "adapter_config.json").is_file() or weight_files(folder):
         return None
-    files = (folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin"))
+    files = (folder / name for name in ADAPTER_FILES)
     return next((file for file in files if file.is_file()), None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, WeightsNotFound
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
-from .hugging_face import weight_files
+from .hugging_face import ADAPTER_FILES, weight_files
 from .integrity import verify_at_load, verify_data, verify_files
 from .official import source_name
 from .reading import reading
@@ -28,7 +28,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[^/]*|.*-contact-regression\.pt"
 )
-_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 # How files begin that people hand in by mistake.
 _SIGNATURES = (
@@ -82,15 +81,16 @@ def load_checkpoint(path: str | os.PathLike[str], *, regression: str | os.PathLi
         If the checkpoint holds more than the model (a head of another kind, say), which is left out; if one of fair-esm
         has no contact regression; if there is an adapter beside the weights, which is not applied.
     """
-    if isinstance(path, str) and is_synthetic_spec(path):
-        return synthetic_checkpoint(*parse_synthetic(path))
     return open_checkpoint(path, regression=regression, verify=verify_at_load()).checkpoint
 
 
 def open_checkpoint(
     path: str | os.PathLike[str], *, regression: str | os.PathLike[str] | None = None, verify: bool = True
 ) -> Opened:
-    """Load a checkpoint from a path, and say which files were read; verify the checksums in and beside them."""
+    """Do as `load_checkpoint`, and say which files were read; verify the checksums in and beside them."""
+    if isinstance(path, str) and is_synthetic_spec(path):
+        _refuse_regression(path, regression)
+        return Opened(synthetic_checkpoint(*parse_synthetic(path)), (), ())
     place = Path(path)
     if regression is not None and not Path(regression).is_file():
         raise WeightsNotFound(f"the contact regression {regression} does not exist")
@@ -115,11 +115,6 @@ def open_checkpoint(
     return Opened(checkpoint, (*files, *beside), tuple(files), checksums)
 
 
-def checkpoint_of(content: Any, path: Path) -> Checkpoint:
-    """Return the canonical checkpoint of an object in memory; `path` is the file that errors name."""
-    return _convert(path, [path], [content], None)[0]
-
-
 def find_in_folder(folder: Path) -> Path | None:
     """Return the one file in a folder that can be opened, or the folder itself if it is a Hugging Face one.
 
@@ -135,7 +130,7 @@ def find_in_folder(folder: Path) -> Path | None:
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
     names = [name for name in names if not name.startswith(".") and not _TRAINING_STATE.fullmatch(name)]
-    names = [name for name in names if not _ADAPTER.fullmatch(name)] or names
+    names = [name for name in names if name not in ADAPTER_FILES] or names
     if len(names) > 1:
         listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise CheckpointError(f"{folder} holds several checkpoints ({listed}): name one of them")
@@ -257,7 +252,7 @@ def _without_tensors(content: Any) -> str:
     return f"holds a pickled Python object ({kind}), not a checkpoint; save its state_dict() instead"
 
 
-def _refuse_regression(place: Path, regression: str | os.PathLike[str] | None) -> None:
+def _refuse_regression(place: Path | str, regression: str | os.PathLike[str] | None) -> None:
     if regression is not None:
         raise CheckpointError(
             f"{place} is not a fair-esm checkpoint: the contact regression {regression} does not go with it"

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import cache_dir, cached, is_hub_id
+from .cache import RemoteModel, cache_dir, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
@@ -33,9 +33,7 @@ def open_weights(
     spec: str | os.PathLike[str],
     *,
     allow_download: bool = True,
-    regression: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Checkpoint:
     """Load the weights that `spec` names, wherever they are.
 
@@ -45,30 +43,20 @@ def open_weights(
         A preset name, a Hub id, a path, or `synthetic[:name[:seed]]`.
     allow_download : bool
         Whether to ask the Hub for what is not on this machine.
-    regression : path, optional
-        The contact regression of a fair-esm checkpoint, if it is not beside it.
     adapter : str or path, optional
         A folder of peft or a Hub id, to be merged in.
-    progress : bool
-        Show a progress bar while downloading.
 
     Raises
     ------
     WeightsNotFound, CheckpointError, InvalidOption
         One sentence each; WeightsNotFound says what to do.
     """
-    found = resolve(spec, allow_download=allow_download, progress=progress)
-    place = None if adapter is None else Path(resolve(adapter, allow_download=allow_download, progress=progress))
-    return load_found(spec, found, regression=regression, adapter=place)
+    found = resolve(spec, allow_download=allow_download)
+    place = None if adapter is None else Path(resolve(adapter, allow_download=allow_download))
+    return load_found(spec, found, adapter=place)
 
 
-def load_found(
-    spec: str | os.PathLike[str],
-    found: Path | str,
-    *,
-    regression: str | os.PathLike[str] | None = None,
-    adapter: Path | None = None,
-) -> Checkpoint:
+def load_found(spec: str | os.PathLike[str], found: Path | str, *, adapter: Path | None = None) -> Checkpoint:
     """Load what `resolve(spec)` found, and refuse another model than the one that `spec` names.
 
     An adapter is merged into what is found; one that is found itself, into the base that it names.
@@ -87,30 +75,28 @@ def load_found(
     if adapter is not None:
         from .adapter import merged, read_adapter  # not for canonical files
 
-        return merged(_shared_base(spec, found, regression), read_adapter(adapter), os.fspath(spec))
+        return merged(_shared_base(spec, found), read_adapter(adapter), os.fspath(spec))
     name = preset_name(spec) if isinstance(spec, str) else None
     if isinstance(found, Path):
         check_official(found)
-    checkpoint = load_checkpoint(found, regression=regression)
+    checkpoint = load_checkpoint(found)
     if name is not None:
         _check_model(checkpoint.config, name, found)
     return checkpoint
 
 
-def _shared_base(
-    spec: str | os.PathLike[str], found: Path | str, regression: str | os.PathLike[str] | None
-) -> Checkpoint:
+def _shared_base(spec: str | os.PathLike[str], found: Path | str) -> Checkpoint:
     """Load a base of adapters once for all models of this process that are made from it."""
     times = [file.stat().st_mtime_ns for file in weight_files(found) or [found]] if isinstance(found, Path) else []
-    key = (os.fspath(spec), str(found), None if regression is None else os.fspath(regression), *times)
+    key = (os.fspath(spec), str(found), *times)
     with _lock:
         checkpoint = _bases.get(key)
         if checkpoint is None:
-            checkpoint = _bases[key] = load_found(spec, found, regression=regression)
+            checkpoint = _bases[key] = load_found(spec, found)
     return checkpoint
 
 
-def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progress: bool = True) -> Path | str:
+def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Path | str:
     """Find the weights that `spec` names, downloading them if need be.
 
     Returns
@@ -130,17 +116,17 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, progre
             if metadata := _canonical_metadata(found):  # `load_found` checks the other kinds when it has read them
                 _check_model(ModelConfig.from_json(metadata.get("config", "")), name, found)
             return found
-        if not allow_download:
-            raise WeightsNotFound(f"no weights of {name} were found on this machine; {ways_out(name)}")
-        return _fetch(name, progress=progress)
-    path = Path(spec).expanduser()
-    if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
-        return _existing(path, bare_name=spec)
-    if found := cached(spec) or hub_snapshot(spec):
-        return found
+    else:
+        path = Path(spec).expanduser()
+        if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
+            return _existing(path, bare_name=spec)
+        if found := RemoteModel.named(spec).cached() or hub_snapshot(spec):
+            return found
     if not allow_download:
-        raise WeightsNotFound(f"{spec} is neither a path nor in the cache; {ways_out(spec)}")
-    return _fetch(spec, progress=progress)
+        raise WeightsNotFound(f"no weights of {name or spec} were found on this machine; {ways_out(name or spec)}")
+    from .hub import fetch  # loads every reader
+
+    return fetch(name or spec)
 
 
 def find_local(name: str) -> Path | None:
@@ -214,12 +200,6 @@ def checkout_folders() -> list[Path]:
     """`weights/` beside the package, if this is a source checkout and not an installed package."""
     root = Path(__file__).resolve().parents[2]
     return [root / "weights"] if (root / "pyproject.toml").is_file() else []
-
-
-def _fetch(name: str, *, progress: bool) -> Path:
-    from .hub import fetch  # loads every reader
-
-    return fetch(name, progress=progress)
 
 
 def _existing(path: Path, bare_name: str = "") -> Path:

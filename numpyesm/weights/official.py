@@ -14,7 +14,7 @@ from pathlib import Path
 from ..config import OFFICIAL_NAMES, preset_name
 from ..errors import CheckpointError
 from ..files import file_sha256
-from .cache import PINNED_COMMITS
+from .cache import PINNED_COMMITS, user_cache
 from .hugging_face import adapter_file, files_of, weight_files
 
 _FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
@@ -31,7 +31,7 @@ _PINNED = {  # of model.safetensors at the pinned commit
 def official_files(preset: str) -> Path | None:
     """Return the official checkpoint of a preset, if another program has downloaded it."""
     name = OFFICIAL_NAMES[preset]
-    found = hub_snapshot(f"facebook/{name}", PINNED_COMMITS.get(preset))
+    found = hub_snapshot(f"facebook/{name}", PINNED_COMMITS[preset])
     if found is None and (path := torch_hub_folder() / f"{name}.pt").is_file():
         found = path
     return found
@@ -135,14 +135,10 @@ def hub_folder() -> Path:
     for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if chosen := os.environ.get(variable):
             return Path(os.path.expandvars(chosen)).expanduser() / below
-    return _user_cache() / "huggingface" / "hub"
+    return user_cache() / "huggingface" / "hub"
 
 
 def torch_hub_folder() -> Path:
     """Return where torch.hub keeps checkpoints, as its own variables place it."""
     chosen = os.environ.get("TORCH_HOME")
-    return (Path(chosen).expanduser() if chosen else _user_cache() / "torch") / "hub" / "checkpoints"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (Path(chosen).expanduser() if chosen else user_cache() / "torch") / "hub" / "checkpoints"

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import CheckpointError, NumpyesmError, WeightsNotFound
+from ..files import MappedFile
 
 _MAX_JSON = 64 << 20
+# Of file systems and sandboxes that cannot map files.
+_CANNOT_MAP = {errno.ENODEV, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -37,3 +46,27 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON") from error
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """Map a whole file read-only; read it where files cannot be mapped."""
+    with reading(path), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
+            raise CheckpointError(f"{path} is empty")
+        try:
+            return MappedFile.open(file)
+        except OSError as error:
+            if error.errno not in _CANNOT_MAP:
+                raise
+            return file.read()
+
+
+def view_of(
+    buffer: mmap.mmap | memoryview | bytes, dtype: np.dtype[Any], count: int = -1, start: int = 0
+) -> npt.NDArray[Any]:
+    """The numbers in a read-only buffer: a view, or a read-only copy where a writer has not aligned them."""
+    values = np.frombuffer(buffer, dtype, count, start)
+    if not values.flags.aligned:
+        values = values.copy()
+        values.flags.writeable = False
+    return values

@@ -7,7 +7,6 @@ by files, and the interface that takes bfloat16 changed in version 0.8.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
@@ -21,17 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
-from ..files import MappedFile, atomic_write
+from ..files import atomic_write
 from ..printable import quoted
-from .reading import reading
+from .reading import map_file, view_of
 from .tensor import ALL_DTYPES, StoredTensor
 
 # Parsing a header takes 25 times its size: a long one must go with a large file. That of ESM-2 15B has 150 kB.
 _FREE_HEADER = 256 << 10
 _HEADER_SHARE = 8
 _MAX_DIMENSIONS = 8
-# Of file systems and sandboxes that have no maps.
-_CANNOT_MAP = {errno.ENODEV, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP}
 _ALIGNMENT = 64  # bytes: a cache line, and the widest SIMD load
 
 
@@ -74,19 +71,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTens
 def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Only the metadata, for a look at a file without its tensors."""
     return _open(Path(path))[1].get("__metadata__") or {}
-
-
-def map_file(path: Path) -> mmap.mmap | bytes:
-    """Map a whole file read-only; read it where files cannot be mapped."""
-    with reading(path), open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-            raise CheckpointError(f"{path} is empty")
-        try:
-            return MappedFile.open(file)
-        except OSError as error:
-            if error.errno not in _CANNOT_MAP:
-                raise
-            return file.read()
 
 
 def write_safetensors(
@@ -197,8 +181,4 @@ def _view(mapped: mmap.mmap | bytes, start: int, dtype: np.dtype, shape: tuple[i
     count = math.prod(shape)
     if count == 0:
         return np.empty(tuple(min(extent, 1) for extent in shape), dtype)  # numpy refuses (0, 2**47, 2**47)
-    flat = np.frombuffer(mapped, dtype, count, start)
-    if start % dtype.itemsize:  # other writers do not align
-        flat = flat.copy()
-        flat.flags.writeable = False
-    return flat.reshape(shape)
+    return view_of(mapped, dtype, count, start).reshape(shape)

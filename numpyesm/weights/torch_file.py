@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from ..errors import CheckpointError
 from ..printable import quoted
+from .reading import map_file, view_of
 from .safe_pickle import Inert, Name, builder, read_pickle
-from .safetensors_file import map_file
 from .tensor import ALL_DTYPES, StoredTensor
 from .zip_entries import ZipEntries
 
@@ -184,11 +184,7 @@ class _TorchArchive:
         data = self.entries.read(name)
         if len(data) % ALL_DTYPES[dtype].itemsize:
             raise self.corrupted(f"storage {quoted(key)} has another size than its tensors need")
-        values = np.frombuffer(data, ALL_DTYPES[dtype])
-        if not values.flags.aligned:
-            values = values.copy()
-        values.flags.writeable = False
-        return _Storage(dtype, values)
+        return _Storage(dtype, view_of(data, ALL_DTYPES[dtype]))
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None) -> Any:
         """A tensor as a view into its storage."""

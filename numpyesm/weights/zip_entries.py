@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import MappedFile
 from ..printable import quoted
-from .safetensors_file import map_file
+from .reading import map_file
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHLLLHH")
 _MAX_DEFLATE_RATIO = 1032  # of the format itself: more is a lie

@@ -1,7 +1,7 @@
 """Where the numbers go in the end: Parquet, HDF5, or a folder with one file per record.
 
 Each module has `write(rows, settings, about, path)`, which writes everything to `path`, which nobody reads yet, and
-syncs it; and `metadata(path)`, which returns the metadata of a finished output as JSON, and raises if there are none.
+syncs it; and `metadata(path)`, which returns `about` of a finished output, and raises if it is not one.
 """
 
 from __future__ import annotations

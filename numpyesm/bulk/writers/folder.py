@@ -55,9 +55,9 @@ def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: 
         os.sync()  # once, not a wait for every file
 
 
-def metadata(path: Path) -> str:
+def metadata(path: Path) -> Any:
     """Return the metadata of a finished folder."""
-    return json.dumps(json.loads((path / ABOUT).read_text())[METADATA_KEY])
+    return json.loads((path / ABOUT).read_text())[METADATA_KEY]
 
 
 def is_ours(entry: Path) -> bool:

@@ -65,11 +65,10 @@ def _write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path:
         os.fsync(disk.fileno())
 
 
-def metadata(path: Path) -> str:
+def metadata(path: Path) -> Any:
     """Return the metadata of a finished file."""
     with h5py.File(path, "r") as file:
-        found: str = file.attrs[METADATA_KEY]
-        return found
+        return json.loads(file.attrs[METADATA_KEY])
 
 
 def _places(settings: Settings) -> tuple[Field, list[Field], list[Field]]:

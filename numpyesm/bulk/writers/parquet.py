@@ -52,10 +52,10 @@ def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: 
         os.fsync(file.fileno())
 
 
-def metadata(path: Path) -> bytes:
+def metadata(path: Path) -> Any:
     """Return the metadata of a finished table."""
     found: dict[bytes, bytes] = pa.parquet.read_schema(path).metadata or {}
-    return found[METADATA_KEY.encode()]
+    return json.loads(found[METADATA_KEY.encode()])
 
 
 def _schema(settings: Settings) -> Any:

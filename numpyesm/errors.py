@@ -81,7 +81,7 @@ class CheckpointError(NumpyesmError, ValueError):
 
 
 class WeightsNotFound(NumpyesmError, FileNotFoundError):
-    """No weights where they were looked for; the message names the ways out."""
+    """No weights where they were looked for; the message says what can be done."""
 
     def __str__(self) -> str:  # FileNotFoundError would format (errno, strerror)
         return str(self.args[0]) if self.args else ""

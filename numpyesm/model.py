@@ -109,7 +109,7 @@ class ESM2:
         Raises
         ------
         WeightsNotFound
-            Nothing was found; the message names the ways out.
+            Nothing was found; the message says what can be done.
         CheckpointError
             The file is not an ESM-2 checkpoint, or is damaged.
         InvalidOption

@@ -1,4 +1,4 @@
-"""PEFT adapters: merged as peft merges them; what is no plain LoRA, or for another base, is refused by name."""
+"""PEFT adapters: merged as peft merges them; anything but plain LoRA, or for another base, is refused by name."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "IA3": (lora, {"peft_type": "IA3"}, "an adapter of IA3"),
     "prompt tuning": (lora, {"peft_type": "PROMPT_TUNING"}, "an adapter of prompt tuning"),
     "another kind": (lora, {"peft_type": "VERA"}, "an adapter of VERA"),
-    "PiSSA": (lora, {"init_lora_weights": "pissa_niter_4"}, "started as pissa_niter_4, which changes its base"),
+    "PiSSA": (lora, {"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4, which changes the base"),
     "another preset": (
         lora,
         {"base_model_name_or_path": "facebook/esm2_t12_35M_UR50D"},
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "another width": (
         lambda: {name: np.ones((4, 24) if "lora_A" in name else (24, 4), np.float32) for name in lora()},
         {"base_model_name_or_path": "lab/esm2-of-ours"},
-        r"an adapter for lab/esm2-of-ours, not for .*base\.safetensors: its .* has another size",
+        r"an adapter for lab/esm2-of-ours, not for .*base\.safetensors: its .* has a different size",
     ),
     "more layers": (
         lambda: lora(layers=4),
@@ -199,11 +199,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "an embedding": (
         lambda: {"base_model.model.esm.embeddings.word_embeddings.lora_embedding_A": np.ones((4, 33), np.float32)},
         {},
-        "lora_embedding_A', which is no part of LoRA of a linear map",
+        "lora_embedding_A', which is not part of a LoRA of a linear map",
     ),
-    "NaN": (lambda: {n: a * np.nan for n, a in lora().items()}, {}, "not made of finite floats"),
+    "NaN": (lambda: {n: a * np.nan for n, a in lora().items()}, {}, "whose numbers are not finite floats"),
     "no alpha": (lora, {"lora_alpha": "8"}, "does not give lora_alpha as a number"),
-    "a head of no class": (lambda: lora() | head(), {}, "does not say of which class"),
+    "a head of no class": (lambda: lora() | head(), {}, "does not say which class"),
     "a head in part": (
         lambda: {name: array for name, array in head().items() if "out_proj.bias" not in name},
         {"task_type": "SEQ_CLS"},
@@ -239,7 +239,7 @@ def test_another_base_of_the_same_shape(base: Path, tmp_path: Path) -> None:
     assert open_weights(rounded, adapter=folder).config == SMALL
     write(folder, lora(), "/train/on/another/machine")
     assert open_weights(other, adapter=folder).config == SMALL
-    with pytest.raises(WeightsNotFound, match="is an adapter for /train/on/another/machine, name its base yourself"):
+    with pytest.raises(WeightsNotFound, match="is an adapter for /train/on/another/machine; name the base yourself"):
         open_weights(folder)
 
 

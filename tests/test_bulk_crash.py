@@ -88,7 +88,7 @@ def crash(place: Path, out: Path, at: int, when: str, number: signal.Signals = s
 
 
 def has_read(out: Path) -> bool:
-    """Whether the run has all of its input, so that the next one does not begin anew."""
+    """Whether the run has all of its input, so that the next one does not start over."""
     journal = out.with_name(out.name + ".partial") / "journal.sqlite"
     if not journal.exists():
         return out.exists()

@@ -168,7 +168,7 @@ def test_missing_and_misshapen_tensors(changed: Any) -> None:
 @pytest.mark.parametrize("architectures", [["MeanPooledClassifier"], None])
 def test_an_unknown_head_is_left_out(changed: Any, architectures: list[str] | None) -> None:
     """A matrix called `classifier` may be applied to anything."""
-    with pytest.warns(UserWarning, match="holds more than ESM-2, which is left out: classifier"):
+    with pytest.warns(UserWarning, match="holds more than ESM-2; left out: classifier"):
         model = ESM2.from_pretrained(changed("token", architectures=architectures), backend="numpy")
     assert (model.head, model.labels) == (None, [])
     with pytest.raises(MissingHead, match="no classification head"):

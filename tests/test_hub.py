@@ -228,7 +228,7 @@ def test_official_names(hub, tmp_path, monkeypatch):
 )
 def test_without_a_network(hub, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(WeightsNotFound, match=rf"{message}.*ways out.*dl\.fbaipublicfiles\.com"):
+    with pytest.raises(WeightsNotFound, match=rf"{message}.*what you can do.*dl\.fbaipublicfiles\.com"):
         fetch("esm2-35m")
     assert hub.requests == []
 

@@ -64,8 +64,8 @@ def test_shards(tmp_path: Path, ending: str) -> None:
         ({"more": "model.bin"}, "is incomplete: model.bin, which .* names, is missing"),
         ({"more": content["weight_map"]["lm_head.bias"]}, "'more' is in none of its files"),
         ({"x": "../../etc/passwd"}, "outside its folder"),
-        ({"x": "a\0b"}, "cannot be"),
-        ({"x": "\ud800"}, "cannot be"),
+        ({"x": "a\0b"}, "cannot exist"),
+        ({"x": "\ud800"}, "cannot exist"),
         ({"x": 3}, "not an index of weights"),
     ):
         index.write_text(json.dumps({"weight_map": content["weight_map"] | change}))

@@ -159,7 +159,7 @@ def test_paths_that_do_not_exist_are_named(spec):
 
 
 def test_other_specs():
-    with pytest.raises(WeightsNotFound, match="'esm2-4b' is no known model"):
+    with pytest.raises(WeightsNotFound, match="'esm2-4b' is not a known model"):
         resolve("esm2-4b")
     assert resolve("synthetic") == "synthetic:esm2-35m:0"
     assert open_weights("synthetic:esm2_t6_8M_UR50D:7").source == "synthetic:esm2-8m:7"
@@ -223,7 +223,7 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
     assert resolve("facebook/esm2_t6_8M_UR50D") == pinned
     blob = (pinned / "model.safetensors").resolve()
     blob.write_bytes(official[1][:-4] + b"\0\0\0\0")
-    with pytest.raises(CheckpointError, match="is corrupted: it has another checksum"):
+    with pytest.raises(CheckpointError, match="is corrupted: its checksum is not the one"):
         open_weights("esm2-8m")
     blob.unlink()  # interrupted: the links stand there, or only the configuration
     assert find_local("esm2-8m") is None
@@ -242,7 +242,7 @@ def test_cache_of_torch_hub(tmp_path, monkeypatch, official, variable, below):
     assert find_local("esm2-8m") == folder / "esm2_t6_8M_UR50D.pt"
     mk.expect_same_model(open_weights("esm2-8m"), official[0])
     (folder / "esm2_t12_35M_UR50D.pt").write_bytes(official[2])
-    with pytest.warns(UserWarning, match="another SHA-256 than the published"), pytest.raises(CheckpointError):
+    with pytest.warns(UserWarning, match="does not have the SHA-256 of the published"), pytest.raises(CheckpointError):
         open_weights("esm2-35m")  # an 8M model under that name
     (folder / "esm2_t6_8M_UR50D.pt").write_bytes(official[2].replace(official[2][9000:9004], b"\1\2\3\4", 1))
     with pytest.raises(CheckpointError, match=r"esm2_t6_8M_UR50D\.pt .*corrupted"):

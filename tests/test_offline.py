@@ -151,7 +151,7 @@ def test_verify_compares_every_checksum(run, weights, tmp_path) -> None:
     (tmp_path / SUMS_FILE).write_text(f"{'0' * 64}  w.safetensors\n")
     done = run(*verify)
     assert (done.code, done.out) == (1, b"")
-    assert "its SHA-256 is not the one that stands beside it" in done.err
+    assert "its SHA-256 is not the one stated beside it" in done.err
 
 
 @pytest.mark.parametrize("name", [SUMS_FILE, "w.safetensors.sha256"])
@@ -160,7 +160,7 @@ def test_a_list_of_checksums_that_is_no_file(weights, tmp_path, name, make) -> N
     """Opening a FIFO would wait for ever."""
     path = Path(shutil.copy(weights, tmp_path / "w.safetensors"))
     make(tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name} should list checksums, and is no regular file"):
+    with pytest.raises(CheckpointError, match=f"{name} should list checksums, but is not a regular file"):
         open_checkpoint(path)
 
 
@@ -215,5 +215,5 @@ def test_a_checksum_file_that_says_nothing_is_no_checksum(weights, tmp_path, pla
     """Of this file by its name: that it cannot be read must not pass for a check."""
     path = Path(shutil.copy(weights, tmp_path / "w.safetensors"))
     (tmp_path / place).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{place} states no SHA-256 for w\.safetensors"):
+    with pytest.raises(CheckpointError, match=rf"{place} does not state a SHA-256 for w\.safetensors"):
         open_checkpoint(path)

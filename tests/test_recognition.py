@@ -125,7 +125,7 @@ def test_other_heads_are_left_out_and_named(tmp_path: Path, named: str, capfd: p
     prefix = "model." if named.startswith("model.") else ""
     path = save(tmp_path / "a.ckpt", training(hugging_face(prefix) | HEADS[named], "model_state"))
     expected = ", ".join(f"model_state.{name}" for name in named.split(", "))
-    with pytest.warns(UserWarning, match=rf"a\.ckpt holds more than ESM-2, which is left out: {expected}$"):
+    with pytest.warns(UserWarning, match=rf"a\.ckpt holds more than ESM-2; left out: {expected}$"):
         mk.expect_same_model(load_checkpoint(path), MODEL)
     assert main(["convert", str(path), "-o", str(tmp_path / "c.safetensors")]) == 0
     assert f"left out: {expected}" in capfd.readouterr().err
@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     "SaProt": (hugging_face() | {WORDS: torch.ones(446, 40)}, "SaProt checkpoint.*446 tokens"),
     "padded": (hugging_face() | {WORDS: torch.ones(64, 40)}, "padded to 64 tokens.*NVIDIA"),
     "Transformer Engine": ({"esm.encoder.layers.0.self_attention.layernorm_qkv.weight": torch.ones(2)}, "NVIDIA"),
-    "another vocabulary": (fair_esm() | {"embed_tokens.weight": torch.ones(30, 40)}, "knows 30 tokens"),
+    "another vocabulary": (fair_esm() | {"embed_tokens.weight": torch.ones(30, 40)}, "has 30 tokens"),
     "no embedding": (
         within(within(hugging_face(), "word_e", "e"), "lm_h", "h"),
         r"word_embeddings\.weight' is missing",

@@ -208,7 +208,7 @@ def test_log_prob_is_the_mutants_less_the_wild_types(model: ESM2) -> None:
 
 def test_log_prob_refuses_sums_of_unequal_numbers_of_terms(model: ESM2) -> None:
     """An X of the wild type counts nothing, the amino acid in its place does."""
-    with pytest.raises(InvalidMutation, match="item 1: T31A:X32C: X32C: X is none of the 20 amino acids") as caught:
+    with pytest.raises(InvalidMutation, match="item 1: T31A:X32C: X32C: X is not one of the 20 amino acids") as caught:
         model.score_mutations("MKTX", ["M29A", "T31A:X32C"], "log-prob", offset=29)
     assert caught.value.position == 32
     assert np.isfinite(model.score_mutations("MKTX", ["M1A"], "log-prob")).all()
@@ -325,8 +325,8 @@ NO_MUTATIONS: dict[str, list[Any]] = {
     "expected one such as A42G": ["A", "42", "A42", "p.Ala42Abc"],
     "upper case": ["a42g", "A42g"],
     "stop codon": ["A42*", "A42Ter", "p.Trp42*", "p.Ala42X"],
-    "a deletion has no score": ["A42del", "A42-", "p.Ala42_Val44del"],
-    "an insertion has no score": ["A42_V43insG", "p.Lys2_Met3insGlnSer"],
+    "a deletion cannot be scored": ["A42del", "A42-", "p.Ala42_Val44del"],
+    "an insertion cannot be scored": ["A42_V43insG", "p.Lys2_Met3insGlnSer"],
     "a deletion with insertion": ["p.Cys28delinsTrpVal"],
     "a duplication": ["p.(Val7dup)"],
     "a frame shift": ["p.Arg97ProfsTer23", "NP_000537.3:p.R97fs*23"],
@@ -337,8 +337,8 @@ NO_MUTATIONS: dict[str, list[Any]] = {
     "position 42 is changed twice": ["A42G:A42V", "A42G:A42G", "p.[Ala42Gly;Ala42Val]"],
     "U+0412": ["A42\u0412"],
     "joined by ':'": ["A42G,V50L", "A42G V50L", "A42G/V50L"],
-    "none of the 20 amino acids": ["A42X", "A42J"],
-    "no substitution": ["A42G:", ":A42G", "A４２G", "A99999999999999999999G", "A4.2G"],
+    "is not one of the 20 amino acids": ["A42X", "A42J"],
+    "is not a substitution": ["A42G:", ":A42G", "A４２G", "A99999999999999999999G", "A4.2G"],
     "expected text such as A42G, got": [None, float("nan"), 42],
 }
 
@@ -382,7 +382,7 @@ def test_errors_name_mutation_and_position(model: ESM2) -> None:
     assert str(again) == str(caught.value)
     assert again.position == 7
     for position in (0, 42, -1):
-        with pytest.raises(InvalidMutation, match="outside of the wild type, whose positions are 1 to 41"):
+        with pytest.raises(InvalidMutation, match="outside the wild type, whose positions are 1 to 41"):
             model.score_mutations(WILD_TYPE, [f"A{position}G"])
     assert isinstance(caught.value, NumpyesmError | ValueError)
 

@@ -88,8 +88,8 @@ def test_hgvs(score: Any, loaded: ESM2) -> None:
     code, out, err = score(table, "--mutation-col", "HGVS_pro", "--skip-invalid")
     expected = loaded.score_mutations(WILD_TYPE, ["WT", "WT", "K2K", "M1A:K2R", "T3S"]).tolist()
     assert (code, added(out)[1:]) == (0, [*map(repr, expected), "", ""])
-    assert "line 7: p.Lys2Ter: 'Lys2Ter' is no substitution: a stop codon" in err
-    assert "line 8: p.Thr3fs: 'Thr3fs' is no substitution: a frame shift" in err
+    assert "line 7: p.Lys2Ter: 'Lys2Ter' is not a substitution: a stop codon" in err
+    assert "line 8: p.Thr3fs: 'Thr3fs' is not a substitution: a frame shift" in err
 
 
 @pytest.mark.parametrize("ending", ["xlsx", "parquet"])
@@ -242,7 +242,7 @@ def test_window_of_proteingym(score: Any, loaded: ESM2) -> None:
         (b"variant,score\nM1A,1\n", "has no column 'mutant'; its columns are 'variant', 'score': choose with --mut"),
         (b"mutant,mutant\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
         (b"Mutant,MUTANT\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
-        (b"mutant,variant\n1,M1A\n2,M1C\n", "line 2: 1: '1' is no substitution: expected one such as A42G or p.Al"),
+        (b"mutant,variant\n1,M1A\n2,M1C\n", "line 2: 1: '1' is not a substitution: expected one such as A42G or p.Al"),
         (b"mutant,variant\n1,M1A\n2,M1C\n", "nothing in column 'mutant' is a mutation: choose another with --mut"),
         (b"mutant,x\nM1A,1\nM1C\n", "line 3: 1 fields, but the header has 2 columns"),
         (b"mutant,x\nM1A,1\nM1C,1,2\n", "line 3: 3 fields, but the header has 2 columns"),
@@ -250,10 +250,10 @@ def test_window_of_proteingym(score: Any, loaded: ESM2) -> None:
         (b'mutant,x\nM1A,1\nM1C,"2"3\n', "line 3: ',' expected after '\"'"),
         (b"mutant\nM1A\nA2G\n", "line 3: A2G: the wild type has K at position 2, not A"),
         (b"sep=;\n#c\nmutant;x\nM1A;1\n# M1C;2\nM1D;3\nA1D;3\n", "line 7: A1D: the wild type has M"),
-        (b'x,mutant\n"a\nb",M1A\n1,K2R:M1Z\n', "line 4: K2R:M1Z: M1Z: Z is none of the 20 amino acids"),
-        (b"mutant\nM1A\nW12A\n", "line 3: W12A: position 12 is outside of the wild type, whose positions are 1 to 11"),
+        (b'x,mutant\n"a\nb",M1A\n1,K2R:M1Z\n', "line 4: K2R:M1Z: M1Z: Z is not one of the 20 amino acids"),
+        (b"mutant\nM1A\nW12A\n", "line 3: W12A: position 12 is outside the wild type, whose positions are 1 to 11"),
         (b"mutant,x\nM1A,\n,1\n", "line 3: the mutation is empty"),
-        (b"mutant\nM1A\nM1C;K2R\n", "line 3: M1C;K2R: 'M1C;K2R' is no substitution: several"),
+        (b"mutant\nM1A\nM1C;K2R\n", "line 3: M1C;K2R: 'M1C;K2R' is not a substitution: several"),
         (b"mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQR\n", "line 3: the mutated_sequence has 10 residues, the wild type"),
         (b"mutant,mutated_sequence\nM1A,CKTAYIAKQRW\n", "line 2: M1A does not turn the wild type into"),
         (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already"),
@@ -283,7 +283,7 @@ def test_tables_that_are_refused(score: Any, table: bytes, said: str) -> None:
         ("two.fasta v.csv", 1, "2 sequences (a, b …), expected one wild type"),
         ("none.fasta v.csv", 1, "there is no file 'none.fasta'"),
         ("MK-T v.csv", 1, "'-' at position 3"),
-        ("MKX v.csv --method log-prob", 1, "v.csv, line 3: X3A: X is none of the 20 amino acids"),
+        ("MKX v.csv --method log-prob", 1, "v.csv, line 3: X3A: X is not one of the 20 amino acids"),
         ("MKX v.csv -o v.csv", 2, "is the input itself"),
         ("MKX v.csv --mutation-col x", 1, "no column 'x'; its columns are 'mutant': choose with --mutation"),
         ("MKX v.csv --measured-col x", 1, "no column 'x'; its columns are 'mutant': choose with --measured"),

@@ -131,7 +131,7 @@ def embed_fasta(
     overwrite : bool
         Replace an output that is there already.
     restart : bool
-        Forget what an interrupted run left.
+        Discard what an interrupted run left.
     progress : Progress, optional
         Receives the state of the run.
 
@@ -231,7 +231,7 @@ class _Run:
         """Return the summary of the finished run if it is this one; else raise BulkError."""
         path = self.output.path
         if not about:
-            # --overwrite would not replace a folder of others.
+            # --overwrite does not replace a folder that we did not make.
             way_out = "choose another output" if path.is_dir() else "--overwrite replaces it"
             raise BulkError(f"{path} exists and was not made by numpyesm embed; {way_out}")
         if other := difference(self.about, about):
@@ -285,7 +285,7 @@ class _Run:
             yield item
 
     def _read(self, journal: Journal) -> None:
-        """Take in the input, all of it or nothing."""
+        """Read the input into the journal, all of it or nothing."""
         reader = self._reader()
         for item in self._items(reader):
             self._check_strict(item)
@@ -302,7 +302,7 @@ class _Run:
         if other := difference(self.about, journal.about):
             raise BulkError(
                 f"{self.folder} holds an interrupted run of another kind ({other}): repeat that command, "
-                "or begin anew with --restart"
+                "or start over with --restart"
             )
         reader = self._reader()
         differing = None
@@ -311,13 +311,13 @@ class _Run:
                 differing = differing or (item or record).position
         if reader.fingerprint() != journal.fingerprint:
             raise BulkError(
-                f"{self.folder} holds an interrupted run of another input: the input has changed since. "
-                "Begin anew with --restart"
+                f"{self.folder} holds an interrupted run on another input: the input has changed since. "
+                "Start over with --restart"
             )
         reader.notes.warn()
         if differing is not None:
             raise BulkError(
-                f"{journal.path} is damaged: record {differing} differs from the input. Begin anew with --restart"
+                f"{journal.path} is damaged: record {differing} differs from the input. Start over with --restart"
             )
         for item in journal.records(rejected=True):
             self._check_strict(item)
@@ -356,7 +356,7 @@ class _Run:
             journal.rollback()
             raise BulkError(
                 f"{changed[0]} was overwritten during the run: what was computed before is kept in {self.folder}. "
-                "Restore the weights and repeat the command, or begin anew with --restart"
+                "Restore the weights and repeat the command, or start over with --restart"
             )
         journal.commit()
 

@@ -94,7 +94,7 @@ class Journal:
 
     @property
     def fingerprint(self) -> str | None:
-        """What tells the input from others; None until all of it has been read."""
+        """Identifies the input; None until all of it has been read."""
         found: str | None = self._value("SELECT value FROM about WHERE key = 'input'")
         return found
 
@@ -103,7 +103,7 @@ class Journal:
         return self._sums("")
 
     def done(self) -> Totals:
-        """The part of it that is computed."""
+        """The part of that which is computed."""
         return self._sums("JOIN done USING (number)")
 
     def _sums(self, join: str) -> Totals:
@@ -211,7 +211,7 @@ class Journal:
             yield row
 
     def _damaged(self, what: str) -> BulkError:
-        return BulkError(f"{self.path} is damaged: {what} do not have their checksum. Begin anew with --restart")
+        return BulkError(f"{self.path} is damaged: {what} do not have their checksum. Start over with --restart")
 
     def close(self) -> None:
         """Close the file; what was not committed is lost."""
@@ -228,4 +228,4 @@ def readable_error(error: sqlite3.Error, folder: Path) -> Exception:
     text = str(error)
     if "disk is full" in text or "disk I/O" in text:
         return WriteError(errno.ENOSPC, text, str(folder / FILE))
-    return BulkError(f"{folder / FILE} cannot be used ({text}). Begin anew with --restart")
+    return BulkError(f"{folder / FILE} cannot be used ({text}). Start over with --restart")

@@ -1,4 +1,4 @@
-"""The output of a run and its list of rejected records: what is there, and how it is replaced."""
+"""The output of a run and its list of rejected records: what exists, and how it is replaced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Output:
     Raises
     ------
     InvalidOption
-        It cannot be an output, or is there already and of another kind.
+        It cannot be an output, or exists and is of another kind.
     """
 
     def __init__(self, output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
@@ -86,8 +86,8 @@ class Output:
             return
         others = [entry.name for entry in self.path.iterdir() if not is_ours(entry)]
         if others or not self.about:
-            what = f"holds other files ({others[0]})" if others else "is not of numpyesm embed"
-            raise BulkError(f"{self.path} {what}: it is not replaced, also with --overwrite. Remove it yourself")
+            what = f"holds other files ({others[0]})" if others else "was not made by numpyesm embed"
+            raise BulkError(f"{self.path} {what}: --overwrite does not replace it, remove it yourself")
 
     def replace(self, made: Path, folder: Path) -> None:
         """Put `made` in place of what is there; `folder` is on the same file system and takes what was there."""

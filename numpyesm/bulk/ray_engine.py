@@ -121,7 +121,7 @@ class _Worker:
         """Number and packed outputs of each sequence, or the message of an error."""
         try:
             return list(self._settings.encode(self._passes, batch, self._budget))
-        except NumpyesmError as error:  # an exception would come out in many wrappings
+        except NumpyesmError as error:  # Ray would wrap an exception many times
             return str(error)
 
 
@@ -166,7 +166,7 @@ def check_ray(address: str | None, workers: int | None) -> Any:
     """Return the ray module, if it is there and what is asked for can be had."""
     if address is not None and address.startswith("ray://"):
         raise InvalidOption(
-            f"address={address!r}: this engine does not run through a Ray client. Run this command on a "
+            f"address={address!r}: this engine cannot run through a Ray client. Run this command on a "
             "machine of the cluster with --address auto, or by `ray job submit`"
         )
     if address is not None and (match := re.fullmatch(r"(.+):(\d{1,5})", address)):

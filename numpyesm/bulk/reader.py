@@ -84,7 +84,7 @@ class Reader:
                     known = None if reason else digest
                     yield Item(self.records, id, description, len(sequence), known, reason, sequence)
         if not self.records:
-            raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences in it")
+            raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences found")
 
     def _reason(self, sequence: str) -> str | None:
         """Return why a record cannot be embedded, or None."""
@@ -93,7 +93,7 @@ class Reader:
         except InvalidSequence as error:
             return error.reason
         size = self._settings.num_bytes(len(sequence))
-        return f"its outputs take {size / 1e9:.2f} GB, a record can have 1 GB" if size > MOST_BYTES else None
+        return f"its outputs take {size / 1e9:.2f} GB, a record may have at most 1 GB" if size > MOST_BYTES else None
 
     def fingerprint(self) -> str:
         """Identify the input by its headers and sequences, once all records have been read."""

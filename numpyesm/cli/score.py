@@ -149,7 +149,7 @@ def _from_sequence(wild_type: str, sequence: str, offset: int) -> tuple[Substitu
     if len(sequence) != len(wild_type):
         raise InvalidMutation(
             f"the {_SEQUENCE} has {len(sequence)} residues, the wild type {len(wild_type)}: "
-            "insertions and deletions have no score, substitutions only"
+            "insertions and deletions cannot be scored, only substitutions can"
         )
     pairs = enumerate(zip(wild_type, sequence, strict=True), start=offset)
     text = ":".join(f"{wild}{position}{letter}" for position, (wild, letter) in pairs if wild != letter)

@@ -21,20 +21,21 @@ _THREE_LETTER_NAMES = (
 )
 _ONE_LETTER = dict(zip(_THREE_LETTER_NAMES.split(), "ARNDCQEGHILKMFPSTWYVBZUOX", strict=True))
 
-# Why a text is no substitution, judged by what it looks like; the first match counts.
+_UNSCORED = "cannot be scored, only substitutions can"
+# Why a text is not a substitution, judged by what it looks like; the first match counts.
 _LOOKS_LIKE = (
     (re.compile(r"^[cgmnor]\.|>"), "a change of DNA or RNA; give the protein's, such as p.Ala42Gly"),
-    (re.compile(r"[0-9]\w*fs|frame", re.IGNORECASE), "a frame shift has no score, substitutions only"),
-    (re.compile(r"ext(Ter|[-*?0-9])", re.IGNORECASE), "an extension has no score, substitutions only"),
-    (re.compile(r"del.*ins|indel", re.IGNORECASE), "a deletion with insertion has no score, substitutions only"),
-    (re.compile(r"del|-$|^[Δ∆]", re.IGNORECASE), "a deletion has no score, substitutions only"),
-    (re.compile(r"ins", re.IGNORECASE), "an insertion has no score, substitutions only"),
-    (re.compile(r"dup", re.IGNORECASE), "a duplication has no score, substitutions only"),
-    (re.compile(r"\*|[0-9](Ter|Stop)|^Ter[0-9]", re.IGNORECASE), "a stop codon has no score"),
-    (re.compile(r"^[A-Z][a-z]{2}[0-9]+X$"), "X, a stop codon in older HGVS, has no score"),
-    (re.compile(r"\?$|^\(?0\)?$"), "what becomes of the protein is not known"),
-    (re.compile(r"[]^]|\(;\)"), "one protein is expected, and these are several alleles or possibilities"),
-    (re.compile(r"[A-Za-z]-?[0-9]+[A-Za-z]+\s*[,;/+_&| ]"), "several substitutions are joined by ':', as A42G:V50L"),
+    (re.compile(r"[0-9]\w*fs|frame", re.IGNORECASE), f"a frame shift {_UNSCORED}"),
+    (re.compile(r"ext(Ter|[-*?0-9])", re.IGNORECASE), f"an extension {_UNSCORED}"),
+    (re.compile(r"del.*ins|indel", re.IGNORECASE), f"a deletion with insertion {_UNSCORED}"),
+    (re.compile(r"del|-$|^[Δ∆]", re.IGNORECASE), f"a deletion {_UNSCORED}"),
+    (re.compile(r"ins", re.IGNORECASE), f"an insertion {_UNSCORED}"),
+    (re.compile(r"dup", re.IGNORECASE), f"a duplication {_UNSCORED}"),
+    (re.compile(r"\*|[0-9](Ter|Stop)|^Ter[0-9]", re.IGNORECASE), "a stop codon cannot be scored"),
+    (re.compile(r"^[A-Z][a-z]{2}[0-9]+X$"), "X, a stop codon in older HGVS, cannot be scored"),
+    (re.compile(r"\?$|^\(?0\)?$"), "the effect on the protein is not known"),
+    (re.compile(r"[]^]|\(;\)"), "expected one protein, not several alleles or possibilities"),
+    (re.compile(r"[A-Za-z]-?[0-9]+[A-Za-z]+\s*[,;/+_&| ]"), "several substitutions are joined by ':', as in A42G:V50L"),
     (re.compile(r"^[a-z]-?[0-9]+[a-zA-Z]$|^[A-Z]-?[0-9]+[a-z]$"), "write it in upper case"),
 )
 
@@ -71,7 +72,7 @@ def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitutio
     Raises
     ------
     InvalidMutation
-        It cannot be read (stop codons, insertions, deletions and frame shifts are named), it names a letter that is no
+        It cannot be read (stop codons, insertions, deletions and frame shifts are named), one of its letters is not an
         amino acid, or it changes one position twice.
     """
     if not isinstance(mutation, str):
@@ -85,9 +86,9 @@ def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitutio
     for part in _parts(text):
         substitution = _substitution(part)
         if substitution is None:
-            raise InvalidMutation(f"{part[:40]!r} is no substitution: {_meant(part)}", item=item, mutation=text)
+            raise InvalidMutation(f"{part[:40]!r} is not a substitution: {_meant(part)}", item=item, mutation=text)
         if substitution.mutant not in AMINO_ACIDS:
-            problem = f"{substitution}: {substitution.mutant} is none of the 20 amino acids"
+            problem = f"{substitution}: {substitution.mutant} is not one of the 20 amino acids"
         elif any(substitution.position == other.position for other in found):
             problem = f"position {substitution.position} is changed twice"
         else:
@@ -116,7 +117,7 @@ def _without_brackets(part: str) -> str:
 
 
 def _meant(part: str) -> str:
-    """Say why a part is no substitution."""
+    """Say why a part is not a substitution."""
     for pattern, hint in _LOOKS_LIKE:
         if pattern.search(part):
             return hint
@@ -187,7 +188,7 @@ def fit_mutant(
         index = position - offset
         if not 0 <= index < len(wild_type):
             problem = (
-                f"position {position} is outside of the wild type, whose positions are "
+                f"position {position} is outside the wild type, whose positions are "
                 f"{offset} to {offset + len(wild_type) - 1} with offset {offset}"
             )
         elif wild_type[index] != wild:
@@ -218,8 +219,8 @@ def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = 
     for one in mutant:
         if one.wild not in AMINO_ACIDS:
             raise InvalidMutation(
-                f"{one}: {one.wild} is none of the 20 amino acids, which alone count in 'log-prob': with {one.mutant} "
-                "the mutant's sum has a term that the wild type's has not; choose another method",
+                f"{one}: {one.wild} is not one of the 20 amino acids, and only these count in 'log-prob': with "
+                f"{one.mutant} the mutant's sum has one term more than the wild type's; choose another method",
                 item=item,
                 mutation=":".join(map(str, mutant)),
                 position=one.position,
@@ -227,7 +228,7 @@ def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = 
 
 
 def _offset_hint(wild_type: str, mutants: Sequence[Sequence[Substitution]]) -> str:
-    """Name in brackets the only offset with which all mutations fit; empty if there is none, or several."""
+    """Name in brackets the only offset at which all mutations fit; empty if there is none, or several."""
     letters = {position: wild for mutant in mutants for wild, position, _ in mutant}
     if len(letters) < 3:  # a letter or two fit somewhere by chance
         return ""

@@ -46,18 +46,18 @@ _VARIANTS = {
     "target_parameters": "LoRA of bare parameters",
     "trainable_token_indices": "LoRA with trained tokens",
 }
-# Ways to begin that change the base as well, unless peft converted the adapter when it was saved.
+# Initialisations that change the base as well, unless peft converted the adapter on saving.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TASKS = {"SEQ_CLS": "EsmForSequenceClassification", "TOKEN_CLS": "EsmForTokenClassification"}
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
-# What peft puts into names: around everything, around a bias that it trained, around a module that it trained whole.
+# What peft adds to names: around everything, around a bias that it trained, around a module that it trained whole.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save(\.default)?(?=\.|$)")
 _POOLER = "pooler."
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder of peft holds."""
+    """The content of an adapter folder."""
 
     origin: str  # the folder
     base: str  # what its configuration names, perhaps nothing
@@ -67,7 +67,7 @@ class Adapter:
 
 @dataclass
 class _Change:
-    """What becomes of one linear map or norm of the base; arrays are as peft has them, matrices (out, in)."""
+    """What an adapter does to one linear map or norm of its base; arrays are as peft has them, matrices (out, in)."""
 
     low_rank: dict[str, Array] = field(default_factory=dict)  # "A" (r, in), "B" (out, r), "bias" (out,)
     whole: dict[str, Array] = field(default_factory=dict)  # "weight", "bias"
@@ -98,30 +98,30 @@ class _Change:
 
 
 def base_of(folder: Path) -> str:
-    """What an adapter names as its base."""
+    """The base that an adapter names."""
     base = _stated_base(read_config(folder / "adapter_config.json"))
     if not base:
-        raise CheckpointError(f"{folder} is an adapter that does not name its base: name both (adapter=…)")
+        raise CheckpointError(f"{folder} is an adapter that does not name its base: give both (adapter=…)")
     return base
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read a folder of peft.
+    """Read a folder that peft wrote.
 
     Raises
     ------
     CheckpointError
-        It is none, or of a kind that is not merged here, which the message names.
+        If it holds no adapter, or one of a kind that cannot be merged; the message names the kind.
     """
     file = adapter_file(folder)
     if file is None:
-        raise CheckpointError(f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
+        raise CheckpointError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors")
     config = read_config(folder / "adapter_config.json")
     kind = str(config.get("peft_type"))
     refused = None if kind == "LORA" else _KINDS.get(kind, kind[:40])
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        refused = f"LoRA started as {start[:40]}, which changes its base"
+        refused = f"LoRA initialised by {start[:40]}, which changes the base"
     refused = next((name for key, name in _VARIANTS.items() if config.get(key)), refused)
     if refused:
         raise CheckpointError(f"{folder} is an adapter of {refused}; numpyesm merges LoRA and rsLoRA")
@@ -182,7 +182,7 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
             *rows, columns = tensors[target].shape
             share = columns // parts
             if not change.fits(kind, (*rows, share)):
-                raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has another size")
+                raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has a different size")
             tensors[target] = _changed(tensors[target], kind, slice(part * share, (part + 1) * share), change)
     source = f"{checkpoint.source} + {Path(adapter.origin).name}"
     return replace(
@@ -224,7 +224,7 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
             change.low_rank["bias" if low[3] == "bias" else low[2]] = array
         elif "lora_" in name or not name.endswith((".weight", ".bias")):
             raise CheckpointError(
-                f"{adapter.origin} has tensor {quoted(name)}, which is no part of LoRA of a linear map"
+                f"{adapter.origin} has tensor {quoted(name)}, which is not part of a LoRA of a linear map"
             )
         else:
             module, _, kind = name.rpartition(".")
@@ -249,7 +249,7 @@ def _module(name: str) -> str:
 
 def _array(name: str, tensor: StoredTensor, origin: str) -> Array:
     if tensor.dtype not in STORAGE_DTYPES or not is_finite(tensor):
-        raise CheckpointError(f"{origin} has tensor {quoted(name)} that is not made of finite floats")
+        raise CheckpointError(f"{origin} has tensor {quoted(name)} whose numbers are not finite floats")
     return tensor.astype(np.float64)
 
 
@@ -302,7 +302,7 @@ def _classifier(
     config = {key: config.get(key) for key in ("id2label", "problem_type")} | {"architectures": [architecture]}
     ours = classifier_of(Model(NAMING, found, ()), config, adapter.origin)
     if ours is None:
-        raise CheckpointError(f"{adapter.origin} brings a classifier, and does not say of which class of transformers")
+        raise CheckpointError(f"{adapter.origin} has a classifier, but does not say which class of transformers it is")
     if theirs is not None and theirs.head == ours.head and len(theirs.labels) == len(ours.labels):
         ours = replace(
             theirs,

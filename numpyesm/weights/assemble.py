@@ -42,8 +42,8 @@ def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConf
     heads = num_heads or _deduced_heads(model, len(layers), width)
     if heads is None:
         raise CheckpointError(
-            f"{origin} does not say how many attention heads it has, and {len(layers)} layers of width {width} "
-            "is no published ESM-2 model"
+            f"{origin} does not say how many attention heads it has, and no published ESM-2 model has {len(layers)} "
+            f"layers of width {width}"
         )
     try:
         return ModelConfig(len(layers), width, heads, ffn)
@@ -78,7 +78,7 @@ def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Che
     Raises
     ------
     CheckpointError
-        If one is missing, has another shape, is no float or not finite; or if the trunk has parts that ESM-2 lacks.
+        If one is missing, misshapen, not a float or not finite, or the trunk has parts that ESM-2 lacks.
     """
     assembler = _Assembler(model, config, origin)
     tensors = assembler.assemble()
@@ -88,7 +88,7 @@ def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Che
 
 
 class _Assembler:
-    """Takes tensors out of a checkpoint one by one, checks them, and knows at the end which it did not take."""
+    """Takes tensors from a checkpoint one by one, checks them, and remembers which it has taken."""
 
     def __init__(self, model: Model, config: ModelConfig, origin: str) -> None:
         self.tensors = model.tensors
@@ -139,7 +139,7 @@ class _Assembler:
             return joined
 
         joined = DeferredTensor(shape, storage, join, sources)
-        joined.release()  # every number has been looked at
+        joined.release()  # every number has been checked
         return bias | {f"{ours}.weight": joined}
 
     def embedding_name(self) -> str:

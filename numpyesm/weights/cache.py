@@ -1,4 +1,4 @@
-"""Where fetched models are kept, and under which names. Nothing here asks the network."""
+"""Where fetched models are kept, and under which names. Nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class RemoteModel:
         return path if path is not None and path.is_file() else None
 
     def cached_commit(self) -> str | None:
-        """The commit that needs no question to the Hub: a full one, or what `main` was when first fetched."""
+        """The commit, if it is known without asking the Hub: a full hash, or what `main` was when first fetched."""
         if self.revision is not None:
             return self.revision if is_commit(self.revision) else None
         with suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
-"""What a model's matrices take in on natural sequences, as low precision needs to know it.
+"""The inputs of a model's matrices on natural sequences, which low precision needs to know.
 
-The inputs of a layer's matrices have channels with a large mean. Rounded as they are, they lose in bf16 what is left
-without the mean, and rounding a weight that meets a constant input shifts every result the same way. Both are undone
-by the means: see `rounding.py` and `kernels/compiled/packing.py`.
+The inputs of a layer's matrices have channels with a large mean. Rounding them to bf16 as they are loses what remains
+once the mean is subtracted, and rounding a weight that meets a constant input shifts every result the same way. The
+means undo both: see `rounding.py` and `kernels/compiled/packing.py`.
 """
 
 from __future__ import annotations

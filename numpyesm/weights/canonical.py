@@ -125,9 +125,9 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
             if scale is None:
                 raise CheckpointError(f"tensor {name + _SCALE!r} is missing")
             if scale.shape == tensor.shape[1:]:
-                raise CheckpointError("int8 with one scale a column was less exact: convert the original again")
+                raise CheckpointError("int8 with one scale per column is no longer read: convert the original again")
             if scale.shape != (groups_of(tensor.shape[0]), tensor.shape[1]):
-                raise CheckpointError(f"tensor {name + _SCALE!r} has a wrong shape")
+                raise CheckpointError(f"tensor {name + _SCALE!r} has the wrong shape")
             joined[name] = replace(tensor, scale=scale.raw)
     return joined
 

@@ -169,7 +169,7 @@ class Checkpoint:
         Raises
         ------
         InvalidOption
-            If there are not so many.
+            If the model does not have that many.
         """
         layers = self.config.num_layers
         if not 1 <= count <= layers:

@@ -50,11 +50,11 @@ def convert(
     regression : path, optional
         The contact regression of a fair-esm checkpoint, if it is not beside it.
     layers : int, optional
-        Write only so many, the first, without the heads: a smaller and faster file of the same embeddings.
+        Keep only this many of the first layers, without the heads: a smaller, faster file with the same embeddings.
     adapter : Path, optional
         A folder of peft, to be merged in.
     progress : bool
-        Say on stderr what is done and how long is left, if it takes longer than a second.
+        Show a progress bar on stderr, if it takes longer than a second.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def write(opened: Opened, output: str | os.PathLike[str], dtype: str, progress: 
 def _progress_bar(path: Path, show: bool) -> Iterator[Callable[[int, int], None]]:
     """What `save_canonical` calls as it writes: shows a bar after a second, a line every ten seconds in a log.
 
-    Layers take equally long, but what is written before the first of them takes no time: it is no measure of the rest.
+    Layers take equally long. What is written before them takes no time, and would spoil the estimate.
     """
     from tqdm import tqdm  # comes with huggingface-hub
 

@@ -68,7 +68,7 @@ def stated_shape(content: Any, origin: str) -> dict[str, Any]:
     """What `cfg["model"]` says of `num_layers`, `embed_dim` and `num_heads`; None where it says nothing."""
     arguments = _get(_get(content, "cfg"), "model")
     if _get(arguments, "token_dropout") is False:
-        raise CheckpointError(f"{origin} was trained without token dropout, which is no ESM-2 model")
+        raise CheckpointError(f"{origin} was trained without token dropout, so it is not an ESM-2 model")
     return {ours: _get(arguments, theirs) for ours, theirs in _FIELDS.items()}
 
 

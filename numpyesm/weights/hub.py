@@ -26,7 +26,7 @@ _ABSENT = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundErr
 
 
 def is_offline() -> bool:
-    """Whether the user forbids network calls; what is not clearly a no (`y`, `2`) forbids them."""
+    """Whether the user forbids network calls; anything that is not clearly a no (`y`, `2`) does."""
     names = ("NUMPYESM_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off", "n") for name in names)
 
@@ -39,7 +39,7 @@ def fetch(
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Download a model from the Hugging Face Hub and convert it; at once if it is there already.
+    """Download a model from the Hugging Face Hub and convert it, unless that was done before.
 
     Parameters
     ----------
@@ -63,9 +63,9 @@ def fetch(
     Raises
     ------
     WeightsNotFound
-        If the Hub cannot be reached or has no such model; the message names the ways out.
+        If the Hub cannot be reached or has no such model; the message says what can be done.
     CheckpointError
-        If what was downloaded has a wrong checksum or is not an ESM-2 model.
+        If what was downloaded has the wrong checksum or is not an ESM-2 model.
     """
     check_dtype(dtype)
     model = RemoteModel.named(name, revision)
@@ -162,9 +162,9 @@ def _verify(model: RemoteModel, snapshot: Path) -> None:
 
 @contextmanager
 def _network_errors(model: RemoteModel) -> Iterator[None]:
-    """Any failure of the Hub or of the way to it, as one sentence.
+    """Turn any failure of the Hub, or of the connection to it, into one sentence.
 
-    What huggingface-hub raises depends on its version and on its HTTP library (requests, httpx): all is caught.
+    What huggingface-hub raises depends on its version and its HTTP library (requests, httpx), so everything is caught.
     """
     try:
         yield

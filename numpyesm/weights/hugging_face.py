@@ -105,7 +105,7 @@ def weight_map(index: Path) -> dict[str, str]:
         if Path(file).name != file or "\\" in file or file in ("", ".", ".."):  # a name, not a way out of the folder
             raise CheckpointError(f"{index} names a file outside its folder")
         if not file.isprintable():  # a null byte or half a character: no system has such a file
-            raise CheckpointError(f"{index} names the file {file!r}, which cannot be")
+            raise CheckpointError(f"{index} names the file {file!r}, which cannot exist")
     return mapping
 
 
@@ -187,7 +187,7 @@ def _labels(config: dict[str, Any], outputs: int, origin: str) -> tuple[str, ...
     by_number = {int(key): str(label) for key, label in stated.items()}
     if sorted(by_number) != list(range(outputs)):
         raise CheckpointError(
-            f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json numbers "
+            f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json names "
             f"{len(stated)} labels ({', '.join(sorted(stated)[:4])}{', …' if len(stated) > 4 else ''})"
         )
     return tuple(by_number[index] for index in range(outputs))

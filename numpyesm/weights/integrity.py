@@ -1,4 +1,4 @@
-"""Checksums that a weights file states of itself, and those that stand beside it.
+"""Checksums in a weights file, and in the files beside it.
 
 They are verified when weights are converted or fetched and by `numpyesm verify`; when they are loaded only with
 NUMPYESM_VERIFY=1, because hashing takes longer than mapping a file.
@@ -58,7 +58,7 @@ def verify_files(files: Iterable[Path]) -> int:
         with reading(file):
             found = file_sha256(file)
         if found != stated:
-            raise CheckpointError(f"{file} is corrupted: its SHA-256 is not the one that stands beside it")
+            raise CheckpointError(f"{file} is corrupted: its SHA-256 is not the one stated beside it")
         verified += 1
     return verified
 
@@ -105,18 +105,18 @@ def stated_sha256(path: Path) -> str | None:
         if not found and sums.name != SUMS_FILE:
             found = [digest for digest, _ in lines]
             if len(found) != 1:
-                raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
+                raise CheckpointError(f"{sums} does not state a SHA-256 for {path.name}")
         if found:
             digest = found[0].lower()
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-                raise CheckpointError(f"{sums} states no SHA-256 for {path.name}")
+                raise CheckpointError(f"{sums} does not state a SHA-256 for {path.name}")
             return digest
     return None
 
 
 def _read_sums(path: Path) -> str:
     if not path.is_file():  # opening a FIFO would wait for a writer
-        raise CheckpointError(f"{path} should list checksums, and is no regular file")
+        raise CheckpointError(f"{path} should list checksums, but is not a regular file")
     with reading(path), open(path, encoding="utf-8-sig", errors="replace") as file:
         return file.read(_MAX_SUMS)
 

@@ -159,7 +159,7 @@ def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
 
         if is_torch_zip(head) or is_legacy_torch(head):
             return read_torch(path), {}
-        raise CheckpointError(f"{path} is no checkpoint: {_describe(head, path)}")
+        raise CheckpointError(f"{path} is not a checkpoint: {_describe(head, path)}")
     except CheckpointError as error:
         if path.name.endswith(_UNFINISHED) or path.with_name(path.name + ".aria2").exists():
             raise CheckpointError(f"{path} is an unfinished download: let it finish, or start it again") from error
@@ -209,7 +209,7 @@ def _convert(
             "the model cannot predict contacts"
         )
     if model.left_out:
-        _note(f"{place.name} holds more than ESM-2, which is left out: {_listed(model.left_out)}")
+        _note(f"{place.name} holds more than ESM-2; left out: {_listed(model.left_out)}")
     if (folder / "adapter_config.json").is_file():
         _note(f"{folder / 'adapter_config.json'} is beside the weights: its adapter is not applied")
     return checkpoint, beside
@@ -272,7 +272,7 @@ def _describe(head: bytes, path: Path) -> str:
         if head.startswith(signature):
             return f"it is {description}"
     if path.suffix == ".safetensors":
-        return "it is no safetensors file, or a damaged one"
+        return "it is not a safetensors file, or is damaged"
     if head[:1] == b"\x80":
         return "it is a Python pickle, not a file that torch.save wrote"
     if all(byte >= 32 or byte in b"\t\n\r" for byte in head) and b"\x7f" not in head:

@@ -2,7 +2,7 @@
 
 A published model is looked for in NUMPYESM_WEIGHTS, then `weights/` (of the current folder, then of a source checkout),
 then our cache, then the caches of huggingface-hub and torch.hub, then on the Hub. What the user named is used or is an
-error, never passed over. Synthetic weights are not taken for a published model, even if their file bears its name.
+error, never passed over. Synthetic weights are not taken for a published model, even if their file has its name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def open_weights(
     Raises
     ------
     WeightsNotFound, CheckpointError, InvalidOption
-        One sentence each; WeightsNotFound says what to do.
+        One sentence each; WeightsNotFound says what can be done.
     """
     found = resolve(spec, allow_download=allow_download)
     place = None if adapter is None else Path(resolve(adapter, allow_download=allow_download))
@@ -63,14 +63,14 @@ def load_found(spec: str | os.PathLike[str], found: Path | str, *, adapter: Path
     """
     if isinstance(found, Path) and adapter_file(found) is not None:
         if adapter is not None:
-            raise InvalidOption(f"{found} is an adapter, on which {adapter} cannot be put: name a base")
+            raise InvalidOption(f"{found} is itself an adapter, into which {adapter} cannot be merged: name a base")
         from .adapter import base_of
 
         base = base_of(found)
         try:
             place = resolve(base)
         except WeightsNotFound as error:
-            raise WeightsNotFound(f"{found} is an adapter for {base}, name its base yourself: {error}") from error
+            raise WeightsNotFound(f"{found} is an adapter for {base}; name the base yourself: {error}") from error
         return load_found(base, place, adapter=found)
     if adapter is not None:
         from .adapter import merged, read_adapter  # not for canonical files
@@ -140,7 +140,7 @@ def find_local(name: str) -> Path | None:
     Raises
     ------
     WeightsNotFound, CheckpointError, InvalidOption
-        If this is no published model, or NUMPYESM_WEIGHTS names nothing that can be used: it is never passed over.
+        If this is not a published model, or NUMPYESM_WEIGHTS names nothing usable (it is never passed over).
     """
     preset = preset_name(name)
     if preset is None:
@@ -156,7 +156,7 @@ def find_local(name: str) -> Path | None:
 def _chosen(value: str, preset: str) -> Path:
     """Return what NUMPYESM_WEIGHTS names: a file, the folder of a model, or one of several models."""
     if not value:
-        raise InvalidOption(f"{_VARIABLE} is set but empty: let it name a file or a folder, or unset it")
+        raise InvalidOption(f"{_VARIABLE} is set but empty: set it to a file or a folder, or unset it")
     path = Path(value).expanduser()
     if not path.exists():
         raise WeightsNotFound(f"{_VARIABLE} points to {path}, which does not exist")
@@ -207,7 +207,7 @@ def _existing(path: Path, bare_name: str = "") -> Path:
         return path
     if bare_name and "/" not in bare_name and "\\" not in bare_name and not bare_name.endswith(WEIGHT_SUFFIXES):
         raise WeightsNotFound(
-            f"{bare_name!r} is no known model ({', '.join(PRESETS)}, synthetic), no Hub id and no file or folder"
+            f"{bare_name!r} is not a known model ({', '.join(PRESETS)}, synthetic), a Hub id, a file or a folder"
         )
     raise WeightsNotFound(f"{path} does not exist")
 

@@ -89,15 +89,15 @@ def check_official(place: Path) -> None:
     Warns
     -----
     UserWarning
-        If a file of torch.hub is not the published one, though it bears its name.
+        If a file of torch.hub is not the published one, though it has its name.
     """
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
-        warnings.warn(f"{place} has another SHA-256 than the published file of this name", stacklevel=4)
+        warnings.warn(f"{place} does not have the SHA-256 of the published file of this name", stacklevel=4)
     for file in files_of(place):
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:
-            raise CheckpointError(f"{file} is corrupted: it has another checksum than its name in the cache states")
+            raise CheckpointError(f"{file} is corrupted: its checksum is not the one that names it in the cache")
 
 
 def check_download(snapshot: Path) -> None:
@@ -106,7 +106,7 @@ def check_download(snapshot: Path) -> None:
     for preset, digest in _PINNED.items():
         pinned = snapshot_folder(f"facebook/{OFFICIAL_NAMES[preset]}", PINNED_COMMITS[preset])
         if snapshot == pinned and [file_sha256(file) for file in weight_files(snapshot)] != [digest]:
-            raise CheckpointError(f"{snapshot} holds other weights than the published {preset}")
+            raise CheckpointError(f"{snapshot} does not hold the published weights of {preset}")
 
 
 def ways_out(name: str = "esm2-35m") -> str:
@@ -127,7 +127,7 @@ def ways_out(name: str = "esm2-35m") -> str:
         f"to try things out on random weights, ask for 'synthetic{f':{preset}' if preset else ''}' by name "
         "(its numbers mean nothing)"
     )
-    return "ways out: " + "; ".join(ways)
+    return "what you can do: " + "; ".join(ways)
 
 
 def hub_folder() -> Path:

@@ -130,7 +130,7 @@ class Model:
         return {name for name in self.tensors if name.startswith(CLASSIFIER)}
 
     def without_classifier(self) -> Model:
-        """The same with such a head left out."""
+        """The same model without such a head."""
         kept = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(CLASSIFIER)}
         return Model(self.naming, kept, (*self.left_out, *([self.classifier_name] if self.head_names else [])))
 
@@ -262,7 +262,7 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
         if rows in _OTHER_VOCABULARIES:
             return f"is {_OTHER_VOCABULARIES[rows]} and numpyesm runs ESM-2 of {VOCAB_SIZE} tokens only"
         if rows is not None:
-            return f"is not an ESM-2 checkpoint: it knows {rows} tokens, ESM-2 has {VOCAB_SIZE}"
+            return f"is not an ESM-2 checkpoint: it has {rows} tokens, ESM-2 has {VOCAB_SIZE}"
         return f"is incomplete: tensor {quoted(trunk[1] + trunk[0].embedding)} is missing"
     if not tensors:
         return "holds no named tensors"

@@ -50,8 +50,8 @@ def rounded_layers(
     Yields
     ------
     dict of str to StoredTensor
-        The tensors of one layer that the checkpoint lacks or has otherwise. Synthetic weights are rounded to nearest:
-        there is nothing to learn from what goes through them.
+        The tensors of one layer that the checkpoint lacks or has in another form. Synthetic weights are rounded to
+        nearest: there is nothing to learn from what goes through them.
     """
     rounds = needs_rounding(checkpoint, precision)
     learns = rounds or (with_means and not checkpoint.has_input_means)
@@ -78,7 +78,7 @@ def rounded_layers(
                 stored = _with_feedback(exact, inputs - mean)
             else:
                 stored = StoredTensor(exact).stored_as(PRECISION_DTYPES[precision])
-            # What rounding does to the mean input; of the differences, as the two products would cancel.
+            # What rounding does to the mean input, from the differences: two products would cancel.
             corrected = checkpoint.array(bias) + mean @ (exact - stored.astype(np.float32))
             changed |= {weight: stored, bias: StoredTensor(corrected.astype(np.float32))}
             checkpoint.tensors[weight].release()
@@ -151,7 +151,7 @@ def _feedback(inputs: Array) -> Array:
     products: Array = inputs.T @ inputs
     products /= len(inputs)
     diagonal = np.einsum("ii->i", products)
-    # So strong a damping keeps the corrections from fitting a few thousand tokens.
+    # Damping as strong as this keeps the corrections from overfitting a few thousand tokens.
     diagonal += max(diagonal.mean(), np.finfo(np.float32).tiny)
     factor: Array = np.linalg.cholesky(products)
     factor /= np.einsum("ii->i", factor).copy()

@@ -1,6 +1,6 @@
 """Safetensors files: opened and validated by the library of that name, mapped and written here.
 
-The library gives copies of tensors and none of bfloat16 to NumPy; here they are views of the mapped file. Its writer
+The library copies tensors and has no bfloat16 for NumPy; here they are views of the mapped file. Its writer
 is not used: the order of metadata differs from run to run, a file is readable by its owner only, devices are replaced
 by files, and the interface that takes bfloat16 changed in version 0.8.
 """
@@ -49,7 +49,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTens
     Raises
     ------
     CheckpointError
-        If the file is truncated, corrupted, no safetensors file, or holds numbers of a kind that NumPy lacks.
+        If the file is truncated, corrupted or not a safetensors file, or holds numbers of a kind that NumPy lacks.
     """
     path = Path(path)
     mapped, header, start = _open(path)
@@ -153,9 +153,9 @@ def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:
     size = len(mapped)
     length = int.from_bytes(mapped[:8], "little")
     if size < 8 or length > size - 8:
-        raise CheckpointError(f"{path} is no safetensors file, or truncated: its header is longer than the file")
+        raise CheckpointError(f"{path} is not a safetensors file, or is truncated: its header is longer than the file")
     if length > max(_FREE_HEADER, size // _HEADER_SHARE):
-        raise CheckpointError(f"{path} is no intact safetensors file: its header of {length} bytes is too long")
+        raise CheckpointError(f"{path} is not an intact safetensors file: its header of {length} bytes is too long")
     try:
         if isinstance(mapped, bytes):
             deserialize(mapped)  # type: ignore[no-untyped-call]
@@ -165,15 +165,15 @@ def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:
         header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_without_duplicates)
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).removeprefix("Error while deserializing").removeprefix(" header").lstrip(": ")[:200]
-        raise CheckpointError(f"{path} is damaged, truncated or no safetensors file: {reason}") from error
+        raise CheckpointError(f"{path} is damaged, truncated or not a safetensors file: {reason}") from error
     return mapped, header, 8 + length
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # JSON lets a name stand twice, the library takes the last, and other readers the first.
+    # JSON allows a name twice; the library takes the last, other readers the first.
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("a name appears twice in its header")
     return mapping
 
 

@@ -49,10 +49,10 @@ class ZipEntries:
         except (zipfile.BadZipFile, ValueError, OSError, LookupError, struct.error, NotImplementedError) as error:
             raise CheckpointError(f"{path} is truncated or corrupted: its zip directory cannot be read") from error
         if len(infos) > _MAX_ENTRIES:
-            raise CheckpointError(f"{path} has {len(infos)} zip entries, which is no checkpoint")
+            raise CheckpointError(f"{path} has {len(infos)} zip entries, too many for a checkpoint")
         self._infos = {info.filename: info for info in infos}
         if len(self._infos) != len(infos):
-            raise CheckpointError(f"{path} is corrupted: a zip entry stands twice in it")
+            raise CheckpointError(f"{path} is corrupted: a zip entry appears twice")
         self._read: dict[str, memoryview] = {}
         self._unread = len(self._map)
         self._inflatable = _FREE_ROOM + _MAX_TOTAL_RATIO * len(self._map)
@@ -86,7 +86,7 @@ class ZipEntries:
         if info.compress_type == zipfile.ZIP_DEFLATED:
             data = self._inflate(name, data, info.file_size)
         elif info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path} has zip entry {quoted(name)} packed with an unusual method")
+            raise CheckpointError(f"{self.path} has zip entry {quoted(name)} packed by an unusual method")
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
             raise CheckpointError(f"{self.path} is corrupted: zip entry {quoted(name)} has a wrong checksum")
         if isinstance(self._map, MappedFile):  # else reading the checksums would leave the whole file in memory

@@ -18,6 +18,7 @@ from ..errors import BulkError, InvalidOption, InvalidSequence
 from ..files import WriteError, overwritten_files
 from ..model import ESM2
 from ..options import Outputs, one_of
+from ..printable import in_words
 from ..streaming.batches import DEFAULT_OVERLAP, LongSequences
 from ..streaming.packing import check_budget, token_budget
 from .journal import FILE, Journal, Totals, readable_error
@@ -217,10 +218,8 @@ class _Run:
         except (sqlite3.Error, OSError) as error:
             told = readable_error(error, self.folder) if isinstance(error, sqlite3.Error) else error
             if isinstance(told, OSError) and told.errno in _FULL:
-                if not isinstance(told, WriteError):
-                    told = WriteError(told.errno, told.strerror, str(self.folder))
                 kept = "what is done is kept" if (self.folder / FILE).exists() else "nothing is done yet"
-                told = OSError(f"{told}: {kept}, and the same command resumes once there is space")
+                told = OSError(f"{in_words(told)}: {kept}, and the same command resumes once there is space")
             if told is error:
                 raise
             raise told from error

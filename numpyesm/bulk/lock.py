@@ -13,7 +13,7 @@ from ..extras import require
 from .journal import FILE as JOURNAL
 
 LOCK = "lock"
-# Runs that end may remove the folder between any two steps of one that begins.
+# A run that ends may remove the folder between any two steps of a run that begins.
 _ATTEMPTS = 1000
 
 

@@ -38,7 +38,7 @@ class Output:
         self.form = output_format(os.fspath(output))
         self.writer = writer_of(self.form)
         path = Path(output)
-        if path.name in ("", ".."):  # "." and the like: a folder all the same, by its name
+        if path.name in ("", ".."):  # "." and the like are folders as well: find their name
             path = Path(os.path.abspath(path))
             if not path.name:
                 raise InvalidOption(f"output {os.fspath(output)!r}: expected a file or a folder of its own")

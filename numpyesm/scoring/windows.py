@@ -25,6 +25,7 @@ class Window:
     Attributes
     ----------
     size : int
+        At most the length of the protein, unless it counts tokens.
     of_tokens : bool
         False: `size` residues, with `<cls>` in front and `<eos>` behind. True: `size` tokens of the framed protein, as
         ProteinGym cuts them, so that a window inside of a long protein has neither.
@@ -41,7 +42,7 @@ class Window:
         if self.of_tokens:
             start, stop = optimal_window(index + 1, len(ids) + 2, self.size)
             return frame(ids)[start:stop], index + 1 - start
-        start, stop = window_around(index, len(ids), min(self.size, len(ids)))
+        start, stop = window_around(index, len(ids), self.size)
         return frame(ids[start:stop]), index + 1 - start
 
 

@@ -22,7 +22,7 @@ _MOST_RESIDUES_OF_CONTACTS = 16384
 
 
 class Pending(NamedTuple):
-    """A sequence of a batch; one that is `done` is there for the sake of the others, see `Journal.batches`."""
+    """A sequence of a batch; one that is `done` only keeps the batch as it was, see `Journal.batches`."""
 
     number: int
     sequence: str

@@ -1,4 +1,4 @@
-"""LoRA adapters of peft, merged into their base: only the matrices that they change are computed.
+"""LoRA adapters of peft, merged into their base. Only the matrices that they change are computed.
 
 A module `m` with weight W (out, in) becomes W + s·B·A with A (r, in), B (out, r) and s = alpha / r or, for rsLoRA,
 alpha / √r. Modules that were trained whole (`modules_to_save`, biases) replace those of the base.
@@ -147,7 +147,7 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
     Raises
     ------
     CheckpointError
-        The adapter is for another base, touches what ESM-2 lacks, or is damaged.
+        The adapter is for another base, changes something that ESM-2 lacks, or is damaged.
     """
     base = name or checkpoint.source
     _check_base(checkpoint, adapter, base)
@@ -196,7 +196,7 @@ def _check_base(checkpoint: Checkpoint, adapter: Adapter, base: str) -> None:
         raise _another_base(adapter, base)
     if preset is None and adapter.base and Path(adapter.base).exists() and not same_file(adapter.base, base):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about heads that are not looked at
+            warnings.simplefilter("ignore")  # about heads, which do not matter here
             theirs = load_checkpoint(Path(adapter.base))
         if theirs.config != checkpoint.config or not _same_numbers(theirs, checkpoint):
             raise _another_base(adapter, base)
@@ -269,7 +269,7 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
 
 
 def _changed(tensor: StoredTensor, kind: str, columns: slice, change: _Change) -> StoredTensor:
-    """A tensor of the base with a change; a matrix is made when its numbers are asked for."""
+    """A tensor of the base with a change; a matrix is computed when its numbers are needed."""
 
     def build() -> Array:
         values = np.array(tensor.astype(np.float64))

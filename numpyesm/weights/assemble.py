@@ -73,7 +73,7 @@ def _matrix_shape(tensors: Tensors, name: str, origin: str) -> tuple[int, int]:
 
 
 def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Checkpoint:
-    """Convert all tensors of a model to the canonical layout; matrices of layers when they are used.
+    """Convert all tensors of a model to the canonical layout; the layers' matrices are converted when they are used.
 
     Raises
     ------
@@ -148,7 +148,7 @@ class _Assembler:
         return decoder if name not in self.tensors and decoder in self.tensors else name
 
     def untied_decoder(self, embedding: npt.NDArray[Any]) -> dict[str, StoredTensor]:
-        """The LM head's last matrix (D, V), if fine-tuning made it differ from the embedding that it is in ESM-2."""
+        """The LM head's last matrix (D, V), if fine-tuning untied it from the embedding."""
         if self.naming.decoder not in self.tensors:
             return {}
         decoder = self.array(self.naming.decoder, embedding.shape)
@@ -157,7 +157,7 @@ class _Assembler:
         return {DECODER: StoredTensor(np.ascontiguousarray(decoder.T), self.storage)}
 
     def lm_bias(self) -> StoredTensor:
-        """The LM head's bias, which some writers store a second time or only as that of the decoder."""
+        """The LM head's bias, which some writers store twice, or only as the decoder's."""
         again = "lm_head.decoder.bias"
         names = [name for name in (LM_BIAS, again) if name in self.tensors] or [LM_BIAS]
         first, *others = (self.array(name, (VOCAB_SIZE,), "F32") for name in names)

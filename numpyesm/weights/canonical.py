@@ -67,7 +67,7 @@ def save_canonical(
 
 
 def check_dtype(dtype: str) -> None:
-    """InvalidOption unless a file can hold its matrices so."""
+    """Raise InvalidOption unless a file can store its matrices in this dtype."""
     if dtype not in PRECISION_DTYPES:
         raise InvalidOption(f"dtype is {dtype!r}, expected one of {', '.join(PRECISION_DTYPES)}")
 

@@ -156,7 +156,7 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that training set: all but frequencies and mean inputs."""
+        """Number of trained parameters: all but frequencies and mean inputs."""
         return sum(
             int(np.prod(tensor.shape))
             for name, tensor in self.tensors.items()
@@ -183,7 +183,7 @@ class Checkpoint:
         return replace(self, config=config, tensors=kept)
 
     def array(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
-        """Return one tensor as `dtype`: a view of the file if it is stored so."""
+        """Return one tensor as `dtype`: a view of the file if it is stored that way."""
         return self.tensors[name].astype(dtype)
 
     def vocabulary(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:

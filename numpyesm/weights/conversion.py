@@ -131,7 +131,7 @@ def _with_provenance(opened: Opened, dtype: str) -> Checkpoint:
 
 
 def _announce(source: Path, show: bool) -> None:
-    """Say that a large file is being read and checked, which takes half a minute and more from a disk."""
+    """Say that a large file is being read and checked, which can take half a minute or more."""
     size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.glob("*")) if file.is_file())
     if show and size > 1 << 30:
         sys.stderr.write(f"numpyesm: reading and checking {source} ({size / 1e9:.1f} GB) ...\n")

@@ -169,7 +169,7 @@ def classifier_of(model: Model, config: dict[str, Any], origin: str) -> Classifi
         raise CheckpointError(f"{origin} has tensor {quoted(last)} of shape {outputs}, expected a matrix")
     labels = _labels(config, outputs[0], origin)
     problem = config.get("problem_type")
-    if problem is None:  # as transformers takes it when it trains
+    if problem is None:  # as transformers does in training
         problem = PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]
     try:
         return Classifier(head, labels, problem)

@@ -11,12 +11,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-import numpy as np
-
 from ..errors import CheckpointError, InvalidOption
 from ..files import file_sha256
 from .checkpoint import Checkpoint
 from .reading import reading
+from .tensor import bytes_of
 
 SUMS_FILE = "SHA256SUMS"
 _VARIABLE = "NUMPYESM_VERIFY"
@@ -88,7 +87,7 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         for array in (tensor.raw, tensor.scale):
             if array is not None:
-                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                digest.update(bytes_of(array))
     return digest.hexdigest()
 
 

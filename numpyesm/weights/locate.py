@@ -24,7 +24,7 @@ from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 
 _VARIABLE = "NUMPYESM_WEIGHTS"
-# Bases of adapters that some model uses.
+# Bases of adapters, while some model uses them.
 _bases: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
 _lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Round a model's matrices to bf16 or int8 so that its results move as little as possible.
+"""Round a model's matrices to bf16 or int8 so that its results change as little as possible.
 
 Weights are rounded to int8 one input channel after the other, and each makes up for the errors of those before it, as
 the correlation of their inputs on natural sequences allows (GPTQ, Frantar et al. 2022, in the form of LDLQ, Chee et al.

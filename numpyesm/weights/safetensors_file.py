@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..files import atomic_write
 from ..printable import quoted
 from .reading import map_file, view_of
-from .tensor import ALL_DTYPES, StoredTensor
+from .tensor import ALL_DTYPES, StoredTensor, bytes_of
 
 # Parsing a header takes 25 times its size: a long one must go with a large file. That of ESM-2 15B has 150 kB.
 _FREE_HEADER = 256 << 10
@@ -125,7 +125,7 @@ def write_safetensors(
     with atomic_write(path) as file:
         file.write(header(written))
         for tensor in tensors.values():
-            content = tensor_bytes(tensor).data
+            content = bytes_of(tensor.raw)
             digest.update(content)
             file.write(content)
             tensor.release()
@@ -137,12 +137,6 @@ def write_safetensors(
             file.seek(0)
             file.write(header(written))
     return written
-
-
-def tensor_bytes(tensor: StoredTensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a tensor as they stand in a file; a view where it is contiguous."""
-    raw = np.ascontiguousarray(tensor.raw, dtype=ALL_DTYPES[tensor.dtype])
-    return raw.reshape(-1).view(np.uint8)
 
 
 def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:

@@ -72,7 +72,7 @@ class StoredTensor:
         release_pages(self.arrays)
 
     def astype(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.floating]:
-        """Return the numbers as `dtype`, without a copy if they are stored so."""
+        """Return the numbers as `dtype`, without a copy if they are stored that way."""
         values = widen_bfloat16(self.raw) if self.dtype == "BF16" else self.raw
         if self.scale is not None:
             values = values * row_scales(self.scale, len(values))
@@ -139,6 +139,11 @@ class DeferredTensor(StoredTensor):
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
         return [array for source in self._sources for array in source.arrays]
+
+
+def bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    """Return the bytes of an array's numbers, row by row; a view where they are contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

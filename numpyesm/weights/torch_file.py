@@ -82,12 +82,12 @@ class _TorchTensor(StoredTensor):
 
 
 def is_torch_zip(head: bytes) -> bool:
-    """Whether a file that begins so is a zip archive, as `torch.save` writes."""
+    """Whether a file that begins like this is a zip archive, as `torch.save` writes."""
     return head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def is_legacy_torch(head: bytes) -> bool:
-    """Whether a file that begins so was written by torch before 1.6, or in its format."""
+    """Whether a file that begins like this was written by torch before 1.6, or in its format."""
     return head[2 : 2 + len(_LEGACY_MAGIC)] == _LEGACY_MAGIC or head[257:262] == b"ustar"
 
 

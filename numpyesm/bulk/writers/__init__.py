@@ -13,7 +13,7 @@ from ...errors import InvalidOption
 from ...extras import require
 
 ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
-# Files of embeddings in HDF5 hold one row per residue by custom; a table holds vectors.
+# By convention, HDF5 files of embeddings hold one row per residue; tables hold vectors.
 DEFAULT_INCLUDE = {"parquet": ("mean", "bos"), "hdf5": ("mean", "per_token"), "folder": ("mean",)}
 
 

@@ -31,9 +31,6 @@ ENCODE_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO-"
 PREDICT_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO"
 MASK_TOKEN = "<mask>"
 
-# The longest allowed prefix of a text.
-_ENCODE_BEGINNING = re.compile(f"[{ENCODE_LETTERS}]*")
-_PREDICT_BEGINNING = re.compile(f"(?:[{PREDICT_LETTERS}]+|{MASK_TOKEN})*")
 _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
 # Letters as bytes to token ids; `<mask>` is written as one byte for it.
 _MASK_BYTE = "\0"
@@ -77,7 +74,7 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
         raise InvalidSequence(f"the sequence is empty; 1 to {MAX_RESIDUES} residues are allowed", item=item)
     if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # too long even if all were masks: not worth parsing
         raise InvalidSequence(f"{len(sequence)} characters, at most {MAX_RESIDUES} residues are allowed", item=item)
-    check_letters(sequence, masks=masks, item=item)
+    check_letters(sequence, besides=MASK_TOKEN if masks else "-", item=item)
     ids = residue_ids(sequence)
     if len(ids) > MAX_RESIDUES:
         raise InvalidSequence(f"{len(ids)} residues, at most {MAX_RESIDUES} are allowed", item=item)
@@ -86,16 +83,20 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
     return frame(ids)
 
 
-def check_letters(sequence: str, *, masks: bool = False, item: int | None = None) -> None:
-    """Raise InvalidSequence at the first letter that `encode`, or with `masks` `predict`, does not take; any length."""
-    end = (_PREDICT_BEGINNING if masks else _ENCODE_BEGINNING).match(sequence).end()  # type: ignore[union-attr]
+def check_letters(sequence: str, *, besides: str = "-", item: int | None = None) -> None:
+    """Raise InvalidSequence at the first letter that is not allowed, in a sequence of any length.
+
+    `besides` is allowed with `PREDICT_LETTERS`: `-` in `encode`, `<mask>` in `predict`, nothing ("") in a wild type.
+    """
+    end = re.match(f"(?:[{PREDICT_LETTERS}]+|{besides})*", sequence).end()  # type: ignore[union-attr]
     if end == len(sequence):
         return
     character = MASK_TOKEN if sequence.startswith(MASK_TOKEN, end) else sequence[end]
     position = end - sequence.count(MASK_TOKEN, 0, end) * (len(MASK_TOKEN) - 1) + 1
     raise InvalidSequence(
-        f"{character!r} at position {position} is not allowed{letter_hint(sequence[end : end + 6], masks=masks)}; "
-        f"expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO or {'<mask>' if masks else '-'}",
+        f"{character!r} at position {position} is not allowed"
+        f"{letter_hint(sequence[end : end + 6], masks=besides == MASK_TOKEN)}; "
+        f"expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO{besides and f' or {besides}'}",
         item=item,
         position=position,
         character=character,

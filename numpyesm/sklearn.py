@@ -16,7 +16,7 @@ from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
-from .options import Outputs, check_layers, one_of, require_classifier, whole_number
+from .options import Outputs, check_layers, number_within, one_of, require_classifier, whole_number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -66,8 +66,7 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, X: Sequences) -> list[str]:
         """Check the parameters; return the sequences, all of them checked before hours are spent on the first."""
-        if (whole_number(self.batch_size) or 0) < 1:
-            raise InvalidOption(f"batch_size={self.batch_size!r}: expected a whole number from 1")
+        number_within("batch_size", self.batch_size, 1)
         sequences = as_sequences(X)
         tokenize(sequences)
         return sequences

@@ -293,7 +293,7 @@ def test_what_is_not_ours_is_refused(model: ESM2, tmp_path: Path, monkeypatch: p
     for name, overwrite, said in (
         ("o.parquet", False, r"o\.parquet\.partial was not made by numpyesm embed, which needs that name"),
         ("full", False, "exists and was not made by numpyesm embed; choose another"),
-        ("full", True, "Remove it yourself"),
+        ("full", True, "remove it yourself"),
         ("mine.h5", False, "exists and was not made by numpyesm embed; --overwrite replaces it"),
         ("ours", True, r"other files \(notes.txt\)"),
     ):

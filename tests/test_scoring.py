@@ -399,7 +399,7 @@ def test_a_wrong_offset_is_recognised(model: ESM2) -> None:
         ("", "empty"),
         ("MK-T", "'-' at position 3"),
         ("MKt", "upper case"),
-        ("MK<mask>", "'<' at position 3"),
+        ("MK<mask>", "'<mask>' at position 3"),
         (7, "int"),
     ],
 )

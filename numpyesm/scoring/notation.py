@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..alphabet import AMINO_ACIDS, PREDICT_LETTERS, letter_hint
+from ..alphabet import AMINO_ACIDS, check_letters, letter_hint
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..given import texts
 from ..options import whole_number
@@ -142,14 +142,11 @@ def check_wild_type(wild_type: object) -> str:
         raise InvalidSequence(f"the wild type: expected a string, got {type(wild_type).__name__}")
     if not wild_type:
         raise InvalidSequence("the wild type is empty")
-    for position, letter in enumerate(wild_type, start=1):
-        if letter not in PREDICT_LETTERS:
-            raise InvalidSequence(
-                f"the wild type: {letter!r} at position {position} is not allowed"
-                f"{letter_hint(wild_type[position - 1 : position + 5])}; expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO",
-                position=position,
-                character=letter,
-            )
+    try:
+        check_letters(wild_type, besides="")
+    except InvalidSequence as error:
+        reason = f"the wild type: {error.reason}"
+        raise InvalidSequence(reason, position=error.position, character=error.character) from None
     return wild_type
 
 

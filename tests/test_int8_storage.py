@@ -63,8 +63,8 @@ def test_bytes_without_their_scale_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight\.scale"):
         load_checkpoint(tmp_path / "b.safetensors")
     ffn = SMALL.ffn_dim  # one scale a column is how int8 was stored before
-    for shape, message in (((3, ffn), "wrong shape"), ((ffn,), "convert the original again")):
+    for shape in ((3, ffn), (ffn,)):
         tensors["layers.0.fc1.weight.scale"] = StoredTensor(np.ones(shape, np.float32))
         write_safetensors(tmp_path / "c.safetensors", tensors, metadata)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match="wrong shape: convert the original again"):
             load_checkpoint(tmp_path / "c.safetensors")

@@ -31,7 +31,7 @@ def small_presets():
 def models(tmp_path_factory, quick_calibration):
     """A real-looking 8M file and a synthetic one."""
     folder = tmp_path_factory.mktemp("models")
-    synthetic = synthetic_checkpoint("esm2-8m")
+    synthetic = synthetic_checkpoint("synthetic:esm2-8m")
     save_canonical(folder / "synthetic.safetensors", synthetic)
     save_canonical(folder / "real.safetensors", replace(synthetic, synthetic=False, source="official"))
     return folder

@@ -128,11 +128,7 @@ class _Worker:
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Drop what Ray's C++ part writes to stderr while it starts: a remark on its log level. Failures are raised."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
+    stderr = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
@@ -154,8 +150,8 @@ def pool_size(cpus: Sequence[int], workers: int | None, threads: int | None) -> 
     if not nodes:
         raise BulkError("the Ray cluster has no CPUs")
     if threads is None:
-        threads = min(nodes) if workers is None else max(1, min(sum(nodes) // workers, min(nodes)))
-        threads = min(threads, _MOST_THREADS_PER_WORKER) if workers is None else threads
+        share = _MOST_THREADS_PER_WORKER if workers is None else max(1, sum(nodes) // workers)
+        threads = min(*nodes, share)
     most = sum(count // threads for count in nodes)
     if most < (workers or 1):
         raise InvalidOption(f"{workers or 1} workers of {threads} threads: the cluster has room for {most}")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .locate import open_weights as open_weights
     from .locate import resolve as resolve
     from .synthetic import parse_synthetic as parse_synthetic
-    from .synthetic import synthetic_checkpoint as synthetic_checkpoint
 
 _HOMES = {
     "cache_dir": "cache",
@@ -33,7 +32,6 @@ _HOMES = {
     "open_weights": "locate",
     "resolve": "locate",
     "parse_synthetic": "synthetic",
-    "synthetic_checkpoint": "synthetic",
 }
 
 

@@ -124,10 +124,8 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
             scale = tensors.get(name + _SCALE)
             if scale is None:
                 raise CheckpointError(f"tensor {name + _SCALE!r} is missing")
-            if scale.shape == tensor.shape[1:]:
-                raise CheckpointError("int8 with one scale per column is no longer read: convert the original again")
             if scale.shape != (groups_of(tensor.shape[0]), tensor.shape[1]):
-                raise CheckpointError(f"tensor {name + _SCALE!r} has the wrong shape")
+                raise CheckpointError(f"tensor {name + _SCALE!r} has the wrong shape: convert the original again")
             joined[name] = replace(tensor, scale=scale.raw)
     return joined
 

@@ -62,7 +62,8 @@ def convert(
         If the source cannot be read, its numbers do not fit the dtype, or the output would replace the source.
     """
     check_dtype(dtype)
-    _check_suffix(output)
+    if Path(output).suffix not in ("", ".safetensors") and not Path(output).is_dir():
+        raise InvalidOption(f"the output {output} must be a .safetensors file or a folder")
     _announce(Path(source), progress)
     opened = open_checkpoint(source, regression=regression)
     if adapter is not None:
@@ -135,9 +136,3 @@ def _announce(source: Path, show: bool) -> None:
     size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.glob("*")) if file.is_file())
     if show and size > 1 << 30:
         sys.stderr.write(f"numpyesm: reading and checking {source} ({size / 1e9:.1f} GB) ...\n")
-
-
-def _check_suffix(output: str | os.PathLike[str]) -> None:
-    path = Path(output)
-    if path.suffix not in ("", ".safetensors") and not path.is_dir():
-        raise InvalidOption(f"the output {path} must be a .safetensors file or a folder")

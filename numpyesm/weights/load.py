@@ -18,7 +18,7 @@ from .integrity import verify_at_load, verify_data, verify_files
 from .official import source_name
 from .reading import reading
 from .safetensors_file import looks_like_safetensors, read_safetensors
-from .synthetic import is_synthetic_spec, parse_synthetic, synthetic_checkpoint
+from .synthetic import is_synthetic_spec, synthetic_checkpoint
 from .tensor import StoredTensor
 
 # The readers of foreign formats are imported where they are used: opening a canonical file stays quick.
@@ -90,7 +90,7 @@ def open_checkpoint(
     """Do as `load_checkpoint`, and say which files were read; verify the checksums in and beside them."""
     if isinstance(path, str) and is_synthetic_spec(path):
         _refuse_regression(path, regression)
-        return Opened(synthetic_checkpoint(*parse_synthetic(path)), (), ())
+        return Opened(synthetic_checkpoint(path), (), ())
     place = Path(path)
     if regression is not None and not Path(regression).is_file():
         raise WeightsNotFound(f"the contact regression {regression} does not exist")

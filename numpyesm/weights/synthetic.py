@@ -52,21 +52,14 @@ def parse_synthetic(spec: str) -> tuple[str, int]:
     return name, int(seed)
 
 
-def synthetic_checkpoint(name: str = "esm2-35m", seed: int = 0) -> Checkpoint:
-    """Make random weights of a published shape.
-
-    Parameters
-    ----------
-    name : str
-        A preset name.
-    seed : int
-        Equal seeds give equal weights.
-    """
+def synthetic_checkpoint(spec: str) -> Checkpoint:
+    """Make the random weights that `synthetic[:name[:seed]]` asks for."""
+    name, seed = parse_synthetic(spec)
     return random_checkpoint(PRESETS[name], seed, source=f"synthetic:{name}:{seed}")
 
 
 def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:
-    """Make random weights of any shape, flagged synthetic."""
+    """Make random weights of any shape, flagged synthetic. Equal seeds give equal weights."""
     tensors: dict[str, StoredTensor] = {}
     for number, (name, shape) in enumerate(canonical_shapes(config).items()):
         # The decoder is tied, as in ESM-2; there is nothing natural to take means of.

@@ -40,6 +40,11 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
+def file_name(name: str, dtype: str = "fp32") -> str:
+    """What the canonical file of a model is called."""
+    return f"{name}.safetensors" if dtype == "fp32" else f"{name}-{dtype}.safetensors"
+
+
 def is_hub_id(spec: str) -> bool:
     """Whether `spec` has the form `organisation/name`."""
     return _HUB_ID.fullmatch(spec) is not None and ".." not in spec
@@ -85,10 +90,9 @@ class RemoteModel:
 
     def cache_path(self, commit: str, dtype: str) -> Path:
         """The canonical file of one commit."""
-        suffix = "" if dtype == "fp32" else f"-{dtype}"
         if self.is_pinned:
-            return cache_dir() / f"{self.preset}{suffix}.safetensors"
-        return self.folder / f"{commit}{suffix}.safetensors"
+            return cache_dir() / file_name(self.name, dtype)
+        return self.folder / file_name(commit, dtype)
 
     def cached(self, dtype: str = "fp32") -> Path | None:
         """The canonical file that an earlier `fetch` left in the cache."""

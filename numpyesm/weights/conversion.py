@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..errors import InvalidOption
 from ..files import file_sha256, same_file
 from .adapter import merged, read_adapter
+from .cache import file_name
 from .canonical import check_dtype, save_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import files_of
@@ -81,7 +82,7 @@ def write(opened: Opened, output: str | os.PathLike[str], dtype: str, progress: 
     if path.suffix != ".safetensors" or path.is_dir():
         # Never a real model's name for synthetic weights.
         name = f"synthetic-{checkpoint.config.name}" if checkpoint.synthetic else checkpoint.config.name
-        path /= f"{name}.safetensors" if dtype == "fp32" else f"{name}-{dtype}.safetensors"
+        path /= file_name(name, dtype)
     if any(same_file(file, path) for file in opened.files):
         raise InvalidOption(f"{path} is the source itself: choose another output")
     checkpoint = _with_provenance(opened, dtype)

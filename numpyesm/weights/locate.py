@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import RemoteModel, cache_dir, is_hub_id
+from .cache import RemoteModel, cache_dir, file_name, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
@@ -22,6 +22,7 @@ from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
 from .official import check_official, hub_snapshot, official_files, ways_out
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
+from .tensor import PRECISION_DTYPES
 
 _VARIABLE = "NUMPYESM_WEIGHTS"
 # Bases of adapters, while some model uses them.
@@ -174,8 +175,8 @@ def _chosen(value: str, preset: str) -> Path:
 def candidate_names(preset: str) -> list[str]:
     """Return the file names to look for: those of exact weights before those of rounded ones."""
     official = OFFICIAL_NAMES[preset]
-    exact = [f"{preset}.safetensors", f"{official}.safetensors", f"{official}.pt", official, preset]
-    return [*exact, *(f"{preset}{precision}.safetensors" for precision in ("-fp16", "-bf16", "-int8"))]
+    exact = [file_name(preset), file_name(official), f"{official}.pt", official, preset]
+    return [*exact, *(file_name(preset, dtype) for dtype in PRECISION_DTYPES if dtype != "fp32")]
 
 
 def _in_folder(folder: Path, preset: str) -> Path | None:

@@ -13,46 +13,27 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 
-from numpyesm.config import PRESETS, ModelConfig
+from numpyesm.config import PRESETS
 from numpyesm.errors import CheckpointError, WeightsNotFound
 from numpyesm.weights import fetch, load_checkpoint, open_weights
 from numpyesm.weights.cache import PINNED_COMMITS
-from numpyesm.weights.checkpoint import canonical_shapes
-from numpyesm.weights.hugging_face import NAMING
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.tensor import StoredTensor
 
 pytest.importorskip("huggingface_hub")
+mk = pytest.importorskip("make_checkpoints")
 pytestmark = pytest.mark.usefixtures("quick_calibration")
 
-TINY = ModelConfig(2, 40, 20, 160)
 FIRST, SECOND = "a" * 40, "b" * 40
 REPOSITORY = "someone/esm2_t6_8M_like"
 
 
-def write_model(folder: Path, config: ModelConfig, value: float = 0.5) -> Path:
-    """A Hugging Face folder with all numbers the same, made without torch."""
-
-    def full(*shape: int) -> StoredTensor:
-        return StoredTensor(np.full(shape, value, np.float32))
-
-    tensors = {"esm.embeddings.word_embeddings.weight": full(33, config.embed_dim)}
-    shapes = canonical_shapes(config)
-    for ours, theirs in NAMING.parts(config).items():
-        *inputs, outputs = shapes[f"{ours}.weight"]
-        if ours.startswith(("layers.", "final_norm")):
-            size = outputs // len(theirs)
-            for name in theirs:
-                tensors |= {f"esm.{name}.weight": full(size, *inputs), f"esm.{name}.bias": full(size)}
-    folder.mkdir(parents=True)
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    settings = {
-        "model_type": "esm", "hidden_size": config.embed_dim, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "intermediate_size": config.ffn_dim,
-        "position_embedding_type": "rotary", "token_dropout": True, "vocab_size": 33, "mask_token_id": 32,
-        "layer_norm_eps": 1e-5,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(settings))
+def write_model(folder: Path, value: float = 0.5) -> Path:
+    """A Hugging Face folder with all numbers the same, and a file that nobody needs."""
+    model = mk.fair_esm_model()
+    for parameter in model.parameters():
+        parameter.data.fill_(value)
+    mk.write_hugging_face(folder, mk.hugging_face_state(model))
     (folder / "README.md").write_text("not wanted")
     return folder
 
@@ -65,7 +46,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "theirs"))
     monkeypatch.setenv("NUMPYESM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with FakeHub({REPOSITORY: {FIRST: write_model(tmp_path / "served", TINY)}}) as running:
+    with FakeHub({REPOSITORY: {FIRST: write_model(tmp_path / "served")}}) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
 
@@ -90,7 +71,7 @@ def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path, monkeypa
     assert path == tmp_path / "cache" / "hub" / REPOSITORY.replace("/", "--") / f"{FIRST}.safetensors"
     assert "model.safetensors" in capfd.readouterr().err  # the progress bar
     checkpoint = load_checkpoint(path)
-    assert checkpoint.config == TINY
+    assert checkpoint.config == mk.TINY
     assert checkpoint.source == f"{REPOSITORY}@{FIRST[:12]}"
     assert not any("README" in request[1] for request in hub.requests)
 
@@ -108,7 +89,7 @@ def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path, monkeypa
 
 
 def test_revisions(hub, tmp_path):
-    hub.repositories[REPOSITORY][SECOND] = write_model(tmp_path / "newer", TINY, value=0.25)
+    hub.repositories[REPOSITORY][SECOND] = write_model(tmp_path / "newer", value=0.25)
     target = tmp_path / "out" / "x.safetensors"
     assert fetch(REPOSITORY, output=target) == target
     assert load_checkpoint(target).array("final_norm.bias")[0] == 0.25
@@ -135,7 +116,7 @@ def test_shards(hub, tmp_path):
     with pytest.raises(WeightsNotFound, match="the Hub has no"):
         fetch(REPOSITORY)
     second.rename(served / names[1])
-    assert load_checkpoint(fetch(REPOSITORY)).config == TINY
+    assert load_checkpoint(fetch(REPOSITORY)).config == mk.TINY
     assert not hub.transfers("model-00003-of-00003.safetensors")
 
 
@@ -212,7 +193,7 @@ def test_official_names(hub, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is not esm2-35m but custom"):
         fetch()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-    monkeypatch.setitem(PRESETS, "esm2-35m", TINY)
+    monkeypatch.setitem(PRESETS, "esm2-35m", mk.TINY)
     assert fetch() == tmp_path / "cache" / "esm2-35m.safetensors"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetch("facebook/esm2_t12_35M_UR50D") == tmp_path / "cache" / "esm2-35m.safetensors"

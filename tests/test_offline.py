@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from test_hub import REPOSITORY, TINY, hub  # noqa: F401 - a fixture
+from test_hub import REPOSITORY, hub, mk  # noqa: F401 - a fixture
 
 from numpyesm.errors import CheckpointError, InvalidOption
 from numpyesm.files import file_sha256
@@ -38,7 +38,7 @@ def no_sockets(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_canonical(path, random_checkpoint(TINY))
+    save_canonical(path, random_checkpoint(mk.TINY))
     return path
 
 
@@ -67,7 +67,7 @@ def test_offline_nothing_asks_the_network(run, no_sockets, tmp_path, monkeypatch
     monkeypatch.setenv(variable, "1")
     done = run(*arguments, bare=True)
     assert done.code == 1
-    assert "forbids to download" in done.err
+    assert "forbids downloading" in done.err
     assert "point NUMPYESM_WEIGHTS to it" in done.err  # the way out
 
 

@@ -187,8 +187,8 @@ def _labels(config: dict[str, Any], outputs: int, origin: str) -> tuple[str, ...
     by_number = {int(key): str(label) for key, label in stated.items()}
     if sorted(by_number) != list(range(outputs)):
         raise CheckpointError(
-            f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json names "
-            f"{len(stated)} labels ({', '.join(sorted(stated)[:4])}{', …' if len(stated) > 4 else ''})"
+            f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json has "
+            f"{len(stated)} labels, numbered {', '.join(sorted(stated)[:4])}{', …' if len(stated) > 4 else ''}"
         )
     return tuple(by_number[index] for index in range(outputs))
 

@@ -10,6 +10,8 @@ from typing import IO, Any
 from ..extras import require
 from .journal import Totals
 
+_EVERY = 1.0  # seconds between two lines of progress
+
 
 class Progress:
     """Report nothing; the base of classes that report.
@@ -44,17 +46,12 @@ class Progress:
 class JsonProgress(Progress):
     """One JSON object per line: `{"event": "progress", "records": …, "records_total": …, "residues_per_second": …}`.
 
-    Parameters
-    ----------
-    stream : text stream
-    every : float
-        Seconds between two lines of progress.
+    They go to `stream`, by default to stderr.
     """
 
-    def __init__(self, stream: IO[str] | None = None, every: float = 1.0) -> None:
+    def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__()
         self._stream = stream or sys.stderr
-        self._every = every
         self._next = self._started = 0.0
         self._at_start = self.done
 
@@ -67,7 +64,7 @@ class JsonProgress(Progress):
 
     def reading(self, records: int) -> None:
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._every
+            self._next = time.monotonic() + _EVERY
             self.emit("reading", records=records)
 
     def start(self, totals: Totals, done: Totals) -> None:
@@ -86,7 +83,7 @@ class JsonProgress(Progress):
 
     def _emit_progress(self) -> None:
         now = time.monotonic()
-        self._next = now + self._every
+        self._next = now + _EVERY
         rate = self.done.minus(self._at_start).residues / max(now - self._started, 1e-9)
         self.emit(
             "progress",

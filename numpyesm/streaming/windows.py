@@ -15,16 +15,16 @@ from ..results import EncodeResult
 Array = npt.NDArray[Any]
 
 
-def cuts(length: int, overlap: int, size: int = MAX_RESIDUES) -> list[tuple[int, int]]:
-    """Cover `length` residues with evenly spread windows (start, stop) of `size` residues.
+def cuts(length: int, overlap: int) -> list[tuple[int, int]]:
+    """Cover `length` residues with evenly spread windows (start, stop) of as many as the model takes.
 
     Neighbours share at least `overlap` residues; a sequence that fits is one window.
     """
-    if length <= size:
+    if length <= MAX_RESIDUES:
         return [(0, length)]
-    count = -(-(length - overlap) // (size - overlap))
-    starts = [(length - size) * i // (count - 1) for i in range(count)]
-    return [(start, start + size) for start in starts]
+    count = -(-(length - overlap) // (MAX_RESIDUES - overlap))
+    starts = [(length - MAX_RESIDUES) * i // (count - 1) for i in range(count)]
+    return [(start, start + MAX_RESIDUES) for start in starts]
 
 
 def needed(outputs: Outputs) -> Outputs:

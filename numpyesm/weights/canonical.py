@@ -29,8 +29,8 @@ def save_canonical(
     *,
     precision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, str]:
-    """Write a canonical file atomically and return its metadata.
+) -> None:
+    """Write a canonical file atomically.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def save_canonical(
     }
     if checkpoint.synthetic:
         metadata["synthetic"] = "true"
-    return write_safetensors(path, tensors, metadata, progress)
+    write_safetensors(path, tensors, metadata, progress)
 
 
 def check_dtype(dtype: str) -> None:

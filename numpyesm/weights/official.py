@@ -109,7 +109,7 @@ def check_download(snapshot: Path) -> None:
             raise CheckpointError(f"{snapshot} does not hold the published weights of {preset}")
 
 
-def ways_out(name: str = "esm2-35m") -> str:
+def ways_out(name: str) -> str:
     """What a user without a network can do, as the end of a sentence."""
     preset = preset_name(name)
     official = OFFICIAL_NAMES.get(preset or "", "")

@@ -78,7 +78,7 @@ def write_safetensors(
     tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, str]:
+) -> None:
     """Write tensors in the given order, whole or not at all; equal input gives equal bytes.
 
     Parameters
@@ -92,11 +92,6 @@ def write_safetensors(
     progress : callable, optional
         Called with the bytes of tensors that are written, and that there are.
 
-    Returns
-    -------
-    dict of str to str
-        The metadata as written.
-
     Raises
     ------
     OSError
@@ -107,10 +102,9 @@ def write_safetensors(
     entries: dict[str, Any] = {}
     position = 0
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * ALL_DTYPES[tensor.dtype].itemsize
-        offsets = [position, position + size]
+        offsets = [position, position + tensor.nbytes]
         entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        position += size
+        position += tensor.nbytes
 
     def header(metadata: Mapping[str, str]) -> bytes:
         fields = {"__metadata__": dict(sorted(metadata.items()))} | entries
@@ -136,7 +130,6 @@ def write_safetensors(
             written["data_sha256"] = digest.hexdigest()
             file.seek(0)
             file.write(header(written))
-    return written
 
 
 def _open(path: Path) -> tuple[mmap.mmap | bytes, dict[str, Any], int]:

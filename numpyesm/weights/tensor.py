@@ -63,6 +63,11 @@ class StoredTensor:
         return tuple(self.raw.shape)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers, without their scale."""
+        return math.prod(self.shape) * ALL_DTYPES[self.dtype].itemsize
+
+    @property
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Where the numbers are: in memory, or in mapped files."""
         return [self.raw]
@@ -130,11 +135,6 @@ class DeferredTensor(StoredTensor):
     @property
     def shape(self) -> tuple[int, ...]:
         return self._shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the numbers once they are made."""
-        return math.prod(self._shape) * ALL_DTYPES[self.dtype].itemsize
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:

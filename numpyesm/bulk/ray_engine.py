@@ -90,7 +90,7 @@ def compute_on_ray(
 def _connect(ray: Any, address: str | None, fewest_cpus: int) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        # CPUs that this process may use, not all that the machine has; more only where more are asked for.
+        # CPUs that this process may use, not all that the machine has; more only if more are asked for.
         options |= {"num_cpus": max(default_threads(), fewest_cpus), "include_dashboard": False}
     try:
         with _quiet_stderr():
@@ -159,7 +159,7 @@ def pool_size(cpus: Sequence[int], workers: int | None, threads: int | None) -> 
 
 
 def check_ray(address: str | None, workers: int | None) -> Any:
-    """Return the ray module, if it is there and what is asked for can be had."""
+    """Return the ray module, if it is installed and can do what is asked."""
     if address is not None and address.startswith("ray://"):
         raise InvalidOption(
             f"address={address!r}: this engine cannot run through a Ray client. Run this command on a "

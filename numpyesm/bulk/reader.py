@@ -64,7 +64,7 @@ class Reader:
         if not inputs:
             raise InvalidOption("no input: name at least one FASTA file")
         if [os.fspath(name) for name in inputs].count("-") > 1:
-            raise InvalidOption("standard input (-) can be read once only")
+            raise InvalidOption("standard input (-) can be read only once")
         self._inputs, self._settings = inputs, settings
         self._fingerprint = hashlib.blake2b(digest_size=16)
         self.records = 0

@@ -79,7 +79,7 @@ def embed_iter(
 
 
 def _record(given: Any, index: int, label: str | None) -> Record:
-    """What was given as a record, which has a name."""
+    """Make a record with a name of what was given."""
     if label is not None:
         record = Record(label, label, given)
     elif isinstance(given, str):

@@ -63,7 +63,7 @@ def average(windows: Iterable[tuple[int, EncodeResult]], length: int, outputs: O
             part = array.T if name == "attentions" else array
             if name not in sums:
                 shape = (length,) * len(place) + part.shape[len(place) :]
-                small = name == "contacts"  # in number of bytes, which is what is large here
+                small = name == "contacts"  # in bytes, of which this is many
                 sums[name] = np.zeros(shape, np.float32 if small else np.float64)
                 counts[name] = np.zeros(shape[: len(place)], np.uint8 if small else np.int64)
             sums[name][place] += part

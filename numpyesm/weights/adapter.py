@@ -50,7 +50,7 @@ _VARIANTS = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TASKS = {"SEQ_CLS": "EsmForSequenceClassification", "TOKEN_CLS": "EsmForTokenClassification"}
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
-# What peft adds to names: around everything, around a bias that it trained, around a module that it trained whole.
+# What peft adds to names: in front of all of them, and around biases and whole modules that it trained.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save(\.default)?(?=\.|$)")
 _POOLER = "pooler."
 
@@ -217,7 +217,7 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
     changes: dict[str, _Change] = {}
     for name, tensor in adapter.tensors.items():
         if ".original_module." in name:
-            continue  # what a module was before it was trained
+            continue  # the module before training
         array = _array(name, tensor, adapter.origin)
         if low := _LORA.fullmatch(name):
             change = changes.setdefault(_module(low[1]), _Change())

@@ -35,7 +35,7 @@ NAMING = Naming(
     trunk=("embed_tokens.", "layers.", "embed_positions.", "emb_layer_norm_"),
     ignored=("._float_tensor",),
 )
-# What fair-esm reads of `cfg["model"]`, whatever else stands there.
+# What fair-esm reads of `cfg["model"]`, whatever else is in it.
 _FIELDS = {
     "num_layers": "encoder_layers",
     "embed_dim": "encoder_embed_dim",

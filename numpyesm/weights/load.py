@@ -29,7 +29,7 @@ _TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[^/]*|.*-contact-regression\.pt"
 )
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
-# How files begin that people hand in by mistake.
+# How files begin that people pass by mistake.
 _SIGNATURES = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -138,7 +138,7 @@ def find_in_folder(folder: Path) -> Path | None:
 
 
 def _in_folder(folder: Path) -> Path:
-    """Do as `find_in_folder`; if there is nothing to open, raise WeightsNotFound that says what is there instead."""
+    """Do as `find_in_folder`; if there is nothing to open, say in a WeightsNotFound what is there instead."""
     if found := find_in_folder(folder):
         return found
     names = sorted(entry.name for entry in folder.iterdir())

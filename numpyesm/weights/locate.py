@@ -189,7 +189,7 @@ def _in_folder(folder: Path, preset: str) -> Path | None:
 
 
 def _canonical_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a canonical file; empty for another file, and for a damaged one, which opening will name."""
+    """The metadata of a canonical file; empty for other files, and for a damaged one, which opening will report."""
     try:
         metadata = read_safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     except CheckpointError:

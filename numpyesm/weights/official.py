@@ -19,7 +19,7 @@ from .hugging_face import adapter_file, files_of, weight_files
 
 _FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Of fair-esm's files and of the Hub's; those of the other models could not be obtained.
+# Of fair-esm's files and of the Hub's; those of the other models were not available.
 _PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
 _PINNED = {  # of model.safetensors at the pinned commit
     "esm2-8m": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
@@ -131,7 +131,7 @@ def ways_out(name: str) -> str:
 
 
 def hub_folder() -> Path:
-    """Return the cache of huggingface-hub, as its own variables place it."""
+    """Return the cache of huggingface-hub, where its own variables place it."""
     for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if chosen := os.environ.get(variable):
             return Path(os.path.expandvars(chosen)).expanduser() / below
@@ -139,6 +139,6 @@ def hub_folder() -> Path:
 
 
 def torch_hub_folder() -> Path:
-    """Return where torch.hub keeps checkpoints, as its own variables place it."""
+    """Return where torch.hub keeps checkpoints, according to its own variables."""
     chosen = os.environ.get("TORCH_HOME")
     return (Path(chosen).expanduser() if chosen else user_cache() / "torch") / "hub" / "checkpoints"

@@ -238,7 +238,7 @@ def _same_trunk(first: Model, second: Model) -> bool:
 
 
 def _groups(names: list[str], prefix: str) -> Iterator[str]:
-    """Shorten each name to its first part that is not also one of the trunk's prefix."""
+    """Shorten each name to the part where it departs from the trunk's prefix."""
     ours = prefix.split(".")
     for name in names:
         if _OPTIMISER.search(name):
@@ -300,6 +300,6 @@ def refuse_learned_positions(model: Model, position_type: object, origin: str) -
 
 
 def refuse_quantised_storage(name: str, tensor: StoredTensor, origin: str) -> None:
-    """Refuse a matrix stored in integers or in floats of eight bits."""
+    """Refuse a matrix stored in integers or in 8-bit floats."""
     if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
         raise CheckpointError(f"{origin} {_quantised_sentence(f'{quoted(name)} is stored as {tensor.dtype}')}")

@@ -20,7 +20,7 @@ from .tensor import GROUP, PRECISION_DTYPES, StoredTensor, group_scales, nearest
 # Channels that make up for each other's errors; wider matrices are rounded in parts. The correlations of all 10,240
 # hidden channels of 3B would take more than a gigabyte and double the time of a conversion.
 _TOGETHER = 2560
-# Rows whose errors are passed on among themselves before the next rows are corrected by all that went before.
+# Rows that pass errors on among themselves, before all of them correct the next rows at once.
 _ROWS_AT_ONCE = 64
 
 # What is rounded here.

@@ -163,7 +163,7 @@ def read_pickle(
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{origin} is damaged or not a pickle: {str(error)[:100]}") from error
-    except Exception as error:  # pickle raises about anything for damaged data
+    except Exception as error:  # pickle raises almost anything for damaged data
         raise CheckpointError(f"{origin} is damaged or not a pickle ({type(error).__name__})") from error
 
 

@@ -45,7 +45,7 @@ class ZipEntries:
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
-        # zipfile raises about anything for a damaged directory.
+        # zipfile raises almost anything for a damaged directory.
         except (zipfile.BadZipFile, ValueError, OSError, LookupError, struct.error, NotImplementedError) as error:
             raise CheckpointError(f"{path} is truncated or corrupted: its zip directory cannot be read") from error
         if len(infos) > _MAX_ENTRIES:

@@ -8,14 +8,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import tokenize
-from ..errors import InvalidOption, InvalidSequence, MissingExtra
+from ..errors import InvalidOption, InvalidSequence
+from ..extras import require
 from ..model import ESM2
 from ..options import Outputs
 from ..scoring.correlation import spearman
@@ -30,7 +30,7 @@ _BAR = 40  # characters of the best score's bar
 def run(arguments: argparse.Namespace) -> int:
     """Embed once with all layers, score each, say which is best and what stopping there saves."""
     target = destination(arguments, _ENDINGS, terminal="table", otherwise="table")
-    models = _scikit_learn()
+    selection = require("sklearn.model_selection", "numpyesm layers", "sklearn")
     if arguments.folds < 2:
         raise InvalidOption(f"--folds {arguments.folds}: expected 2 or more")
     found = read_table(arguments.table, [arguments.sequence_column, arguments.target])
@@ -39,26 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     groups = np.unique([ids.tobytes() for ids in tokens], return_inverse=True)[1]
     task, labels = _labels(found, groups, arguments)
     # A sequence that stands in several rows is in one fold only: a model would know it from training.
-    folds = models.selection.StratifiedGroupKFold(arguments.folds, shuffle=True, random_state=0)
+    folds = selection.StratifiedGroupKFold(arguments.folds, shuffle=True, random_state=0)
     strata = labels if task == "classification" else np.zeros(len(labels))
     splits = list(folds.split(strata, strata, groups))
     model = load_model(arguments)
     embeddings = _embeddings(model, tokens)
     layers = range(embeddings.shape[1])
-    scores = [_scores(models, embeddings[:, layer], labels, task, splits) for layer in layers]
+    scores = [_scores(embeddings[:, layer], labels, task, splits) for layer in layers]
     _write(target, np.array(scores), task)
     _advise(np.mean(scores, axis=1), model)
     return 0
-
-
-def _scikit_learn() -> Any:
-    try:
-        from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
-    except ImportError as error:
-        raise MissingExtra("layers needs scikit-learn: pip install 'numpyesm[sklearn]'") from error
-    return SimpleNamespace(
-        linear=linear_model, metrics=metrics, selection=model_selection, pipeline=pipeline, preprocessing=preprocessing
-    )
 
 
 def _labels(
@@ -114,22 +104,25 @@ def _embeddings(model: ESM2, tokens: Sequence[npt.NDArray[np.uint8]]) -> npt.NDA
     outputs = Outputs.check(model.checkpoint, range(model.config.num_representations), ["mean"])
     embeddings = np.empty((len(tokens), model.config.num_representations, model.config.embed_dim), np.float32)
     for row, result in zip(embeddings, model.passes.encode(tokens, outputs), strict=True):
-        row[...] = list((result.embeddings or {}).values())
+        row[...] = list(result.to_arrays().values())
     return embeddings
 
 
-def _scores(models: Any, X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: Any) -> list[float]:
+def _scores(X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: Any) -> list[float]:
     """One score per fold: Spearman's correlation of ridge regression, accuracy of logistic regression."""
-    classes = task == "classification"
-    head = models.linear.LogisticRegression(max_iter=1000) if classes else models.linear.RidgeCV(np.logspace(-2, 5, 8))
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.metrics import make_scorer
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    head, scoring = RidgeCV(np.logspace(-2, 5, 8)), make_scorer(lambda a, b: spearman(a, b) or 0.0)
+    if task == "classification":
+        head, scoring = LogisticRegression(max_iter=1000), "accuracy"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about convergence: the ranking of layers does not hang on it
-        scores: npt.NDArray[np.float64] = models.selection.cross_val_score(
-            models.pipeline.make_pipeline(models.preprocessing.StandardScaler(), head),
-            X,
-            y,
-            cv=splits,
-            scoring="accuracy" if classes else models.metrics.make_scorer(lambda a, b: spearman(a, b) or 0.0),
+        warnings.simplefilter("ignore")  # about convergence, which hardly changes how layers rank
+        scores: npt.NDArray[np.float64] = cross_val_score(
+            make_pipeline(StandardScaler(), head), X, y, cv=splits, scoring=scoring
         )
     return list(map(float, np.nan_to_num(scores)))
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from ..errors import MissingExtra
+from ..extras import require
 
 
 def figure_class() -> Any:
     """Return matplotlib's `Figure`, or raise MissingExtra. No pyplot, as nothing here needs a screen."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("pictures need matplotlib: pip install 'numpyesm[plot]'") from error
-    return Figure
+    return require("matplotlib.figure", "a picture", "plot").Figure
 
 
 def png_bytes(figure: Any) -> bytes:

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 from .._version import __version__
 from ..config import PRESETS
 from ..fasta import IDS
+from ..memory import format_memory
 from ..options import BACKEND_ALIASES, BACKENDS, INCLUDES, POSITIONS, PRECISIONS, SCAN_METHODS, SCORING_METHODS
+from ..service.settings import OPTIONS, Settings
 
 Command: TypeAlias = argparse.ArgumentParser
 # Adds a command: its name, the function that runs it ("module:function", in this package), one line of help.
@@ -216,18 +218,18 @@ def _add_serve(add: Add) -> None:
     command.add_argument("--trusted-proxy", metavar="IP", help="whose X-Forwarded-For is believed", **many)
     text = "of the whole process (80%% of the machine, at most 8G)"
     command.add_argument("--max-memory", type=_named, metavar="SIZE", help=text)
-    command.add_argument("--max-body", default="1M", metavar="SIZE", help="of a body as sent (%(default)s)")
-    command.add_argument("--max-decompressed", default="2M", metavar="SIZE", help="of an unpacked body (%(default)s)")
-    for name, kind, default, text in (
-        ("queue-size", int, 512, "requests that may wait"),
-        ("max-connections", int, 1000, "open connections"),
-        ("deadline", float, 300, "seconds for a request"),
-        ("head-timeout", float, 10, "seconds for the headers"),
-        ("body-timeout", float, 30, "seconds for the body"),
-        ("write-timeout", float, 60, "seconds to take a piece of an answer"),
-        ("grace", float, 30, "seconds to finish after SIGTERM"),
-    ):
-        command.add_argument(f"--{name}", type=partial(_positive, kind), default=default, help=f"{text} (%(default)s)")
+    for name, text in (("max_body", "of a body as sent"), ("max_decompressed", "of an unpacked body")):
+        default = format_memory(getattr(Settings, name))
+        command.add_argument(_option(name), default=default, metavar="SIZE", help=f"{text} (%(default)s)")
+    for name, text in OPTIONS.items():
+        default = getattr(Settings, name)
+        kind = partial(_positive, type(default))
+        command.add_argument(_option(name), type=kind, default=default, help=f"{text} (%(default)g)")
+
+
+def _option(name: str) -> str:
+    """Spell a name as an option: `--queue-size`."""
+    return f"--{name.replace('_', '-')}"
 
 
 # -- types of arguments: argparse exits with 2 and the message ----------------------------------------------------

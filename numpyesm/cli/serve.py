@@ -7,25 +7,22 @@ import logging
 import sys
 import warnings
 
-from ..errors import InvalidOption, MissingExtra
+from ..errors import InvalidOption
+from ..extras import require
 from ..memory import parse_memory
 from ..model import ESM2
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the models, listen, serve until a signal says to leave."""
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra(f"the service needs {error.name}: pip install 'numpyesm[serve]'") from error
+    for library in ("prometheus_client", "starlette", "uvicorn"):
+        require(library, "the service", "serve")
     from ..api.catalog import Catalog
     from ..api.keys import ENVIRONMENT, KeyRing, read_keys
     from ..service.app import Service
     from ..service.hosts import is_loopback
     from ..service.server import Server, addresses, bind
-    from ..service.settings import Settings, default_max_memory
+    from ..service.settings import OPTIONS, Settings, default_max_memory
 
     keys = KeyRing(read_keys(arguments.api_keys_file))
     local = all(is_loopback(address) for address in addresses(arguments.host))
@@ -34,9 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host} is reachable from elsewhere, and there are no API keys: set {ENVIRONMENT} or "
             "--api-keys-file, or say --allow-no-auth if everybody may use this service"
         )
-    limits = ("queue_size", "deadline", "head_timeout", "body_timeout", "write_timeout", "max_connections", "grace")
     settings = Settings(
-        **{name: getattr(arguments, name) for name in limits},
+        **{name: getattr(arguments, name) for name in OPTIONS},
         max_memory=parse_memory(arguments.max_memory, "--max-memory") if arguments.max_memory else default_max_memory(),
         max_body=parse_memory(arguments.max_body, "--max-body"),
         max_decompressed=parse_memory(arguments.max_decompressed, "--max-decompressed"),

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from ..memory import memory_limit
 
 _GIBIBYTE = 1 << 30
+# Settings that are options of `numpyesm serve` by the same name, and what they limit.
+OPTIONS = {
+    "queue_size": "requests that may wait",
+    "max_connections": "open connections",
+    "deadline": "seconds for a request",
+    "head_timeout": "seconds for the headers",
+    "body_timeout": "seconds for the body",
+    "write_timeout": "seconds for a client to take a piece of an answer",
+    "grace": "seconds to finish after SIGTERM",
+}
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,26 @@ from .errors import InvalidMutation, InvalidSequence
 
 # Frames of one column belong here too; they have no common type.
 Sequences = Iterable[str] | Mapping[Any, str]
+# What batches may hold, and the error of one that cannot be read.
+_ERRORS: dict[str, type[InvalidSequence | InvalidMutation]] = {
+    "sequence": InvalidSequence,
+    "mutation": InvalidMutation,
+}
 
 
-def labelled(
-    given: Any, what: str = "sequence", error: type[InvalidSequence | InvalidMutation] = InvalidSequence
-) -> Iterator[tuple[str | None, Any]]:
+def labelled(given: Any, what: str = "sequence") -> Iterator[tuple[str | None, Any]]:
     """Pair each item with its id, or with None where the container has no ids.
 
     `given` is a mapping from ids to texts; a Series, whose labels are ids if they are strings; an array or a frame of
-    one column; or any iterable that has an order. Nothing is read ahead: a generator may be endless. `error` is raised
-    at once for a single text, what has no order or several columns, or cannot be iterated over; items are not looked
-    at. `what` names an item in messages.
+    one column; or any iterable that has an order. `what` is "sequence" or "mutation". Nothing is read ahead: a
+    generator may be endless, and items are not looked at.
+
+    Raises
+    ------
+    InvalidSequence or InvalidMutation
+        At once, if `given` is a single text, has no order, has several columns, or cannot be iterated over.
     """
-    kind = type(given).__name__
+    kind, error = type(given).__name__, _ERRORS[what]
     if isinstance(given, str | bytes | bytearray):
         raise error(f"expected a list of {what}s, got one {kind}; put it into a list: [{what}]")
     if isinstance(given, set | frozenset):
@@ -33,7 +40,7 @@ def labelled(
         raise error(f"sparse data are not supported: expected {what}s as text")
     if isinstance(given, Mapping):
         return ((str(key), value) for key, value in given.items())
-    column = _column(given, what, error)
+    column = _column(given, what)
     index = getattr(column, "index", None)
     try:
         if index is None or callable(index):  # lists and tuples have a method of this name
@@ -43,21 +50,19 @@ def labelled(
         raise error(f"expected a list of {what}s, got {kind}") from None
 
 
-def texts(
-    given: Any, what: str = "sequence", error: type[InvalidSequence | InvalidMutation] = InvalidSequence
-) -> list[Any]:
+def texts(given: Any, what: str = "sequence") -> list[Any]:
     """Return all items of `given`, see `labelled`; an item that has an id must be text."""
     items: list[Any] = []
-    for label, item in labelled(given, what, error):
+    for label, item in labelled(given, what):
         if label is not None and not isinstance(item, str):
-            raise error(f"{label[:80]!r}: expected a string, got {type(item).__name__}", item=len(items))
+            raise _ERRORS[what](f"{label[:80]!r}: expected a string, got {type(item).__name__}", item=len(items))
         items.append(item)
     return items
 
 
-def _column(given: Any, what: str, error: type[InvalidSequence | InvalidMutation]) -> Any:
-    """Reduce a frame or an array to its one column; whatever else is returned as it is."""
-    shape = getattr(given, "shape", None)
+def _column(given: Any, what: str) -> Any:
+    """Reduce a frame or an array to its one column; return anything else unchanged."""
+    shape, error = getattr(given, "shape", None), _ERRORS[what]
     if hasattr(given, "columns") and isinstance(shape, tuple) and len(shape) == 2:
         names = list(getattr(given, "column_names", given.columns))
         if len(names) != 1:

@@ -166,7 +166,7 @@ def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> li
     InvalidMutation
         Names the item, the mutation and the position.
     """
-    given = texts(mutations, "mutation", InvalidMutation)
+    given = texts(mutations, "mutation")
     parsed = [parse_mutant(mutation, item) for item, mutation in enumerate(given)]
     return [fit_mutant(wild_type, mutant, offset, item, parsed) for item, mutant in enumerate(parsed)]
 

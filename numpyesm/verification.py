@@ -12,10 +12,10 @@ import numpy as np
 
 from .errors import InvalidOption
 from .model import ESM2
+from .options import BY_LAYER, INCLUDES
 
 # The numbers are good to about 1e-4; weights or arithmetic narrower than float32 cannot be.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 2e-1}
-_BY_LAYER = {"mean": "embeddings", "bos": "bos_embeddings", "per_token": "per_token_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ def compare_with_reference(model: ESM2, reference: Mapping[str, Any] | None = No
         comparisons.append(max(group, key=lambda one: np.nan_to_num(one.deviation, nan=np.inf)))
 
     for case in reference.get("encode", ()):
-        sequence, outputs = case["sequence"], [name for name in (*_BY_LAYER, "contacts") if name in case]
-        layers = sorted({int(layer) for name in outputs if name in _BY_LAYER for layer in case[name]})
-        result = model.encode([sequence], layers or [-1], outputs)[0]
+        sequence, outputs = case["sequence"], [name for name in INCLUDES if name in case]
+        layers = {int(layer) for name in outputs if name in BY_LAYER for layer in case[name]}
+        found = model.encode([sequence], layers or [-1], outputs)[0].to_arrays()
         for name in outputs:
-            if name == "contacts":
-                add(sequence, name, result.contacts, case[name])
+            if name not in BY_LAYER:
+                add(sequence, name, found[name], case[name])
                 continue
             for layer, expected in case[name].items():
-                add(sequence, f"{name}, layer {layer}", getattr(result, _BY_LAYER[name])[int(layer)], expected)
+                add(sequence, f"{name}, layer {layer}", found[f"{name}_{layer}"], expected)
     for case in reference.get("predict", ()):
         add(case["sequence"], "logits", model.predict([case["sequence"]])[0].logits, case["logits"])
     return comparisons

@@ -44,8 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     rows = []
     for record, result in zip(records, results, strict=True):
-        assert result.embeddings is not None
-        mean = result.embeddings[model.config.num_layers]
+        (mean,) = result.to_arrays().values()
         rows.append((record.id, len(record.sequence), " ".join(f"{value:8.4f}" for value in mean[:5]) + " …"))
     print(table(("protein", "residues", "mean embedding, last layer"), rows))
     write(npz_results(results, [record.id for record in records]), output / "embeddings.npz")

@@ -21,14 +21,14 @@ TOKENS: tuple[str, ...] = (
     *("<null_1>", "<mask>"),
 )
 TOKEN_ID: dict[str, int] = {token: index for index, token in enumerate(TOKENS)}
-CLS, EOS, MASK = TOKEN_ID["<cls>"], TOKEN_ID["<eos>"], TOKEN_ID["<mask>"]
+CLS, PAD, EOS, MASK = (TOKEN_ID[token] for token in ("<cls>", "<pad>", "<eos>", "<mask>"))
 
 # The 20 amino acids are columns 4 to 23 of the vocabulary; all logits that leave the model are these columns.
 AMINO_ACID_COLUMNS = slice(4, 24)
 AMINO_ACIDS: tuple[str, ...] = TOKENS[AMINO_ACID_COLUMNS]
 
 ENCODE_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO-"
-PREDICT_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO"
+PREDICT_LETTERS = ENCODE_LETTERS.removesuffix("-")
 MASK_TOKEN = "<mask>"
 
 _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)

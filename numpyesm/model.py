@@ -17,7 +17,7 @@ from .alphabet import has_amino_acid, letters_of, nothing_to_score, tokenize, wa
 from .config import ModelConfig
 from .errors import InputWarning
 from .given import Sequences
-from .options import Outputs, check_positions, require_classifier, require_lm_head
+from .options import POSITIONS, Outputs, one_of, require_head
 from .passes import Passes
 from .results import ClassifyResult, EncodeResult, PredictResult
 from .weights.checkpoint import Checkpoint
@@ -309,8 +309,8 @@ class ESM2:
         InvalidSequence, InvalidOption, MissingHead
             As for `encode`.
         """
-        check_positions(positions)
-        require_lm_head(self.checkpoint, "predict")
+        one_of("positions", positions, POSITIONS)
+        require_head(self.checkpoint, "predict")
         return list(self.passes.predict(_tokens(sequences, masks=True), positions))
 
     def log_prob(self, sequences: Sequences) -> npt.NDArray[np.float64]:
@@ -331,7 +331,7 @@ class ESM2:
         InvalidSequence, MissingHead
             As for `encode`.
         """
-        require_lm_head(self.checkpoint, "log_prob")
+        require_head(self.checkpoint, "log_prob")
         tokens = _tokens(sequences)
         empty = [f"item {i}" for i, ids in enumerate(tokens) if not has_amino_acid(ids)]
         if empty:
@@ -357,7 +357,7 @@ class ESM2:
         MissingHead
             The weights have no classification head.
         """
-        require_classifier(self.checkpoint, "classify")
+        require_head(self.checkpoint, "classify")
         return list(self.passes.classify(_tokens(sequences)))
 
     def score_mutations(

@@ -22,6 +22,12 @@ BACKENDS = ("auto", "numpy", "compiled")
 BACKEND_ALIASES = {"numba": "compiled"}
 SCORING_METHODS = ("masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl")
 SCAN_METHODS = SCORING_METHODS[:2]
+# The head that an output, or a method of the model, needs; those that are not here need none.
+_HEADS = {
+    **dict.fromkeys(("logits", "predict", "log_prob", "score_mutations", "scan_mutations"), "LM head"),
+    "contacts": "contact head",
+    **dict.fromkeys(("classes", "classify"), "classification head"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,10 @@ class Outputs:
                 names = ", ".join(name for name in INCLUDES if name in wanted & BY_LAYER)
                 raise InvalidOption(f"repr_layers is empty, but include asks for {names}: name at least one layer")
             wanted -= BY_LAYER
-        if "logits" in wanted:
-            require_lm_head(checkpoint, "logits")
-        if "contacts" in wanted:
-            require_contact_head(checkpoint)
-        if "classes" in wanted:
-            require_classifier(checkpoint, "classes")
-        return cls(tuple(name for name in INCLUDES if name in wanted), tuple(layers))
+        wanted_in_order = tuple(name for name in INCLUDES if name in wanted)
+        for name in wanted_in_order:
+            require_head(checkpoint, name)
+        return cls(wanted_in_order, tuple(layers))
 
     @property
     def by_layer(self) -> tuple[int, ...]:
@@ -81,32 +84,32 @@ class Outputs:
         return self.layers if BY_LAYER & set(self.include) else ()
 
 
-def _without(checkpoint: Checkpoint, head: str) -> str:
-    config = checkpoint.config
-    if config.whole_layers is None:
-        return f"the weights ({checkpoint.source}) have no {head}"
-    return (
-        f"the weights ({checkpoint.source}) are the first {config.num_layers} of {config.whole_layers} layers, and "
-        f"the {head} needs all of them"
-    )
+def missing_head(checkpoint: Checkpoint, name: str) -> str | None:
+    """Name the head that an output or a method needs and the weights lack; None if nothing is missing."""
+    present = {
+        "LM head": checkpoint.has_lm_head,
+        "contact head": checkpoint.has_contact_head,
+        "classification head": checkpoint.config.classifier is not None,
+    }
+    head = _HEADS.get(name)
+    return None if head is None or present[head] else head
 
 
-def require_lm_head(checkpoint: Checkpoint, output: str) -> None:
-    """MissingHead if the weights have no LM head, which `output` needs."""
-    if not checkpoint.has_lm_head:
-        raise MissingHead(f"{output}: {_without(checkpoint, 'LM head')}")
+def require_head(checkpoint: Checkpoint, name: str) -> None:
+    """Raise MissingHead if the weights lack the head that an output or a method needs."""
+    head, config = missing_head(checkpoint, name), checkpoint.config
+    if head is None:
+        return
+    reason = f"have no {head}"
+    if config.whole_layers is not None:
+        reason = f"are the first {config.num_layers} of {config.whole_layers} layers, and the {head} needs all of them"
+    raise MissingHead(f"{name}: the weights ({checkpoint.source}) {reason}")
 
 
-def require_contact_head(checkpoint: Checkpoint) -> None:
-    """MissingHead if the weights have no contact head."""
-    if not checkpoint.has_contact_head:
-        raise MissingHead(f"contacts: {_without(checkpoint, 'contact head')}")
-
-
-def require_classifier(checkpoint: Checkpoint, output: str) -> Classifier:
-    """Return what the classification head says; MissingHead if the weights have none, which `output` needs."""
-    if checkpoint.config.classifier is None:
-        raise MissingHead(f"{output}: {_without(checkpoint, 'classification head')}")
+def require_classifier(checkpoint: Checkpoint) -> Classifier:
+    """Describe the classification head; MissingHead if the weights have none."""
+    require_head(checkpoint, "classify")
+    assert checkpoint.config.classifier is not None
     return checkpoint.config.classifier
 
 
@@ -171,11 +174,6 @@ def check_precision(precision: str) -> str:
 def check_backend(backend: str) -> str:
     """One of `BACKENDS`; `numba` is read as `compiled`."""
     return one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
-
-
-def check_positions(positions: str) -> str:
-    """`all` or `masked`."""
-    return one_of("positions", positions, POSITIONS)
 
 
 def one_of(option: str, value: str, allowed: Sequence[str]) -> str:

@@ -177,12 +177,12 @@ class Passes:
     def full(
         self,
         tokens: Sequence[Tokens],
-        layers: Collection[int] = (),
+        layers: Collection[int],
+        sizes: Sizes,
         *,
-        logits: bool = False,
-        contacts: bool = False,
-        attentions: Sequence[Array] | None = None,
-        sizes: Sizes | None = None,
+        logits: bool,
+        contacts: bool,
+        attentions: Sequence[Array] | None,
     ) -> Iterator[FullOutput]:
         """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm has them.
 
@@ -192,14 +192,13 @@ class Passes:
             At least three each where contacts are wanted: the map leaves out the first and the last, whatever they are.
         layers : collection of int
             0 to num_layers.
-        logits, contacts : bool
-        attentions : list of ndarray (num_layers, H, T, T), optional
-            One per sequence, to be filled.
-        sizes : Sizes, optional
+        sizes : Sizes
             As `full_sizes` gives them.
+        logits, contacts : bool
+        attentions : list of ndarray (num_layers, H, T, T), or None
+            One per sequence, to be filled.
         """
         wanted = {*layers, *([self.config.num_layers] if logits else [])}
-        sizes = sizes or Sizes(ROWS_PER_PASS)
         done = 0
         for chunk in _cut(tokens, sizes.rows_per_pass):
             batch, outputs = Batch.pack(chunk), [FullOutput() for _ in chunk]
@@ -352,7 +351,7 @@ class Passes:
             return list(head.results())
 
     def _classification_head(self) -> ClassificationHead:
-        classifier = require_classifier(self.checkpoint, "classify")
+        classifier = require_classifier(self.checkpoint)
 
         def linear(name: str) -> tuple[Array, Array]:
             weight, bias = (self.checkpoint.array(f"{CLASSIFIER}{name}.{part}", dtype) for part in ("weight", "bias"))

@@ -16,7 +16,7 @@ from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
-from .options import Outputs, check_layers, number_within, one_of, require_classifier, whole_number
+from .options import Outputs, number_within, one_of, require_classifier, whole_number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -162,15 +162,13 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         """
         sequences = self._checked(X)
         model = self._model()
-        layer = check_layers([self.layer], model.config.num_layers)[0]
+        outputs = Outputs.check(model.checkpoint, [self.layer], [self.pooling])
         warn_of_odd_sequences(sequences)
-        outputs = Outputs.check(model.checkpoint, [layer], [self.pooling])
         rows = np.empty((len(sequences), model.config.embed_dim), np.float32)
         results = chain.from_iterable(model.passes.encode(tokens, outputs) for tokens in self._batches(sequences))
         for row, result in zip(rows, results, strict=True):
-            pooled = result.embeddings if self.pooling == "mean" else result.bos_embeddings
-            assert pooled is not None
-            row[...] = pooled[layer]
+            (pooled,) = result.to_arrays().values()
+            row[...] = pooled
         return rows
 
     def fit_transform(self, X: Sequences, y: object = None, **options: Any) -> npt.NDArray[np.float32]:
@@ -245,7 +243,7 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
 
     def _head(self) -> Classifier:
         model = self._model()
-        head = require_classifier(model.checkpoint, "ESM2Classifier")
+        head = require_classifier(model.checkpoint)
         if head.head != "sequence" or head.problem_type == "regression":
             kind = "for residues" if head.head == "token" else "that gives no probabilities (regression)"
             raise MissingHead(f"{self.weights} has a head {kind}: use ESM2.classify")

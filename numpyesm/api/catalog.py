@@ -11,6 +11,7 @@ from .._version import __version__
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption
 from ..model import ESM2
+from ..options import missing_head
 from ..weights.checkpoint import Checkpoint
 from .errors import ApiError
 
@@ -20,9 +21,6 @@ MAX_ITEMS = 8
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RESERVED = ("models", "schema")
-# The head that an action or an output needs.
-_HEADS = dict.fromkeys(("predict", "log_prob", "logits"), "LM head")
-_HEADS |= {"contacts": "contact head"} | dict.fromkeys(("classify", "classes"), "classification head")
 
 
 def check_slug(slug: str) -> str:
@@ -47,20 +45,10 @@ class ServedModel:
         """The model's weights."""
         return self.model.checkpoint
 
-    def missing_head(self, name: str) -> str | None:
-        """The head that an action or output needs, if the weights lack it."""
-        heads = {
-            "LM head": self.checkpoint.has_lm_head,
-            "contact head": self.checkpoint.has_contact_head,
-            "classification head": self.model.head is not None,
-        }
-        head = _HEADS.get(name)
-        return None if head is None or heads[head] else head
-
     @property
     def actions(self) -> list[str]:
         """What the weights can do: without any head, embeddings only."""
-        return [action for action in ACTIONS if self.missing_head(action) is None]
+        return [action for action in ACTIONS if missing_head(self.checkpoint, action) is None]
 
     def describe(self) -> dict[str, Any]:
         """Describe the model, also in the words that the `biolmai` SDK looks for."""
@@ -139,7 +127,7 @@ class Catalog:
         """Find a model that can do `action`; ApiError 404 says what there is."""
         served = self.get(slug)
         if action not in served.actions:
-            head = served.missing_head(action)
+            head = missing_head(served.checkpoint, action)
             reason = f": its weights have no {head}" if head else ""
             raise ApiError(404, f"{slug} has no action {action[:80]!r}{reason}; it has {', '.join(served.actions)}")
         return served

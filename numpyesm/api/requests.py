@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import AMINO_ACID_COLUMNS, AMINO_ACIDS, ENCODE_LETTERS, MASK, MASK_TOKEN, PREDICT_LETTERS, tokenize
+from ..alphabet import AMINO_ACIDS, ENCODE_LETTERS, MASK, MASK_TOKEN, PREDICT_LETTERS, has_amino_acid, tokenize
 from ..config import MAX_RESIDUES
 from ..errors import InvalidOption, InvalidSequence
 from ..formats import Result
-from ..options import INCLUDES, POSITIONS, Outputs, check_layers
+from ..options import INCLUDES, POSITIONS, Outputs, check_layers, missing_head
 from ..results import count_numbers
 from .catalog import MAX_ITEMS, ServedModel
 from .errors import ApiError, Place, Problem, invalid
@@ -90,8 +90,7 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
     """Whether every number is finite; a sequence without any of the 20 amino acids has no log-probability."""
     if not isinstance(result, float):
         return all(np.isfinite(array).all() for array in result.to_arrays().values())
-    canonical = (tokens >= AMINO_ACID_COLUMNS.start) & (tokens < AMINO_ACID_COLUMNS.stop)
-    return bool(np.isfinite(result) or not canonical.any())
+    return bool(np.isfinite(result)) or not has_amino_acid(tokens)
 
 
 def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schema:
@@ -216,7 +215,7 @@ class _Reader:
     def _one_of(self, value: Any, place: Place, allowed: list[Any]) -> None:
         if isinstance(allowed[0], int):
             self._layer(value, place)
-        elif place[-2] == "include" and value in INCLUDES and (head := self._served.missing_head(value)):
+        elif place[-2] == "include" and value in INCLUDES and (head := missing_head(self._served.checkpoint, value)):
             self._add(place[:-1], f"{value}: the weights of {self._served.slug} have no {head}")
         elif value not in allowed:
             *first, last = map(repr, allowed)

@@ -16,6 +16,7 @@ from .._version import __version__
 from ..config import PRESETS
 from ..errors import NumpyesmError, WeightsNotFound
 from ..kernels import describe_kernels
+from ..options import missing_head
 from ..printable import printable
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
@@ -153,9 +154,5 @@ def _version(package: str) -> str:
 
 
 def _missing_heads(checkpoint: Checkpoint) -> str:
-    missing = [
-        name
-        for name, present in (("LM head", checkpoint.has_lm_head), ("contact head", checkpoint.has_contact_head))
-        if not present
-    ]
+    missing = [head for name in ("logits", "contacts") if (head := missing_head(checkpoint, name))]
     return f" (no {' and no '.join(missing)})" if missing else ""

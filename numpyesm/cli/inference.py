@@ -19,7 +19,7 @@ from ..fasta import Record
 from ..formats import Result
 from ..heads import log_softmax
 from ..model import ESM2
-from ..options import check_includes
+from ..options import check_includes, require_classifier
 from ..results import ClassifyResult, EncodeResult, PredictResult
 from .inputs import compute, read_records
 from .outputs import Destination, csv_pieces, destination, result_pieces, table
@@ -58,8 +58,7 @@ def classify(arguments: argparse.Namespace) -> int:
     """Write the label and the probability of each label, per sequence or per residue, depending on the head."""
     target, records = _prepare(arguments)
     model, results = compute(arguments, records, ESM2.classify)
-    assert model.config.classifier is not None  # or classify would have said so
-    rows = partial(_class_rows, classifier=model.config.classifier)
+    rows = partial(_class_rows, classifier=require_classifier(model.checkpoint))
     return _write(target, records, results, rows, partial(rows, text=False))
 
 

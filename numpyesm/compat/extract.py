@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import TOKENS, SequenceNotes
+from ..alphabet import SequenceNotes
 from ..cli import guarded
 from ..errors import InvalidOption, InvalidSequence
 from ..files import atomic_write, native_name
 from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
 from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
+from .fair_esm.data import without_padding
 from .fair_esm.model import ESM2
 
 # Names of each layer's outputs: for `--include`, and in a file.
@@ -118,7 +119,7 @@ def _extract(
     out = model.outputs(tokens, by_layer, contacts="contacts" in include)
     found = []
     for i, row in enumerate(tokens):
-        length = len(_without_padding(row)) - 2
+        length = len(without_padding(row)) - 2
         rows = {layer: values[i, 1 : length + 1] for layer, values in out["representations"].items()}
         result: dict[str, Any] = {}
         if "per_tok" in include:
@@ -147,13 +148,8 @@ def save(result: Mapping[str, Any], path: Path, stamp: bytes = b"") -> None:
 
 def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
     """What a file's numbers depend on: weights with their precision, label, and tokens after truncation."""
-    row = _without_padding(tokens).astype("<i8").tobytes()
+    row = without_padding(tokens).astype("<i8").tobytes()
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
-
-
-def _without_padding(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """A row of a batch up to its `<eos>`; a record's text may have `<pad>` further in front."""
-    return row[: np.flatnonzero(row != TOKENS.index("<pad>"))[-1] + 1]
 
 
 def _member_names(layers: Sequence[int], include: Sequence[str]) -> set[str]:

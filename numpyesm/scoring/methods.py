@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..alphabet import TOKEN_ID, tokenize, warn_of_odd_sequences
 from ..config import MAX_RESIDUES
 from ..errors import InvalidSequence
-from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_lm_head
+from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_head
 from .marginals import Progress, position_logits, pseudo_log_likelihoods
 from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, read_mutants
 from .windows import Window, check_window
@@ -49,7 +49,7 @@ def score_mutations(
             )
         for item, mutant in enumerate(mutants):
             check_same_terms(mutant, offset, item)
-    require_lm_head(passes.checkpoint, "score_mutations")
+    require_head(passes.checkpoint, "score_mutations")
     warn_of_odd_sequences([wild_type], stacklevel=4)
     if method in SCAN_METHODS:
         return _marginals(passes, wild_type, mutants, method, seen, progress)

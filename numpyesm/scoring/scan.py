@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID, warn_of_odd_sequences
-from ..options import SCAN_METHODS, one_of, require_lm_head
+from ..options import SCAN_METHODS, one_of, require_head
 from .marginals import Progress, position_logits
 from .notation import check_offset, check_wild_type
 from .windows import check_window
@@ -66,7 +66,7 @@ def scan_mutations(
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)
     seen = check_window(window, len(wild_type), method)
-    require_lm_head(passes.checkpoint, "scan_mutations")
+    require_head(passes.checkpoint, "scan_mutations")
     warn_of_odd_sequences([wild_type], stacklevel=4)
     length = len(wild_type)
     logits = position_logits(passes, wild_type, range(length), method, seen, progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,7 @@ from ..api.requests import Work
 from ..errors import InvalidOption
 from ..formats import Result
 from ..memory import format_memory
-from ..options import INCLUDES, Outputs
+from ..options import INCLUDES, Outputs, missing_head
 from .admission import Admission
 from .queue import FairQueue, Job, Part
 from .settings import Settings
@@ -212,11 +211,9 @@ def compute(parts: Sequence[Part]) -> dict[Job, list[Result] | ApiError]:
 
 def _warm_up(catalog: Catalog) -> None:
     for served in catalog:
-        include = [name for name in INCLUDES if served.missing_head(name) is None]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for length in (20, 120):
-                served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
+        include = [name for name in INCLUDES if missing_head(served.checkpoint, name) is None]
+        for length in (20, 120):
+            served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
 
 
 def _unavailable(kind: str, message: str, retry_after: int = 5) -> ApiError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import TOKENS, letter_hint, warn_of_odd_sequences
+from ...alphabet import PAD, TOKENS, letter_hint, warn_of_odd_sequences
 from ...errors import InvalidSequence, NumpyesmError
 from ...fasta import Draft, read_drafts, split_records
 
@@ -172,6 +172,11 @@ class BatchConverter:
             row[front:end] = ids
             row[end : end + behind] = alphabet.eos_idx
         return labels, strs, tokens
+
+
+def without_padding(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A row of tokens (T,) up to its last token that is not `<pad>`."""
+    return row[: np.flatnonzero(row != PAD)[-1] + 1]
 
 
 class FastaBatchedDataset:

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import TOKENS
+from ...alphabet import PAD
 from ...heads import sigmoid
 from ...kernels.blas import blas_threads
 from ...model import ESM2
 from ...reference import contact_features, embed, language_model, layer_norm, nested, transformer_layer
 from ...weights.checkpoint import Checkpoint
+from .data import without_padding
 
 Array = npt.NDArray[Any]
-_PAD = TOKENS.index("<pad>")
 
 
 def exact_bytes(checkpoint: Checkpoint, length: int) -> int:
@@ -38,9 +38,9 @@ def fill_rows(model: ESM2, tokens: npt.NDArray[np.uint8], rows: npt.NDArray[np.i
 
 
 def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
-    stop = int(np.flatnonzero(tokens != _PAD)[-1]) + 1
+    stop = len(without_padding(tokens))
     tokens = tokens[: stop + 1]  # one <pad> behind, if there is any: contacts leave out the last column
-    real, length = tokens != _PAD, len(tokens)
+    real, length = tokens != PAD, len(tokens)
     representations = result["representations"]
     x = embed(tokens, **weights["embed_tokens"])
     contacts: Array = np.zeros(1, np.float32)

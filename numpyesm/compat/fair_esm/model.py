@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import EOS, MASK, TOKENS
+from ...alphabet import EOS, MASK, PAD, TOKENS
 from ...errors import InvalidSequence, NotEnoughMemory
 from ...heads import sigmoid
 from ...memory import Sizes, format_memory
 from ...model import ESM2 as Core
-from ...options import require_contact_head
+from ...options import require_head
 from ...passes import FullOutput
-from .data import Alphabet, NotSupported
+from .data import Alphabet, NotSupported, without_padding
 from .exact import exact_bytes, fill_rows
 
 Array = npt.NDArray[Any]
-_PAD = TOKENS.index("<pad>")
 
 
 class ESM2:
@@ -120,10 +119,10 @@ class ESM2:
         """Compute these outputs and no others."""
         ids = check_tokens(tokens)
         if contacts:
-            require_contact_head(self.core.checkpoint)
+            require_head(self.core.checkpoint, "contacts")
         layers = sorted({int(layer) for layer in repr_layers} & set(range(self.num_layers + 1)))
         usual = np.array([_is_usual(row, contacts) for row in ids])
-        lengths = [int(np.count_nonzero(row != _PAD)) for row in ids]
+        lengths = [int(np.count_nonzero(row != PAD)) for row in ids]
         (batch, width), inside = ids.shape, max(ids.shape[1] - 2, 0)
         wanted: list[tuple[bool, str, tuple[int, ...]]] = [
             (logits, "logits", (batch, width, self.alphabet_size)),
@@ -142,7 +141,7 @@ class ESM2:
         indices = np.flatnonzero(usual)
         rows = [ids[i, : lengths[i]] for i in indices]
         maps = [result["attentions"][i, :, :, : lengths[i], : lengths[i]] for i in indices] if attentions else None
-        outputs = self.core.passes.full(rows, layers, logits=logits, contacts=contacts, attentions=maps, sizes=sizes)
+        outputs = self.core.passes.full(rows, layers, sizes, logits=logits, contacts=contacts, attentions=maps)
         for index, output in zip(indices, outputs, strict=True):
             _put(output, int(index), result)
         if not usual.all():
@@ -221,7 +220,7 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     if ids.min() < 0 or ids.max() >= len(TOKENS):
         wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise InvalidSequence(f"there is no token {wrong}: they are 0 to {len(TOKENS) - 1}")
-    padding = ids == _PAD
+    padding = ids == PAD
     for item, row in enumerate(padding):
         if row.all():
             raise InvalidSequence("nothing but padding", item=item)
@@ -232,8 +231,8 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
 
 def _is_usual(row: npt.NDArray[np.uint8], contacts: bool) -> bool:
     """Whether a row has `<pad>` at its end only and, for contacts, residues between `<cls>` and `<eos>` or the edge."""
-    tokens = row[row != _PAD]
-    if (row[: len(tokens)] == _PAD).any():
+    tokens = without_padding(row)
+    if PAD in tokens:
         return False
     whole = len(tokens) == len(row) or tokens[-1] == EOS
     return not contacts or (len(tokens) >= 3 and whole and EOS not in tokens[1:-1])

@@ -32,6 +32,8 @@ _CODES = {
     500: "server.internal",
     503: "server.unavailable",
 }
+# What is wrong with an address, or with the method it is asked by.
+ADDRESS_ERRORS = {404: "there is nothing at this address", 405: "this address does not take this method"}
 
 
 class ApiError(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..api.bodies import gunzip, too_large
-from ..api.errors import ApiError, invalid
+from ..api.errors import ADDRESS_ERRORS, ApiError, invalid
 
 # At most one segment in front: the stage, or the base path of a custom domain.
 _ROUTES = re.compile(
@@ -57,7 +57,7 @@ class Request:
         """The named parts of the path; ApiError 404 if there is nothing at it."""
         match = _ROUTES.fullmatch(self.path)
         if match is None:
-            raise ApiError(404, "there is nothing at this address")
+            raise ApiError(404, ADDRESS_ERRORS[404])
         return {name: value for name, value in match.groupdict().items() if value is not None}
 
     def body(self, gzipped: bool) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..api.bodies import parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
-from ..api.errors import ApiError, as_api_error
+from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
 from ..api.keys import KeyRing, read_keys
 from ..api.media import JSON_TYPE, AnswerForm, check_json_type, is_gzipped
 from ..api.requests import check_request
@@ -198,7 +198,7 @@ def _limits() -> dict[str, Any]:
 
 def _check_method(request: Request, *allowed: str) -> None:
     if request.method not in allowed:
-        raise ApiError(405, "this address does not take this method", headers={"Allow": ", ".join(allowed)})
+        raise ApiError(405, ADDRESS_ERRORS[405], headers={"Allow": ", ".join(allowed)})
 
 
 def _too_large(size: str, binary: bool) -> ApiError:

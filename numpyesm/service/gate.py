@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..api.errors import ApiError, as_api_error
+from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
 from ..api.media import JSON_TYPE
 from .access_log import AccessLog
 from .hosts import check_host
@@ -202,5 +202,5 @@ class _Exchange:
 
 
 def _from_router(error: HTTPException) -> ApiError:
-    details = {404: "there is nothing at this address", 405: "this address does not take this method"}
-    return ApiError(error.status_code, details.get(error.status_code, error.detail), headers=error.headers)
+    detail = ADDRESS_ERRORS.get(error.status_code, error.detail)
+    return ApiError(error.status_code, detail, headers=error.headers)

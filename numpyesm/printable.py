@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Replace what is not text (control characters, halves of surrogate pairs) by its escape, such as `\\x1b`.
+    """Replace control characters and lone surrogates with escapes such as `\\x1b`; keep line ends and tabs.
 
-    Line ends and tabs stay. A terminal obeys control characters: one could hide or forge what is printed.
+    A terminal obeys control characters, so they could hide or forge what is printed.
     """
     if text.isprintable():
         return text
@@ -14,9 +14,11 @@ def printable(text: str) -> str:
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """A value from a file in quotes, without control characters, and cut to at most `limit` characters."""
-    text = repr(value[: limit + 1] if isinstance(value, str) else value) if isinstance(value, str | int) else ""
-    text = text or type(value).__name__
+    """Quote a text or a number from a file, in at most `limit` characters; of anything else, name the type."""
+    if isinstance(value, str):
+        text = repr(value[: limit + 1])
+    else:
+        text = repr(value) if isinstance(value, int) else type(value).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import InvalidOption
+from .options import whole_number
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +30,9 @@ def default_threads() -> int:
 
 def check_threads(threads: object) -> int:
     """Return a positive number of threads, or raise InvalidOption."""
-    try:
-        count = int(threads) if isinstance(threads, str) else operator.index(threads)  # type: ignore[arg-type]
-    except (ValueError, TypeError):
-        count = 0
-    if isinstance(threads, bool) or not 1 <= count <= 1024:
+    digits = isinstance(threads, str) and threads.strip().isdecimal()
+    count = whole_number(int(threads) if digits else threads)  # type: ignore[call-overload]
+    if count is None or not 1 <= count <= 1024:
         raise InvalidOption(f"threads={threads!r}: expected a whole number from 1 to 1024")
     return count
 

@@ -1,4 +1,4 @@
-"""The 33 ESM-2 tokens: what may be in a sequence, and how it becomes token ids."""
+"""The 33 ESM-2 tokens: which letters a sequence may have, and how they become token ids."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LETTERS = bytes([ord(token) if len(token) == 1 else 0 for token in TOKENS]).lju
 
 
 def tokenize(sequences: Sequences, *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
-    """Turn a batch of sequences into token ids, with `<cls>` in front and `<eos>` at the end of each.
+    """Turn a batch of sequences into token ids, each with `<cls>` at the beginning and `<eos>` at the end.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def residue_ids(sequence: str) -> npt.NDArray[np.uint8]:
 
 
 def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Put `<cls>` in front and `<eos>` at the end: (L,) -> (L + 2,), a new array."""
+    """Add `<cls>` at the beginning and `<eos>` at the end: (L,) -> (L + 2,), a new array."""
     framed = np.empty(len(ids) + 2, np.uint8)
     framed[0], framed[1:-1], framed[-1] = CLS, ids, EOS
     return framed
@@ -131,7 +131,7 @@ def has_amino_acid(ids: npt.NDArray[np.uint8]) -> bool:
     return bool(((ids >= AMINO_ACID_COLUMNS.start) & (ids < AMINO_ACID_COLUMNS.stop)).any())
 
 
-# -- what people mean by what they write ---------------------------------------------------------------------------
+# -- hints and notes -----------------------------------------------------------------------------------------------
 
 # Capital letters of Cyrillic and Greek that look like Latin ones, and dashes that look like the gap.
 _LOOK_ALIKES = str.maketrans(
@@ -157,14 +157,14 @@ _HINTS = {
 
 
 def letter_hint(text: str, *, masks: bool = False) -> str:
-    """Say in brackets what the user probably meant by the letter that `text` begins with; empty if unclear.
+    """Guess, in brackets, what the user meant by the first letter of `text`; return an empty string if unclear.
 
     Parameters
     ----------
     text : str
-        The letter that is not allowed, and a few after it.
+        The letter that is not allowed, and a few letters after it.
     masks : bool
-        Whether `<mask>` is allowed, and `-` is not.
+        Whether `<mask>` is allowed and `-` is not.
     """
     letter = text[0]
     if text.startswith(MASK_TOKEN):
@@ -200,20 +200,20 @@ _NOTES = (
 
 
 def nothing_to_score(names: Sequence[str]) -> str:
-    """Say that these have no log-probability, having none of the 20 amino acids."""
+    """Say that these sequences have no log-probability, as they contain none of the 20 amino acids."""
     listed = ", ".join(name[:80] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return f"no log-probability (NaN), because they contain none of the 20 amino acids: {listed}"
 
 
 class SequenceNotes:
-    """Notes on what is allowed but rarely intended: nucleotides, three-letter codes, gaps. One note per kind."""
+    """Collects notes on input that is allowed but rarely intended: nucleotides, three-letter codes, gaps."""
 
     def __init__(self) -> None:
         self._seen = 0
         self._found: dict[int, tuple[int, str]] = {}  # kind: how many, and the first of them
 
     def look(self, sequence: str, name: str = "") -> None:
-        """Look at one sequence; notes call it by its name or, without one, by its place (from 1)."""
+        """Look at one sequence; notes call it by its name, or else by its place (from 1)."""
         self._seen += 1
         letters = sequence.replace(MASK_TOKEN, "")
         found = (
@@ -227,7 +227,7 @@ class SequenceNotes:
             self._found[kind] = count + 1, first
 
     def texts(self) -> list[str]:
-        """Return the notes, at most three."""
+        """Return the notes, at most one of each kind."""
         return [
             _NOTES[kind].format(f"{count} sequence{'s' if count > 1 else ''} (first: {first[:80]})")
             for kind, (count, first) in sorted(self._found.items())

@@ -1,7 +1,7 @@
-"""Packing: sequences one behind the other, no padding, cut into tiles and blocks of rows.
+"""Packing: sequences one after another, without padding, cut into tiles and blocks of rows.
 
-A *tile* is a run of rows of one sequence; attention is computed a tile at a time. Where a sequence is cut depends on
-its own length only, so that a result does not depend on what else is in the batch or on the number of threads.
+A *tile* is a run of rows of one sequence; attention is computed a tile at a time. Where a sequence is cut depends only
+on its own length, so that a result depends neither on the rest of the batch nor on the number of threads.
 A *block* is a run of whole tiles, of one or several sequences: the unit of work that one thread takes.
 """
 
@@ -25,7 +25,7 @@ _TRAINED_MASK_RATIO = 0.15 * 0.8
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows `start:stop` of the packed batch, all of the sequence that lies at `first:last`."""
+    """Rows `start:stop` of the packed batch, all of them in the sequence at rows `first:last`."""
 
     index: int
     sequence: int
@@ -59,7 +59,7 @@ class Batch:
     tokens : ndarray (T,) uint8
         All sequences, `<cls>` and `<eos>` included.
     offsets : tuple of int, (n + 1,)
-        Sequence i lies at rows `offsets[i]:offsets[i + 1]`.
+        Sequence i is at rows `offsets[i]:offsets[i + 1]`.
     embedding_scale : ndarray (T,) float64
         Factor of each row of the embedding (token dropout); 0 for `<mask>`.
     """
@@ -113,7 +113,7 @@ class Batch:
         start = 0
         for i, tile in enumerate(tiles):
             following = tiles[i + 1].stop - tile.stop if i + 1 < len(tiles) else 0
-            # Close the block at the cut between tiles that lies nearest to an even division.
+            # Close the block at the cut between tiles that is nearest to an even division.
             due = (len(blocks) + 1) * self.num_rows / count
             if i + 1 == len(tiles) or tile.stop + following / 2 > due:
                 blocks.append(Block(tuple(tiles[start : i + 1])))

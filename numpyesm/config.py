@@ -20,7 +20,7 @@ _SIZES = ("num_layers", "embed_dim", "num_heads", "ffn_dim")
 
 @dataclass(frozen=True)
 class Classifier:
-    """What a classification head, put on the encoder by fine-tuning, says.
+    """What a classification head, added to the encoder by fine-tuning, means.
 
     Attributes
     ----------
@@ -53,10 +53,10 @@ class ModelConfig:
     num_layers, embed_dim, num_heads, ffn_dim : int
         Number of layers, width, attention heads per layer, feed-forward width.
     classifier : Classifier or None
-        The head that a fine-tune has; encoders are equal whatever their heads.
+        The head of a fine-tuned model; two encoders are equal whatever their heads.
     whole_layers : int or None
-        Of a model that is only the first layers of another: how many that one has. The LayerNorm after the last one
-        is left out.
+        If the model consists of the first layers of another one: how many layers that one has. The LayerNorm after
+        the last layer is then left out.
     """
 
     num_layers: int
@@ -105,7 +105,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """Parse what `to_json` returns; CheckpointError if the text is something else."""
+        """Parse what `to_json` returns; CheckpointError for anything else."""
         try:
             fields: dict[str, Any] = json.loads(text)
             sizes = {key: fields[key] for key in _SIZES}

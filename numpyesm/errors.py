@@ -10,7 +10,7 @@ class NumpyesmError(Exception):
 
 
 class InputWarning(UserWarning):
-    """Input that is accepted but may not be what was meant: nucleotides, `--` lines that were left out."""
+    """Input that is accepted but may be unintended: nucleotides, `--` lines that were left out."""
 
 
 class InvalidSequence(NumpyesmError, ValueError):
@@ -77,7 +77,7 @@ class InvalidOption(NumpyesmError, ValueError):
 
 
 class CheckpointError(NumpyesmError, ValueError):
-    """A weights file that is truncated, corrupted, of another model, or no checkpoint at all."""
+    """A weights file that is truncated, corrupted, of another model, or not a checkpoint at all."""
 
 
 class WeightsNotFound(NumpyesmError, FileNotFoundError):
@@ -88,7 +88,7 @@ class WeightsNotFound(NumpyesmError, FileNotFoundError):
 
 
 class NotEnoughMemory(NumpyesmError, MemoryError):
-    """`max_memory` is too little for the model or for a call; the message says what it would take."""
+    """`max_memory` is too little for the model or for a call; the message says how much would be enough."""
 
 
 class MissingHead(NumpyesmError, RuntimeError):
@@ -100,4 +100,4 @@ class MissingExtra(NumpyesmError, ImportError):
 
 
 class BulkError(NumpyesmError, RuntimeError):
-    """A bulk run that cannot go on: another run holds its output, or what lies there belongs to a different run."""
+    """A bulk run that cannot go on: its output is in use, or belongs to a different run."""

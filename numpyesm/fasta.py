@@ -1,4 +1,4 @@
-"""The one FASTA reader: it takes files as people have them, and names the format of what is not FASTA.
+"""The one FASTA reader: it is lenient about how FASTA is written, and names the format of files that are not FASTA.
 
 Headers with sequences below them, or sequences alone: one per line, or one that is wrapped at a fixed width. A line
 counts as sequence only if it looks like one.
@@ -100,8 +100,8 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
     Raises
     ------
     InvalidSequence
-        With file and line: another format, text before the first header, a line that is no sequence, a record without
-        a residue or with more than a million letters, no record at all, or compressed data that are damaged.
+        With file and line: another format, text before the first header, a line that is not a sequence, a record
+        without a residue or with more than a million letters, no record at all, or damaged compressed data.
     OSError
         The file cannot be read.
 
@@ -118,17 +118,17 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
 
 
 def scan_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[tuple[Record, str | None]]:
-    """As `read_fasta`, but a record that is no sequence comes with line and reason and does not end the reading.
+    """As `read_fasta`, but yield a record that is not a sequence with its line and the reason, and go on.
 
-    For bulk work, where one odd record must not stop a million others. Of a record that is too long, a little more than
-    `MAX_LETTERS` letters are kept. A file without records is not an error.
+    For bulk work, where one odd record must not stop a million others. A record that is too long is cut to a little
+    more than `MAX_LETTERS` letters. A file without records is not an error.
     """
     for place, draft in enumerate(read_drafts(source), start=first):
         yield draft.finish(place)
 
 
 def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
-    """Yield the records of a file as they are written there, unpacked and decoded as in `read_fasta`.
+    """Yield the records of a file as they are written in it, unpacked and decoded as in `read_fasta`.
 
     `verbatim` is for fair-esm's readers: every record has a header, and lower case may mean insertions (A3M).
     """
@@ -146,7 +146,7 @@ def parse_fasta(lines: Iterable[str], name: str = "input") -> Iterator[Record]:
 
 
 def _sound(drafts: Iterable[Draft], name: str, first: int = 1) -> Iterator[Record]:
-    """Yield finished records; InvalidSequence at the first that is no sequence."""
+    """Yield finished records; InvalidSequence for the first that is not a sequence."""
     for place, draft in enumerate(drafts, start=first):
         record, problem = draft.finish(place)
         if problem is not None:
@@ -173,27 +173,27 @@ def record_name(name: str, ids: str) -> str:
 
 
 class _Source:
-    """The text that is read: its name, whether a record of too many letters is an error, and which warnings it gave."""
+    """The text being read: its name, whether a record that is too long is an error, and the warnings given so far."""
 
     def __init__(self, name: str, strict: bool) -> None:
         self.name = name
         self.strict = strict
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
 
     def error(self, number: int, what: str) -> InvalidSequence:
         """Return an error that names file and line."""
         return InvalidSequence(f"{self.name}, line {number}: {what}")
 
-    def tell(self, what: str, number: int) -> None:
+    def warn(self, what: str, number: int) -> None:
         """Warn once per kind."""
-        if what not in self._told:
+        if what not in self._warned_of:
             warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
-        self._told.add(what)
+        self._warned_of.add(what)
 
     def is_comment(self, number: int, text: str) -> bool:
         """Whether a line is dropped: a comment or, with a warning, the `--` that `grep -A` puts between groups."""
         if text == "--":
-            self.tell("lines of -- (grep's separator) are left out, the first in", number)
+            self.warn("lines of -- (grep's separator) are left out, the first in", number)
             return True
         return text.startswith(";")
 
@@ -205,8 +205,8 @@ class Draft:
     source: _Source
     header: str  # without `>`; empty if there is none
     line: int  # where it begins
-    parts: list[str] = field(default_factory=list)  # sequence lines as they are, without blanks at their ends
-    problem: tuple[int, str] | None = None  # line and reason why it is not a sequence
+    parts: list[str] = field(default_factory=list)  # sequence lines, stripped of blanks at their ends
+    problem: tuple[int, str] | None = None  # the line, and why it is not a sequence
     letters: int = 0
 
     def add(self, text: str) -> None:
@@ -232,13 +232,13 @@ class Draft:
             self.problem = self.problem or (number, unlike)
 
     def text(self) -> str:
-        """Return the sequence as written; InvalidSequence, with file and line, if one of its lines is no sequence."""
+        """Return the sequence as written; InvalidSequence, with file and line, if one of its lines is not one."""
         if self.problem is not None:
             raise self.source.error(*self.problem)
         return "".join(self.parts)
 
     def finish(self, place: int) -> tuple[Record, str | None]:
-        """Return the record and, if it is no sequence, line and reason."""
+        """Return the record and, if it is not a sequence, the line and the reason."""
         sequence = clean_sequence("".join(self.parts))
         words = self.header.split(maxsplit=1)
         record = Record(words[0] if words else nameless(place), self.header.strip(), sequence)
@@ -355,7 +355,7 @@ def _paragraph(lines: list[tuple[int, str]], source: _Source) -> Iterator[Draft]
     draft = Draft(source, "", lines[0][0])
     for number, text in lines:
         draft.add_checked(number, text, headed=False)
-    source.tell("lines of equal width without a header are read as one sequence, from", lines[0][0])
+    source.warn("lines of equal width without a header are read as one sequence, from", lines[0][0])
     yield draft
 
 
@@ -376,7 +376,7 @@ def _is_wrapped(widths: list[int]) -> bool:
 
 
 def _check_format(number: int, text: str, source: _Source) -> None:
-    """InvalidSequence if the first line of a text without a header shows what else it is."""
+    """Raise InvalidSequence if the first line of a text without a header shows that it is not FASTA."""
     what = next((f"this is {format}" for format, pattern in _OTHER_FORMAT if pattern.match(text)), None)
     if what is None and _TITLE.fullmatch(text.strip("\"'")):
         what = f"{text[:40]!r} is a column's title"
@@ -387,7 +387,7 @@ def _check_format(number: int, text: str, source: _Source) -> None:
 
 
 def _unlike_sequence(text: str, headed: bool = True) -> str | None:
-    """Say why a line is no sequence, whatever its letters; None if it may be one."""
+    """Say why a line does not look like a sequence, whatever its letters; None if it does."""
     if text.isalpha():
         return None
     for separator, called in (("\t", "tabs"), (",", "commas"), (";", "semicolons")):

@@ -84,7 +84,7 @@ def atomic_write(path: _AnyPath) -> Iterator[BinaryIO]:
 
 
 def _open_directly(name: str) -> BinaryIO | None:
-    """What has no whole to appear at once (a descriptor of this process, a pipe, a device), opened; else None."""
+    """Open what cannot be replaced as a whole: a descriptor of this process, a pipe, a device. None for files."""
     match = _DESCRIPTOR.fullmatch(name)
     descriptor = int(match[1]) if match else _STANDARD_STREAMS.get(name)
     if descriptor is not None and os.name == "posix":
@@ -94,7 +94,7 @@ def _open_directly(name: str) -> BinaryIO | None:
 
 
 def is_stream(name: str) -> bool:
-    """Whether a name means a pipe, a device or a descriptor of this process: /dev/stdout, /dev/null, a FIFO."""
+    """Whether a name is that of a pipe, a device or a descriptor of this process: /dev/stdout, /dev/null, a FIFO."""
     special = os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
     return special or name.startswith(("/dev/", "/proc/self/fd/"))
 
@@ -124,13 +124,13 @@ class MappedFile(mmap.mmap):
         return mapped
 
     def release(self) -> None:
-        """Drop what was read of the file from memory; it is read again when it is used."""
+        """Drop the pages of the file from memory; they are read again when they are used."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self.madvise(mmap.MADV_DONTNEED)
 
     @property
     def overwritten(self) -> bool:
-        """Whether the content changed. A file that was removed, or replaced by another, is still mapped as it was."""
+        """Whether the content changed. A file that was removed or replaced by another is still mapped as it was."""
         try:
             now = _identity(self.path)
         except OSError:
@@ -139,19 +139,19 @@ class MappedFile(mmap.mmap):
 
 
 def _identity(file: _AnyPath | int) -> tuple[int, ...]:
-    """What changes when a file is replaced (device, inode), or overwritten in place (size, time)."""
+    """Return what changes when a file is replaced (device, inode) or overwritten in place (size, time)."""
     found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def release_pages(arrays: Iterable[Any]) -> None:
-    """Drop from memory what was read of the mapped files that arrays are views of."""
+    """Drop from memory the pages of the mapped files that these arrays are views of."""
     for mapped in {file for array in arrays if (file := _mapped(array)) is not None}:
         mapped.release()
 
 
 def overwritten_files(arrays: Iterable[Any]) -> list[str]:
-    """Files that arrays are views of and that were overwritten in place since they were mapped."""
+    """Name the files that these arrays are views of and that were overwritten in place since they were mapped."""
     files = {mapped for array in arrays if (mapped := _mapped(array)) is not None}
     return sorted(mapped.path for mapped in files if mapped.overwritten)
 
@@ -164,7 +164,7 @@ def _mapped(array: Any) -> MappedFile | None:
 
 
 def same_file(one: _AnyPath, other: _AnyPath) -> bool:
-    """Whether both names mean one existing file. What cannot be a name (too long, a null byte) means none."""
+    """Whether both names mean one existing file; False for what cannot be a name (too long, a null byte)."""
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -185,11 +185,11 @@ def file_sha256(*paths: _AnyPath, start: int = 0) -> str:
 
 
 def safe_stem(id: str) -> str:
-    """Turn an id into a file name, without its ending, that every system takes."""
+    """Turn an id into a file name, without its ending, that is valid on every system."""
     stem = _UNSAFE.sub("_", id).strip("._")[:_LONGEST_STEM] or "record"
     return f"_{stem}" if _WINDOWS_DEVICES.match(stem) or stem.startswith("-") else stem
 
 
 def native_name(name: str) -> str:
-    """Make a name usable whatever the locale: where it cannot encode the name, its bytes are UTF-8 all the same."""
+    """Make a name usable in any locale: its bytes are UTF-8 even where the locale cannot encode it."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))

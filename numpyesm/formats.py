@@ -1,7 +1,8 @@
 """Results as JSON, as `.npz` and gzipped: one writer for the command line, the HTTP service and Lambda.
 
-Everything is written in pieces of a few hundred kilobytes, so a large answer is never in memory as text. A number has
-the fewest digits that give back the same float32 (or float64); NaN and infinity, which JSON cannot express, are `null`.
+Everything is written in pieces of a few hundred kilobytes, so that a large answer is never held in memory as text.
+Numbers have the fewest digits that give back the same float32 (or float64); NaN and infinity, which JSON cannot
+express, become `null`.
 orjson, if installed, writes numbers about fifteen times as fast; their values are the same.
 """
 
@@ -55,7 +56,7 @@ def json_results(results: Sequence[Result], ids: Sequence[str] | None = None) ->
 
 
 def json_pieces(document: Any) -> Iterator[bytes]:
-    """Write a JSON document in which arrays may stand for lists of numbers."""
+    """Write a JSON document, in which arrays become lists of numbers."""
     return _gather(_value(document))
 
 
@@ -175,7 +176,7 @@ def _entry(
 
 
 class _Written(io.RawIOBase):
-    """A file that cannot seek and gives away what was written to it."""
+    """A file that cannot seek and hands over what was written to it."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -193,7 +194,7 @@ class _Written(io.RawIOBase):
 
 
 def gzip_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Compress by Huffman codes alone: digits hold no repetitions, and the search for them takes ten times as long."""
+    """Compress with Huffman codes alone: digits hardly repeat, and searching for repeats takes ten times as long."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
     yield from _gather(compressor.compress(piece) for piece in pieces)
     yield compressor.flush()

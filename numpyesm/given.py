@@ -1,4 +1,4 @@
-"""Batches of texts as callers pass them: lists, generators, mappings from ids, Series, frames of one column.
+"""Batches of texts in the forms that callers pass: lists, generators, mappings from ids, Series, one-column frames.
 
 Objects of pandas, polars, pyarrow and NumPy are recognised by their attributes; nothing is imported for them.
 """
@@ -35,7 +35,7 @@ def labelled(given: Any, what: str = "sequence") -> Iterator[tuple[str | None, A
     if isinstance(given, str | bytes | bytearray):
         raise error(f"expected a list of {what}s, got one {kind}; put it into a list: [{what}]")
     if isinstance(given, set | frozenset):
-        raise error(f"expected a list of {what}s, got a {kind}, which has no order: results could not be told apart")
+        raise error(f"expected a list of {what}s, got a {kind}, which has no order: results could not be matched to it")
     if hasattr(given, "toarray"):
         raise error(f"sparse data are not supported: expected {what}s as text")
     if isinstance(given, Mapping):
@@ -75,4 +75,4 @@ def _column(given: Any, what: str) -> Any:
         if shape[1] != 1:
             raise error(f"expected one column of {what}s, got {shape[1]}")
         given = given[:, 0]
-    return given.to_pylist() if hasattr(given, "to_pylist") else given  # pyarrow's own scalars are no strings
+    return given.to_pylist() if hasattr(given, "to_pylist") else given  # pyarrow's own scalars are not strings

@@ -16,22 +16,22 @@ from .kernels.base import AttentionMaps
 
 Array = npt.NDArray[Any]
 
-# Rows of a contact map finished at a time, so that temporaries stay small beside the map.
+# Rows of a contact map finished at a time, so that temporaries stay small compared to the map.
 _CONTACT_ROWS = 128
 
 
 class AttentionReader(Protocol):
-    """Takes what it needs of the attention of a pass, tile by tile, layer by layer."""
+    """Takes what it needs from the attention of a pass, tile by tile, layer by layer."""
 
     @property
     def last_layer(self) -> int:
         """Number of layers that must run for it."""
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        """Say in `maps` what the kernels must leave of this tile in layer `layer`, counted from 0."""
+        """Say in `maps` what the kernels must keep of this tile in layer `layer`, counted from 0."""
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        """Take in what they left; called in tile order, so that sums do not depend on threads."""
+        """Take what they kept; called in tile order, so that sums do not depend on threads."""
 
 
 class ContactHead:
@@ -59,7 +59,7 @@ class ContactHead:
 
     @property
     def last_layer(self) -> int:
-        """Layers above have coefficients of zero only."""
+        """The layers above have only zero coefficients."""
         used = [layer for layer, heads in enumerate(self._heads) if len(heads)]
         return used[-1] + 1 if used else 0
 
@@ -92,7 +92,7 @@ class ContactHead:
         weighted, sums = self._weighted[sequence], self._marginals[sequence]
         coefficients = np.concatenate([np.empty(0), *self._coefficients])
         total = sums.sum(axis=1)
-        # A head whose attention never falls on residues has t = 0; fair-esm divides 0 by 0 there, we leave it out.
+        # A head whose attention never falls on residues has t = 0: fair-esm divides 0 by 0 there, we leave it out.
         factor = np.divide(coefficients, total, out=np.zeros_like(total), where=total > 0)
         scaled = (sums * factor[:, None]).T
         length = len(weighted)
@@ -183,7 +183,7 @@ class ClassificationHead:
     out_proj: tuple[Array, Array]
 
     def rows(self, tokens: int) -> npt.NDArray[np.intp]:
-        """The rows of a sequence of so many tokens that are classified: `<cls>`, or every residue."""
+        """Return which rows of a sequence of this many tokens are classified: `<cls>`, or every residue."""
         return np.arange(1) if self.classifier.head == "sequence" else np.arange(1, tokens - 1)
 
     def logits(self, x: Array) -> Array:
@@ -194,11 +194,11 @@ class ClassificationHead:
         return logits
 
     def shaped(self, rows: Array) -> Array:
-        """What one sequence has: (labels,) of its only row, or (L, labels)."""
+        """Give one sequence's rows their final shape: (labels,) if there is only one, or (L, labels)."""
         return rows[0] if self.classifier.head == "sequence" else rows
 
     def probabilities(self, logits: Array) -> Array:
-        """Softmax, sigmoid, or the numbers themselves of a regression, over the last axis."""
+        """Apply softmax or sigmoid over the last axis; a regression's numbers stay as they are."""
         if self.classifier.problem_type == "single_label_classification":
             return np.exp(log_softmax(logits)).astype(logits.dtype)
         return sigmoid(logits) if self.classifier.problem_type == "multi_label_classification" else logits
@@ -224,7 +224,7 @@ def log_prob(logits: Array, tokens: Array) -> float:
     ----------
     logits : ndarray (L, 20)
     tokens : ndarray (L,)
-        Token ids. Residues other than the 20 amino acids count nothing.
+        Token ids. Residues other than the 20 amino acids do not count.
 
     Returns
     -------

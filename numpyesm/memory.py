@@ -1,8 +1,8 @@
-"""Memory: sizes as text, what the process has and may have, what a pass takes, and which sizes of a pass fit a limit.
+"""Memory: sizes as text, what the process uses and may use, what a pass takes, and which passes fit a limit.
 
 A limit (`max_memory`) is for the whole process: the interpreter, NumPy, every page of the weights (mapped pages count,
-though processes share them), the buffers of a pass, and the results of the call. How a call is cut up changes results
-by rounding only, and not at all on the compiled backend.
+though processes share them), the buffers of a pass, and the results of the call. How a call is split changes results
+only by rounding, and not at all on the compiled backend.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .weights.rounding import LOW
 from .weights.tensor import GROUP, DeferredTensor
 
 # K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
-# powers of 1000, as SI has it.
+# powers of 1000, as in SI.
 _UNITS = {"": 1, "b": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -40,7 +40,7 @@ _PER_THREAD = 6 << 20
 _MARGIN = 10 << 20
 # A result without its arrays.
 _RESULT_OBJECT = 600
-# What the compiled backend takes beside its weights, of memory and of address space: with Numba and LLVM, and with a
+# Memory and address space that the compiled backend takes in addition to its weights: with Numba and LLVM, and with a
 # library of kernels.
 _NUMBA, _NUMBA_ADDRESS_SPACE = 330 << 20, 900 << 20
 _LIBRARY, _LIBRARY_ADDRESS_SPACE = 20 << 20, 150 << 20
@@ -77,11 +77,11 @@ def format_memory(size: float) -> str:
     return f"{size / (1 << 20):.0f} MiB"
 
 
-# -- what the process has and may have -----------------------------------------------------------------------------
+# -- what the process uses and may use -----------------------------------------------------------------------------
 
 
 def resident_memory() -> int:
-    """Memory that this process holds now, in bytes; its peak, or a guess, where the system does not say."""
+    """Memory that this process uses now, in bytes; its peak, or a guess, where the system does not say."""
     if (size := _status("VmRSS")) is not None:
         return size
     try:
@@ -93,23 +93,23 @@ def resident_memory() -> int:
 
 
 def _status(field: str) -> int | None:
-    """A size that the system states of this process, in bytes."""
+    """Return a size of this process from /proc, in bytes; None if there is none."""
     sizes = (int(line.split()[1]) << 10 for line in _lines("/proc/self/status") if line.startswith(f"{field}:"))
     return next(sizes, None)
 
 
 def available_memory() -> int:
-    """Memory that can be taken without swapping, in bytes, within the container's limit."""
+    """Memory that can be used without swapping, in bytes, within the container's limit."""
     left = [limit - used for limit, used in _containers()]
     left += [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
     return max(0, min(left, default=(_machine_memory() or 8 << 30) // 2))
 
 
 def memory_limit() -> int | None:
-    """Most that this process can hold at once, in bytes; None if there is no telling.
+    """The most memory that this process can use, in bytes; None if unknown.
 
     The least of the machine's memory, the container's limit, and what `ulimit -v` and `ulimit -d` leave. Part of the
-    address space is reserved and never held, so what is left of it is counted from what is held now.
+    address space is reserved but never used, so what is left of it is added to what is used now.
     """
     limits = [limit for limit, _ in _containers()]
     limits += [resident_memory() + limit - used for limit, used in _ulimits()]
@@ -159,13 +159,13 @@ def _ulimits() -> Iterator[tuple[int, int]]:
 def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> bool:
     """Whether the compiled backend, which keeps packed weights of its own, has enough memory and address space.
 
-    LLVM, which is needed unless kernels were compiled `ahead` of time, ends the process without a word if it cannot get
-    what it asks for.
+    LLVM, which is needed unless kernels were compiled `ahead` of time, kills the process without an error message if
+    it cannot get the memory that it asks for.
     """
     besides, addresses = (_LIBRARY, _LIBRARY_ADDRESS_SPACE) if ahead else (_NUMBA, _NUMBA_ADDRESS_SPACE)
     weights = 4 * checkpoint.num_parameters
     limits = [size for size in (limit, _machine_memory()) if size is not None] + [size for size, _ in _containers()]
-    # Packing holds more than the result for a moment only; a mapped file leaves the memory as it is packed.
+    # Packing briefly holds more than its result; a mapped file leaves the memory while it is packed.
     if limits and resident_memory() + besides + weights * 5 // 4 >= min(limits):
         return False
     return all(addresses + 3 * weights < size for size, _ in _ulimits())
@@ -193,12 +193,12 @@ def unread_weights(checkpoint: Checkpoint) -> int:
 
 
 def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str, ahead: bool) -> None:
-    """Refuse, before they are read or packed, weights that a limit has no room for; `ahead` as in `compiled_fits`.
+    """Refuse weights that do not fit a limit, before they are read or packed; `ahead` as in `compiled_fits`.
 
     Raises
     ------
     NotEnoughMemory
-        The message says what they would take.
+        The message says how much they would take.
     """
     if precision in LOW or backend in ("compiled", "numba"):
         weights = packed_bytes(checkpoint, precision)
@@ -268,7 +268,7 @@ def result_bytes(config: ModelConfig, residues: int, outputs: Outputs) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How a call is cut up: rows of one pass through the layers, rows of one block, threads (all if None)."""
+    """How to split a call: rows of one pass through the layers, rows of one block, threads (all if None)."""
 
     rows_per_pass: int
     block_rows: int | None = None
@@ -296,9 +296,9 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, limit: int, checkpoint: Checkpoint, threads: int, unread: int) -> MemoryBudget:
-        """The budget of a process whose model has just been loaded, with at most so many threads.
+        """Make the budget of a process whose model has just been loaded, with at most `threads` threads.
 
-        `unread` are the bytes of its weights that are still to be read.
+        `unread` is how many bytes of its weights are still to be read.
 
         Raises
         ------
@@ -308,7 +308,7 @@ class MemoryBudget:
         config = checkpoint.config
         fixed = resident_memory() + unread + _MARGIN
         for count in range(threads, 0, -1):
-            # Further threads are worth having if a middling protein fits with them; the first, if any does.
+            # A second thread is worth having only if a medium-sized protein still fits; one alone, if any does.
             rows = 512 if count > 1 else 16
             needed = fixed + pass_bytes(config, rows, rows, (), count, _BLOCK_SIZES[-1])
             if needed <= limit:
@@ -318,7 +318,7 @@ class MemoryBudget:
     def sizes(
         self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0
     ) -> Sizes:
-        """Sizes with which a call stays within the limit.
+        """Choose sizes with which a call stays within the limit.
 
         Parameters
         ----------
@@ -329,17 +329,17 @@ class MemoryBudget:
         wanted : collection of str
             Outputs, as in `include`.
         most_rows : int
-            Rows of a pass where memory does not matter.
+            Rows of a pass if memory did not matter.
         row_bytes : int
-            What each row of a pass takes besides.
+            What each row of a pass takes in addition.
 
         Raises
         ------
         NotEnoughMemory
-            With what the call would take.
+            The message says how much the call would take.
         """
         longest = max(lengths)
-        # Fewer threads are the most expensive way to save memory, so the last to be tried; shorter passes the cheapest.
+        # Fewer threads are the most expensive way to save memory, so they come last; shorter passes are the cheapest.
         for threads, block_rows in itertools.product(range(self.threads, 0, -1), _BLOCK_SIZES):
             rows = max(most_rows, longest)
             while True:

@@ -1,4 +1,4 @@
-"""ESM2: the class that users meet. It checks what it is given and hands it over."""
+"""ESM2: the class that users meet. It checks its input and passes it on."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class ESM2:
     checkpoint : Checkpoint
         Weights in the canonical layout.
     backend : {"auto", "numpy", "compiled"}
-        `auto` is the compiled kernels if Numba is installed and there is memory for them: about 450 MB for 35M, and
-        1.3 GB of address space. `numba` is the old name of `compiled`.
+        `auto` takes compiled kernels if they are installed, or Numba is, and there is enough memory for them (with
+        Numba, 450 MB for 35M and 1.3 GB of address space). `numba` is the old name of `compiled`.
     precision : {"fp32", "bf16", "int8"}
         Arithmetic of the matrix products; "bf16" and "int8" need the compiled backend.
     threads : int, optional
         Worker threads; all available CPUs by default.
     max_memory : int or str, optional
-        Bytes, or text such as `"300M"` (300·2^20 bytes, as `"300MiB"`; `"300MB"` is 300·10^6), that the whole process
-        must stay below. Block sizes, threads and (with `backend="auto"`) the backend are chosen by it; a call that
-        cannot stay below it raises `NotEnoughMemory` before it starts. Results are the same to rounding.
+        Limit for the whole process: bytes, or text such as `"300M"` (300·2^20 bytes, like `"300MiB"`; `"300MB"` is
+        300·10^6). It determines block sizes, threads and (with `backend="auto"`) the backend; a call that cannot stay
+        below it raises `NotEnoughMemory` before it starts. Results are the same except for rounding.
 
     Attributes
     ----------
     passes : Passes
-        What computes: it takes token arrays and options that have been checked.
+        Computes the results, from token arrays and options that have been checked.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class ESM2:
         source : str or path
             A name (`esm2-8m`, `-35m`, `-150m`, `-650m`, `-3b`, `-15b`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
-            up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub. The folder or Hub id of a PEFT adapter stands
-            for the base that it names, with the adapter merged in.
+            up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub. The folder or Hub id of a PEFT adapter
+            means the base that it names, with the adapter merged in.
         adapter : str or path, optional
-            Folder or Hub id of a PEFT adapter (LoRA, rsLoRA) that is merged into `source`. Models of one process that
-            are made so from one base share what their adapters do not touch.
+            Folder or Hub id of a PEFT adapter (LoRA, rsLoRA) to merge into `source`. Models of one process that are
+            made from the same base in this way share the weights that their adapters do not touch.
         backend, precision, threads, max_memory
             See `ESM2`.
 
@@ -115,7 +115,7 @@ class ESM2:
         InvalidOption
             An unknown backend or precision.
         """
-        # Here, not above: who makes a model from a checkpoint in hand needs no search.
+        # Imported here: a model made from a loaded checkpoint needs no search.
         from .weights.locate import load_found, resolve
 
         found = resolve(source)
@@ -129,7 +129,7 @@ class ESM2:
             _reload_from=(str(found.absolute()) if isinstance(found, Path) else found, place),
         )
 
-    # -- what it is ---------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> ModelConfig:
@@ -148,7 +148,7 @@ class ESM2:
 
     @property
     def labels(self) -> list[str]:
-        """What the classification head's outputs are called; empty if there is none."""
+        """Names of the classification head's outputs; empty if there is no head."""
         return [] if self.config.classifier is None else list(self.config.classifier.labels)
 
     @property
@@ -202,7 +202,7 @@ class ESM2:
 
         save_canonical(Path(path), self.checkpoint)
 
-    # -- what it does -------------------------------------------------------------------------------------------
+    # -- methods ------------------------------------------------------------------------------------------------
 
     def encode(
         self,
@@ -210,18 +210,18 @@ class ESM2:
         repr_layers: Iterable[int] = (-1,),
         include: Iterable[str] = ("mean",),
     ) -> list[EncodeResult]:
-        """Embeddings, contacts, logits and attentions.
+        """Compute embeddings, contacts, logits and attentions.
 
         Parameters
         ----------
         sequences : iterable of str, mapping from ids to str, Series, or frame of one column
-            Letters `ACDEFGHIKLMNPQRSTVWY`, `BXZUO` and `-`, upper case, 1 to 2048 residues each. What is ambiguous (a
+            Letters `ACDEFGHIKLMNPQRSTVWY`, `BXZUO` and `-`, upper case, 1 to 2048 residues each. Ambiguous input (a
             frame of several columns, a set, a single text) is refused.
         repr_layers : iterable of int
             Layers of the embeddings, each from -(n+1) to n for n layers: 0 is the scaled embedding, -1 the last layer.
         include : iterable of str
             Of `mean`, `per_token` (also `per_residue`), `bos`, `contacts`, `logits`, `attentions`, `classes` (the
-            probabilities of `classify`). Nothing is computed that was not asked for.
+            probabilities of `classify`). Only what is asked for is computed.
 
         Returns
         -------
@@ -256,18 +256,18 @@ class ESM2:
         Parameters
         ----------
         records : iterable of Record, (id, sequence) or str; mapping from ids to str; Series; frame of one column
-            May be a generator, and endless. String labels of a Series are ids. `numpyesm.fasta.read_fasta(path)` gives
+            May be an endless generator. String labels of a Series are ids. `numpyesm.fasta.read_fasta(path)` gives
             the records of a file.
         repr_layers, include
             As for `encode`.
         long : {"error", "truncate", "windows"}
-            Of more than 2048 residues: refuse, take the first 2048, or average overlapping windows.
+            What to do with more than 2048 residues: refuse, take the first 2048, or average overlapping windows.
         overlap : int
             Least number of residues that neighbouring windows share.
         tokens_per_batch : int, optional
             Chosen from threads and free memory by default.
         rejected : callable, optional
-            Called with a record that cannot be embedded and the reason; the record is left out. Without it the
+            Called with each record that cannot be embedded and the reason; the record is skipped. Without it the
             reason is raised.
 
         Yields
@@ -290,7 +290,7 @@ class ESM2:
         )
 
     def predict(self, sequences: Sequences, positions: str = "all") -> list[PredictResult]:
-        """Logits of sequences with masks.
+        """Compute the logits of sequences with masks.
 
         Parameters
         ----------
@@ -319,7 +319,7 @@ class ESM2:
         Parameters
         ----------
         sequences : as for `encode`
-            Residues other than the 20 amino acids are context and count nothing.
+            Residues other than the 20 amino acids serve as context but do not count.
 
         Returns
         -------
@@ -339,7 +339,7 @@ class ESM2:
         return self.passes.log_prob(tokens)
 
     def classify(self, sequences: Sequences) -> list[ClassifyResult]:
-        """What a fine-tuned classifier says of each sequence or, with `model.head == "token"`, of each residue.
+        """Classify each sequence or, if `model.head == "token"`, each residue, with a fine-tuned head.
 
         Parameters
         ----------
@@ -370,7 +370,7 @@ class ESM2:
         window: int | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.float64]:
-        """Scores of mutants; the higher, the more the model likes them.
+        """Score mutants; the higher, the more likely they are to the model.
 
         Parameters
         ----------
@@ -387,19 +387,19 @@ class ESM2:
             - `wt-marginals`: Σ log p(m_i | x) - log p(x_i | x), from one pass without masks (the same sources);
             - `log-prob`: `log_prob` of m minus that of x;
             - `pseudo-ppl`: Σ over all residues of m of log p(m_i | m without i), softmax over the 33 tokens; not a
-              difference, and one pass a residue of every mutant. fair-esm's script means this sum, but looks up the
-              residue behind the masked one and leaves out the ends.
+              difference, and it takes one pass for each residue of each mutant. fair-esm's script intends this sum, but
+              looks up the residue after the masked one and leaves out the ends.
 
-            In the first three `WT` and `A42A` are worth 0.
+            In the first three, `WT` and `A42A` score 0.
         offset : int
             Position of the wild type's first residue in the numbering of the mutations (fair-esm's `--offset-idx`).
         window : int or "proteingym", optional
-            Residues around each position that the model sees, `<cls>` and `<eos>` beside them; by default the whole
-            wild type, at most 2048 residues. Not for `log-prob`. "proteingym" is ProteinGym's rule for the two
-            marginals: masked ones see 1024 tokens of the protein with its `<cls>` and `<eos>`, of which windows inside
-            have neither; `wt-marginals` see the whole.
+            How many residues around each position the model sees, in addition to `<cls>` and `<eos>`; by default the
+            whole wild type, at most 2048 residues. Not for `log-prob`. "proteingym" is ProteinGym's rule for the two
+            marginals: `masked-marginals` see 1024 tokens of the protein with its `<cls>` and `<eos>`, so windows in the
+            middle have neither; `wt-marginals` see the whole protein.
         progress : callable (done, total), optional
-            Called now and then.
+            Called from time to time.
 
         Returns
         -------
@@ -427,7 +427,7 @@ class ESM2:
         window: int | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> MutationScan:
-        """Scores of every substitution of a protein, as a matrix of L positions × 20 amino acids.
+        """Score every substitution of a protein: a matrix of L positions × 20 amino acids.
 
         Parameters
         ----------
@@ -446,7 +446,7 @@ class ESM2:
 
 
 def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
-    """Token ids of a batch, with a warning about what is allowed but rarely intended."""
+    """Tokenize a batch, and warn of input that is allowed but rarely intended."""
     tokens = tokenize(sequences, masks=masks)
     warn_of_odd_sequences(map(letters_of, tokens), stacklevel=4)
     return tokens

@@ -32,7 +32,7 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Outputs:
-    """Outputs wanted of every sequence of a request.
+    """The outputs that a request wants for each of its sequences.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Outputs:
     def check(
         cls, checkpoint: Checkpoint, repr_layers: Iterable[int], include: Iterable[str], *, allow_nothing: bool = False
     ) -> Outputs:
-        """Check a request against the model that is to answer it.
+        """Check a request against the model that will answer it.
 
         Parameters
         ----------
@@ -80,7 +80,7 @@ class Outputs:
 
     @property
     def by_layer(self) -> tuple[int, ...]:
-        """Layers of which an embedding is wanted."""
+        """Layers whose embeddings are wanted."""
         return self.layers if BY_LAYER & set(self.include) else ()
 
 
@@ -114,7 +114,7 @@ def require_classifier(checkpoint: Checkpoint) -> Classifier:
 
 
 def check_includes(include: Iterable[str], *, allow_nothing: bool = False) -> frozenset[str]:
-    """The outputs asked for, `per_residue` read as `per_token`."""
+    """Return the outputs asked for; `per_residue` means `per_token`."""
     if isinstance(include, str):
         raise InvalidOption(f"include={include!r}: expected a list, such as [{include!r}]")
     try:
@@ -125,7 +125,7 @@ def check_includes(include: Iterable[str], *, allow_nothing: bool = False) -> fr
         raise InvalidOption(f"include is empty: ask for at least one of {', '.join(INCLUDES)}")
     for name in names:
         if not isinstance(name, str) or name not in (*INCLUDES, "per_residue"):
-            raise InvalidOption(f"include has {name!r}: allowed are {', '.join(INCLUDES)} (per_residue is per_token)")
+            raise InvalidOption(f"include has {name!r}: expected {', '.join(INCLUDES)} (per_residue means per_token)")
     return frozenset("per_token" if name == "per_residue" else name for name in names)
 
 
@@ -147,7 +147,7 @@ def number_within(option: str, value: object, least: int, most: int | None = Non
 
 
 def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
-    """Layers as 0 to num_layers, ascending, once each; negative ones count from the end (-1 is the last)."""
+    """Return the layers as numbers from 0 to num_layers, ascending, without duplicates; -1 is the last layer."""
     try:
         layers = list(repr_layers)
     except TypeError:
@@ -160,24 +160,24 @@ def check_layers(repr_layers: Iterable[int], num_layers: int) -> list[int]:
         if not -(num_layers + 1) <= number <= num_layers:
             raise InvalidOption(
                 f"repr_layers has {number}: this model has {num_layers} layers, "
-                f"allowed are {-(num_layers + 1)} to {num_layers} (0 is the embedding, -1 the last layer)"
+                f"expected {-(num_layers + 1)} to {num_layers} (0 is the embedding, -1 the last layer)"
             )
         resolved.add(number % (num_layers + 1))
     return sorted(resolved)
 
 
 def check_precision(precision: str) -> str:
-    """Return `precision`; InvalidOption if there is none of this name."""
+    """Return `precision`, or raise InvalidOption if it is unknown."""
     return one_of("precision", precision, PRECISIONS)
 
 
 def check_backend(backend: str) -> str:
-    """One of `BACKENDS`; `numba` is read as `compiled`."""
+    """Return one of `BACKENDS` (`compiled` for `numba`), or raise InvalidOption."""
     return one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
 
 
 def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
-    """Return the value of an option; InvalidOption if it is none of those that are allowed."""
+    """Return the value of an option, or raise InvalidOption if it is not among the allowed ones."""
     if value not in allowed:
-        raise InvalidOption(f"{option}={value!r}: allowed are {', '.join(allowed)}")
+        raise InvalidOption(f"{option}={value!r}: expected one of {', '.join(allowed)}")
     return value

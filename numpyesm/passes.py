@@ -32,9 +32,9 @@ Tokens = npt.NDArray[np.uint8]
 
 # Rows of one pass: enough to keep many threads busy, few enough that buffers stay near 50 MB.
 ROWS_PER_PASS = 4096
-# Parameters from which the NumPy backend leaves all weights where the file is mapped, for 2 % of the time.
+# From this many parameters on, the NumPy backend uses all weights in the mapped file, which costs 2 % of the time.
 _LARGE = 300_000_000
-# Rows that a thread gives to the LM head at a time, least and most.
+# Rows that a thread passes to the LM head at a time, least and most.
 _LM_HEAD_ROWS = 32, 192
 
 
@@ -55,7 +55,7 @@ class FullOutput:
 
 
 class Passes:
-    """Kernels with a checkpoint's weights, the threads that run them, and the memory that they may take.
+    """Kernels with a checkpoint's weights, the threads that run them, and the memory that they may use.
 
     Calls from several threads are safe and share the worker threads. Sequences are given as token arrays (T,) uint8,
     `<cls>` and `<eos>` included, none of them `<pad>`; results do not depend on which sequences share a pass.
@@ -117,7 +117,7 @@ class Passes:
         tokens : sequence of ndarray (T,)
         outputs : Outputs
         rows_per_pass : int, optional
-            Tokens that share a pass, at most; a limit of memory may ask for fewer.
+            Most tokens that share a pass; a memory limit may reduce it.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class Passes:
         return self._last_rows(tokens, rows, "logits", lambda x: self._lm_head(x)[:, columns])
 
     def classify(self, tokens: Sequence[Tokens]) -> Iterator[ClassifyResult]:
-        """Yield what the classification head, which the weights must have, makes of each sequence."""
+        """Yield the classification of each sequence; the weights must have a classification head."""
         head = self._classification_head()
         rows = [head.rows(len(ids)) for ids in tokens]
         for index, found in enumerate(self._last_rows(tokens, rows, "classes", head.logits)):
@@ -184,12 +184,12 @@ class Passes:
         contacts: bool,
         attentions: Sequence[Array] | None,
     ) -> Iterator[FullOutput]:
-        """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm has them.
+        """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm returns them.
 
         Parameters
         ----------
         tokens : sequence of ndarray (T,)
-            At least three each where contacts are wanted: the map leaves out the first and the last, whatever they are.
+            At least three each if contacts are wanted: the map leaves out the first and the last, whatever they are.
         layers : collection of int
             0 to num_layers.
         sizes : Sizes
@@ -221,7 +221,7 @@ class Passes:
     # -- passes -------------------------------------------------------------------------------------------------
 
     def sizes(self, tokens: Sequence[Tokens], outputs: Outputs, rows_per_pass: int | None = None) -> Sizes:
-        """How a call is cut up: as is fastest, or as the memory limit allows (NotEnoughMemory if it does not)."""
+        """Choose how to split a call: the fastest way that the memory limit allows, or NotEnoughMemory."""
         most = rows_per_pass or ROWS_PER_PASS
         if self.budget is None:
             return Sizes(most)
@@ -229,7 +229,7 @@ class Passes:
         return self.budget.sizes(results, [len(ids) for ids in tokens], outputs.include, most)
 
     def full_sizes(self, lengths: Sequence[int], layers: int, *, contacts: bool, held: int) -> Sizes:
-        """How a call of `full` is cut up whose caller holds so many bytes of results (NotEnoughMemory if it cannot)."""
+        """Choose how to split a call of `full` whose caller holds `held` bytes of results, or raise NotEnoughMemory."""
         if self.budget is None:
             return Sizes(ROWS_PER_PASS)
         row_bytes = 4 * (layers * self.config.embed_dim + VOCAB_SIZE + (max(lengths) if contacts else 0))
@@ -243,7 +243,7 @@ class Passes:
         output: str,
         compute: Callable[[Array], Array],
     ) -> Iterator[Array]:
-        """Yield `compute` of some rows of each sequence's last layer, which is all that is computed of that layer."""
+        """Yield `compute` of some rows of each sequence's last layer; the other rows of that layer are not computed."""
         sizes = self.sizes(tokens, Outputs((output,)))
         done = 0
         for chunk in _cut(tokens, sizes.rows_per_pass):
@@ -256,7 +256,7 @@ class Passes:
     def _encode_pass(
         self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes
     ) -> list[EncodeResult]:
-        """All outputs of the sequences of one pass."""
+        """Compute all outputs of the sequences of one pass."""
         batch, last, include = Batch.pack(tokens), self.config.num_layers, outputs.include
         results = [EncodeResult(first_index + i) for i in range(len(tokens))]
         contacts = self._contact_head(batch) if "contacts" in include else None
@@ -302,9 +302,9 @@ class Passes:
             0 (the scaled embedding) to num_layers (after the final LayerNorm).
         sizes : Sizes
         readers : sequence of AttentionReader
-            They get the attention maps of each layer up to their last.
+            They receive the attention maps of each layer up to their last.
         final_rows : ndarray of int, optional
-            The only rows of the last layer that matter; others may be those of the layer before. Not with readers.
+            The only rows of the last layer that matter; others may be left as in the layer before. Not with readers.
 
         Yields
         ------
@@ -334,7 +334,7 @@ class Passes:
             else:
                 stop = min(number for number in wanted if number > layer)
                 if final_rows is not None and stop == num_layers and layer + 1 < num_layers:
-                    stop = num_layers - 1  # the last one by itself
+                    stop = num_layers - 1  # the last layer runs separately
                 forward.advance(stop, rows=final_rows if stop == num_layers else None)
             if stop in wanted:
                 yield stop, forward.x
@@ -389,12 +389,12 @@ def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[Sequence[Tokens]]
 
 
 def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:
-    """Consecutive rows as copies of their own, as many for each as `parts` are long."""
+    """Split consecutive rows into copies that are as long as `parts`."""
     return [part.copy() for part in np.split(rows, np.cumsum([len(part) for part in parts])[:-1])]
 
 
 def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, x: Array, include: Collection[str]) -> None:
-    """Keep what was asked of one layer's rows: (T, D)."""
+    """Store the wanted embeddings of one layer's rows (T, D)."""
     for result, (first, last) in zip(results, batch.spans, strict=True):
         residues = x[first + 1 : last - 1]
         if "mean" in include:
@@ -406,7 +406,7 @@ def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, x: Arr
 
 
 def _request_maps(layer: int, tile: Tile, readers: Sequence[AttentionReader]) -> AttentionMaps | None:
-    """What layer `layer` must leave of this tile's attention; None if nothing."""
+    """Say what the kernels must keep of this tile's attention in a layer; None if nothing."""
     rows = slice(int(tile.start == tile.first), tile.stop - tile.start - int(tile.stop == tile.last))
     maps = AttentionMaps(rows)
     for reader in readers:
@@ -417,7 +417,7 @@ def _request_maps(layer: int, tile: Tile, readers: Sequence[AttentionReader]) ->
 def _collect_maps(
     layer: int, tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None], readers: Sequence[AttentionReader]
 ) -> None:
-    """Hand over what the layer left, in the order of the tiles."""
+    """Hand what the layer kept to the readers, in the order of the tiles."""
     for tile, left in zip(tiles, maps, strict=True):
         if left is not None:
             for reader in readers:

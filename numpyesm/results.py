@@ -1,4 +1,4 @@
-"""What the model returns, and how large it is. `to_dict()` is the JSON shape of the HTTP service."""
+"""What the model returns, and how large it is. `to_dict()` has the JSON shape of the HTTP service."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Field:
     kind : str
         As in `include`.
     layer : int or None
-        None for what is not per layer.
+        None if the array does not belong to a layer.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Field:
         return self.kind if self.layer is None else f"{self.kind}_{self.layer}"
 
     def shape(self, config: ModelConfig, residues: int) -> tuple[int, ...]:
-        """Shape of the array for a sequence of so many residues."""
+        """Shape of the array for a sequence of this many residues."""
         shapes: dict[str, tuple[int, ...]] = {
             "mean": (config.embed_dim,),
             "bos": (config.embed_dim,),
@@ -61,17 +61,17 @@ def fields(outputs: Outputs) -> Iterator[Field]:
 
 
 def count_numbers(outputs: Outputs, config: ModelConfig, residues: int) -> int:
-    """Numbers in the result of one sequence, all arrays together."""
+    """Count the numbers in the result of one sequence, all arrays together."""
     return sum(math.prod(field.shape(config, residues)) for field in fields(outputs))
 
 
-# Of each kind of embedding its attribute of EncodeResult, and what the arrays are called in JSON.
+# Each kind of embedding, its attribute of EncodeResult, and what its arrays are called in JSON.
 _PER_LAYER = (
     ("mean", "embeddings", "embedding"),
     ("bos", "bos_embeddings", "embedding"),
     ("per_token", "per_token_embeddings", "embeddings"),
 )
-# The other arrays of EncodeResult, and the attribute that names their columns.
+# The other arrays of EncodeResult, and the attributes that name their columns.
 _WHOLE = {"contacts": None, "logits": "vocab_tokens", "attentions": None, "classes": "labels"}
 
 
@@ -224,7 +224,7 @@ def _as_is(array: FloatArray) -> Any:
 def stack_results(
     results: Sequence[EncodeResult] | Sequence[PredictResult] | Sequence[ClassifyResult],
 ) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of all sequences: vectors (`mean_12`) as (n, D), the others one per sequence (`contacts_0`)."""
+    """Collect the arrays of all sequences: vectors (`mean_12`) as (n, D), others one by one (`contacts_0`)."""
     arrays = [result.to_arrays() for result in results]
     stacked = {
         name: np.stack([one[name] for one in arrays])

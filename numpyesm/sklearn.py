@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 class _FromWeights(BaseEstimator):  # type: ignore[misc]
-    """Base of the estimators: weights are loaded when they are needed, and nothing is learnt."""
+    """Base of the estimators: weights are loaded when they are needed, and nothing is fitted."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
         self.batch_size = batch_size
 
     def fit(self: Estimator, X: Sequences, y: object = None) -> Estimator:
-        """Check parameters and sequences; nothing is kept of them.
+        """Check parameters and sequences, and keep nothing.
 
         Parameters
         ----------
@@ -113,8 +113,8 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
 class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeights):  # type: ignore[misc]
     """Embeddings of protein sequences.
 
-    Nothing is learnt: `fit` checks its input. The weights are loaded at the first `transform`, once per process for all
-    estimators of equal parameters, and never pickled: an unpickled estimator loads them again by name.
+    `fit` only checks its input. The weights are loaded by the first `transform`, once per process for all estimators
+    with the same parameters, and never pickled: an unpickled estimator loads them again by name.
 
     Parameters
     ----------
@@ -125,9 +125,9 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
     pooling : {"mean", "bos"}, default "mean"
         Mean over the residues, or the `<cls>` row.
     backend, precision, threads
-        See `ESM2`. In a cross-validation with `n_jobs`, `threads=1` keeps its processes from crowding each other.
+        See `ESM2`. In a cross-validation with `n_jobs`, `threads=1` keeps the processes from competing for CPUs.
     batch_size : int, default 256
-        Sequences given to the model at a time; the result does not depend on it, but for rounding.
+        Sequences passed to the model at a time; results depend on it only by rounding.
 
     Examples
     --------
@@ -172,7 +172,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         return rows
 
     def fit_transform(self, X: Sequences, y: object = None, **options: Any) -> npt.NDArray[np.float32]:
-        """Embeddings, as of `transform`; a generator is read once for both."""
+        """Embeddings, as from `transform`; a generator is read only once."""
         if hasattr(X, "__next__"):
             X = list(X)
         embeddings: npt.NDArray[np.float32] = super().fit_transform(X, y, **options)
@@ -180,7 +180,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
 
     @property
     def _n_features_out(self) -> int:
-        """What scikit-learn's `get_feature_names_out` counts."""
+        """Number of features, for scikit-learn's `get_feature_names_out`."""
         return self._model().config.embed_dim
 
     def _checked(self, X: Sequences) -> list[str]:
@@ -198,7 +198,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
 class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
     """A classifier that was fine-tuned elsewhere, for sequences.
 
-    Nothing is learnt. Weights are loaded and shared as by `ESM2Embedder`.
+    `fit` only checks its input. Weights are loaded and shared as by `ESM2Embedder`.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
 
 
 def as_sequences(X: Any) -> list[str]:
-    """Sequences as a list; rows of one text each, which scikit-learn calls a column, are taken too."""
+    """Return the sequences as a list; rows of one text each, which scikit-learn calls a column, are accepted."""
     items = texts(X)
     rows = [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in items]
     # Not NumPy's own kind of str, which is slower to pickle and to compare.

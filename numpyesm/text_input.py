@@ -1,4 +1,4 @@
-"""Text files as people have them: compressed or not, in whatever encoding."""
+"""Text files, compressed or not, in any common encoding."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.Buffe
 
 
 def encoding_of(head: bytes, name: str) -> str:
-    """Recognise the encoding of a text by its beginning, by default UTF-8, or raise UnreadableFile."""
+    """Recognise the encoding of a text by its beginning (by default UTF-8), or raise UnreadableFile."""
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
@@ -121,7 +121,7 @@ def _zip_member(stream: io.BufferedReader, name: str) -> BinaryIO:
 
 
 class _Decompressed(io.RawIOBase):
-    """A decompressing stream whose many kinds of error become UnreadableFile."""
+    """A decompressing stream that turns the many kinds of errors into UnreadableFile."""
 
     def __init__(self, stream: BinaryIO, name: str, kind: str) -> None:
         self._stream = stream
@@ -135,7 +135,7 @@ class _Decompressed(io.RawIOBase):
         try:
             data = self._stream.read(len(buffer))
         except Exception as error:  # zlib, lzma and zstd each have a class of their own
-            if getattr(error, "errno", None):  # the disk's failure, not the data's
+            if getattr(error, "errno", None):  # a failure of the disk, not of the data
                 raise
             raise UnreadableFile(
                 f"{self._name}: the {self._kind} data are damaged or cut short ({error or type(error).__name__})"
@@ -145,7 +145,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _latin_1(error: UnicodeError) -> tuple[str, int]:
-    """Handle a decoding error: what is not UTF-8 is Latin-1, as in species names of older databases."""
+    """Handle a decoding error: bytes that are not UTF-8 are Latin-1, as in species names of older databases."""
     assert isinstance(error, UnicodeDecodeError)
     return error.object[error.start : error.end].decode("latin-1"), error.end
 

@@ -48,7 +48,7 @@ def _container_quota() -> int | None:
 
 
 class WorkerPool:
-    """`threads` workers shared by all calls into one model, so that concurrent calls do not oversubscribe."""
+    """`threads` workers shared by all calls to one model, so that concurrent calls do not oversubscribe the CPUs."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -96,12 +96,12 @@ class WorkerPool:
         futures: list[Future[None]] = []
         try:
             for index in range(count):
-                # Futures of our own: the executor queues a call before it finds that it can start no thread for it.
+                # Our own futures: the executor queues a call before it finds that it cannot start a thread for it.
                 futures.append(Future())
                 try:
                     executor.submit(_fulfil, futures[-1], work, index)
                 except RuntimeError:
-                    # No threads at all (WebAssembly), or no more of them (a limit): those there are do all of it.
+                    # No threads at all (WebAssembly), or no more of them (a limit): the existing ones do all the work.
                     if futures[-1].cancel():
                         futures.pop()
                     if not futures:

@@ -20,16 +20,16 @@ _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 2e-1}
 
 @dataclass(frozen=True)
 class Comparison:
-    """One group of reference numbers, by the one of them that deviates most.
+    """The worst deviation in one group of reference numbers.
 
     Attributes
     ----------
     sequence, output : str
-        Which numbers: `mean, layer 6` of a sequence, say.
+        Which numbers, for example `mean, layer 6`.
     expected, found : float
-        The reference number that deviates most, and what the model computes in its place.
+        The reference number that deviates most, and what the model computes instead.
     tolerance : float
-        What is allowed as `deviation`.
+        Largest `deviation` allowed.
     """
 
     sequence: str
@@ -78,7 +78,7 @@ def compare_with_reference(model: ESM2, reference: Mapping[str, Any] | None = No
     if model.config.whole_layers is not None:
         raise InvalidOption(
             f"these weights are the first {model.config.num_layers} of {model.config.whole_layers} layers: the "
-            "reference numbers are of whole models"
+            "reference numbers are those of whole models"
         )
     reference = published_numbers(model.name) if reference is None else reference
     tolerance = max(_TOLERANCES.get(p, 1e-4) for p in (model.precision, model.checkpoint.precision))

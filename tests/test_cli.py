@@ -179,8 +179,8 @@ def test_notes(run: Any) -> None:
         ("encode MKT", "x.parquet", ".csv"),
         ("encode MKT", "x.h5", ".npz"),
         ("encode MKT", "x", "no ending"),
-        ("encode MKT", "new/", "no file name"),
-        ("encode MKT", ".", "no file name"),
+        ("encode MKT", "new/", "not a file name"),
+        ("encode MKT", ".", "not a file name"),
         ("encode MKT --format json", "x.npz", "contradict"),
         ("encode MKT --include contacts", "x.csv", "row per residue"),
         ("encode MKT --include mean logits", "x.tsv.gz", "row per residue"),
@@ -309,7 +309,7 @@ def test_demo_without_weights_shows_everything_and_says_synthetic(run: Any) -> N
     done = run("demo", bare=True)
     assert done.code == 0
     assert "SYNTHETIC WEIGHTS" in done.err
-    for part in ("Embeddings of 4 proteins", "What stands at position", "Contact map", "residues/s", "SYNTHETIC"):
+    for part in ("Embeddings of 4 proteins", "Which residue is at position", "Contact map", "residues/s", "SYNTHETIC"):
         assert part in done.out.decode()
     assert Path("demo-output/contacts.txt").stat().st_size > 1000
 

@@ -293,7 +293,7 @@ def test_batch_converter(truncation: int | None) -> None:
 
 
 def test_letters_that_are_no_tokens() -> None:
-    with pytest.raises(UnknownToken, match=r"item 1: 't' at position 3 is no token.*lower case") as caught:
+    with pytest.raises(UnknownToken, match=r"item 1: 't' at position 3 is not a token.*lower case") as caught:
         OURS.get_batch_converter()([("a", "MKT"), ("b", "MKtA")])
     assert isinstance(caught.value, KeyError)
     assert isinstance(caught.value, InvalidSequence)
@@ -470,8 +470,8 @@ def test_extract_skips_only_files_that_hold_what_is_asked(
 @pytest.mark.parametrize(
     ("fasta", "options", "said"),
     [
-        (">../../evil\nMKT\n", [], "outside of"),
-        (">/etc/evil\nMKT\n", [], "outside of"),
+        (">../../evil\nMKT\n", [], "outside"),
+        (">/etc/evil\nMKT\n", [], "outside"),
         (f">{'x' * 300}\nMKT\n", [], "too long"),
         (">a\nMKT\n>b\nMKtA\n", [], "record 'b': 't' at position 3"),
         (">a\n\n", [], "no sequence"),

@@ -437,7 +437,7 @@ def test_what_is_no_option(model: ESM2) -> None:
     for method in ("log-prob", "pseudo-ppl"):  # options that exclude each other
         with pytest.raises(InvalidOption, match="is for masked-marginals and wt-marginals"):
             model.score_mutations(WILD_TYPE, ["WT"], method, window="proteingym")
-        with pytest.raises(InvalidOption, match="allowed are masked-marginals, wt-marginals"):
+        with pytest.raises(InvalidOption, match="expected one of masked-marginals, wt-marginals"):
             model.scan_mutations(WILD_TYPE, method)
     with pytest.raises(InvalidMutation, match="put it into a list"):
         model.score_mutations(WILD_TYPE, "A42G")

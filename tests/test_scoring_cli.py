@@ -111,7 +111,7 @@ def test_spreadsheets(run: Any, loaded: ESM2, monkeypatch: pytest.MonkeyPatch, e
         "Mutant,DMS_score,n,log-prob", f"M1A,0.1,1,{scores[0]!r}", f"p.Lys2Arg,,2,{scores[1]!r}",
         f"WT,{'2' if ending == 'xlsx' else '2.0'},3,{scores[2]!r}",
     ]  # fmt: skip
-    assert ("of 2 sheets, 'data' is read" in err) == (ending == "xlsx")
+    assert ("reading sheet 'data' of 2" in err) == (ending == "xlsx")
     monkeypatch.setitem(sys.modules, "pandas", None)
     code, _, err = run("score", WILD_TYPE, f"v.{ending}")
     assert (code, "pip install 'numpyesm[tables]'" in err) == (1, True)
@@ -195,11 +195,11 @@ def test_old_line_ends() -> None:
     ("table", "said"),
     [
         ("mutant,DMS_score\nM1A,1\nM1C,\nM1D,NaN\nM1E,NA\nM1F,oops\nM1G,3\nM1H,2\n",
-         ["1 values of DMS_score are no numbers (first in line 6)", "(3 of 7 rows)"]),
+         ["1 values of DMS_score are not numbers (first in line 6)", "(3 of 7 rows)"]),
         ("mutant,DMS_score\nM1A,1\nM1C,1\n", ["not defined"]),
         ("mutant,DMS_score\n", ["not defined"]),
         (",mutant,2500,pseudo-ppl,note\n0,M1A,1,5,a\n1,M1C,NA,6,b\n2,M1D,3,7,c\n", ["log-prob and 2500"]),
-        ("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n", ["--measured-col says which of 'ddG', 'position' is measured"]),
+        ("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n", ["say with --measured-col which of 'ddG', 'position' is measured"]),
         ("mutant\nM1A\n", []),
     ],
 )  # fmt: skip

@@ -49,7 +49,7 @@ def weights(small_file: str) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--host", "0.0.0.0"], "--api-keys-file, or say --allow-no-auth"),
+        (["--host", "0.0.0.0"], "--api-keys-file, or pass --allow-no-auth"),
         (["--api-keys-file", "empty"], "no key"),
         (["--api-keys-file", "absent"], "cannot be read"),
         (["--model", "ESM/2=synthetic"], "slug"),

@@ -1,4 +1,4 @@
-"""The API that the HTTP service and the Lambda function share: what is served, checks of requests, what errors say.
+"""The API that the HTTP service and the Lambda function share: models, checks of requests, errors.
 
-There is no server in here, and nothing but NumPy and the standard library is needed.
+It contains no server, and needs only NumPy and the standard library.
 """

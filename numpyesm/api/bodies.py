@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from .errors import ApiError, invalid
 
-# A request has hundreds of values. Two kilobytes of gzip can hold a million, and decoding those would keep everybody
-# else waiting for seconds. (Eight sequences with a comma between letters still get their own message.)
+# A request has hundreds of values. Two kilobytes of gzip can hold a million, and decoding those would keep
+# everyone else waiting for seconds. (Eight sequences with a comma between letters still get their own message.)
 MAX_VALUES = 20_000
 # Python's gzip module writes one member; a few more are legal, thousands of empty ones are an attack.
 _MAX_MEMBERS = 16
@@ -42,7 +42,7 @@ def too_large(limit: int, what: str = "the body") -> ApiError:
 def parse_json(body: bytes) -> Any:
     """Decode a body; ApiError 422 says where it is not JSON.
 
-    A repeated key is refused: nobody can tell which of the two sequences is meant.
+    A repeated key is refused: there is no telling which of the two values is meant.
     """
     if not body.strip():
         raise _refusal('the body is empty; expected a JSON object such as {"items": [{"sequence": "MKT"}]}')

@@ -1,4 +1,4 @@
-"""The models that are served: their names in addresses, what they can do, how they are described."""
+"""The models that are served: their names in addresses, their actions, their descriptions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_slug(slug: str) -> str:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under its slug."""
+    """A model and its slug."""
 
     slug: str
     model: ESM2
@@ -47,7 +47,7 @@ class ServedModel:
 
     @property
     def actions(self) -> list[str]:
-        """What the weights can do: without any head, embeddings only."""
+        """Actions for which the weights have the heads; embeddings need none."""
         return [action for action in ACTIONS if missing_head(self.checkpoint, action) is None]
 
     def describe(self) -> dict[str, Any]:
@@ -117,14 +117,14 @@ class Catalog:
         return list(self._models)
 
     def get(self, slug: str) -> ServedModel:
-        """Find a model; ApiError 404 says what there is."""
+        """Find a model, or raise ApiError 404, which lists the models."""
         served = self._models.get(slug)
         if served is None:
             raise ApiError(404, f"there is no model {slug[:80]!r} here; there are {', '.join(self._models)}")
         return served
 
     def find(self, slug: str, action: str) -> ServedModel:
-        """Find a model that can do `action`; ApiError 404 says what there is."""
+        """Find a model that has an action, or raise ApiError 404, which lists what there is."""
         served = self.get(slug)
         if action not in served.actions:
             head = missing_head(served.checkpoint, action)

@@ -12,12 +12,12 @@ from ..formats import json_bytes
 Place: TypeAlias = tuple[str | int, ...]
 Problem: TypeAlias = tuple[Place, str]
 
-# More would help nobody, and a hostile body could cause a hundred thousand.
+# More would help no one, and a hostile body could cause a hundred thousand.
 _MAX_PROBLEMS = 64
 _MAX_TEXT = 1000
 _MAX_NAME = 100
 
-# The kind of failure, for programs: `user.*` is for the client to fix, `server.*` for the operator, or it will pass.
+# The kind of failure, for programs: `user.*` is for the client to fix; `server.*` is for the operator, or temporary.
 _CODES = {
     400: "user.bad_request",
     401: "user.authentication",
@@ -32,8 +32,8 @@ _CODES = {
     500: "server.internal",
     503: "server.unavailable",
 }
-# What is wrong with an address, or with the method it is asked by.
-ADDRESS_ERRORS = {404: "there is nothing at this address", 405: "this address does not take this method"}
+# What a client is told about a wrong address or method.
+ADDRESS_ERRORS = {404: "there is nothing at this address", 405: "this address does not accept this method"}
 
 
 class ApiError(Exception):
@@ -97,13 +97,13 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Turn any failure into what a client may be told about it."""
+    """Turn any exception into what a client may be told about it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NotEnoughMemory):
         return ApiError(413, str(error), code="user.memory")
     if isinstance(error, MemoryError):
-        return ApiError(503, "not enough memory just now", code="server.memory", headers={"Retry-After": "10"})
+        return ApiError(503, "not enough memory at the moment", code="server.memory", headers={"Retry-After": "10"})
     known = isinstance(error, NumpyesmError)
     return ApiError(500, "the model could not compute this request" if known else "internal error")
 
@@ -114,7 +114,7 @@ def field_name(place: Place) -> str:
 
 
 def _first_of_each(problems: list[Problem]) -> list[Problem]:
-    """Put the first problem of each item and parameter in front: each is named, even if not every problem is."""
+    """Move the first problem of each item and parameter to the front, so that each is named even if some are cut."""
     if len(problems) <= _MAX_PROBLEMS:
         return problems
     first: dict[Place, Problem] = {}

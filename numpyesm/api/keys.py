@@ -16,10 +16,10 @@ ENVIRONMENT = "NUMPYESM_API_KEYS"
 
 
 class KeyRing:
-    """The accepted API keys; without any, everybody is let in."""
+    """The accepted API keys; if there are none, anyone may use the service."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        # Digests are of one length, so the time of a comparison reveals nothing about a key's.
+        # All digests have one length, so the time of a comparison reveals nothing about the length of a key.
         self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class KeyRing:
         for number, known in enumerate(self._digests, start=1):  # all of them, whichever it is
             found += number * hmac.compare_digest(digest, known)
         if not found:
-            raise _refusal("the API key is not known")
+            raise _refusal("unknown API key")
         return f"key-{found}"
 
 
@@ -63,22 +63,22 @@ def read_keys(path: str | Path | None) -> list[str]:
     Raises
     ------
     InvalidOption
-        The file cannot be read, or either is there without a key in it: a service must not open up by accident.
+        The file cannot be read, or one of the two has no key in it: a service must not be left open by accident.
     """
     keys: list[str] = []
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidOption(f"the file of API keys {path} cannot be read: {error}") from None
+            raise InvalidOption(f"the API key file {path} cannot be read: {error}") from None
         keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
-            raise InvalidOption(f"the file of API keys {path} has no key in it")
+            raise InvalidOption(f"there is no key in the API key file {path}")
         if bad := next((number for number, key in enumerate(keys, start=1) if re.search(r"\s", key)), None):
             raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key per line")
     if setting := os.environ.get(ENVIRONMENT):
         found = [key for key in re.split(r"[,\s]+", setting) if key]
         if not found:
-            raise InvalidOption(f"{ENVIRONMENT} is set and has no key in it")
+            raise InvalidOption(f"{ENVIRONMENT} is set, but there is no key in it")
         keys += found
     return keys

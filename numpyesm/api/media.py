@@ -1,4 +1,4 @@
-"""What a client's headers say: how its body is coded, and in which form it wants the answer."""
+"""What a client's headers say: how its body is encoded, and in which form it wants the answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AnswerForm:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the answer's head says of its form."""
+        """Headers that describe the form."""
         headers = {"content-type": NPZ_TYPE if self.npz else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
         return headers | ({"content-encoding": "gzip"} if self.gzipped else {})
 
@@ -43,7 +43,7 @@ class AnswerForm:
 
 
 def is_gzipped(content_encoding: str | None) -> bool:
-    """Tell whether the body is gzipped; ApiError 415 for any other coding."""
+    """Whether the body is gzipped; ApiError 415 for any other encoding."""
     coding = (content_encoding or "").strip().lower()
     if coding in ("", "identity"):
         return False

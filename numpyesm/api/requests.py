@@ -28,7 +28,7 @@ _NOTHING = Outputs(())
 
 @dataclass(frozen=True)
 class Work:
-    """A checked request: what is to be computed.
+    """A checked request: what to compute.
 
     Attributes
     ----------
@@ -37,9 +37,9 @@ class Work:
         One of `catalog.ACTIONS`.
     tokens : tuple of ndarray of uint8, each (residues + 2,)
     outputs : Outputs
-        Of `encode`, of which there may be none, and of `classify`.
+        For `encode` (there may be none) and `classify`.
     positions : str
-        `all` or `masked`, of `predict`.
+        `all` or `masked`, for `predict`.
     """
 
     served: ServedModel
@@ -68,7 +68,7 @@ class Work:
         Raises
         ------
         ApiError
-            500 if a number is not finite: such weights are no good.
+            500 if a number is not finite: the weights are unusable.
         """
         for tokens, result in zip(self.tokens, self._results(), strict=True):
             if not _is_finite(tokens, result):
@@ -94,7 +94,7 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
 
 
 def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schema:
-    """Say in JSON Schema what a request of `action` may contain, for clients and for `check_request`."""
+    """Describe in JSON Schema what a request of `action` may contain, for clients and for `check_request`."""
     item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
     fields = {
         "params": object_schema(_params_schema(action, num_layers, classifies), required=[]),
@@ -104,7 +104,7 @@ def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schem
 
 
 def object_schema(fields: Schema, required: list[str] | None = None, **more: Any) -> Schema:
-    """Describe an object of these fields, all of them required if not said otherwise."""
+    """Describe an object of these fields, all of them required by default."""
     needed = list(fields) if required is None else required
     schema = {"type": "object", "additionalProperties": False, "properties": fields, **more}
     return schema | ({"required": needed} if needed else {})
@@ -117,7 +117,7 @@ def _params_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     if action != "encode":
         return {}
     names = [*(name for name in INCLUDES if classifies or name != "classes"), "per_residue"]
-    # One by one: as JSON Schema has it, an integer may be written 1.0, and a layer may not.
+    # Listed one by one: JSON Schema accepts 1.0 as an integer, but a layer may not be written so.
     layers = list(range(-(num_layers + 1), num_layers + 1))
     text = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
     return {
@@ -175,7 +175,7 @@ class _Reader:
         self.tokens: list[TokenArray] = []
 
     def check(self, value: Any, place: Place, schema: Schema) -> None:
-        """Check a value; these four kinds are all that requests hold."""
+        """Check a value; requests contain only these four kinds."""
         if schema.get("type") == "object":
             self._object(value, place, schema)
         elif schema.get("type") == "array":
@@ -222,7 +222,7 @@ class _Reader:
             self._add(place, f"expected one of {', '.join(first)} or {last}")
 
     def _layer(self, value: Any, place: Place) -> None:
-        if type(value) is not int:  # True is an int, and 1.0 is no layer
+        if type(value) is not int:  # True is an int, and 1.0 is not a layer
             self._add(place, "expected a whole number")
             return
         try:

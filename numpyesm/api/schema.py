@@ -11,8 +11,8 @@ from .catalog import ACTIONS, Catalog, ServedModel
 from .media import JSON_TYPE, NPZ_TYPE
 from .requests import Schema, body_schema, object_schema
 
-# Read by the `biolmai` SDK, which holds back requests beyond it. This service sets no rate: whoever fills the queue is
-# answered 429. The figure is above anything that it could compute.
+# Read by the `biolmai` SDK, which delays requests beyond it. This service has no rate limit (clients that fill the
+# queue get a 429), so the figure is higher than anything that it could compute.
 THROTTLE_RATE = "1000/second"
 
 _SUMMARIES = {

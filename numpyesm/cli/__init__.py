@@ -1,4 +1,4 @@
-"""The command line: `numpyesm COMMAND …`. Results go to stdout or `-o`, talk to stderr."""
+"""The command line: `numpyesm COMMAND …`. Results go to stdout or `-o`, messages to stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .parser import build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 for a failure, 2 for wrong use."""
+    """Run one command; return 0, 1 for a failure, or 2 for wrong use."""
     arguments = build_parser().parse_args(argv)
     return guarded(partial(arguments.run, arguments), arguments.debug)
 
@@ -29,12 +29,12 @@ def guarded(run: Callable[[], int], debug: bool = False) -> int:
     warnings.showwarning = _show_warning
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the caller (>&-): nobody listens
+        if stream is None:  # closed by the caller (>&-)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode gets ? for what it cannot show
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? instead
     if threading.current_thread() is threading.main_thread():
-        # As an exception, so that half-written files are removed on the way out.
+        # Raised as an exception, so that half-written files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code = run()
@@ -56,7 +56,7 @@ def guarded(run: Callable[[], int], debug: bool = False) -> int:
 
 
 def _silence_stdout() -> None:
-    """Keep the interpreter from complaining at exit about what could not be written."""
+    """Keep the interpreter from complaining at exit about unwritten output."""
     with suppress(OSError, ValueError):  # a stream without a descriptor, as in notebooks and tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         target = Destination(arguments.format or "tsv", str(folder))
         check_writable(folder / "map")
     if target.form == "png":
-        figure_class()  # before the model runs: a missing extra should not cost minutes
+        figure_class()  # before the model runs, so that a missing extra costs no time
         if target.path is None:
             raise InvalidOption("a picture needs a file: -o map.png")
     records = read_records(arguments.input, target.path, arguments.ids)
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:
-    """Return the folder that `-o` names: an existing one, a name that ends in a slash, or one without an ending."""
+    """Return the folder that `-o` names: an existing one, or a name that ends in a slash or has no ending."""
     output = arguments.output
     if not output or output == "-" or is_stream(output):
         return None
@@ -93,14 +93,14 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def titled(record: Record, model: ESM2) -> Record:
-    """Return the record with the title of its map as id, which says so if the weights are synthetic."""
+    """Return the record with the title of its map as id; the title says so if the weights are synthetic."""
     return record._replace(id=f"{record.id} (SYNTHETIC WEIGHTS)") if model.checkpoint.synthetic else record
 
 
 def contact_list(
     record: Record, contacts: Contacts, threshold: float, min_separation: int
 ) -> list[tuple[str, int, str, int, str, str]]:
-    """Return a row per contact, most probable first, positions counted from 1."""
+    """Return a row per contact, the most probable first; positions count from 1."""
     i, j = np.triu_indices(len(contacts), k=max(1, min_separation))
     keep = contacts[i, j] >= threshold
     i, j = i[keep], j[keep]

@@ -27,7 +27,7 @@ _BANNER = """\
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run on official weights if they can be found or fetched, else on synthetic ones, with a banner that says so."""
+    """Run with official weights if they can be found or fetched, else with synthetic ones and a banner that says so."""
     output = Path(arguments.output)
     records = list(parse_fasta(files("numpyesm").joinpath("data", "example_proteins.fasta").read_text().splitlines()))
     start = time.perf_counter()
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     predicted = model.predict([masked], positions="masked")
     print(
-        f"What stands at position {middle + 1} of {shortest.id} (really {shortest.sequence[middle]})? "
+        f"Which residue is at position {middle + 1} of {shortest.id} (in fact {shortest.sequence[middle]})? "
         f"{time.perf_counter() - start:.3f} s"
     )
     print(table(*most_probable([shortest], predicted)))

@@ -24,7 +24,7 @@ _OPTIONS = (
 
 
 class _QuietProgress(Progress):
-    """Prints no progress, only what the user should know."""
+    """Prints notes, but no progress."""
 
     def note(self, message: str) -> None:
         print(f"numpyesm: {message}", file=sys.stderr)
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_in_json(arguments)
     progress: Progress = _QuietProgress()
     if sys.stderr.isatty() and not arguments.quiet:
-        with suppress(MissingExtra):  # a bar is a convenience
+        with suppress(MissingExtra):  # the bar is only a convenience
             progress = BarProgress()
     try:
         summary = _embed(arguments, progress)
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_in_json(arguments: argparse.Namespace) -> int:
-    """Make every line on stderr JSON: warnings, errors, and whatever else is printed there."""
+    """Turn every line on stderr into JSON: warnings, errors, and anything else that is printed there."""
     lines = JsonProgress()
     warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
     stderr, sys.stderr = sys.stderr, _Notes(lines)
@@ -89,10 +89,10 @@ def _summarise(lines: JsonProgress, summary: Summary) -> int:
 
 def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:
     if arguments.max_memory is not None and arguments.engine == "ray":
-        raise InvalidOption("--max-memory belongs to the local engine: Ray limits its workers by its own resources")
-    output_format(arguments.output)  # an output that cannot be written is refused before the model is loaded
+        raise InvalidOption("--max-memory works with the local engine only: Ray limits its workers by resources")
+    output_format(arguments.output)  # an unknown format is refused before the model is loaded
     model = load_model(arguments)
-    with redirect_stdout(sys.stderr):  # Ray prints on stdout what becomes of its workers
+    with redirect_stdout(sys.stderr):  # Ray reports on its workers on stdout
         return embed_fasta(
             arguments.input,
             arguments.output,
@@ -110,8 +110,8 @@ def _report(arguments: argparse.Namespace, summary: Summary) -> int:
     if summary.rejected:
         records = "record" if summary.rejected == 1 else "records"
         print(
-            f"numpyesm: {summary.output} is complete but for {summary.rejected} {records} that could not be embedded; "
-            f"{summary.rejected_file} says why",
+            f"numpyesm: {summary.output} is complete except for {summary.rejected} {records} that could not be "
+            f"embedded; {summary.rejected_file} says why",
             file=sys.stderr,
         )
         return 1

@@ -28,7 +28,7 @@ from .outputs import table
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    """Download, verify, convert; print where the file is."""
+    """Download, verify and convert; print where the file is."""
     from ..weights.hub import fetch as fetch_weights
 
     path = fetch_weights(
@@ -45,7 +45,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Any checkpoint in, one canonical file out; print where it is."""
+    """Convert any checkpoint to one canonical file; print where it is."""
     from ..weights.adapter import base_of
     from ..weights.conversion import convert as convert_weights
     from ..weights.hugging_face import adapter_file
@@ -74,7 +74,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Compare the checksums in the file and beside it, and the published numbers; 1 if any is off."""
+    """Check the checksums in and next to the file, and the published numbers; return 1 if any differs."""
     path = resolve(arguments.weights or "esm2-35m")
     if isinstance(path, Path):
         verified = open_checkpoint(path).checksums
@@ -108,7 +108,7 @@ def warmup(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Versions, machine, and the weights that would be used."""
+    """Print versions, the machine, and the weights that would be used."""
     threads = default_threads() if arguments.threads is None else check_threads(arguments.threads)
     rows: list[tuple[str, object]] = [
         ("numpyesm", __version__),

@@ -27,7 +27,7 @@ from .outputs import Destination, csv_pieces, destination, result_pieces, table
 _ENDINGS = {".json": "json", ".npz": "npz", ".csv": "csv", ".tsv": "tsv", ".txt": "table"}
 # Outputs that a table can hold: a row per sequence, or a row per residue.
 _PER_SEQUENCE, _PER_RESIDUE = {"mean", "bos"}, {"per_token", "logits"}
-# The least probability at which a label that does not exclude others is said to hold.
+# Labels that do not exclude each other hold from this probability on.
 _HOLDS = 0.5
 
 Table = tuple[Sequence[str], Iterable[Sequence[object]]]
@@ -55,7 +55,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    """Write the label and the probability of each label, per sequence or per residue, depending on the head."""
+    """Write the label and the probability of each label, per sequence or per residue (as the head has it)."""
     target, records = _prepare(arguments)
     model, results = compute(arguments, records, ESM2.classify)
     rows = partial(_class_rows, classifier=require_classifier(model.checkpoint))
@@ -66,7 +66,7 @@ def log_prob(arguments: argparse.Namespace) -> int:
     """Write one number per sequence."""
     target, records = _prepare(arguments)
     with warnings.catch_warnings():
-        # The model's own note counts items; here they have names.
+        # The model's own note numbers the items; here they have names.
         warnings.filterwarnings("ignore", re.escape(nothing_to_score([])), InputWarning)
         _, found = compute(arguments, records, ESM2.log_prob)
     scores = found.tolist()
@@ -88,7 +88,7 @@ def _write(
     spreadsheet: Callable[[Sequence[Record], Sequence[AnyResult]], Table],
     summary: Callable[[Sequence[Record], Sequence[AnyResult]], Table],
 ) -> int:
-    """Write whichever form is chosen; the others are not made."""
+    """Write the chosen form; the others are not computed."""
     if target.form in ("json", "npz"):
         target.write(result_pieces(target.form, results, [record.id for record in records]))
     elif target.form == "table":
@@ -159,14 +159,14 @@ def _class_rows(
 
 
 def _label(probabilities: np.ndarray, classifier: Classifier) -> str:
-    """Name the most probable label or, where several may hold, all that are at least as probable as not."""
+    """Name the most probable label or, where several may hold, all those with a probability of at least 0.5."""
     if classifier.problem_type == "multi_label_classification":
         return ";".join(classifier.labels[i] for i in np.flatnonzero(probabilities >= _HOLDS))
     return classifier.labels[int(np.argmax(probabilities))]
 
 
 def _digits(row: np.ndarray) -> list[str]:
-    """Write each float32 in the fewest digits that give it back."""
+    """Write each float32 with the fewest digits that give it back."""
     written: list[str] = row.astype("U32").tolist()
     return written
 

@@ -19,7 +19,7 @@ from ..model import ESM2
 Results = TypeVar("Results")
 
 _BARE_SEQUENCE = re.compile(r"(?:[A-Z*-]|<mask>)+")
-# Joined chains, gaps and stops as others write them. No file name consists of these alone.
+# Joined chains, gaps and stops in other notations. No file name consists of these alone.
 _NEARLY_A_SEQUENCE = re.compile(r"[A-Z]{2}(?:[A-Z.:/|*~-]|<mask>)*[A-Z*]")
 
 
@@ -39,8 +39,8 @@ def read_records(
 ) -> list[Record]:
     """Read the records of all inputs in order; bare sequences are named by their place.
 
-    `output` must not be one of the inputs. `ids` says how records are named, see `fasta.record_name`; `masks`, whether
-    `<mask>` is expected in them.
+    `output` must not be one of the inputs. `ids` says how to name records, see `fasta.record_name`; `masks`, whether to
+    expect `<mask>` in them.
     """
     records: list[Record] = []
     for text in inputs:
@@ -71,7 +71,7 @@ def _no_input(text: str, masks: bool) -> str:
     try:
         tokenize([text], masks=masks or MASK_TOKEN in text)
     except InvalidSequence as error:
-        return f"{text[:80]!r} is no file, and as a sequence: {error.reason}"
+        return f"{text[:80]!r} is not a file, and as a sequence: {error.reason}"
     return f"{text[:80]!r} is neither a file nor a sequence"
 
 

@@ -1,4 +1,4 @@
-"""`numpyesm layers`: which layer's embeddings predict a property best, by cross-validation."""
+"""`numpyesm layers`: find the layer whose embeddings predict a property best, by cross-validation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BAR = 40  # characters of the best score's bar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Embed once with all layers, score each, say which is best and what stopping there saves."""
+    """Embed once with all layers, score each, and say which is best and how much stopping there saves."""
     target = destination(arguments, _ENDINGS, terminal="table", otherwise="table")
     selection = require("sklearn.model_selection", "numpyesm layers", "sklearn")
     if arguments.folds < 2:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = _tokens(found, sequences)
     groups = np.unique([ids.tobytes() for ids in tokens], return_inverse=True)[1]
     task, labels = _labels(found, groups, arguments)
-    # A sequence that stands in several rows is in one fold only: a model would know it from training.
+    # A sequence with several rows is in one fold only: otherwise a model would know it from training.
     folds = selection.StratifiedGroupKFold(arguments.folds, shuffle=True, random_state=0)
     strata = labels if task == "classification" else np.zeros(len(labels))
     splits = list(folds.split(strata, strata, groups))
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _labels(
     found: VariantTable, groups: npt.NDArray[np.intp], arguments: argparse.Namespace
 ) -> tuple[str, npt.NDArray[Any]]:
-    """The task, and the target's values: numbers for regression, names for classification.
+    """Return the task and the target's values: numbers for regression, names for classification.
 
-    `groups` numbers the sequences; equal ones have one number.
+    `groups` numbers the sequences; equal ones have the same number.
     """
     fields = [field.strip() for field in found.require(arguments.target, "--target")]
     numbers = [_number(field) for field in fields]
@@ -128,7 +128,7 @@ def _scores(X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: 
 
 
 def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> None:
-    """A line per layer: mean and standard deviation over the folds and, for people, a bar."""
+    """Write a line per layer: mean and standard deviation over the folds and, in a table for reading, a bar."""
     name = "accuracy" if task == "classification" else "spearman"
     means, spread = scores.mean(axis=1), scores.std(axis=1)
     if target.form != "table":
@@ -147,9 +147,9 @@ def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> N
 def _advise(means: npt.NDArray[np.float64], model: ESM2) -> None:
     best, last = int(means.argmax()), len(means) - 1
     saved = round(100 * (last - best) / last)
-    text = f"layer {best} is best: {means[best]:.4f}, the last one has {means[last]:.4f}"
+    text = f"layer {best} is best: {means[best]:.4f}; the last layer has {means[last]:.4f}"
     if best == 0:
-        text += "; layer 0 is the embedding of the letters alone, so composition says as much as the model here"
+        text += "; layer 0 embeds single letters, so here the composition says as much as the model"
     elif saved:
-        text += f"; `numpyesm convert WEIGHTS --layers {best} -o FILE` leaves out the others: {saved} % less to compute"
+        text += f"; `numpyesm convert WEIGHTS --layers {best} -o FILE` drops those above: {saved} % less to compute"
     print(f"numpyesm: {text}", file=sys.stderr)

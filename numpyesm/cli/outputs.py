@@ -1,4 +1,4 @@
-"""Where results go and in which format: as the output's name says, or an error before anything is computed."""
+"""Where results go and in which format. What an output's name does not allow is refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def destination(
 ) -> Destination:
     """Return where `-o` sends the results of a command, and in which format.
 
-    `endings` has the format of each ending that the command can write, such as `{".csv": "csv"}`; `terminal` and
-    `otherwise` are the formats of standard output. InvalidOption: the ending is none of these, or `--format`
-    contradicts it. WriteError: the output cannot be written.
+    `endings` maps each ending that the command can write to its format, such as `{".csv": "csv"}`; `terminal` and
+    `otherwise` are the formats for standard output. InvalidOption: an unknown ending, or one that `--format`
+    contradicts. WriteError: the output cannot be written.
     """
     chosen, output = getattr(arguments, "format", None), arguments.output
     if output in (None, "-"):
         return Destination(chosen or (terminal if sys.stdout.isatty() else otherwise), None)
-    if is_stream(output):  # its name has no ending to go by
+    if is_stream(output):  # its name has no ending that could tell the format
         return Destination(chosen or otherwise, output)
-    can = f"this command writes {', '.join(endings)}, also with {', '.join(_COMPRESSIONS)} behind"
+    can = f"this command writes {', '.join(endings)}, each also followed by {', '.join(_COMPRESSIONS)}"
     if not output or names_folder(output):
-        raise InvalidOption(f"-o {output!r} is no file name; {can}")
+        raise InvalidOption(f"-o {output!r} is not a file name; {can}")
     name = os.path.basename(output).lower()
     compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
     ending = os.path.splitext(name.removesuffix(compression))[1]
@@ -84,7 +84,7 @@ def names_folder(output: str) -> bool:
 
 
 def check_writable(output: str | Path) -> None:
-    """Raise WriteError now if a file of this name could not be written later. Missing folders will be made."""
+    """Raise WriteError now if this file could not be written later. Missing folders are created later, too."""
     path = Path(output).absolute()
     if path.is_dir():
         raise WriteError(None, "it is a folder", str(output))
@@ -119,7 +119,7 @@ def csv_pieces(header: Sequence[str], rows: Iterable[Sequence[object]], form: st
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table for reading: columns padded with blanks."""
+    """Return a table for reading, with padded columns."""
     cells = [list(map(str, header)), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "".join(

@@ -85,13 +85,13 @@ def _add_weights_commands(add: Add) -> None:
     command = add("warmup", "files:warmup", "compile kernels for this machine before they are first used")
     command.add_argument("--cache", metavar="DIR", help="folder (the user's cache)")
     command.set_defaults(precision=None)
-    add("info", "files:info", "what is installed, what the machine has, which weights are found")
+    add("info", "files:info", "show what is installed, what the machine has, and which weights are found")
 
 
 def _add_inference_commands(add: Add) -> None:
     command = _add_inference(add, "encode", "embeddings, contacts, logits, attentions")
     _add_embeddings(command, ["mean"], "mean")
-    command = _add_inference(add, "predict", "what stands behind each <mask>")
+    command = _add_inference(add, "predict", "predict the residue at each <mask>")
     command.add_argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
     _add_inference(add, "classify", "classes of sequences or of residues, by a fine-tuned model")
     _add_inference(add, "log-prob", "log-probability of each sequence, from one pass")
@@ -110,11 +110,12 @@ def _add_records(command: Command) -> None:
     """Add the options of commands that take any number of sequences."""
     records = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
     command.add_argument("input", nargs="+", metavar="INPUT", help=records)
-    command.add_argument("--ids", choices=IDS, default=IDS[0], help="name sp|P12345|NAME so, or P12345 (%(default)s)")
+    ids = "keep ids such as sp|P12345|NAME, or shorten them to P12345 (%(default)s)"
+    command.add_argument("--ids", choices=IDS, default=IDS[0], help=ids)
 
 
 def _add_embeddings(command: Command, default: list[str] | None, shown: str) -> None:
-    """Add the options that say what is computed of each sequence."""
+    """Add the options that say what to compute for each sequence."""
     command.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="N", help="layers of embeddings (-1)")
     names, text = [*INCLUDES, "per_residue"], f"of {', '.join(INCLUDES)} ({shown})"
     command.add_argument("--include", nargs="+", default=default, choices=names, metavar="OUTPUT", help=text)
@@ -140,7 +141,7 @@ def _add_score(add: Add) -> None:
     command.add_argument("variants", nargs="?", metavar="VARIANTS", help=table)
     command.add_argument("-o", "--output", "--dms-output", help="file (stdout); the table and one column")
     _add_scoring(command, SCORING_METHODS)
-    # fair-esm's names. What has a better one here, or no meaning, is not listed.
+    # fair-esm's names. Those that have a better one here, or no meaning, are not listed.
     command.add_argument("--sequence", metavar="WILD_TYPE", help="the same as WILD_TYPE (fair-esm's name)")
     command.add_argument("--dms-input", metavar="VARIANTS", help="the same as VARIANTS (fair-esm's name)")
     command.add_argument("--model-location", dest="weights", type=_named, help=argparse.SUPPRESS)
@@ -153,23 +154,25 @@ def _add_score(add: Add) -> None:
 
 
 def _add_layers(add: Add) -> None:
-    command = add("layers", "layers:run", "which layer's embeddings predict a property best, by cross-validation")
+    text = "find the layer whose embeddings predict a property best, by cross-validation"
+    command = add("layers", "layers:run", text)
     command.add_argument("table", metavar="TABLE", help="CSV, TSV, .xlsx or .parquet with a header, or -")
-    command.add_argument("--target", required=True, metavar="COLUMN", help="column of what is to be predicted")
-    command.add_argument("--task", choices=["regression", "classification"], help="(regression if it holds numbers)")
+    command.add_argument("--target", required=True, metavar="COLUMN", help="column to predict")
+    task = "(regression if the column holds numbers)"
+    command.add_argument("--task", choices=["regression", "classification"], help=task)
     command.add_argument("--sequence-column", default="sequence", metavar="COLUMN", help="(%(default)s)")
-    command.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (%(default)s)")
+    command.add_argument("--folds", type=int, default=5, metavar="N", help="for cross-validation (%(default)s)")
     command.add_argument("-o", "--output", help="file: .tsv, .csv or .txt (stdout)")
 
 
 def _add_scan(add: Add) -> None:
     command = add("scan", "scan:run", "score every substitution of a protein")
     command.add_argument("input", metavar="WILD_TYPE", help=_WILD_TYPE)
-    output = ".csv, .tsv, .json or a folder (stdout); a heat map .png is written beside it"
+    output = ".csv, .tsv, .json or a folder (stdout); a heat map .png is written next to it"
     command.add_argument("-o", "--output", help=output)
     _add_scoring(command, SCAN_METHODS)
-    command.add_argument("--heatmap", metavar="FILE", help="picture (beside the output)")
-    command.add_argument("--no-heatmap", action="store_true", help="the table alone")
+    command.add_argument("--heatmap", metavar="FILE", help="picture (next to the output)")
+    command.add_argument("--no-heatmap", action="store_true", help="write the table only")
 
 
 def _add_scoring(command: Command, methods: tuple[str, ...]) -> None:
@@ -190,32 +193,32 @@ def _add_embed(add: Add) -> None:
     command.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="stored numbers (%(default)s)")
     text = "more than 2048 residues: reject the record, keep the first 2048, or average overlapping windows (error)"
     command.add_argument("--long", choices=["error", "truncate", "windows"], default="error", help=text)
-    text = "residues that windows share at least (%(default)s)"
+    text = "least number of residues that neighbouring windows share (%(default)s)"
     command.add_argument("--overlap", type=int, default=512, metavar="N", help=text)
-    command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(from cores and free memory)")
+    command.add_argument("--tokens-per-batch", type=int, metavar="N", help="(depends on cores and free memory)")
     command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")
-    command.add_argument("--address", help="of a running Ray cluster, such as auto (one is started on this machine)")
+    command.add_argument("--address", help="of a running Ray cluster, or auto (starts one on this machine)")
     command.add_argument("--workers", type=int, metavar="N", help="Ray actors (all CPUs of the cluster)")
     command.add_argument("--json-progress", action="store_true", help="JSON lines on stderr")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing output")
     command.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
 
 
 def _add_serve(add: Add) -> None:
     command = add("serve", "serve:run", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    command.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
     many: dict[str, Any] = {"action": "append", "default": []}
     command.add_argument("--model", type=_model, metavar="SLUG=WEIGHTS", help="serve this model; repeatable", **many)
-    text = "one key per line (NUMPYESM_API_KEYS holds more)"
+    text = "one key per line (besides NUMPYESM_API_KEYS)"
     command.add_argument("--api-keys-file", type=_named, metavar="FILE", help=text)
-    text = "listen beyond this machine without keys: everybody may use it"
+    text = "listen beyond this machine without keys: anyone may use the service"
     command.add_argument("--allow-no-auth", action="store_true", help=text)
-    command.add_argument("--allow-host", metavar="NAME", help="another Host name for a keyless service", **many)
-    command.add_argument("--trusted-proxy", metavar="IP", help="whose X-Forwarded-For is believed", **many)
+    command.add_argument("--allow-host", metavar="NAME", help="another Host name to accept without keys", **many)
+    command.add_argument("--trusted-proxy", metavar="IP", help="proxy whose X-Forwarded-For is trusted", **many)
     text = "of the whole process (80%% of the machine, at most 8G)"
     command.add_argument("--max-memory", type=_named, metavar="SIZE", help=text)
     for name, text in (("max_body", "of a body as sent"), ("max_decompressed", "of an unpacked body")):

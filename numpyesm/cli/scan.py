@@ -27,13 +27,13 @@ _MOST_STRIPS = 150
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the matrix, and the picture beside it."""
+    """Write the matrix, and the picture next to it."""
     target, picture = _outputs(arguments)
     wild_type = read_wild_type(arguments.input, target.path)
     if picture is not None:
         check_output_is_another(arguments.input, picture, "--heatmap")
         try:
-            figure_class()  # before the model runs: a missing extra should not cost minutes
+            figure_class()  # before the model runs, so that a missing extra costs no time
         except MissingExtra as error:
             if arguments.heatmap:
                 raise
@@ -57,17 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
-    """Return where table and heat map go: by default the picture lies beside the table."""
+    """Return where the table and the heat map go; by default the picture is next to the table."""
     output = arguments.output
     if output and output != "-" and names_folder(output):
         arguments.output = str(Path(output) / "scan.csv")
     target = destination(arguments, _ENDINGS, terminal="csv", otherwise="csv")
     if arguments.no_heatmap and arguments.heatmap:
-        raise InvalidOption("--heatmap and --no-heatmap exclude each other")
+        raise InvalidOption("--heatmap and --no-heatmap contradict each other")
     if arguments.heatmap:
         picture = Path(arguments.heatmap)
         if picture.suffix.lower() != ".png":
-            raise InvalidOption(f"--heatmap {picture}: the picture is a .png")
+            raise InvalidOption(f"--heatmap {picture}: expected a name that ends in .png")
         check_writable(picture)
         return target, picture
     if arguments.no_heatmap or target.path is None or is_stream(target.path):
@@ -93,7 +93,7 @@ def scan_table(scan: MutationScan, form: str) -> Iterator[bytes]:
 
 
 def scan_png(scan: MutationScan, note: str = "") -> bytes:
-    """Draw amino acids against positions, in strips; red is worse than the wild type, whose own cells are dotted."""
+    """Draw amino acids against positions, in strips; red is worse than the wild type, which is marked by dots."""
     length = len(scan.wild_type)
     strip = max(_STRIP, -(-length // _MOST_STRIPS))
     strips = range(0, length, strip)

@@ -1,4 +1,4 @@
-"""`numpyesm score`: one more column in a table of variants, and how well it ranks what was measured."""
+"""`numpyesm score`: add a column of scores to a table of variants, and correlate it with what was measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .inputs import check_output_is_another, load_model, read_records
 from .outputs import DELIMITERS, destination
 from .variant_table import VariantTable, read_table
 
-# ProteinGym's names; fair-esm's example has the first too.
+# ProteinGym's names; fair-esm's example uses the first, too.
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "as it was"}
 _MUTATION_COL, _MEASURED_COL = "--mutation-col", "--measured-col"
@@ -24,7 +24,7 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything about the table, then load the model, score, and write the table with its new column."""
+    """Check the whole table, then load the model, score, and write the table with its new column."""
     wild_text, table_text = _inputs(arguments)
     target = destination(arguments, _ENDINGS, terminal="as it was", otherwise="as it was")
     check_output_is_another(table_text, target.path)
@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     column = arguments.column or arguments.method
     table = read_table(table_text, [arguments.mutation_col or _MUTANT, _SEQUENCE])
     if column in table.columns:
-        raise InvalidOption(f"{table.name} has a column {column!r} already: name another with --column")
+        raise InvalidOption(f"{table.name} has a column {column!r} already: choose another name with --column")
     if "\n" in column or "\r" in column:
-        raise InvalidOption("--column: a name has no line ends")
+        raise InvalidOption("--column: the name must not contain line breaks")
     mutants = _mutants(table, arguments, wild_type)
     measured = _measured(table, arguments.measured_col)
 
@@ -86,8 +86,8 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
     if places and arguments.sequence is not None and arguments.dms_input is not None:
         # As in fair-esm's own example, which names five models.
         raise InvalidOption(
-            f"{places[0]!r} is not expected beside --sequence and --dms-input; of several models, "
-            "score with one at a time and name its column with --column"
+            f"unexpected {places[0]!r} beside --sequence and --dms-input; to compare several models, "
+            "score with one at a time and name each column with --column"
         )
     if wild_type is None or table is None or places:
         raise InvalidOption("expected a wild type and a table of variants: numpyesm score WILD_TYPE VARIANTS.csv")
@@ -113,13 +113,14 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
         try:
             if isinstance(mutant, InvalidMutation):
                 raise mutant
-            # Only the first problem gets a hint at the offset: to look for one costs as much as all rows together.
+            # Only the first problem gets a hint about the offset: finding it costs as much as checking all rows.
             changes = fit_mutant(wild_type, mutant, arguments.offset, others=[mutant] if problems else readable)
             if arguments.method == "log-prob":
                 check_same_terms(changes, arguments.offset)
             if column and sequences and sequences[i].strip() not in ("", apply_changes(wild_type, changes)):
-                reason = f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it another one?"
-                raise InvalidMutation(reason)
+                raise InvalidMutation(
+                    f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it the right wild type?"
+                )
             mutants.append(":".join(map(str, mutant)) or "WT")
         except InvalidMutation as error:
             problem = f"{table.name}, line {row.line}: {error.reason}"
@@ -136,7 +137,7 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
 
 
 def _attempt(parse: Callable[..., tuple[Substitution, ...]], *given: Any) -> tuple[Substitution, ...] | InvalidMutation:
-    """Parse one mutant; an error is returned, not raised, because other rows count as well."""
+    """Parse one mutant; return an error instead of raising it, because the other rows matter, too."""
     try:
         return parse(*given)
     except InvalidMutation as error:
@@ -166,15 +167,15 @@ def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] 
     unread = [row.line for row, number in zip(table.rows, numbers, strict=True) if number is None]
     if unread:
         print(
-            f"numpyesm: {table.name}: {len(unread)} values of {name} are no numbers (first in line "
-            f"{unread[0]}) and left out of the correlation",
+            f"numpyesm: {table.name}: {len(unread)} values of {name} are not numbers (first in line "
+            f"{unread[0]}) and are left out of the correlation",
             file=sys.stderr,
         )
     return name, [math.nan if number is None else number for number in numbers]
 
 
 def _only_numbers(table: VariantTable) -> str | None:
-    """Return the only column of numbers, if there is just one: fair-esm's example calls its measurements `2500`."""
+    """Return the name of the only column of numbers; None if there are several. (fair-esm's example has `2500`.)"""
     found = []
     for name in table.columns:
         if name and name not in SCORING_METHODS and table.columns.count(name) == 1:
@@ -183,7 +184,7 @@ def _only_numbers(table: VariantTable) -> str | None:
                 found.append(name)
     if len(found) > 1:
         names = ", ".join(map(repr, found[:6]))
-        print(f"numpyesm: no correlation: --measured-col says which of {names} is measured", file=sys.stderr)
+        print(f"numpyesm: no correlation: say with --measured-col which of {names} is measured", file=sys.stderr)
     return found[0] if len(found) == 1 else None
 
 

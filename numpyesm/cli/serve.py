@@ -14,7 +14,7 @@ from ..model import ESM2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load the models, listen, serve until a signal says to leave."""
+    """Load the models, listen, and serve until a signal stops the service."""
     for library in ("prometheus_client", "starlette", "uvicorn"):
         require(library, "the service", "serve")
     from ..api.catalog import Catalog
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not keys and not local and not arguments.allow_no_auth:
         raise InvalidOption(
             f"--host {arguments.host} is reachable from elsewhere, and there are no API keys: set {ENVIRONMENT} or "
-            "--api-keys-file, or say --allow-no-auth if everybody may use this service"
+            "--api-keys-file, or pass --allow-no-auth to let anyone use this service"
         )
     settings = Settings(
         **{name: getattr(arguments, name) for name in OPTIONS},
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         allowed_hosts=tuple(name.lower() for name in arguments.allow_host),
     )
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="numpyesm: %(levelname)s: %(message)s")
-    sockets = bind(arguments.host, arguments.port)  # before the models: a taken port should not cost their loading
+    sockets = bind(arguments.host, arguments.port)  # before loading the models: a port in use should not cost that time
     service = Service(Catalog(_load(arguments)), keys, settings)
     port = sockets[0].getsockname()[1]
     name = arguments.host if ":" not in arguments.host else f"[{arguments.host}]"
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
-    """The models: those that `--model` names, and esm2-35m, if it is named, found, or nothing else is."""
+    """Load the models that `--model` and `--weights` name, and esm2-35m if it is found or nothing is named."""
     from ..api.catalog import check_slug
     from ..weights.locate import find_local
 
@@ -82,5 +82,5 @@ def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
         models[slug] = load(source)
         name = models[slug].name
         if slug.startswith("esm2-") and name != slug:
-            warnings.warn(f"--model {slug}: these weights are of {name}", stacklevel=1)
+            warnings.warn(f"--model {slug}: these are the weights of {name}", stacklevel=1)
     return models

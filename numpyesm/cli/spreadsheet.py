@@ -28,8 +28,8 @@ def is_spreadsheet(data: bytes) -> bool:
 def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
     """Return the table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first.
 
-    InputWarning says which sheet of several is read. MissingExtra: pandas, or what it reads the file with, is not
-    installed. ValueError: the file is damaged.
+    InputWarning says which of several sheets is read. MissingExtra: pandas, or a library that it needs for this
+    format, is not installed. ValueError: the file is damaged.
     """
     parquet = data.startswith(b"PAR1")
     try:
@@ -45,12 +45,12 @@ def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
             f"{name}: Excel and Parquet files need more packages ({error}): pip install 'numpyesm[tables]', "
             "or save the table as CSV"
         ) from error
-    except Exception as error:  # each library has errors of its own for damage
+    except Exception as error:  # each library has its own errors for damaged files
         raise ValueError(f"{name}: the {'Parquet' if parquet else 'Excel'} file cannot be read ({error})") from error
     written = {title: [row for row in map(_texts, rows) if any(row)] for title, rows in sheets.items()}
     chosen = next((title for title, rows in written.items() if _has_column(rows, wanted)), next(iter(written)))
     if len(written) > 1:
-        warnings.warn(f"{name}: of {len(written)} sheets, {chosen!r} is read", InputWarning, stacklevel=2)
+        warnings.warn(f"{name}: reading sheet {chosen!r} of {len(written)}", InputWarning, stacklevel=2)
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(written[chosen])
     return buffer.getvalue().encode()

@@ -1,4 +1,4 @@
-"""Tables of variants as people have them: a column is added, every other byte is kept."""
+"""Tables of variants in common formats: a column is added, every other byte is kept."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .spreadsheet import as_csv, is_spreadsheet
 
 _BOM = "\ufeff"
 _DELIMITERS = (",", "\t", ";")
-# The first line by which Excel is told the delimiter.
+# A first line that tells Excel the delimiter.
 _EXCEL_HINT = re.compile(r"\s*\"?sep=([^\r\n\"])\"?[,;\t]*(\r\n|\r|\n)", re.IGNORECASE)
-# csv's own limit is 131,072 characters per field. This is the largest that it takes on every system.
+# csv's own limit is 131,072 characters per field. This is the largest that works on every system.
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -30,7 +30,7 @@ class InvalidTable(NumpyesmError, ValueError):
 
 
 class Row(NamedTuple):
-    """One record: the line on which it begins, its fields, its text with the line end."""
+    """One record: the line where it begins, its fields, and its text with the line end."""
 
     line: int
     fields: list[str]
@@ -57,7 +57,7 @@ class VariantTable:
         return [name.strip() for name in next(record.fields for record in self.records if record.fields)]
 
     def column(self, name: str, option: str) -> list[str] | None:
-        """Return the fields of a column, or None if there is no such name; case counts where names differ by it.
+        """Return the fields of a column, or None if there is none; case matters only if it tells names apart.
 
         `option` chooses another column; errors name it.
         """
@@ -69,7 +69,7 @@ class VariantTable:
         return [row.fields[places[0]] for row in self.rows] if places else None
 
     def require(self, name: str, option: str) -> list[str]:
-        """Return the fields of a column, or raise InvalidTable, which lists the columns there are."""
+        """Return the fields of a column, or raise InvalidTable, which lists the existing columns."""
         found = self.column(name, option)
         if found is None:
             raise InvalidTable(
@@ -81,8 +81,8 @@ class VariantTable:
     def with_column(self, name: str, values: Sequence[str], delimiter: str | None = None) -> bytes:
         """Return the table with one more column at the end.
 
-        The rest stays as it is, byte for byte, unless another delimiter is asked for. A comma does not change a table
-        with semicolons, as both are CSV.
+        The rest stays as it is, byte for byte, unless another delimiter is asked for. Asking for a comma does not
+        change a table with semicolons, as both are CSV.
         """
         same = delimiter in (None, self.delimiter) or (delimiter == "," and self.delimiter == ";")
         if not same:
@@ -102,7 +102,7 @@ class VariantTable:
         text = "".join(parts)
         try:
             return text.encode(self.encoding)
-        except UnicodeEncodeError:  # the new column's name
+        except UnicodeEncodeError:  # for the new column's name
             return text.encode()
 
     def _quoted(self, value: str) -> str:
@@ -145,7 +145,7 @@ def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
         csv.field_size_limit(limit)
     if head:
         records.insert(0, Row(1, [], head))
-    if bom:  # it goes out again in front of everything
+    if bom:  # it is written again before everything else
         records[0] = records[0]._replace(text=_BOM + records[0].text)
     filled = [record for record in records if record.fields]
     if not filled:
@@ -160,7 +160,7 @@ def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
 
 
 def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
-    """Return the text, with its byte order mark, and the encoding that gives back the same bytes."""
+    """Return the text with its byte order mark, and the encoding that gives back the same bytes."""
     if is_spreadsheet(data):
         try:
             return as_csv(data, name, wanted).decode(), "utf-8"
@@ -169,7 +169,7 @@ def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
     with open_unpacked(io.BytesIO(data), name) as stream:
         data = stream.read()
     encoding = encoding_of(data[:512], name)
-    if encoding in ("utf-16", "utf-32"):  # decoding by these names would drop the mark
+    if encoding in ("utf-16", "utf-32"):  # decoding by these names would drop the byte order mark
         encoding += "-le" if data[:1] == b"\xff" else "-be"
     # Windows writes cp1252, in which five bytes mean nothing; Latin-1 has them all.
     for choice in ("utf-8", "cp1252", "latin-1") if encoding.startswith("utf-8") else (encoding,):
@@ -199,7 +199,7 @@ def _records(text: str, delimiter: str, name: str, wanted: Sequence[str], first:
     def lines() -> Iterator[str]:
         for line in io.StringIO(text, newline=""):
             taken.append(line)
-            # A comment is given to the reader as a blank line.
+            # The reader gets a blank line for a comment.
             yield "\n" if len(taken) == 1 and _is_comment(line, delimiter, header, wanted) else line
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)

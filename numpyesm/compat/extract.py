@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             todo = [i for i in todo if not _holds(paths[batch[i]], wanted, stamps[i])]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
-            print(f"Skipping {len(batch) - len(todo)} sequences whose files hold what is asked")
+            print(f"Skipping {len(batch) - len(todo)} sequences whose files already hold these outputs")
         if todo:
             results = _extract(model, tokens[todo], layers, arguments.include)
             for i, result in zip(todo, results, strict=True):
@@ -147,7 +147,7 @@ def save(result: Mapping[str, Any], path: Path, stamp: bytes = b"") -> None:
 
 
 def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
-    """What a file's numbers depend on: weights with their precision, label, and tokens after truncation."""
+    """Hash what a file's numbers depend on: weights and precision, label, and tokens after truncation."""
     row = without_padding(tokens).astype("<i8").tobytes()
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
 
@@ -168,7 +168,7 @@ def _holds(path: Path, members: set[str], stamp: bytes) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what `torch.load` gives of fair-esm's file: `label`, `representations` {layer: (L, D)}, and so on."""
+    """Return what `torch.load` returns for fair-esm's file: `label`, `representations` {layer: (L, D)}, and so on."""
     result: dict[str, Any] = {}
     with np.load(path, allow_pickle=False) as arrays:
         for key in arrays.files:
@@ -181,10 +181,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _path(folder: Path, label: str) -> Path:
-    """Name a record's file: a `/` in its label makes a folder, as in fair-esm, but never outside of `folder`."""
+    """Name a record's file: a `/` in its label makes a folder, as in fair-esm, but never outside `folder`."""
     parts = f"{label}.npz".split("/")
     if "\0" in label or os.path.isabs(label) or ".." in parts or os.path.splitdrive(label)[0]:
-        raise InvalidSequence(f"record {label[:80]!r}: its file would lie outside of {folder}")
+        raise InvalidSequence(f"record {label[:80]!r}: its file would be outside {folder}")
     if any(len(part.encode()) > _LONGEST_NAME for part in parts):
         raise InvalidSequence(f"record {label[:80]!r}…: the label is too long for the name of a file")
     return folder.joinpath(*map(native_name, parts))

@@ -1,7 +1,7 @@
 """The service as an AWS Lambda function: set its handler to `numpyesm.serverless.handler`.
 
 No web framework is loaded. Inside Lambda the model is loaded when this package is imported, in the
-function's init phase, which has a whole CPU for itself; elsewhere when the first event comes.
+function's init phase, which has a whole CPU; elsewhere, when the first event comes.
 """
 
 import os

@@ -11,13 +11,13 @@ from typing import Any
 
 from ..api.errors import ApiError
 
-# Kept back for writing the refusal, in seconds.
+# Reserved for writing the refusal, in seconds.
 RESERVE = 0.25
 
 
 @contextmanager
 def before_the_deadline(context: Any) -> Iterator[None]:
-    """Raise ApiError 503 inside when the function's time is nearly up, whatever is being done.
+    """Raise ApiError 503 in the block when the function's time is nearly up.
 
     Signals reach the main thread only, which is where Lambda calls a function; elsewhere, and without a Lambda context,
     nothing is interrupted.

@@ -1,4 +1,4 @@
-"""AWS's events as requests, and answers as AWS wants them: function URLs, API Gateway version 1 (REST) and 2 (HTTP).
+"""Read AWS's events, and write answers for AWS: function URLs, API Gateway version 1 (REST) and 2 (HTTP).
 
 Version 2 (function URLs too): `rawPath` with the stage in front, headers in lower case, several of one name joined by
 commas. Version 1: `path`, with or without the stage or a base path in front; headers as sent, perhaps as lists too.
@@ -31,7 +31,7 @@ _MAX_UNPACKED = 2 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """An HTTP request, whatever it came through.
+    """An HTTP request from any kind of event.
 
     Attributes
     ----------
@@ -54,19 +54,19 @@ class Request:
         return ", ".join(values) if values else None
 
     def route(self) -> dict[str, str]:
-        """The named parts of the path; ApiError 404 if there is nothing at it."""
+        """Return the named parts of the path; ApiError 404 if there is nothing at this address."""
         match = _ROUTES.fullmatch(self.path)
         if match is None:
             raise ApiError(404, ADDRESS_ERRORS[404])
         return {name: value for name, value in match.groupdict().items() if value is not None}
 
     def body(self, gzipped: bool) -> bytes:
-        """The body, unpacked.
+        """Return the body, unpacked.
 
         Raises
         ------
         ApiError
-            413 if it is too large, 422 if base64 or gzip are damaged.
+            413 if it is too large, 422 if its base64 or gzip is damaged.
         """
         if len(self.content) > _MAX_BODY * 4 // 3 + 4:
             raise too_large(_MAX_BODY)
@@ -90,7 +90,7 @@ def read_event(event: Any) -> Request:
     Raises
     ------
     ApiError
-        400 if the event is no HTTP request.
+        400 if the event is not an HTTP request.
     """
     if not isinstance(event, Mapping):
         raise ApiError(400, f"the event is {type(event).__name__}, not an object")
@@ -108,7 +108,7 @@ def read_event(event: Any) -> Request:
     path = unquote(path)
     stage = context.get("stage")
     in_front = f"/{stage}/" if isinstance(stage, str) and stage not in ("", "$default") else None
-    # A stage may be called "api": what is a route already has no stage in front that must go.
+    # A stage may be called "api": a path that is already a route has no stage to remove.
     if in_front and path.startswith(in_front) and _ROUTES.fullmatch(path) is None:
         path = path[len(in_front) - 1 :]
     return Request(method.upper(), path, _headers(event), body or "", event.get("isBase64Encoded") is True)
@@ -132,7 +132,7 @@ def _headers(event: Mapping[str, Any]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, which takes the same form for all three kinds of events."""
+    """An answer; its form is the same for all three kinds of events."""
 
     content: bytes
     headers: dict[str, str]

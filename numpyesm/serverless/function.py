@@ -26,15 +26,15 @@ from .events import Answer, Request, read_event
 
 log = logging.getLogger("numpyesm.serverless")
 
-# Lambda takes no larger answer, as JSON, in which a binary body is base64; and what is in it around the body.
+# The largest answer that Lambda accepts, as JSON with a binary body in base64; and the part of it around the body.
 _MAX_ANSWER = 6 << 20
 _AROUND = 2048
-# Least bytes of a number in an answer: what is too large even so is refused before it is computed.
+# Fewest bytes of a number in an answer: what would be too large even so is refused before it is computed.
 _LEAST_BYTES = 8.0
 _LEAST_BYTES_BINARY = 4.0 * 4 / 3
-# Memory of the function that the model may not use: it is for the runtime, the event, the answer as text.
+# Memory of the function that the model may not use: for the runtime, the event, and the answer as text.
 _KEPT_BACK = 56 << 20
-# MB of the function's memory, and with how many of them AWS gives one CPU.
+# MB of the function's memory; AWS gives one CPU for each so many of them.
 _SIZE = "AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
 _MEMORY_PER_CPU = 1769
 
@@ -48,7 +48,7 @@ class Function:
     Parameters
     ----------
     catalog : Catalog, optional
-        What to serve instead of what the environment names.
+        What to serve instead of the model that the environment names.
     """
 
     def __init__(self, catalog: Catalog | None = None) -> None:
@@ -70,21 +70,21 @@ class Function:
                         precision=os.environ.get("NUMPYESM_PRECISION") or "fp32",
                         **_limits(),
                     )
-                except NotEnoughMemory as error:  # no request of whatever size would fit
+                except NotEnoughMemory as error:  # not even the smallest request would fit
                     raise ApiError(
                         503,
                         f"the function has too little memory ({os.environ.get(_SIZE)} MB, of which {_KEPT_BACK >> 20} "
                         f"MB are kept for the runtime and the answer): {error}",
                         code="server.memory",
                     ) from None
-            # What is made on first use is made in the init phase, so the first event runs at full speed.
+            # Whatever is made on first use is made now, in the init phase, so that the first event runs at full speed.
             model.encode(["M" * 30], include=["mean", "logits"] if model.checkpoint.has_lm_head else ["mean"])
             self._catalog = Catalog({slug or model.name: model})
             _print_line(event="loaded", model=repr(model), seconds=round(time.perf_counter() - started, 3))
         return self._catalog
 
     def handle(self, event: Any, context: Any = None) -> dict[str, Any]:
-        """Answer one event, whatever happens, in the form that AWS expects."""
+        """Answer one event in the form that AWS expects, whatever happens."""
         started = time.perf_counter()
         request_id = str(getattr(context, "aws_request_id", "") or uuid.uuid4())
         facts: dict[str, Any] = {"id": request_id}
@@ -114,7 +114,7 @@ class Function:
             healthy = route["health"] == "healthz"
             return _json({"status": "ok"} if healthy else {"status": "ready", "models": catalog.slugs})
         values = request.headers.get("authorization", ())
-        # Without keys AWS decides who may call.
+        # Without keys, AWS decides who may call.
         self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
         catalog = self.load()
         if "action" in route:
@@ -140,7 +140,7 @@ def _act(request: Request, served: ServedModel, action: str, context: Any, facts
         results = list(work.compute())
         facts["compute_ms"] = _milliseconds(started)
         content = b"".join(form.write(results))
-    # In the answer that Lambda takes, JSON is text in JSON: each quotation mark has two bytes.
+    # In the answer to Lambda, JSON is text inside JSON: each quotation mark takes two bytes.
     size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
     if not _fits(size):
         raise _too_large(f"{size / (1 << 20):.1f} MB", binary)
@@ -162,7 +162,7 @@ def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
 
 
 def _fits(size: float) -> bool:
-    """Tell whether a body of so many bytes (as base64, if it is binary) can be sent."""
+    """Whether a body of this many bytes (in base64, if it is binary) can be sent."""
     return size + _AROUND <= _MAX_ANSWER
 
 
@@ -182,10 +182,10 @@ def _chosen_model() -> tuple[str | None, str]:
 
 
 def _limits() -> dict[str, Any]:
-    """Memory and threads in a Lambda function of this size; elsewhere what `ESM2.from_pretrained` takes by itself.
+    """Choose memory and threads for a Lambda function of this size; elsewhere, leave them to `ESM2.from_pretrained`.
 
-    Lambda shows at least two CPUs and gives them their time by the memory. More threads than whole CPUs would wait for
-    each other at every product.
+    Lambda shows at least two CPUs, but gives them time in proportion to memory. More threads than whole CPUs would wait
+    for each other at every product.
     """
     size = os.environ.get(_SIZE, "")
     if not size.isdigit():
@@ -202,7 +202,7 @@ def _check_method(request: Request, *allowed: str) -> None:
 
 
 def _too_large(size: str, binary: bool) -> ApiError:
-    """Make the 413 that says what to ask less of."""
+    """Make the 413 that says what to ask for instead."""
     other = "" if binary else "send Accept-Encoding: gzip or Accept: application/x-npz, or "
     return ApiError(
         413,

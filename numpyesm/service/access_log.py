@@ -1,4 +1,4 @@
-"""One JSON line per request, written by a thread of its own so that a stuck pipe stops nobody."""
+"""One JSON line per request, written by a separate thread so that a stuck pipe stops nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_WAITING = 10_000
 
 class _Quiet(logging.Handler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop what cannot be written: the queue is full, or the reader of the pipe is gone."""
+        """Drop lines that cannot be written: the queue is full, or the reader of the pipe is gone."""
 
 
 class _ToQueue(_Quiet, QueueHandler): ...
@@ -37,7 +37,7 @@ class AccessLog:
         self._listener.start()
 
     def stop(self) -> None:
-        """Write what waits, if the reader takes it within two seconds."""
+        """Write the waiting lines, if the reader takes them within two seconds."""
         stopping = threading.Thread(target=self._listener.stop, daemon=True)
         stopping.start()
         stopping.join(timeout=2)

@@ -21,7 +21,7 @@ from .gate import Record, record_of
 from .queue import Job
 from .settings import Settings
 
-# Below this many bytes of arrays, writing takes less time than going to another thread.
+# Below this many bytes of arrays, writing takes less time than switching to another thread.
 _SMALL = 1 << 16
 
 
@@ -49,7 +49,7 @@ class Actions:
             self.engine.release(job)
 
     async def _read(self, request: Request, record: Record) -> Work:
-        """Check who asks and for what, the cheapest checks first; read the body last."""
+        """Check the client and the request, cheapest checks first; read the body last."""
         headers = request.headers
         authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
         record.client = self.keys.identify(authorization) or record.client
@@ -67,7 +67,7 @@ class Actions:
         return work
 
     async def _read_body(self, request: Request) -> bytes:
-        """Read a body; ApiError 413 as soon as it is known to be too large, 408 if it does not come in time."""
+        """Read a body; ApiError 413 as soon as it is known to be too large, 408 if it does not arrive in time."""
         length, limit = request.headers.get("content-length", ""), self.settings.max_body
         if length.isdecimal() and int(length[:16]) > limit:
             raise too_large(limit)
@@ -87,7 +87,7 @@ class Actions:
             raise ApiError(408, message, headers={"Connection": "close"}) from None
 
     async def _wait(self, job: Job, gone: asyncio.Task[None], due: float) -> None:
-        """Wait for the results of a job; ApiError 503 if they do not come in time."""
+        """Wait for the results of a job; ApiError 503 if they are not there in time."""
         ends: set[asyncio.Future[None]] = {job.done, gone}
         await asyncio.wait(ends, timeout=max(0.0, due - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
         if job.done.done():
@@ -109,7 +109,7 @@ async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], se
         response = Response(b"".join(pieces), headers=form.headers)
         await response(request.scope, request.receive, send)
         return
-    # The first piece before the status: a failure can then still be told.
+    # The first piece comes before the status, so that a failure can still be reported.
     piece: bytes | None = await asyncio.to_thread(next, pieces, None)
     headers = [(name.encode(), value.encode()) for name, value in form.headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

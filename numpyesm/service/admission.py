@@ -1,4 +1,4 @@
-"""Decide which jobs may start, from the memory that their results and passes need."""
+"""Decide which jobs may start, by the memory that their results and passes need."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _SMALL_SHARE = 0.01
 
 
 def result_bytes(work: Work) -> int:
-    """Memory of the results, in bytes; they live until the answer is sent."""
+    """Memory of the results, in bytes; they are kept until the answer is sent."""
     tokens = 16 * sum(work.lengths) if work.action == "predict" else 0  # a list of shared strings
     return _PER_ITEM * len(work.tokens) + 4 * work.count_numbers() + tokens
 
 
 class Admission:
-    """The memory that all jobs share: the limit, less what the idle process takes.
+    """The memory that all jobs share: the limit, minus what the idle process takes.
 
     Attributes
     ----------
     limit, idle, held : int
-        Bytes: of the whole process, of the process without requests, of results that are computed or being sent.
+        Bytes: of the whole process, of the process without requests, of results being computed or sent.
     """
 
     def __init__(self, limit: int, pass_rows: int) -> None:
@@ -39,7 +39,7 @@ class Admission:
         self._starved: Job | None = None
 
     def need(self, work: Work) -> int:
-        """Memory of the whole process while this request is alone in it, in bytes."""
+        """Memory of the whole process while this is its only request, in bytes."""
         model, longest = work.served.model, max(work.lengths) + 2
         wanted = work.outputs.include or ("logits",)
         one_pass = memory.pass_bytes(model.config, max(self._pass_rows, longest), longest, wanted, model.threads)
@@ -63,7 +63,7 @@ class Admission:
             return True
         if self._starved not in (None, job) and job.memory > _SMALL_SHARE * self.limit:
             return False  # large jobs do not overtake one that waits for memory
-        # A job may always start alone: whether it fits at all was checked when it arrived.
+        # A single job may always start: whether it fits at all was checked when it arrived.
         if self.held and self.held + self.need(job.work) > self.limit:
             self._starved = self._starved or job
             return False
@@ -74,7 +74,7 @@ class Admission:
         return True
 
     def release(self, job: Job) -> None:
-        """Free what a job holds, and its claim to be next."""
+        """Free the memory that a job holds, and its claim to be next."""
         if job.holds_memory:
             job.holds_memory = False
             job.results = []

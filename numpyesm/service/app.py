@@ -1,4 +1,4 @@
-"""The application: its addresses and what each of them answers."""
+"""The application: its addresses and their answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .settings import Settings
 
 Document: TypeAlias = Callable[[Request], Any]
 
-# Nothing is loaded from elsewhere; pictures that the page draws itself come as blob: or data:.
+# Nothing is loaded from elsewhere; pictures that the page draws itself are blob: or data: URLs.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -46,7 +46,7 @@ class Service:
     ----------
     catalog : Catalog
     keys : KeyRing, optional
-        None by default: everybody is let in.
+        None by default: anyone may use the service.
     settings : Settings, optional
     log_to : text file, optional
         For the access log; stdout by default.
@@ -70,7 +70,7 @@ class Service:
         self.settings = settings or Settings()
         self.metrics = Metrics()
         try:
-            self._log = AccessLog(log_to)  # before the engine looks at what `ulimit -v` leaves: a thread takes some
+            self._log = AccessLog(log_to)  # before the engine checks what `ulimit -v` leaves: a thread takes some of it
             self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
         except RuntimeError as error:
             if "start new thread" not in str(error):
@@ -117,7 +117,7 @@ class Service:
         add("/readyz", "readyz", self._ready)
         add("/openapi.json", "openapi", lambda _: openapi)
         routes.append(Route("/metrics", self._metrics))
-        mimetypes.add_type("text/javascript", ".js")  # a registry of Windows may say otherwise
+        mimetypes.add_type("text/javascript", ".js")  # the registry of Windows may say otherwise
         page = _Page(directory=_PAGE)
         front, docs = Route("/", page.answer("index.html")), Route("/docs", page.answer("docs.html"))
         return [*routes, front, docs, Mount("/page", page)]

@@ -23,13 +23,13 @@ from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")
 
-# Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep whoever comes
-# meanwhile waiting longer.
+# Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep the next
+# client waiting longer.
 PASS_ROWS = 2112
 
 
 class Engine:
-    """Runs jobs in the order that fairness gives; its methods are called from the event loop.
+    """Runs jobs in a fair order; its methods are called from the event loop.
 
     Each model is run once, so that the first request does not wait for compilation.
 
@@ -71,8 +71,8 @@ class Engine:
             if (need := self.admission.need(shortest)) > self.admission.limit:
                 raise InvalidOption(
                     f"a memory limit of {format_memory(self.admission.limit)} (--max-memory, or ulimit -v) leaves "
-                    f"nothing for requests to {served.slug}: the process takes {format_memory(self.admission.idle)} "
-                    f"without any, and about {format_memory(need)} with one"
+                    f"no room for requests to {served.slug}: the process takes {format_memory(self.admission.idle)} "
+                    f"when idle, and about {format_memory(need)} with the smallest request"
                 )
 
     def start(self) -> None:
@@ -116,7 +116,7 @@ class Engine:
         limit, size = self._settings.client_limit, self._settings.queue_size
         if self._queue.count(client) >= limit:
             wait = {"Retry-After": str(self.retry_after())}
-            raise ApiError(429, f"{limit} requests of this client are waiting already", headers=wait)
+            raise ApiError(429, f"this client already has {limit} requests waiting", headers=wait)
         if len(self._queue) >= size:
             raise _unavailable("queue_full", f"the queue is full ({size} requests)", self.retry_after())
 
@@ -136,7 +136,7 @@ class Engine:
         return job
 
     def release(self, job: Job) -> None:
-        """Free a job's place and memory, once its answer is sent or nobody waits for it."""
+        """Free a job's place and memory, once its answer is sent or its client is gone."""
         job.released = True
         job.done.cancel()
         self._queue.remove(job)

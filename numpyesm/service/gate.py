@@ -41,7 +41,7 @@ _MAX_DISCARDED = 16 << 20
 
 @dataclass
 class Record:
-    """What the log and the counters are told about a request."""
+    """What goes into the log and the counters about a request."""
 
     id: str
     client: str
@@ -61,7 +61,7 @@ def record_of(scope: Scope) -> Record:
 
 
 class Gate:
-    """Wraps the application: whatever happens inside leads to an answer, a log line and a count."""
+    """Wraps the application: whatever happens inside, there is an answer, a log line and a count."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, access_log: AccessLog) -> None:
         self._app = app
@@ -89,7 +89,7 @@ class Gate:
             await self._answer(inner, exchange)
         except ClientDisconnect:
             record.status = HUNG_UP
-        except asyncio.CancelledError:  # the server leaves, and this client does not read
+        except asyncio.CancelledError:  # the server shuts down, and this client does not read
             exchange.abort()
         finally:
             self.active -= 1
@@ -97,11 +97,11 @@ class Gate:
             self.count(record, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
-        """Run the application, and send what it raises."""
+        """Run the application, and answer with the error that it raises."""
         try:
             headers = Headers(scope=scope)
             if "content-length" in headers and "transfer-encoding" in headers:
-                # The body has two lengths: a proxy in front may have believed the other one.
+                # The body has two lengths: a proxy in front may have used the other one.
                 message = "the request has both Content-Length and Transfer-Encoding"
                 raise ApiError(400, message, headers={"Connection": "close"})
             if self._settings.local_only:
@@ -113,7 +113,7 @@ class Gate:
             refusal = _from_router(error) if isinstance(error, HTTPException) else as_api_error(error)
             if refusal.status == 500 and refusal is not error:
                 log.error("request %s failed", exchange.record.id, exc_info=error)
-            if exchange.record.status:  # in the middle of an answer: only a broken connection tells the client
+            if exchange.record.status:  # in the middle of an answer: only breaking the connection tells the client
                 exchange.abort()
             else:
                 response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
@@ -138,7 +138,7 @@ class Gate:
 
 
 class _Exchange:
-    """One request and its answer, as they pass the gate."""
+    """One request and its answer, as they pass through the gate."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record, settings: Settings) -> None:
         self._scope = scope
@@ -185,7 +185,7 @@ class _Exchange:
             raise ClientDisconnect from None
 
     async def _discard_body(self) -> None:
-        """Take the rest of the body, up to a size and for the time of a head; then break the connection."""
+        """Receive the rest of the body, within limits of size and time; then break the connection."""
         end = time.monotonic() + self._settings.head_timeout
         left = _MAX_DISCARDED
         with suppress(asyncio.TimeoutError):

@@ -1,4 +1,4 @@
-"""Who may talk to a service without keys: this machine only, and no web page that pretends to be on it."""
+"""Who may use a service without keys: only this machine, and no web page that pretends to be on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_host(hosts: Sequence[str], allowed: Sequence[str]) -> None:
     """Raise ApiError 403 if a Host header names another machine.
 
     A web page can make a browser send requests to 127.0.0.1 under a name of its own (DNS rebinding); its Host header
-    gives it away. Programs that send none at all are not browsers.
+    gives it away. Programs that send no Host header are not browsers.
     """
     if not hosts:
         return

@@ -64,5 +64,5 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-# Logged and counted for a client that left; nothing is sent. (nginx's number.)
+# Logged and counted for a client that left; nothing is sent. (The same number as nginx.)
 HUNG_UP = 499

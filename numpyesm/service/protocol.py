@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 plus what it lacks: a deadline for request heads, a connection limit, errors in our format."""
+"""uvicorn's HTTP/1.1 plus what it lacks: a deadline for request heads, a connection limit, errors in our own format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _LimitedProtocol(H11Protocol):
         served = self.app
 
         async def with_abort(scope: Scope, receive: Receive, send: Send) -> None:
-            # A client that does not read cannot be closed politely: that would wait for it to read.
+            # A connection to a client that does not read cannot be closed normally: that would wait for it to read.
             await served({**scope, "extensions": {"numpyesm.abort": self.transport.abort}}, receive, send)
 
         self.app = with_abort
@@ -89,7 +89,7 @@ class _LimitedProtocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close."""
         self._abort_later()
-        if self.conn.our_state is not h11.IDLE:  # an answer is on its way: nothing can be put between
+        if self.conn.our_state is not h11.IDLE:  # an answer is being sent: nothing can be put into it
             self.transport.close()
             return
         body, request_id = error.body(), uuid.uuid4().hex
@@ -107,5 +107,5 @@ class _LimitedProtocol(H11Protocol):
         self.gate.count(Record(request_id, client, status=error.status, sent=len(body), facts=facts))
 
     def _abort_later(self) -> None:
-        """Break the connection later on: closing waits for the client to read, which it may never do."""
+        """Break the connection after a while: closing waits for the client to read, which it may never do."""
         self.loop.call_later(self.limits.write_timeout, self.transport.abort)

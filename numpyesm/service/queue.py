@@ -1,4 +1,4 @@
-"""Requests that wait for the engine, served so that no client crowds out the others."""
+"""Requests waiting for the engine, served so that no client crowds out the others."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Job:
     taken : int
         How many sequences the engine has taken so far, in order.
     released : bool
-        Nobody waits for the results, or they are sent.
+        The results are sent, or no one is waiting for them.
     rows : list of int
         Rows that each sequence takes in a pass.
     group : Work
-        Jobs may share a pass if they are equal in this.
+        Jobs may share a pass if these are equal.
     """
 
     work: Work
@@ -61,7 +61,7 @@ class Job:
         return {name: round((end - start) * 1e3, 2) for name, (start, end) in spans.items() if start and end}
 
 
-# A sequence of a job, by its index.
+# A job, and the index of one of its sequences.
 Part: TypeAlias = tuple[Job, int]
 
 
@@ -69,8 +69,8 @@ class FairQueue:
     """Jobs of all clients.
 
     The next sequence is always one of the client that has been given the fewest rows so far: a client with a thousand
-    long sequences and one with a single short one get the engine in turn. Within a client it is first come first
-    served, but after each pass of a job that needs several, jobs that need only one go first.
+    long sequences and one with a single short one take turns. Each client's jobs are served first come, first served;
+    but after each pass of a job that needs several, jobs that need only one go first.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class FairQueue:
         self._jobs.append(job)
 
     def remove(self, job: Job) -> None:
-        """Take a job out, if it is in."""
+        """Remove a job, if it is there."""
         if job in self._jobs:
             self._jobs.remove(job)
             if not self.count(job.client):
@@ -110,7 +110,7 @@ class FairQueue:
         admit : callable
             Whether there is memory for a job's results.
         """
-        waiting: dict[str, list[Job]] = {}  # ordered: equals are served as they came
+        waiting: dict[str, list[Job]] = {}  # ordered: clients with equal shares are served as they came
         for one in self._jobs:
             waiting.setdefault(one.client, []).append(one)
         taken: list[Part] = []

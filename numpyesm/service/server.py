@@ -1,4 +1,4 @@
-"""Listen and shut down: sockets, signals, and the time that accepted requests have to finish."""
+"""Listen and shut down: sockets, signals, and the time for accepted requests to finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("numpyesm.service")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address that `host` resolves to; port 0 takes a free one.
+    """Listen on every address that `host` resolves to; port 0 picks a free one.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any
 class Server(uvicorn.Server):
     """Shuts down in two steps: first accepted requests finish and new ones are refused, then connections close.
 
-    The second signal ends the first step at once, and waiting clients are told so.
+    A second signal ends the first step at once, and waiting clients are told so.
     """
 
     def __init__(self, service: Service, trusted_proxies: str = "") -> None:
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Shut down if a signal has come."""
+        """Shut down if there was a signal."""
         engine = self._service.engine
         if self._signals and not engine.draining:
             log.warning("shutting down: new requests are refused, %d accepted ones finish", self._service.gate.active)

@@ -1,4 +1,4 @@
-"""What an operator can set, with its defaults."""
+"""What an operator can set, and the defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..memory import memory_limit
 
 _GIBIBYTE = 1 << 30
-# Settings that are options of `numpyesm serve` by the same name, and what they limit.
+# Settings that `numpyesm serve` has as options of the same names, and what they limit.
 OPTIONS = {
     "queue_size": "requests that may wait",
     "max_connections": "open connections",
@@ -36,11 +36,11 @@ class Settings:
     max_body, max_decompressed : int
         Bytes of a body as sent, and once unpacked.
     head_timeout, body_timeout, write_timeout, idle_timeout : float
-        Seconds for the headers; for the body; for the client to take a piece of the answer; between requests.
+        Seconds for the headers, for the body, for the client to take a piece of the answer, and between requests.
     max_connections : int
         Open connections; more are refused.
     grace : float
-        Seconds after SIGTERM in which accepted requests may finish.
+        Seconds after SIGTERM for accepted requests to finish.
     local_only : bool
         No keys and a loopback address: only Host headers that name this machine are answered.
     allowed_hosts : tuple of str

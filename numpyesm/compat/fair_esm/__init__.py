@@ -6,7 +6,7 @@
     batch_labels, batch_strs, batch_tokens = alphabet.get_batch_converter()([("one", "MKT<mask>YIAK")])
     results = model(batch_tokens, repr_layers=[12], return_contacts=True)
 
-Arrays are NumPy's: what torch alone has (`torch.no_grad()`, `.cpu()`, `.numpy()`) is to be taken out of a script. See
+Arrays are NumPy's: remove what only torch has (`torch.no_grad()`, `.cpu()`, `.numpy()`) from a script. See
 `docs/from-fair-esm.md`.
 """
 

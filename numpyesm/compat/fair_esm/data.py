@@ -20,7 +20,7 @@ TokenArray = npt.NDArray[np.int64]
 
 _STANDARD = TOKENS[4:31]  # L … C X B U Z O . -
 
-# Tokens in front and behind, <cls> put in front, <eos> put behind, for alignments; by fair-esm's architecture names.
+# First and last tokens, whether <cls> is prepended and <eos> appended, whether for alignments; by fair-esm's names.
 _ESM_1 = (("<null_0>", "<pad>", "<eos>", "<unk>"), ("<cls>", "<mask>", "<sep>"), True, False, False)
 _ESM_1B = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, True, False)
 _MSA = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, False, True)
@@ -36,7 +36,7 @@ _ARCHITECTURES = {
 
 
 class UnknownToken(InvalidSequence, KeyError):
-    """A letter or word that is no token; also a KeyError, as fair-esm raises."""
+    """A letter or word that is not a token; also a KeyError, as in fair-esm."""
 
     def __str__(self) -> str:  # KeyError would put quotes around the message
         return str(self.args[0])
@@ -51,7 +51,7 @@ class Alphabet:
     tok_to_idx : dict of str to int
     padding_idx, mask_idx, cls_idx, eos_idx, unk_idx : int
     prepend_bos, append_eos : bool
-        Whether a batch gets `<cls>` in front and `<eos>` behind each sequence.
+        Whether `<cls>` is put before each sequence of a batch, and `<eos>` after it.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Alphabet:
         return BatchConverter(self, truncation_seq_length)
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
-        """Split a text into tokens; blanks separate what is no token."""
+        """Split a text into tokens; anything else is split at blanks."""
         tokens: list[str] = []
         end = 0
         for match in self._pattern.finditer(text):
@@ -130,7 +130,7 @@ class Alphabet:
             token = str(error.args[0])
             position = tokens.index(token) + 1
             raise UnknownToken(
-                f"{token!r} at position {position} is no token{letter_hint(token, masks=True)}; "
+                f"{token!r} at position {position} is not a token{letter_hint(token, masks=True)}; "
                 f"expected {''.join(_STANDARD)} or one such as <mask>",
                 position=position,
                 character=token,
@@ -190,7 +190,7 @@ class FastaBatchedDataset:
     def from_file(cls, fasta_file: str | os.PathLike[str]) -> FastaBatchedDataset:
         """Read a file as `numpyesm.fasta` does, but with whole header lines as labels and no change of case.
 
-        InvalidSequence: two records of one label, text before the first header, or a line that is no sequence.
+        InvalidSequence: two records of one label, text before the first header, or a line that is not a sequence.
         """
         drafts = list(read_drafts(Path(fasta_file), strict=True, verbatim=True))
         labels = [draft.header.strip() or f"seqnum{draft.line - 1:09d}" for draft in drafts]

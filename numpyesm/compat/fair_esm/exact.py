@@ -1,4 +1,4 @@
-"""Compute rows that the kernels do not take, step by step: slower, but with any tokens in any order."""
+"""Compute rows that the kernels do not accept, step by step: slower, but with any tokens in any order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 def exact_bytes(checkpoint: Checkpoint, length: int) -> int:
-    """Memory that `fill_rows` takes for rows of so many tokens, in bytes."""
+    """Memory that `fill_rows` needs for rows of this many tokens, in bytes."""
     config = checkpoint.config
     maps = 8 * config.num_heads * length**2
     weights = 0 if checkpoint.precision == "fp32" else checkpoint.num_parameters
@@ -29,7 +29,7 @@ def exact_bytes(checkpoint: Checkpoint, length: int) -> int:
 def fill_rows(model: ESM2, tokens: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], result: dict[str, Any]) -> None:
     """Compute rows of a batch (B, T) as fair-esm does, padding between tokens included.
 
-    `result` is fair-esm's dictionary; what is not in it is not computed. Padding behind a last token is left alone.
+    `result` is fair-esm's dictionary; what is not in it is not computed. Padding after the last token is left alone.
     """
     weights = nested(model.checkpoint, np.float32)
     with blas_threads(model.threads):
@@ -39,7 +39,7 @@ def fill_rows(model: ESM2, tokens: npt.NDArray[np.uint8], rows: npt.NDArray[np.i
 
 def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
     stop = len(without_padding(tokens))
-    tokens = tokens[: stop + 1]  # one <pad> behind, if there is any: contacts leave out the last column
+    tokens = tokens[: stop + 1]  # with one <pad>, if there is any: contacts leave out the last column
     real, length = tokens != PAD, len(tokens)
     representations = result["representations"]
     x = embed(tokens, **weights["embed_tokens"])

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 
 class ESM2:
-    """fair-esm's ESM-2 model. Made by `esm.pretrained`, or from a `numpyesm.ESM2`.
+    """fair-esm's ESM-2 model, made by `esm.pretrained` or from a `numpyesm.ESM2`.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class ESM2:
         need_head_weights: bool = False,
         return_contacts: bool = False,
     ) -> dict[str, Any]:
-        """fair-esm's dictionary, as NumPy arrays of float32.
+        """Return fair-esm's dictionary, as NumPy arrays of float32.
 
         Parameters
         ----------
@@ -151,7 +151,7 @@ class ESM2:
     def _sizes(
         self, ids: Array, lengths: list[int], layers: int, shapes: dict[str, tuple[int, ...]], exact: bool
     ) -> Sizes:
-        """Plan how the call is cut up; NotEnoughMemory if the arrays would exceed the limit."""
+        """Choose how to split the call, or raise NotEnoughMemory if the arrays would exceed the limit."""
         held = 4 * (sum(map(math.prod, shapes.values())) + layers * ids.size * self.embed_dim)
         held += exact_bytes(self.core.checkpoint, ids.shape[1]) if exact else 0
         try:
@@ -230,7 +230,7 @@ def check_tokens(tokens: npt.ArrayLike) -> npt.NDArray[np.uint8]:
 
 
 def _is_usual(row: npt.NDArray[np.uint8], contacts: bool) -> bool:
-    """Whether a row has `<pad>` at its end only and, for contacts, residues between `<cls>` and `<eos>` or the edge."""
+    """Whether a row has `<pad>` only at its end and, for contacts, residues between `<cls>` and `<eos>` or the edge."""
     tokens = without_padding(row)
     if PAD in tokens:
         return False

@@ -29,7 +29,7 @@ def load_model_and_alphabet(model_name: str | os.PathLike[str], **options: Any) 
 
 
 def load_model_and_alphabet_local(model_location: str | os.PathLike[str], **options: Any) -> tuple[ESM2, Alphabet]:
-    """Load a file, with fair-esm's `-contact-regression.pt` if that stands beside it."""
+    """Load a file, with fair-esm's `-contact-regression.pt` if that is next to it."""
     return load_model_and_alphabet(Path(model_location), **options)
 
 

@@ -5,7 +5,7 @@
 export const AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY";
 export const MAX_RECORDS = 100;
 const ALLOWED = new Set(`${AMINO_ACIDS}BXZUO-`);
-const EXPECTED = "allowed are ACDEFGHIKLMNPQRSTVWY, BXZUO and -";
+const EXPECTED = "expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO or -";
 export const MAX_TEXT = 4_000_000;
 // The rule of numpyesm/fasta.py for lines without a header: what is one sequence, wrapped, and what is one a line.
 const WRAPS = new Set([40, 50, 60, 70, 72, 75, 76, 80, 100, 120]);

@@ -32,6 +32,12 @@ def items(*sequences: Any) -> list[dict[str, Any]]:
     return [{"sequence": sequence} for sequence in sequences]
 
 
+# A request that is answered, its path, and how it begins on a bare connection.
+GOOD = {"items": items("MKT")}
+ENCODE = "esm2-35m/encode"
+HEAD = f"POST /api/v3/{ENCODE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
 def check_error(answer: Any, status: int, *fields: str) -> dict[str, Any]:
     """The one shape of an error; `fields` are all that `error` names."""
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")

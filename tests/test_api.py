@@ -7,7 +7,8 @@ import io
 import json
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,12 @@ def catalog(library: ESM2) -> Catalog:
     return Catalog({"esm2-35m": library, "headless": ESM2(headless, backend="numpy", threads=1)})
 
 
-def both_doors(client: TestClient, function: Function) -> Ask:
+@contextmanager
+def both_doors(catalog: Catalog, keys: Sequence[str] = ()) -> Iterator[Ask]:
     """Ask both doors the same; their answers must be equal, and one of them is returned."""
+    service, function = Service(catalog, KeyRing(keys)), Function(catalog)
 
     def ask(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-        client.headers = {"accept-encoding": "identity"}
         with client.stream(method, path, content=body, headers=headers, follow_redirects=False) as response:
             answer = Answer(response.status_code, dict(response.headers), b"".join(response.iter_raw()))
         other = answer_of(function.handle(url_event(path, body, method, **(headers or {}))))
@@ -76,14 +78,15 @@ def both_doors(client: TestClient, function: Function) -> Ask:
         assert ("allow" in answer.headers) == ("Allow" in other.headers or "allow" in other.headers)
         return answer
 
-    return ask
+    headers = {"accept-encoding": "identity"}
+    with TestClient(service.gate, base_url="http://localhost", headers=headers) as client:
+        yield ask
 
 
 @pytest.fixture(scope="module")
-def ask(catalog: Catalog) -> Any:
-    service = Service(catalog)
-    with TestClient(service.gate, base_url="http://localhost") as client:
-        yield both_doors(client, Function(catalog))
+def ask(catalog: Catalog) -> Iterator[Ask]:
+    with both_doors(catalog) as ask:
+        yield ask
 
 
 def post(ask: Ask, action: str, document: Any, slug: str = "esm2-35m", **headers: str) -> Answer:
@@ -208,9 +211,7 @@ def test_where_the_sdk_looks_for_models(ask: Ask, prefix: str) -> None:
 def test_keys(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["first-key", "second-key"]
     monkeypatch.setenv("NUMPYESM_API_KEYS", ",".join(keys))
-    service = Service(catalog, KeyRing(keys))
-    with TestClient(service.gate, base_url="http://localhost") as client:
-        ask = both_doors(client, Function(catalog))
+    with both_doors(catalog, keys) as ask:
         for value in ("Token first-key", "token second-key", "TOKEN  second-key "):
             assert post(ask, "encode", {"items": ONE}, authorization=value).status_code == 200
         words = "Token", "Token ", "Token first", "Token first-key-and-more", "Bearer first-key", "first-key"

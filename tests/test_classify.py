@@ -227,25 +227,21 @@ def test_the_command_refuses_weights_without_a_head(tmp_path: Path, capsys: pyte
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
     from jsonschema import Draft202012Validator
-    from starlette.testclient import TestClient
     from test_api import both_doors
 
     from numpyesm.api.catalog import Catalog
-    from numpyesm.serverless.function import Function
-    from numpyesm.service.app import Service
+    from numpyesm.api.schema import openapi_document
     from numpyesm.weights.synthetic import random_checkpoint
 
     models = {kind: ESM2.from_pretrained(path, backend="numpy", threads=1) for kind, path in weights.items()}
     catalog = Catalog(models | {"plain": ESM2(random_checkpoint(SMALL), backend="numpy", threads=1)})
-    service = Service(catalog)
-    with TestClient(service.gate, base_url="http://localhost") as client:
-        ask = both_doors(client, Function(catalog))
+    answers = openapi_document(catalog)["components"]["schemas"]
+    with both_doors(catalog) as ask:
 
         def post(slug: str, action: str, **document: Any) -> Any:
             body = json.dumps(document).encode()
             return ask("POST", f"/api/v3/{slug}/{action}/", body, {"content-type": "application/json"})
 
-        answers = json.loads(client.get("/openapi.json").content)["components"]["schemas"]
         for kind, model in models.items():
             items = [{"sequence": sequence} for sequence in SEQUENCES]
             results = post(kind, "classify", items=items).json()
@@ -265,7 +261,7 @@ def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
         assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (404, True)
         refused = post("plain", "encode", items=[{"sequence": "MKT"}], params={"include": ["classes"]})
         assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (422, True)
-        described = {one["slug"]: one for one in client.get("/api/v3/models").json()["models"]}
+        described = {one["slug"]: one for one in ask("GET", "/api/v3/models").json()["models"]}
         assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])
         assert "classify" in described["token"]["actions"]
         assert (described["plain"]["head"], described["plain"]["labels"]) == (None, [])

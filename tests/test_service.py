@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from running_service import ServiceHere, check_error, items, receive_all, serving_here
+from running_service import ENCODE, GOOD, HEAD, ServiceHere, check_error, items, receive_all, serving_here
 
 from numpyesm import ESM2
 
 JSON = {"Content-Type": "application/json"}
-GOOD = {"items": items("MKT")}
-ENCODE = "esm2-35m/encode/"
-HEAD = "POST /api/v3/esm2-35m/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import requests
-from running_service import ServiceHere, check_error, items, serving_here
+from running_service import ENCODE, GOOD, HEAD, ServiceHere, check_error, items, serving_here
 
 pytest.importorskip("starlette")
 
@@ -144,9 +144,7 @@ def test_only_small_jobs_overtake_one_that_waits_for_memory(models: dict[str, ES
 
 # -- a service whose passes wait ---------------------------------------------------------------------------------------
 
-GOOD = {"items": items("MKT")}
 TWO_PASSES = {"items": items("M" * 2000, "M" * 2000)}
-ENCODE = "esm2-35m/encode"
 
 
 class Held:
@@ -236,15 +234,14 @@ def test_who_hangs_up_frees_its_place(hold: Any) -> None:
     answer = held.first(TWO_PASSES)
     assert held.service.get("/healthz").status_code == 200
     body = json.dumps(TWO_PASSES)
-    head = "POST /api/v3/esm2-35m/encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connections = [held.service.connect() for _ in range(5)]
     for connection in connections:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     held.wait(6)
     for connection in connections:
         connection.close()
     with held.service.connect() as connection:  # half a body, and gone
-        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
     held.service.wait_until(lambda: held.service.metric("numpyesm_hang_ups_total") == 6)
     held.wait(1)
     assert [entry["status"] for entry in held.service.entries()].count(499) == 6

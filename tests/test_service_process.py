@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import random_sequence
-from running_service import check_error, items, same, serving
+from running_service import ENCODE, GOOD, check_error, items, same, serving
 
 from numpyesm import ESM2, InvalidOption
 from numpyesm.api.keys import read_keys
@@ -32,8 +32,6 @@ from numpyesm.weights import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
-ENCODE = "esm2-35m/encode"
-GOOD = {"items": items("MKT")}
 HEAVY = {"params": {"include": ["mean", "contacts"]}, "items": items(*[random_sequence(768, i) for i in range(8)])}
 EVERYTHING = {"repr_layers": [0, 1, 2, 3], "include": ["mean", "per_token", "bos", "contacts", "logits", "attentions"]}
 

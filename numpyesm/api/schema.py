@@ -30,7 +30,7 @@ _ERRORS = {
     413: "The body is too large, or the request would take too much memory",
     415: "Not JSON, or an unknown Content-Encoding",
     422: "The request is not valid; every bad item is named",
-    429: "Too many requests of this client are waiting; see Retry-After",
+    429: "Too many requests from this client are waiting; see Retry-After",
     500: "The service failed",
     503: "The queue is full, the deadline passed, or the service is shutting down; see Retry-After",
 }

@@ -116,9 +116,10 @@ def _scores(X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    head, scoring = RidgeCV(np.logspace(-2, 5, 8)), make_scorer(lambda a, b: spearman(a, b) or 0.0)
     if task == "classification":
         head, scoring = LogisticRegression(max_iter=1000), "accuracy"
+    else:
+        head, scoring = RidgeCV(np.logspace(-2, 5, 8)), make_scorer(lambda a, b: spearman(a, b) or 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence, which hardly changes how layers rank
         scores: npt.NDArray[np.float64] = cross_val_score(

@@ -199,7 +199,7 @@ def _add_embed(add: Add) -> None:
     command.add_argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     command.add_argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="(%(default)s)")
-    command.add_argument("--address", help="of a running Ray cluster, or auto (starts one on this machine)")
+    command.add_argument("--address", help="of a running Ray cluster, or auto (default: start one here)")
     command.add_argument("--workers", type=int, metavar="N", help="Ray actors (all CPUs of the cluster)")
     command.add_argument("--json-progress", action="store_true", help="JSON lines on stderr")
     command.add_argument("--quiet", action="store_true", help="no progress bar")

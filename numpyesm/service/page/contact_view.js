@@ -94,7 +94,7 @@ function countText(separation) {
     return `No two of ${length} residues are ${separation} apart. Clear the box above to see near ones.`;
   }
   const each = (pairs.count / length).toFixed(2);
-  return `${pairs.count.toLocaleString("en")} contact${pairs.count === 1 ? "" : "s"}, ${each} a residue`;
+  return `${pairs.count.toLocaleString("en")} contact${pairs.count === 1 ? "" : "s"}, ${each} per residue`;
 }
 
 function listStrongest() {

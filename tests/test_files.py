@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, under names that any system and locale takes."""
+"""Files appear whole or not at all; mapped files know when they were overwritten."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numpyesm.files import MappedFile, atomic_write, file_sha256, native_name, overwritten_files, same_file
+from numpyesm.files import MappedFile, atomic_write, file_sha256, overwritten_files, same_file
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes, links and devices")
 
@@ -84,19 +84,6 @@ def test_standard_output_by_its_name(tmp_path: Path, kind: str) -> None:
             subprocess.run(command, check=True, stdout=out)
         said = (tmp_path / "out").read_bytes()
     assert said == b"before\nbytes\nafter\n"
-
-
-@POSIX
-def test_names_outside_the_locale(tmp_path: Path) -> None:
-    """A record's file has the same name in a locale that has no letter for it."""
-    code = (
-        "import sys; from numpyesm.files import atomic_write, native_name\n"
-        "with atomic_write(sys.argv[1] + '/' + native_name('prot\\u00e9ine-\\u03b1.npz')) as file: file.write(b'x')\n"
-    )
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | ascii_only)
-    assert [os.fsencode(entry.name) for entry in tmp_path.iterdir()] == ["protéine-α.npz".encode()]
-    assert native_name("protéine-α.npz") == "protéine-α.npz"
 
 
 def test_overwritten_in_place_and_checksum(tmp_path: Path) -> None:

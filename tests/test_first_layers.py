@@ -67,7 +67,7 @@ def test_what_needs_all_layers_says_why(folder: Path) -> None:
     ):
         with pytest.raises(MissingHead, match=r"are the first 2 of 3 layers, and the .* head needs all of them"):
             call()
-    with pytest.raises(InvalidOption, match="the first 2 of 3 layers: the reference numbers are of whole models"):
+    with pytest.raises(InvalidOption, match="the first 2 of 3 layers: the reference numbers are those of whole models"):
         compare_with_reference(model)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..options import SCORING_METHODS
 from ..scoring.correlation import spearman
-from ..scoring.notation import Substitution, apply_changes, check_same_terms, check_wild_type, fit_mutant, parse_mutant
+from ..scoring.notation import Substitution, check_fit, check_same_terms, check_wild_type, mutated, parse_mutant
 from .inputs import check_output_is_another, load_model, read_records
 from .outputs import DELIMITERS, destination
 from .variant_table import VariantTable, read_table
@@ -114,10 +114,10 @@ def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str)
             if isinstance(mutant, InvalidMutation):
                 raise mutant
             # Only the first problem gets a hint about the offset: finding it costs as much as checking all rows.
-            changes = fit_mutant(wild_type, mutant, arguments.offset, others=[mutant] if problems else readable)
+            check_fit(wild_type, mutant, arguments.offset, others=[mutant] if problems else readable)
             if arguments.method == "log-prob":
-                check_same_terms(changes, arguments.offset)
-            if column and sequences and sequences[i].strip() not in ("", apply_changes(wild_type, changes)):
+                check_same_terms(mutant)
+            if column and sequences and sequences[i].strip() not in ("", mutated(wild_type, mutant, arguments.offset)):
                 raise InvalidMutation(
                     f"{column[i]} does not turn the wild type into the row's {_SEQUENCE}: is it the right wild type?"
                 )

@@ -13,7 +13,7 @@ from ..config import MAX_RESIDUES
 from ..errors import InvalidSequence
 from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_head
 from .marginals import Progress, position_logits, pseudo_log_likelihoods
-from .notation import Change, apply_changes, check_offset, check_same_terms, check_wild_type, read_mutants
+from .notation import Substitution, check_offset, check_same_terms, check_wild_type, mutated, read_mutants
 from .windows import Window, check_window
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def score_mutations(
     """Compute one number per mutant; see `ESM2.score_mutations`."""
     one_of("method", method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
-    mutants = read_mutants(wild_type, mutations, check_offset(offset))
+    offset = check_offset(offset)
+    mutants = read_mutants(wild_type, mutations, offset)
     seen = check_window(window, len(wild_type), method)
     if method == "log-prob":
         length = len(wild_type)
@@ -48,40 +49,41 @@ def score_mutations(
                 f"method 'log-prob' takes the whole sequence in one pass: the wild type has {length} residues, {most}"
             )
         for item, mutant in enumerate(mutants):
-            check_same_terms(mutant, offset, item)
+            check_same_terms(mutant, item)
     require_head(passes.checkpoint, "score_mutations")
     warn_of_odd_sequences([wild_type], stacklevel=4)
     if method in SCAN_METHODS:
-        return _marginals(passes, wild_type, mutants, method, seen, progress)
-    mutated = [apply_changes(wild_type, mutant) for mutant in mutants]
-    distinct = list(dict.fromkeys(mutated))
+        return _marginals(passes, wild_type, mutants, offset, method, seen, progress)
+    sequences = [mutated(wild_type, mutant, offset) for mutant in mutants]
+    distinct = list(dict.fromkeys(sequences))
     if method == "pseudo-ppl":
         found = dict(zip(distinct, pseudo_log_likelihoods(passes, distinct, seen, progress), strict=True))
-        return np.array([found[sequence] for sequence in mutated], np.float64)
+        return np.array([found[sequence] for sequence in sequences], np.float64)
     # The wild type is worth 0 even where it has no amino acid that counts.
     distinct = [wild_type, *(sequence for sequence in distinct if sequence != wild_type)]
     found = dict(zip(distinct, _log_probs(passes, distinct, progress), strict=True)) if mutants else {}
-    return np.array([found[one] - found[wild_type] if one != wild_type else 0.0 for one in mutated], np.float64)
+    return np.array([found[one] - found[wild_type] if one != wild_type else 0.0 for one in sequences], np.float64)
 
 
 def _marginals(
     passes: Passes,
     wild_type: str,
-    mutants: Sequence[Sequence[Change]],
+    mutants: Sequence[Sequence[Substitution]],
+    offset: int,
     method: str,
     window: Window,
     progress: Progress,
 ) -> FloatArray:
     """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever the softmax covers."""
     # A42A is worth 0 and needs no pass.
-    indices = sorted({change.at for mutant in mutants for change in mutant if change.mutant != change.wild})
-    logits = position_logits(passes, wild_type, indices, method, window, progress)
-    row = {index: i for i, index in enumerate(indices)}
+    positions = sorted({one.position for mutant in mutants for one in mutant if one.mutant != one.wild})
+    indices = [position - offset for position in positions]
+    logits = dict(zip(positions, position_logits(passes, wild_type, indices, method, window, progress), strict=True))
     scores = np.zeros(len(mutants))
     for i, mutant in enumerate(mutants):
-        for index, wild, letter in mutant:
+        for wild, position, letter in mutant:
             if letter != wild:
-                scores[i] += logits[row[index], TOKEN_ID[letter]] - logits[row[index], TOKEN_ID[wild]]
+                scores[i] += logits[position][TOKEN_ID[letter]] - logits[position][TOKEN_ID[wild]]
     return scores
 
 

@@ -51,14 +51,6 @@ class Substitution(NamedTuple):
         return f"{self.wild}{self.position}{self.mutant}"
 
 
-class Change(NamedTuple):
-    """A substitution that fits the wild type: its 0-based place there, and both letters."""
-
-    at: int
-    wild: str
-    mutant: str
-
-
 def parse_mutant(mutation: object, item: int | None = None) -> tuple[Substitution, ...]:
     """Parse the substitutions of one mutant; none for the wild type.
 
@@ -158,8 +150,8 @@ def check_offset(offset: object) -> int:
     return number
 
 
-def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> list[tuple[Change, ...]]:
-    """Parse all mutants as changes of the wild type.
+def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> list[tuple[Substitution, ...]]:
+    """Parse all mutants, and check that they fit the wild type.
 
     Raises
     ------
@@ -168,20 +160,21 @@ def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> li
     """
     given = texts(mutations, "mutation")
     parsed = [parse_mutant(mutation, item) for item, mutation in enumerate(given)]
-    return [fit_mutant(wild_type, mutant, offset, item, parsed) for item, mutant in enumerate(parsed)]
+    for item, mutant in enumerate(parsed):
+        check_fit(wild_type, mutant, offset, item, parsed)
+    return parsed
 
 
-def fit_mutant(
+def check_fit(
     wild_type: str,
     mutant: Sequence[Substitution],
     offset: int,
     item: int | None = None,
     others: Sequence[Sequence[Substitution]] = (),
-) -> tuple[Change, ...]:
-    """Return the mutant as changes of the wild type, or raise InvalidMutation; `others` help to guess the offset."""
-    changes = []
+) -> None:
+    """Raise InvalidMutation unless the mutant fits the wild type; `others` help to guess the offset."""
     for substitution in mutant:
-        wild, position, letter = substitution
+        wild, position, _ = substitution
         index = position - offset
         if not 0 <= index < len(wild_type):
             problem = (
@@ -191,7 +184,6 @@ def fit_mutant(
         elif wild_type[index] != wild:
             problem = f"the wild type has {wild_type[index]} at position {position}, not {wild}"
         else:
-            changes.append(Change(index, wild, letter))
             continue
         raise InvalidMutation(
             f"{substitution}: {problem}{_offset_hint(wild_type, others or [mutant])}",
@@ -199,20 +191,18 @@ def fit_mutant(
             mutation=":".join(map(str, mutant)),
             position=position,
         )
-    return tuple(changes)
 
 
-def apply_changes(wild_type: str, changes: Iterable[Change]) -> str:
-    """Return the mutated sequence."""
+def mutated(wild_type: str, mutant: Iterable[Substitution], offset: int) -> str:
+    """Return the sequence of a mutant that fits the wild type."""
     letters = list(wild_type)
-    for change in changes:
-        letters[change.at] = change.mutant
+    for one in mutant:
+        letters[one.position - offset] = one.mutant
     return "".join(letters)
 
 
-def check_same_terms(changes: Sequence[Change], offset: int, item: int | None = None) -> None:
+def check_same_terms(mutant: Sequence[Substitution], item: int | None = None) -> None:
     """Raise InvalidMutation if `log-prob` would compare sums over different numbers of residues."""
-    mutant = [Substitution(wild, at + offset, letter) for at, wild, letter in changes]
     for one in mutant:
         if one.wild not in AMINO_ACIDS:
             raise InvalidMutation(

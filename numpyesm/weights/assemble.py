@@ -38,7 +38,7 @@ def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConf
     missing = next((index for index in range(len(layers)) if index not in layers), None)
     if missing is not None:
         raise CheckpointError(f"{origin} is incomplete: layer {missing} is missing")
-    ffn, width = _matrix_shape(tensors, naming.layer(0) + naming.fc1 + ".weight", origin)
+    ffn, width = _matrix_shape(tensors, f"{naming.layer(0)}{naming.of_layer['fc1'][0]}.weight", origin)
     heads = num_heads or _deduced_heads(model, len(layers), width)
     if heads is None:
         raise CheckpointError(

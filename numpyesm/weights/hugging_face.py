@@ -15,14 +15,14 @@ from .recognise import Model, Naming
 NAMING = Naming(
     embedding="embeddings.word_embeddings.weight",
     layers="encoder.layer.",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_norm="attention.LayerNorm",  # before the attention, in spite of BERT's name for it
-    out_proj="attention.output.dense",
-    ffn_norm="LayerNorm",
-    fc1="intermediate.dense",
-    fc2="output.dense",
+    of_layer={
+        "attention_norm": ("attention.LayerNorm",),  # before the attention, in spite of BERT's name for it
+        "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "out_proj": ("attention.output.dense",),
+        "ffn_norm": ("LayerNorm",),
+        "fc1": ("intermediate.dense",),
+        "fc2": ("output.dense",),
+    },
     final_norm="encoder.emb_layer_norm_after",
     lm_norm="lm_head.layer_norm",
     decoder="lm_head.decoder.weight",

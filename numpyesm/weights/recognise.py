@@ -65,18 +65,11 @@ _OTHER_VOCABULARIES = {
 
 @dataclass(frozen=True)
 class Naming:
-    """What one family of checkpoints calls each part; the names of a layer follow `layers.<number>.`."""
+    """What one family of checkpoints calls each part."""
 
     embedding: str
     layers: str
-    query: str
-    key: str
-    value: str
-    attention_norm: str
-    out_proj: str
-    ffn_norm: str
-    fc1: str
-    fc2: str
+    of_layer: Mapping[str, tuple[str, ...]]  # what follows `layers<number>.`, by canonical name; of qkv, three
     final_norm: str
     lm_norm: str
     decoder: str
@@ -99,10 +92,8 @@ class Naming:
             "contact_head": (CONTACT_REGRESSION,),
         }
         for index in range(config.num_layers):
-            ours, theirs = f"layers.{index}.", self.layer(index)
-            parts[ours + "qkv"] = (theirs + self.query, theirs + self.key, theirs + self.value)
-            for name in ("attention_norm", "out_proj", "ffn_norm", "fc1", "fc2"):
-                parts[ours + name] = (theirs + getattr(self, name),)
+            for ours, theirs in self.of_layer.items():
+                parts[f"layers.{index}.{ours}"] = tuple(self.layer(index) + name for name in theirs)
         if config.classifier is not None and config.classifier.head == "sequence":
             parts |= {CLASSIFIER + name: (CLASSIFIER + name,) for name in ("dense", "out_proj")}
         elif config.classifier is not None:
@@ -111,7 +102,8 @@ class Naming:
 
     def trunks(self, tensors: Tensors) -> list[str]:
         """The prefixes under which layers of this family stand."""
-        layer = re.compile(rf"((?:.*\.)?){re.escape(self.layers)}\d{{1,6}}\.{re.escape(self.query)}\.weight")
+        query = re.escape(self.of_layer["qkv"][0])
+        layer = re.compile(rf"((?:.*\.)?){re.escape(self.layers)}\d{{1,6}}\.{query}\.weight")
         return list(dict.fromkeys(match[1] for name in tensors if (match := layer.fullmatch(name))))
 
 

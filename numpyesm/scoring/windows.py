@@ -78,22 +78,17 @@ def check_window(window: object, length: int, method: str) -> Window:
     InvalidSequence
         The whole wild type is to be seen at once, and the model cannot.
     """
+    advice = "a window (window=1022, --window 1022) scores every position among that many residues around it"
     if isinstance(window, str) and window == PROTEINGYM:
         if method not in SCAN_METHODS:
             raise InvalidOption(f"window={window!r} is for {' and '.join(SCAN_METHODS)}, not for {method!r}")
         if method == "masked-marginals":
             return Window(_PROTEINGYM_TOKENS, of_tokens=True)
-        if length > MAX_RESIDUES:
-            raise InvalidSequence(
-                f"ProteinGym's wt-marginals see the whole wild type at once: it has {length} residues, at most "
-                f"{MAX_RESIDUES} are allowed"
-            )
-        return Window(length)
+        window, advice = None, "ProteinGym's wt-marginals see the whole wild type"
     if window is None:
         if length > MAX_RESIDUES:
             raise InvalidSequence(
-                f"the wild type has {length} residues, at most {MAX_RESIDUES} are allowed at once; a window "
-                "(window=1022, --window 1022) scores every position among that many residues around it"
+                f"the wild type has {length} residues, at most {MAX_RESIDUES} are allowed at once; {advice}"
             )
         return Window(length)
     number = whole_number(window)

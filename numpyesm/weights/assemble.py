@@ -17,7 +17,7 @@ from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
-from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, Tensors, refuse_quantised_storage
+from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, refuse_quantised_storage
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, DeferredTensor, StoredTensor
 
 _ALWAYS_FLOAT32 = ("contact_head", CLASSIFIER)  # small and sensitive
@@ -38,7 +38,11 @@ def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConf
     missing = next((index for index in range(len(layers)) if index not in layers), None)
     if missing is not None:
         raise CheckpointError(f"{origin} is incomplete: layer {missing} is missing")
-    ffn, width = _matrix_shape(tensors, f"{naming.layer(0)}{naming.of_layer['fc1'][0]}.weight", origin)
+    fc1 = f"{naming.layer(0)}{naming.of_layer['fc1'][0]}.weight"
+    shape = tensors[fc1].shape if fc1 in tensors else ()
+    if len(shape) != 2:
+        raise CheckpointError(f"{origin} is incomplete: tensor {quoted(fc1)} is missing or is not a matrix")
+    ffn, width = shape
     heads = num_heads or _deduced_heads(model, len(layers), width)
     if heads is None:
         raise CheckpointError(
@@ -61,15 +65,6 @@ def _deduced_heads(model: Model, layers: int, width: int) -> int | None:
         return regression.shape[-1] // layers
     same = (preset for preset in PRESETS.values() if (preset.num_layers, preset.embed_dim) == (layers, width))
     return next((preset.num_heads for preset in same), None)
-
-
-def _matrix_shape(tensors: Tensors, name: str, origin: str) -> tuple[int, int]:
-    if name not in tensors:
-        raise CheckpointError(f"{origin} is incomplete: tensor {quoted(name)} is missing")
-    shape = tensors[name].shape
-    if len(shape) != 2:
-        raise CheckpointError(f"{origin} has tensor {quoted(name)} of shape {shape}, expected a matrix")
-    return shape
 
 
 def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Checkpoint:

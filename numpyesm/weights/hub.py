@@ -183,11 +183,10 @@ def _network_errors(model: RemoteModel) -> Iterator[None]:
                 f"{error.filename} cannot be written ({error.strerror}); HF_HOME names another cache"
             ) from error
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = (
-            f"it answers {status}" if status else f"{kind}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        )
+        said = "".join(str(error).splitlines()[:1])[:120]
+        reason = f"it answers {status}" if status else f"{kind}: {said}".rstrip(": ")
         raise WeightsNotFound(
-            f"the Hugging Face Hub cannot be reached for {model.repository} ({reason.rstrip(': ')}); {advice}"
+            f"the Hugging Face Hub cannot be reached for {model.repository} ({reason}); {advice}"
         ) from error
 
 

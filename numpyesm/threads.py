@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import InvalidOption
-from .options import whole_number
+from .options import number_within
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +29,9 @@ def default_threads() -> int:
 
 def check_threads(threads: object) -> int:
     """Return a positive number of threads, or raise InvalidOption."""
-    digits = isinstance(threads, str) and threads.strip().isdecimal()
-    count = whole_number(int(threads) if digits else threads)  # type: ignore[call-overload]
-    if count is None or not 1 <= count <= 1024:
-        raise InvalidOption(f"threads={threads!r}: expected a whole number from 1 to 1024")
-    return count
+    if isinstance(threads, str) and threads.strip().isdecimal():
+        threads = int(threads)
+    return number_within("threads", threads, 1, 1024)
 
 
 def _container_quota() -> int | None:

@@ -191,7 +191,7 @@ def test_proteingyms_rule_sees_short_proteins_whole(model: ESM2, tiny: ESM2) -> 
         np.testing.assert_allclose(scan.scores, model.scan_mutations(WILD_TYPE, method).scores, rtol=0, atol=1e-6)
     long = random_sequence(2100, 4)
     assert np.isfinite(tiny.score_mutations(long, [f"{long[1000]}1001W"], window="proteingym")).all()
-    with pytest.raises(InvalidSequence, match="has 2100 residues, .*; ProteinGym's wt-marginals see the whole"):
+    with pytest.raises(InvalidSequence, match=r"has 2100 residues, .*; ProteinGym's wt-marginals see the whole"):
         model.score_mutations(long, ["WT"], "wt-marginals", window="proteingym")
 
 

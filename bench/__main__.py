@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from numpyesm import __version__
 from numpyesm.weights import parse_synthetic
 
 from . import workloads
@@ -23,14 +24,14 @@ _FULL = Limits(repeats=5, cell_seconds=30, warm_up_seconds=5, skip_seconds=120)
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    p.add_argument("--full", action="store_true", help="adds 8x2048 and repeats: under an hour on two cores")
+    p.add_argument("--full", action="store_true", help="adds 8x2048, growth with length, batch and threads, repeats")
     p.add_argument("--setup", action="store_true", help="make the peers' environments first")
     p.add_argument("--engines", type=_words, help="names or families, separated by commas (all)")
     p.add_argument("--workloads", type=_words, help=f"of {', '.join(workloads.FULL)}, or any NxL")
     p.add_argument("--only", type=_words, help=f"of {', '.join(PARTS)}")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(%(default)s)")
     p.add_argument("--repeats", type=int, help="timed runs of a cell at most")
-    p.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+    p.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS}; for --full, one of this version)")
     p.add_argument("--model", default="esm2-35m", help="a preset of numpyesm (%(default)s)")
     return p
 
@@ -58,6 +59,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         limits=replace(limits, repeats=options.repeats or limits.repeats),
         parts=tuple(options.only or PARTS),
         repeats=3 if options.full else 1,
+        growth=workloads.GROWTH if options.full else (),
         model=options.model,
     )
 
@@ -67,13 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     try:
         plan = plan_of(options)
-        options.output.mkdir(parents=True, exist_ok=True)  # now, not after an hour of measuring
+        output = options.output or (RESULTS / f"v{__version__}" if options.full else RESULTS)
+        output.mkdir(parents=True, exist_ok=True)  # now, not after an hour of measuring
     except (ValueError, OSError) as error:
         p.error(str(error))
     if options.setup:
         set_up()
     result = run(plan, interpreters())
-    markdown = write_all(result, options.output)
+    markdown = write_all(result, output)
     print(markdown.read_text())
     say(f"{result['minutes']:.1f} minutes; {markdown} and the files beside it")
     return 0

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -24,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from .adapters import FairEsm, OnnxRuntime
-from .client import child_environment
-from .engines import BY_NAME, CACHE, RESULTS, ROOT, interpreters
+from .client import run_python
+from .engines import BY_NAME, CACHE, RESULTS, interpreters
 from .report import table_of
 from .weights import make_weights
 from .workloads import AMINO_ACIDS, MAX_BATCH_TOKENS, pad, padded_batches, read_fasta, residues
@@ -94,8 +93,6 @@ def onnxruntime(fasta: Path, weights: Path, threads: int, output: Path) -> None:
 
 INSIDE = {"encode": encode, "fair-esm": fair_esm, "onnxruntime": onnxruntime}
 
-# -- the driver ---------------------------------------------------------------------------------------------------
-
 # A parent of its own reads what its children used: GNU time is not everywhere.
 _WRAPPER = """
 import resource, subprocess, sys
@@ -109,8 +106,7 @@ sys.exit(code)
 def timed(command: Sequence[str], threads: int) -> dict[str, Any]:
     """Seconds, processor seconds and peak memory of a process and all that it starts; or its `error`."""
     start = time.perf_counter()
-    wrapped, environment = [sys.executable, "-c", _WRAPPER, *command], child_environment(threads)
-    done = subprocess.run(wrapped, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(Path(sys.executable), threads, "-c", _WRAPPER, *command)
     seconds = time.perf_counter() - start
     usage = re.search(r"USAGE (\d+) ([\d.]+)", done.stderr)
     if done.returncode or usage is None:

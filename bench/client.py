@@ -29,6 +29,12 @@ def child_environment(threads: int) -> dict[str, str]:
     return os.environ | counts | quiet | {"NUMPYESM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
+def run_python(python: Path, threads: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python as the measured processes run, to its end, and keep what it says."""
+    command, environment = [str(python), *arguments], child_environment(threads)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where engines run and what they open."""

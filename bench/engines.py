@@ -66,8 +66,6 @@ def select(names: list[str] | None) -> list[Engine]:
     return [engine for engine in ENGINES if names is None or {engine.name, engine.family} & set(names)]
 
 
-# -- environments -------------------------------------------------------------------------------------------------
-
 # One `pip install` per line: a peer that has no wheel here does not take the others with it.
 PACKAGES = {
     PEERS_VENV: (

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .client import child_environment
-from .engines import ROOT
+from numpyesm.kernels.compiled.isa import tiles_granted
+
+from .client import run_python
 
 PRECISIONS = ("fp32", "bf16", "int8")
 _SECONDS = 0.1  # of one timed stretch
@@ -151,14 +150,6 @@ declare void @{chosen.name}(i8 immarg, i8 immarg, i8 immarg)
     )
 
 
-def tiles_granted() -> bool:
-    """Ask the system for AMX's tiles, once for the whole process: without it the first instruction kills it."""
-    if not (sys.platform == "linux" and platform.machine() == "x86_64"):
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
-
-
 def host_features() -> set[str]:
     """Features that this process may use, in LLVM's names."""
     llvm: Any = import_module("llvmlite.binding")
@@ -225,9 +216,7 @@ def machine_peaks(python: Path, threads: int) -> dict[str, dict[str, Any]]:
     """All precisions, each in a process of its own: `{precision: {method, gops: {threads: peak}}}`."""
     found: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
-        command = [str(python), "-m", "bench.peaks", precision, str(threads)]
-        environment = child_environment(threads)
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        run = run_python(python, threads, "-m", "bench.peaks", precision, str(threads))
         reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1][:200]
         found[precision] = json.loads(run.stdout) if run.returncode == 0 else {"missing": reason}
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .client import Bench, EngineFailed, child_environment
-from .engines import REFERENCE, ROOT, Engine
+from .client import Bench, EngineFailed, run_python
+from .engines import REFERENCE, Engine
 from .measure import SETTLE_SECONDS
 from .workloads import random_sequence
 
@@ -83,7 +82,7 @@ def import_cost(python: Path, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats + 1):
         for module, seconds in samples.items():
             start = time.perf_counter()
-            subprocess.run([str(python), "-c", f"import {module}"], cwd=ROOT, env=child_environment(1), check=True)
+            run_python(python, 1, "-c", f"import {module}").check_returncode()
             if repeat:  # the first pair writes byte code and fills the file cache
                 seconds.append(time.perf_counter() - start)
     extra = median(samples["numpyesm"]) - median(samples["numpy"])

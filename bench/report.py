@@ -30,7 +30,7 @@ def write_all(result: Result, folder: Path) -> Path:
 def markdown(result: Result) -> str:
     """All tables of a run; parts that were not measured are left out."""
     timed = (_summary, _ours) if "timings" in result else ()
-    sections = (_header, *timed, _accuracy, _processes, _absent)
+    sections = (_header, *timed, _growth, _accuracy, _processes, _absent)
     return "\n\n".join(text for section in sections if (text := section(result))) + "\n"
 
 
@@ -163,6 +163,15 @@ def _ours(result: Result) -> str:
             times = [(name, median_of(result, lane, name)) for name in names]
             rows.append([bold(lane), *("–" if own is None else cell(lane, name, own) for name, own in times)])
         tables.append(f"{title}\n\n{table_of(['', *names], rows)}")
+    return "\n\n".join(tables)
+
+
+def _growth(result: Result) -> str:
+    tables = []
+    for threads, lanes in result.get("growth", {}).items():
+        names = list(next(iter(lanes.values()), {}))
+        rows = [[bold(lane), *(short(lanes[lane][name].get("median")) for name in names)] for lane in lanes]
+        tables.append(f"**Seconds with {threads} thread(s)**, by length and batch\n\n{table_of(['', *names], rows)}")
     return "\n\n".join(tables)
 
 

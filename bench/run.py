@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from .engines import CACHE, REFERENCE, ROOT, Engine
 from .measure import Limits, Rounds
 from .weights import TRAINED, make_weights
 
-PARTS = ("timings", "contacts", "scan", "cold", "import", "accuracy", "peaks")
+PARTS = ("timings", "growth", "contacts", "scan", "cold", "import", "accuracy", "peaks")
+_GROWING = ("fair-esm", "onnxruntime", "openvino")
 _FLAGS = "avx2 fma avx512f avx512_bf16 avx512_vnni avx_vnni amx_bf16 amx_int8 asimd bf16 i8mm"
 
 
@@ -35,6 +37,7 @@ class Plan:
     limits: Limits
     parts: tuple[str, ...]
     repeats: int = 1
+    growth: tuple[str, ...] = ()  # workloads of which single and several threads are compared
     model: str = "esm2-35m"
     contact_lengths: tuple[int, ...] = workloads.CONTACT_LENGTHS
     scan_residues: int = 286
@@ -71,6 +74,9 @@ def run(plan: Plan, pythons: dict[str, Path]) -> dict[str, Any]:
     finally:
         for worker in workers.values():
             worker.close()
+    if "growth" in plan.parts and plan.growth:
+        counts = sorted({1, plan.threads})
+        result["growth"] = {str(count): _growth(plan, replace(bench, threads=count), able) for count in counts}
     result["processes"] = _processes(plan, bench, able)
     if "import" in plan.parts:
         result["import"] = processes.import_cost(pythons["own"], 15 * plan.repeats)
@@ -82,6 +88,16 @@ def run(plan: Plan, pythons: dict[str, Path]) -> dict[str, Any]:
         result["peaks"] = peaks.machine_peaks(pythons["own"], plan.threads)
     result["minutes"] = (time.monotonic() - began) / 60
     return result
+
+
+def _growth(plan: Plan, bench: Bench, able: list[Engine]) -> dict[str, Any]:
+    """Seconds by length and batch of numpyesm, fair-esm and the fast C++ engines: `{engine: {workload: cell}}`."""
+    say(f"growth, {bench.threads} thread(s)")
+    with ExitStack() as stack:
+        chosen = [engine for engine in able if engine.ours or engine.family in _GROWING]
+        workers = {engine.name: stack.enter_context(bench.opened(engine)) for engine in chosen}
+        batches = {name: workloads.sequences(name) for name in plan.growth}
+        return Rounds(workers, batches, replace(plan.limits, repeats=3, cell_seconds=3)).run()
 
 
 def _processes(plan: Plan, bench: Bench, able: list[Engine]) -> dict[str, processes.Cells]:

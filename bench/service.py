@@ -1,7 +1,7 @@
 """`python -m bench.service`: the HTTP service against the library called directly, on the same model and machine.
 
-Requests per second and latency at 1, 16 and 64 clients, for one sequence of 100 and for 8×256; and the share of a
-request for per_token of 8×512 that writing JSON takes. The clients share the service's CPUs.
+Requests per second and latency at 1, 16 and 64 clients, for one sequence of 100 and for 8×256. The clients share the
+service's CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import httpx
 import numpy as np
 
 from numpyesm import ESM2
-from numpyesm.formats import json_results
 
 from .report import table_of
 from .workloads import sequences
@@ -84,25 +83,14 @@ def measure(model: ESM2, address: str, name: str, clients: int, seconds: float) 
     return {"workload": name, "clients": clients, "rate": rate, "p50_ms": p50, "p99_ms": p99, "library_ms": library}
 
 
-def json_share(model: ESM2) -> dict[str, float]:
-    """Milliseconds of the parts of a request for per_token of 8×512."""
-    batch = sequences("8x512")
-    results = model.encode(batch, include=["per_token"])
-    compute = min(seconds_of(lambda: model.encode(batch, include=["per_token"])) for _ in range(3))
-    write = min(seconds_of(lambda: b"".join(json_results(results))) for _ in range(3))
-    return {"compute": 1e3 * compute, "JSON": 1e3 * write}
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    rows = []
-    for row in figures["rows"]:
-        share = row["rate"] * row["library_ms"] / 1e3
-        numbers = [row["rate"], row["p50_ms"], row["p99_ms"], row["library_ms"], share]
-        rows.append([row["workload"], str(row["clients"]), *(f"{number:.2f}" for number in numbers)])
-    parts = ", ".join(f"{name} {milliseconds:.0f} ms" for name, milliseconds in figures["per_token_8x512"].items())
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `measure` as Markdown."""
     head = ["workload", "clients", "requests/s", "p50 ms", "p99 ms", "library ms", "share of the library's throughput"]
-    return f"{table_of(head, rows)}\n\nper_token of 8×512: {parts}.\n\n{figures['model']}; load {figures['load']:.1f}."
+    shown = []
+    for row in rows:
+        name, clients, *numbers = (*row.values(), row["rate"] * row["library_ms"] / 1e3)
+        shown.append([name, str(clients), *(f"{number:.2f}" for number in numbers)])
+    return table_of(head, shown)
 
 
 def main() -> None:
@@ -111,7 +99,6 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seconds", type=float, default=10, help="of each row (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="keep the figures")
     options = parser.parse_args()
     chosen = ["--backend", options.backend, "--precision", options.precision]
     warnings.simplefilter("ignore")
@@ -119,14 +106,10 @@ def main() -> None:
     process, address = start_service("--model", f"esm2-35m={options.weights}", *chosen)
     try:
         rows = [measure(model, address, name, clients, options.seconds) for name in WORKLOADS for clients in CLIENTS]
-        figures = {"model": repr(model), "rows": rows, "per_token_8x512": json_share(model), "load": os.getloadavg()[0]}
     finally:
         process.terminate()
         process.wait()
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=1)
-    print(table(figures))
+    print(f"{table(rows)}\n\n{model}; load {os.getloadavg()[0]:.1f}.")
 
 
 if __name__ == "__main__":

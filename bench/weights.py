@@ -50,9 +50,6 @@ def make_weights(model: str, engines: Sequence[Engine], python: Path, cache: Pat
     return folder
 
 
-# -- in the peers' environment ------------------------------------------------------------------------------------
-
-
 def hugging_face(folder: Path, model: str) -> None:
     """Write `hf/`, an EsmForMaskedLM, and `config.json`, its shape. Random numbers are transformers' own."""
     from numpyesm.config import PRESETS

@@ -24,6 +24,7 @@ REAL_PROTEINS = Path(__file__).parents[1] / "tests" / "data" / "real_proteins.fa
 
 QUICK = ("1x100", "1x512", "8x256", "1x2048", "varlen256")
 FULL = (*QUICK, "8x2048")
+GROWTH = ("1x64", "1x128", "1x256", "1x512", "1x1024", "1x2048", "4x256", "16x256")  # with length, and with the batch
 CONTACT_LENGTHS = (512, 1022)
 CHECK_LENGTHS = (33, 20, 57)  # of the sequences on which outputs are compared
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import accuracy, measure, peaks, workloads
-from bench.client import child_environment
+from bench.client import run_python
 
 
 @pytest.mark.slow
@@ -127,6 +126,5 @@ if chosen is not None:
 def test_a_peak_counts_the_products_that_its_loop_computes(precision: str, hidden: str) -> None:
     """On the best instructions and, where those are tiles, on the vectors below; in several threads."""
     pytest.importorskip("llvmlite")
-    command = [sys.executable, "-c", _PEAK_CHECK, precision, hidden]
-    run = subprocess.run(command, cwd=peaks.ROOT, env=child_environment(1), capture_output=True, text=True, check=False)
+    run = run_python(Path(sys.executable), 1, "-c", _PEAK_CHECK, precision, hidden)
     assert run.returncode == 0, run.stderr

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_sequence
+from conftest import BACKENDS, SMALL, random_sequence
 from safetensors.numpy import load_file, save_file
 
 from numpyesm import ESM2
@@ -146,11 +146,9 @@ def test_models_of_one_base_share_it(base: Path, tmp_path: Path) -> None:
         assert (second.checkpoint.tensors[name] is tensor) == (name != "layers.0.qkv.weight"), name
 
 
-@pytest.mark.parametrize("backend", ["numpy", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stored", ["canonical", "deferred"])
 def test_further_models_of_a_base_take_little_memory(tmp_path: Path, backend: str, stored: str) -> None:
-    if backend == "compiled":
-        pytest.importorskip("numba")
     config = ModelConfig(2, 320, 20, 1280)
     save_canonical(tmp_path / "base.safetensors", random_checkpoint(config, 1))
     plain = load_checkpoint(tmp_path / "base.safetensors")

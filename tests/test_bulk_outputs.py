@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bulk_runs import DIM, LAST, fasta, rows, write_fasta
-from conftest import assert_close, random_sequence
+from conftest import ALL, ROUNDING, assert_close, assert_same, random_sequence
 
 from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra
 from numpyesm.bulk import embed_fasta
@@ -30,7 +30,6 @@ h5py = pytest.importorskip("h5py")
 
 # What batch mates may change with NumPy on AVX2, see CONTRIBUTING.md: contacts move most.
 BATCHED = 1e-5
-ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 MEAN = f"mean_{LAST}"
 LONG = random_sequence(2500)
 HALF = 1e-3  # what is left of a number in float16
@@ -422,10 +421,7 @@ def test_embed_iter_is_lazy_ordered_and_equal_to_encode(model: ESM2) -> None:
     assert [record.id for record, _ in found] == [f"s{i}" for i in range(1, 61)]
     assert [result.sequence_index for _, result in found] == list(range(60))
     expected = model.encode([record.sequence for record, _ in found], [0, -1], ["mean", "bos"])
-    for (_, result), wanted in zip(found, expected, strict=True):
-        assert result.to_arrays().keys() == wanted.to_arrays().keys()
-        for name, array in wanted.to_arrays().items():
-            assert_close(result.to_arrays()[name], array)
+    assert_same([result for _, result in found], expected, ROUNDING)
 
 
 def test_embed_iter_computes_twins_once(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:

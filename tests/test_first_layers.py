@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_sequence
+from conftest import BACKENDS, SMALL, random_sequence
 
 from numpyesm import ESM2, MissingHead
 from numpyesm.alphabet import tokenize
@@ -30,11 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["numpy", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_representations_are_those_of_the_whole_model(folder: Path, tmp_path: Path, backend: str, dtype: str) -> None:
-    if backend == "compiled":
-        pytest.importorskip("numba")
     models = []
     for layers in (3, 2):
         convert(folder / "whole.safetensors", tmp_path / f"{layers}.safetensors", layers=layers, dtype=dtype)

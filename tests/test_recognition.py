@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import BACKENDS
 
 from numpyesm import ESM2
 from numpyesm.config import ModelConfig
@@ -164,9 +165,8 @@ def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
         load_checkpoint(save(tmp_path / "m.pt", without))
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_untied_decoder_is_used(tmp_path: Path, backend: str) -> None:
-    pytest.importorskip(backend)
     transformers = pytest.importorskip("transformers")
     shape = ModelConfig(2, 64, 4, 256)
     config = mk.hugging_face_config(shape, tie_word_embeddings=False)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .config import MAX_RESIDUES
 from .errors import InputWarning, InvalidSequence
 from .given import Sequences, texts
+from .printable import listed
 
 TOKENS: tuple[str, ...] = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
@@ -201,8 +202,7 @@ _NOTES = (
 
 def nothing_to_score(names: Sequence[str]) -> str:
     """Say that these sequences have no log-probability, as they contain none of the 20 amino acids."""
-    listed = ", ".join(name[:80] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"no log-probability (NaN), because they contain none of the 20 amino acids: {listed}"
+    return f"no log-probability (NaN), because they contain none of the 20 amino acids: {listed(names)}"
 
 
 class SequenceNotes:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import InvalidMutation, InvalidSequence
+from .printable import listed
 
 # Frames of one column belong here too; they have no common type.
 Sequences = Iterable[str] | Mapping[Any, str]
@@ -66,8 +67,8 @@ def _column(given: Any, what: str) -> Any:
     if hasattr(given, "columns") and isinstance(shape, tuple) and len(shape) == 2:
         names = list(getattr(given, "column_names", given.columns))
         if len(names) != 1:
-            listed = ", ".join(map(repr, names[:6])) + (", …" if len(names) > 6 else "")
-            raise error(f"expected one column of {what}s, got a frame of {len(names)} ({listed}): choose one of them")
+            found = f"a frame of {len(names)} ({listed(map(repr, names))})"
+            raise error(f"expected one column of {what}s, got {found}: choose one of them")
         given = given[names[0]]
     elif isinstance(shape, tuple) and len(shape) != 1:
         if len(shape) != 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """Replace control characters and lone surrogates with escapes such as `\\x1b`; keep line ends and tabs.
@@ -20,6 +22,12 @@ def quoted(value: object, limit: int = 80) -> str:
     else:
         text = repr(value) if isinstance(value, int) else type(value).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """List names, each cut to 80 characters; of more than `most`, the first ones and how many more there are."""
+    names = [name[:80] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def in_words(error: Exception) -> str:

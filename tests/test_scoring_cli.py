@@ -280,7 +280,7 @@ def test_tables_that_are_refused(score: Any, table: bytes, said: str) -> None:
         ("MKT .", 1, "is a folder"),
         ("MKT", 2, "expected a wild type and a table"),
         ("", 2, "expected a wild type and a table"),
-        ("two.fasta v.csv", 1, "2 sequences (a, b …), expected one wild type"),
+        ("two.fasta v.csv", 1, "2 sequences (a, b), expected one wild type"),
         ("none.fasta v.csv", 1, "there is no file 'none.fasta'"),
         ("MK-T v.csv", 1, "'-' at position 3"),
         ("MKX v.csv --method log-prob", 1, "v.csv, line 3: X3A: X is not one of the 20 amino acids"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
 from ..options import SCORING_METHODS
+from ..printable import listed
 from ..scoring.correlation import spearman
 from ..scoring.notation import Substitution, check_fit, check_same_terms, check_wild_type, mutated, parse_mutant
 from .inputs import check_output_is_another, load_model, read_records
@@ -62,8 +63,8 @@ def read_wild_type(text: str, output: str | None) -> str:
     """Read the one sequence of a FASTA file or of standard input, or take the text itself."""
     records = read_records([text], output)
     if len(records) != 1:
-        names = ", ".join(record.id for record in records[:3])
-        raise InvalidSequence(f"{text}: {len(records)} sequences ({names} …), expected one wild type")
+        names = listed(record.id for record in records)
+        raise InvalidSequence(f"{text}: {len(records)} sequences ({names}), expected one wild type")
     return check_wild_type(records[0].sequence)
 
 
@@ -183,7 +184,7 @@ def _only_numbers(table: VariantTable) -> str | None:
             if None not in numbers and not all(number != number for number in numbers):
                 found.append(name)
     if len(found) > 1:
-        names = ", ".join(map(repr, found[:6]))
+        names = listed(map(repr, found))
         print(f"numpyesm: no correlation: say with --measured-col which of {names} is measured", file=sys.stderr)
     return found[0] if len(found) == 1 else None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import PROBLEM_TYPES, VOCAB_SIZE, Classifier
 from ..errors import CheckpointError
-from ..printable import quoted
+from ..printable import listed, quoted
 from .checkpoint import CLASSIFIER
 from .reading import read_json
 from .recognise import Model, Naming
@@ -188,7 +188,7 @@ def _labels(config: dict[str, Any], outputs: int, origin: str) -> tuple[str, ...
     if sorted(by_number) != list(range(outputs)):
         raise CheckpointError(
             f"{origin} has a classifier of {outputs} outputs, but id2label in its config.json has "
-            f"{len(stated)} labels, numbered {', '.join(sorted(stated)[:4])}{', …' if len(stated) > 4 else ''}"
+            f"{len(stated)} labels, numbered {listed(sorted(stated))}"
         )
     return tuple(by_number[index] for index in range(outputs))
 

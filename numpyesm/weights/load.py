@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, WeightsNotFound
+from ..printable import listed, quoted
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import ADAPTER_FILES, weight_files
@@ -132,8 +133,7 @@ def find_in_folder(folder: Path) -> Path | None:
     names = [name for name in names if not name.startswith(".") and not _TRAINING_STATE.fullmatch(name)]
     names = [name for name in names if name not in ADAPTER_FILES] or names
     if len(names) > 1:
-        listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        raise CheckpointError(f"{folder} holds several checkpoints ({listed}): name one of them")
+        raise CheckpointError(f"{folder} holds several checkpoints ({listed(names)}): name one of them")
     return folder / names[0] if names else None
 
 
@@ -209,7 +209,7 @@ def _convert(
             "the model cannot predict contacts"
         )
     if model.left_out:
-        _note(f"{place.name} holds more than ESM-2; left out: {_listed(model.left_out)}")
+        _note(f"{place.name} holds more than ESM-2; left out: {listed(quoted(name)[1:-1] for name in model.left_out)}")
     if (folder / "adapter_config.json").is_file():
         _note(f"{folder / 'adapter_config.json'} is beside the weights: its adapter is not applied")
     return checkpoint, beside
@@ -235,12 +235,6 @@ def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict
 
 def _note(message: str) -> None:
     warnings.warn(message, stacklevel=5)
-
-
-def _listed(names: Sequence[str]) -> str:
-    from ..printable import quoted
-
-    return ", ".join(quoted(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
 
 
 def _without_tensors(content: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 
 class NumpyesmError(Exception):
     """Base of all errors that numpyesm raises on purpose."""
@@ -37,10 +35,6 @@ class InvalidSequence(NumpyesmError, ValueError):
         self.position = position
         self.character = character
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process boundaries (bulk workers); the default would lose the keywords.
-        return partial(type(self), item=self.item, position=self.position, character=self.character), (self.reason,)
-
 
 class InvalidMutation(NumpyesmError, ValueError):
     """A mutation that cannot be read, or that does not fit the wild type.
@@ -67,9 +61,6 @@ class InvalidMutation(NumpyesmError, ValueError):
         self.item = item
         self.mutation = mutation
         self.position = position
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return partial(type(self), item=self.item, mutation=self.mutation, position=self.position), (self.reason,)
 
 
 class InvalidOption(NumpyesmError, ValueError):

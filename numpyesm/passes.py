@@ -96,9 +96,12 @@ class Passes:
         self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place)
         if too_large:
             self.kernels.origin = "the compiled backend needs more memory"
-        unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
-        self.budget = None if limit is None else MemoryBudget.of(limit, checkpoint, count, unread)
-        self.pool = WorkerPool(count if self.budget is None else self.budget.threads)
+        self.budget = None
+        if limit is not None:
+            unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
+            self.budget = MemoryBudget.of(limit, checkpoint, count, unread)
+            count = self.budget.threads
+        self.pool = WorkerPool(count)
 
     @property
     def config(self) -> ModelConfig:

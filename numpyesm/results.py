@@ -117,7 +117,7 @@ class EncodeResult:
 
     def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
         """The service's JSON shape: lists and numbers only; with `arrays`, the arrays as they are."""
-        form = _as_is if arrays else _as_list
+        form: Any = np.asarray if arrays else np.ndarray.tolist
         out: dict[str, Any] = {"sequence_index": self.sequence_index}
         for _, name, key in _PER_LAYER:
             if (by_layer := getattr(self, name)) is not None:
@@ -168,7 +168,7 @@ class PredictResult:
     def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
         """The service's JSON shape: lists and numbers only; with `arrays`, the arrays as they are."""
         return {
-            "logits": self.logits if arrays else _as_list(self.logits),
+            "logits": self.logits if arrays else self.logits.tolist(),
             "sequence_tokens": self.sequence_tokens,
             "vocab_tokens": self.vocab_tokens,
         }
@@ -200,7 +200,7 @@ class ClassifyResult:
 
     def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
         """The service's JSON shape: lists, numbers and names only; with `arrays`, the arrays as they are."""
-        form = _as_is if arrays else _as_list
+        form: Any = np.asarray if arrays else np.ndarray.tolist
         return {
             "sequence_index": self.sequence_index,
             "logits": form(self.logits),
@@ -211,14 +211,6 @@ class ClassifyResult:
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Flat named arrays for `np.savez`."""
         return {"logits": self.logits, "probabilities": self.probabilities}
-
-
-def _as_list(array: FloatArray) -> Any:
-    return array.tolist()
-
-
-def _as_is(array: FloatArray) -> Any:
-    return array
 
 
 def stack_results(

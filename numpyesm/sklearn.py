@@ -105,10 +105,6 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
         tags.requires_fit = False
         return tags
 
-    def _more_tags(self) -> dict[str, Any]:
-        """The same for scikit-learn before 1.6."""
-        return {"X_types": ["string"], "no_validation": True, "requires_fit": False, "preserves_dtype": []}
-
 
 class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeights):  # type: ignore[misc]
     """Embeddings of protein sequences.

@@ -142,7 +142,7 @@ def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> N
         (layer, float(mean), f"±{std:.4f}", bar + (" best" if layer == best else ""))
         for layer, (mean, std, bar) in enumerate(zip(means, spread, bars, strict=True))
     ]
-    target.write(table(("layer", name, "std", ""), lines).encode("utf-8", "replace"))
+    target.write(table(("layer", name, "std", ""), lines))
 
 
 def _advise(means: npt.NDArray[np.float64], model: ESM2) -> None:

@@ -43,17 +43,21 @@ def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, 
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     source = "model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)"
     command.add_argument("--weights", type=_named, help=source)
-    backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
-    command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
-    default = "%(default)s" if name != "warmup" else "all that the CPU has"
-    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help=f"({default})")
-    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    add_arithmetic(command, "%(default)s" if name != "warmup" else "all that the CPU has")
     if name != "serve":  # which has one of its own
         command.add_argument("--max-memory", metavar="SIZE", help="limit: 300M (or MiB: 2^20 bytes) or 300MB (10^6)")
     command.add_argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
     command.set_defaults(run=lambda arguments: getattr(import_module(f".{module}", __package__), function)(arguments))
     return command
+
+
+def add_arithmetic(command: Command, precision: str = "%(default)s") -> None:
+    """Add the options that say how to compute; `precision` is the default that its help shows."""
+    backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
+    command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help=f"({precision})")
+    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
 
 
 _STORAGE: dict[str, Any] = {

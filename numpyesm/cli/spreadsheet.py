@@ -6,7 +6,7 @@ import csv
 import io
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..errors import InputWarning, MissingExtra
@@ -25,11 +25,11 @@ def is_spreadsheet(data: bytes) -> bool:
     return "[Content_Types].xml" in names and any(name.startswith("xl/") for name in names)
 
 
-def as_csv(data: bytes, name: str, wanted: Sequence[str]) -> bytes:
+def as_csv(data: bytes, name: str, wanted: Collection[str]) -> bytes:
     """Return the table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first.
 
-    InputWarning says which of several sheets is read. MissingExtra: pandas, or a library that it needs for this
-    format, is not installed. ValueError: the file is damaged.
+    `wanted` is in lower case. InputWarning says which of several sheets is read. MissingExtra: pandas, or a library
+    that it needs for this format, is not installed. ValueError: the file is damaged.
     """
     parquet = data.startswith(b"PAR1")
     try:
@@ -66,6 +66,5 @@ def _texts(row: Sequence[object]) -> list[str]:
     return ["" if value is None else str(value) for value in row]
 
 
-def _has_column(rows: Sequence[Sequence[str]], wanted: Sequence[str]) -> bool:
-    names = {name.strip().casefold() for name in rows[0]} if rows else set()
-    return any(name.casefold() in names for name in wanted)
+def _has_column(rows: Sequence[Sequence[str]], wanted: Collection[str]) -> bool:
+    return bool(rows) and any(name.strip().casefold() in wanted for name in rows[0])

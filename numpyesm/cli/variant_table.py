@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +111,7 @@ class VariantTable:
         return buffer.getvalue() if value else ""
 
 
-def read_table(source: str, wanted: Sequence[str]) -> VariantTable:
+def read_table(source: str, wanted: Collection[str]) -> VariantTable:
     """Read a table from a file, or from standard input (`-`); see `parse_table`."""
     if source == "-":
         return parse_table(sys.stdin.buffer.read(), "standard input", wanted)
@@ -123,13 +123,14 @@ def read_table(source: str, wanted: Sequence[str]) -> VariantTable:
         raise InvalidTable(f"there is no file {source[:200]!r}, expected a table") from error
 
 
-def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
+def parse_table(data: bytes, name: str, wanted: Collection[str]) -> VariantTable:
     """Read a table.
 
     CSV or TSV, compressed or not, in UTF-8, UTF-16 or Windows' cp1252, with comment lines (`#`) and Excel's `sep=;`
     line; or an Excel workbook or a Parquet file, which become CSV. The delimiter is Excel's, or the one that makes one
     of the `wanted` columns appear in the header. InvalidTable names the line; UnreadableFile: not text, or damaged.
     """
+    wanted = {column.casefold() for column in wanted}
     text, encoding = _text_of(data, name, wanted)
     bom = text.startswith(_BOM)
     text = text.removeprefix(_BOM)
@@ -159,7 +160,7 @@ def parse_table(data: bytes, name: str, wanted: Sequence[str]) -> VariantTable:
     return VariantTable(name, delimiter, records, encoding)
 
 
-def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
+def _text_of(data: bytes, name: str, wanted: Collection[str]) -> tuple[str, str]:
     """Return the text with its byte order mark, and the encoding that gives back the same bytes."""
     if is_spreadsheet(data):
         try:
@@ -180,18 +181,17 @@ def _text_of(data: bytes, name: str, wanted: Sequence[str]) -> tuple[str, str]:
     raise InvalidTable(f"{name}: the {encoding.upper()} text is damaged or cut short")
 
 
-def _delimiter(text: str, wanted: Sequence[str]) -> str:
+def _delimiter(text: str, wanted: Collection[str]) -> str:
     lines = (line for line in io.StringIO(text, newline=None) if line.strip() and not line.startswith("#"))
-    first, names = next(lines, ""), {name.casefold() for name in wanted}
-    fields = {}
+    first, fields = next(lines, ""), {}
     for delimiter in _DELIMITERS:
         fields[delimiter] = [field.strip() for field in next(csv.reader([first], delimiter=delimiter), [])]
-        if any(field.casefold() in names for field in fields[delimiter]):
+        if any(field.casefold() in wanted for field in fields[delimiter]):
             return delimiter
     return max(_DELIMITERS, key=lambda delimiter: len(fields[delimiter]))
 
 
-def _records(text: str, delimiter: str, name: str, wanted: Sequence[str], first: int) -> Iterator[Row]:
+def _records(text: str, delimiter: str, name: str, wanted: Collection[str], first: int) -> Iterator[Row]:
     """Yield records with their text: the reader is fed line by line, and the lines it took belong to the record."""
     taken: list[str] = []
     header: list[str] = []
@@ -218,10 +218,10 @@ def _records(text: str, delimiter: str, name: str, wanted: Sequence[str], first:
         taken.clear()
 
 
-def _is_comment(line: str, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> bool:
+def _is_comment(line: str, delimiter: str, header: Sequence[str], wanted: Collection[str]) -> bool:
     """Whether a line that begins a record is a comment: below the header, `#1` may be a row's id."""
     if not line.startswith("#"):
         return False
-    if not header or header[0].strip().casefold() in {name.casefold() for name in wanted}:
+    if not header or header[0].strip().casefold() in wanted:
         return True
     return len(next(csv.reader([line], delimiter=delimiter))) != len(header)

@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from ..alphabet import SequenceNotes
 from ..cli import guarded
+from ..cli.parser import add_arithmetic
 from ..errors import InvalidOption, InvalidSequence
 from ..files import atomic_write, native_name
-from ..options import BACKEND_ALIASES, BACKENDS, PRECISIONS, check_layers
+from ..options import check_layers
 from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
 from .fair_esm.data import without_padding
@@ -62,9 +63,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--nogpu", action="store_true", help="accepted: numpyesm runs on the CPU")
     parser.add_argument("--skip_existing", action="store_true", help="skip records whose file already holds this")
-    parser.add_argument("--backend", choices=[*BACKENDS, *BACKEND_ALIASES], default="auto", help="(%(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(%(default)s)")
-    parser.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    add_arithmetic(parser)
     return parser
 
 

@@ -31,7 +31,7 @@ from .tensor import STORAGE_DTYPES, DeferredTensor, StoredTensor
 
 Array = npt.NDArray[Any]
 
-_KINDS = {"IA3": "IA3", "PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning"}
+_KINDS = {"PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning"}
 # Variants of LoRA that compute something else, by the keys of adapter_config.json that ask for them.
 _VARIANTS = {
     "use_dora": "DoRA",

@@ -87,6 +87,16 @@ def test_the_source_is_never_overwritten(tmp_path, canonical):
     assert canonical.read_bytes() == before
 
 
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, canonical, monkeypatch):
+    asked = []
+    monkeypatch.setattr("numpyesm.weights.calibration.calibration_sequences", lambda: asked.append(1) or ["MK"])
+    with pytest.raises(OSError, match="cannot be written"):
+        convert(canonical, canonical / "x.safetensors", dtype="int8")
+    assert not asked
+    convert(canonical, tmp_path / "x.safetensors", dtype="int8")
+    assert asked
+
+
 @pytest.mark.parametrize("options", [{"dtype": "fp8"}, {"output": "x.pt"}, {"source": "synthetic:x"}])
 def test_wrong_use(tmp_path, canonical, options):
     arguments = {"source": canonical, "output": "x.safetensors", "dtype": "fp32"} | options

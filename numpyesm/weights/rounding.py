@@ -7,7 +7,6 @@ the correlation of their inputs on natural sequences allows (GPTQ, Frantar et al
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -92,25 +91,27 @@ class RoundedLayers:
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
+        self._makes_matrices = needs_rounding(checkpoint, precision)
+        self._makes_biases = self._makes_matrices and not checkpoint.synthetic
+        self._makes_means = not (checkpoint.synthetic or checkpoint.has_input_means)
         self._layers = rounded_layers(checkpoint, precision, with_means=True)
+        self._held: dict[str, StoredTensor] = {}
         self._means: dict[str, StoredTensor] = {}
-        self._advance()
-        self._of_first_layer = frozenset(self._held)
 
     def makes(self, name: str) -> bool:
-        """Whether a tensor comes from here: what the first layer has, each layer has."""
-        return re.sub(r"\.\d+\.", ".0.", name, count=1) in self._of_first_layer
+        """Whether a tensor comes from here. Nothing is made to tell: first the output must turn out to be writable."""
+        if name.startswith(INPUT_MEANS):
+            return self._makes_means
+        of_matrix = name.startswith("layers.") and name.split(".")[2] in MATRICES
+        return of_matrix and (self._makes_matrices if name.endswith(".weight") else self._makes_biases)
 
     def tensor(self, name: str) -> StoredTensor:
         """Return a tensor of the layer that was asked for last or of a later one, or any mean input."""
         while name not in self._held and name not in self._means:
-            self._advance()
+            self._held = {}  # before the next layer is made
+            self._held = next(self._layers)
+            self._means |= {key: value for key, value in self._held.items() if key.startswith(INPUT_MEANS)}
         return self._held.get(name) or self._means[name]
-
-    def _advance(self) -> None:
-        self._held: dict[str, StoredTensor] = {}  # before the next layer is made
-        self._held = next(self._layers)
-        self._means |= {name: tensor for name, tensor in self._held.items() if name.startswith(INPUT_MEANS)}
 
 
 def _with_feedback(weight: Array, inputs: Array) -> StoredTensor:

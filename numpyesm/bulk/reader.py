@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from ..alphabet import SequenceNotes
 from ..errors import InvalidOption, InvalidSequence
@@ -72,7 +71,8 @@ class Reader:
 
     def __iter__(self) -> Iterator[Item]:
         for name in self._inputs:
-            for (first_word, description, sequence), problem in scan_fasta(_source(name), first=self.records + 1):
+            source = sys.stdin.buffer if os.fspath(name) == "-" else Path(name)
+            for (first_word, description, sequence), problem in scan_fasta(source, first=self.records + 1):
                 self.records += 1
                 digest = hashlib.sha256(sequence.encode()).digest()
                 self._fingerprint.update(description.encode() + b"\n" + digest)
@@ -98,12 +98,3 @@ class Reader:
     def fingerprint(self) -> str:
         """Identify the input by its headers and sequences, once all records have been read."""
         return f"{self.records}:{self._fingerprint.hexdigest()}"
-
-
-def _source(name: str | os.PathLike[str]) -> Path | io.BufferedReader:
-    if os.fspath(name) == "-":
-        return cast(io.BufferedReader, sys.stdin.buffer)
-    path = Path(name)
-    if path.is_dir():
-        raise InvalidSequence(f"{path} is a folder, expected a FASTA file")
-    return path

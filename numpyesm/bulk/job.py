@@ -201,19 +201,17 @@ class _Run:
     def run(self, *, overwrite: bool, restart: bool) -> Summary:
         """Do all of the work, or what is left of it."""
         try:
-            self.output.path.parent.mkdir(parents=True, exist_ok=True)
             with FolderLock(self.folder) as lock:
                 if restart:
                     lock.empty()
-                if self.output.about is not None and not overwrite:
-                    summary = self._already_complete(self.output.about)
-                    keep = self._holds_another_run()
-                else:
+                if self.output.about is None or overwrite:
                     self.output.check_replaceable()
                     summary = self._with_journal(lock)
-                    keep = False
-                if not keep:
-                    lock.empty()
+                else:
+                    summary = self._already_complete(self.output.about)
+                    if self._holds_another_run():
+                        return summary
+                lock.empty()
                 return summary
         except (sqlite3.Error, OSError) as error:
             told = readable_error(error, self.folder) if isinstance(error, sqlite3.Error) else error

@@ -178,12 +178,10 @@ def letter_hint(text: str, *, masks: bool = False) -> str:
         return " (a mask is written <mask>)" if masks else " (an unknown residue is X; <mask> belongs to predict)"
     if letter in _HINTS:
         return f" ({_HINTS[letter]})"
+    if letter.isascii() and letter.upper() in ENCODE_LETTERS:
+        return " (lower case; write sequences in upper case)"
     if " " < letter <= "~":
-        return (
-            " (lower case; write sequences in upper case)"
-            if letter.islower() and letter.upper() in ENCODE_LETTERS
-            else ""
-        )
+        return ""
     name = f"U+{ord(letter):04X}{', ' + unicodedata.name(letter) if unicodedata.name(letter, '') else ''}"
     meant = unicodedata.normalize("NFKC", letter).upper().translate(_LOOK_ALIKES)
     return f" ({name}{', which looks like ' + meant if meant != letter and meant in ENCODE_LETTERS else ''})"

@@ -110,11 +110,14 @@ def read_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[Rec
     InputWarning
         Lines that were dropped or joined; once per file.
     """
-    record = None
-    for record in _sound(read_drafts(source, strict=True), _name_of(source), first):
+    name, place = _name_of(source), first - 1
+    for place, draft in enumerate(read_drafts(source, strict=True), start=first):
+        record, problem = draft.finish(place)
+        if problem is not None:
+            raise InvalidSequence(f"{name}, {problem} (record {record.id[:80]!r})")
         yield record
-    if record is None:
-        raise InvalidSequence(f"{_name_of(source)}: no sequences in it")
+    if place < first:
+        raise InvalidSequence(f"{name}: no sequences in it")
 
 
 def scan_fasta(source: str | Path | BinaryIO, *, first: int = 1) -> Iterator[tuple[Record, str | None]]:
@@ -140,18 +143,11 @@ def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim
         raise InvalidSequence(str(error)) from error
 
 
-def parse_fasta(lines: Iterable[str], name: str = "input") -> Iterator[Record]:
-    """Yield the records in lines of text. See `read_fasta`."""
-    return _sound(split_records(lines, name, strict=True), name)
+def packaged(name: str) -> list[Record]:
+    """Return the records of a file that comes with this package."""
+    from importlib.resources import files
 
-
-def _sound(drafts: Iterable[Draft], name: str, first: int = 1) -> Iterator[Record]:
-    """Yield finished records; InvalidSequence for the first that is not a sequence."""
-    for place, draft in enumerate(drafts, start=first):
-        record, problem = draft.finish(place)
-        if problem is not None:
-            raise InvalidSequence(f"{name}, {problem} (record {record.id[:80]!r})")
-        yield record
+    return list(read_fasta(io.BytesIO(files(__package__).joinpath("data", name).read_bytes())))
 
 
 def clean_sequence(text: str) -> str:
@@ -258,7 +254,7 @@ class Draft:
         return "no sequence" + (" (is it in the header's line?)" if "\t" in self.header else "")
 
 
-def split_records(lines: Iterable[str], name: str, strict: bool = False, *, verbatim: bool = False) -> Iterator[Draft]:
+def split_records(lines: Iterable[str], name: str, strict: bool, *, verbatim: bool) -> Iterator[Draft]:
     """Split lines into records; without headers, each line or each wrapped sequence is one.
 
     With `verbatim`, text without headers is refused, and A3M is not. InvalidSequence: the text is in another format, or
@@ -386,7 +382,7 @@ def _check_format(number: int, text: str, source: _Source) -> None:
         raise source.error(number, f"{what}; {_EXPECTED}")
 
 
-def _unlike_sequence(text: str, headed: bool = True) -> str | None:
+def _unlike_sequence(text: str, headed: bool) -> str | None:
     """Say why a line does not look like a sequence, whatever its letters; None if it does."""
     if text.isalpha():
         return None

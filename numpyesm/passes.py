@@ -78,10 +78,10 @@ class Passes:
         self,
         checkpoint: Checkpoint,
         *,
-        backend: str = "auto",
-        precision: str = "fp32",
-        threads: int | None = None,
-        max_memory: int | str | None = None,
+        backend: str,
+        precision: str,
+        threads: int | None,
+        max_memory: int | str | None,
     ) -> None:
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)

@@ -15,19 +15,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def quoted(value: object, limit: int = 80) -> str:
-    """Quote a text or a number from a file, in at most `limit` characters; of anything else, name the type."""
+def quoted(value: object) -> str:
+    """Quote a text or a number from a file, in at most 80 characters; of anything else, name the type."""
     if isinstance(value, str):
-        text = repr(value[: limit + 1])
+        text = repr(value[:81])
     else:
         text = repr(value) if isinstance(value, int) else type(value).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
-    """List names, each cut to 80 characters; of more than `most`, the first ones and how many more there are."""
+def listed(names: Iterable[str]) -> str:
+    """List names, each cut to 80 characters; of more than six, the first six and how many more there are."""
     names = [name[:80] for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def in_words(error: Exception) -> str:

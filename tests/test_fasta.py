@@ -18,7 +18,7 @@ from numpyesm import ESM2, InvalidSequence
 from numpyesm.bulk import embed_fasta
 from numpyesm.cli.inputs import read_records
 from numpyesm.errors import InputWarning
-from numpyesm.fasta import MAX_LETTERS, Record, clean_sequence, parse_fasta, read_fasta, record_name, scan_fasta
+from numpyesm.fasta import MAX_LETTERS, Record, clean_sequence, read_fasta, record_name, scan_fasta
 
 TEXT = ">a first one\nMKT\nAYI\n\n>b\nMK*\n"
 PLAIN = TEXT.encode()
@@ -72,7 +72,7 @@ def test_names() -> None:
     latin = ">Espèce x\nMK\n>\nMA\n"
     assert [r.id for r in read(latin.encode("latin-1"))] == ["Espèce", "sequence_2"]
     assert [r.id for r in read_fasta(stream(b">\nMK\n>x\nMA\n"), first=7)] == ["sequence_7", "x"]
-    assert [r.id for r in parse_fasta(["MKT", "AK"])] == ["sequence_1", "sequence_2"]
+    assert [r.id for r in read("MKT\nAK\n")] == ["sequence_1", "sequence_2"]
     for name, expected in (
         ("sp|P12345|AATM_RABIT", "P12345"),
         ("tr|A0A1-2|X", "A0A1-2"),

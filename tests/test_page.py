@@ -36,7 +36,7 @@ from running_service import serving_here
 from numpyesm import ESM2, InvalidSequence
 from numpyesm.alphabet import AMINO_ACIDS
 from numpyesm.config import PROBLEM_TYPES, Classifier, ModelConfig
-from numpyesm.fasta import parse_fasta, read_fasta
+from numpyesm.fasta import Record, packaged, read_fasta
 from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = [
@@ -311,6 +311,10 @@ def test_bad_input_is_named_and_shown(tab: Any) -> None:
     assert "POST" not in requests
 
 
+def as_library_reads(text: str) -> list[Record]:
+    return list(read_fasta(io.BytesIO(text.encode())))
+
+
 def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
     page = tab()
     texts = [
@@ -328,7 +332,7 @@ def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
     for text in texts:
         found = page.evaluate("async text => (await import('/page/fasta.js')).parse(text)", text)
         assert found["problems"] == [], text
-        expected = list(parse_fasta(io.StringIO(text.removeprefix("\ufeff"))))
+        expected = as_library_reads(text)
         assert [(r["header"], r["sequence"]) for r in found["records"]] == [
             (r.description, r.sequence) for r in expected
         ], text
@@ -336,11 +340,11 @@ def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
         found = page.evaluate("async text => (await import('/page/fasta.js')).parse(text)", text)
         assert found["problems"], text
         with pytest.raises(InvalidSequence):
-            list(parse_fasta(io.StringIO(text)))
+            as_library_reads(text)
     for widths in ((60, 60, 30), (60, 60), (75, 75, 1), (35, 35, 20), (35, 35), (20, 20, 5), (60, 50), (1030, 1030)):
         text = "\n".join(random_sequence(width, i) for i, width in enumerate(widths))
         found = page.evaluate("async text => (await import('/page/fasta.js')).parse(text)", text)
-        assert [r["sequence"] for r in found["records"]] == [r.sequence for r in parse_fasta(io.StringIO(text))], widths
+        assert [r["sequence"] for r in found["records"]] == [r.sequence for r in as_library_reads(text)], widths
     # A sequence that is wrapped is one, and the page says so.
     sequence = random_sequence(150)
     wrapped = "\n".join(sequence[k : k + 60] for k in range(0, 150, 60))
@@ -351,7 +355,7 @@ def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
 def test_examples_are_the_proteins_they_say(tab: Any) -> None:
     page = tab()
     examples = page.evaluate("async () => (await import('/page/examples.js')).EXAMPLES")
-    named = {r.id: r.sequence for r in read_fasta(str(PAGE.parents[1] / "data" / "example_proteins.fasta"))}
+    named = {r.id: r.sequence for r in packaged("example_proteins.fasta")}
     ours = {example["header"].split()[0]: example["sequence"] for example in examples}
     assert {name for name in ours if name in named} == {"UniRef50_UPI000836A30F", "UniRef50_A0A1E3NP16"}
     assert all(ours[name] == named[name] for name in ours if name in named)

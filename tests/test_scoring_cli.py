@@ -183,7 +183,7 @@ def test_compressed_and_from_standard_input(run: Any) -> None:
 def test_old_line_ends() -> None:
     table = parse_table(b"mutant,x\rM1A,1\rM1C,2\r", "t", ["mutant"])
     assert [row.line for row in table.rows] == [2, 3]
-    assert table.with_column("s", ["1", "2"]) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
+    assert table.with_column("s", ["1", "2"], None) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
     with pytest.raises(InvalidTable):
         table.require("y", "--mutation-col")
 

@@ -6,11 +6,10 @@ import argparse
 import os
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 from ..errors import MissingExtra, WeightsNotFound
-from ..fasta import parse_fasta
+from ..fasta import packaged
 from ..formats import npz_results
 from ..model import ESM2
 from .contacts import contact_png, contact_text, titled
@@ -29,7 +28,7 @@ _BANNER = """\
 def run(arguments: argparse.Namespace) -> int:
     """Run with official weights if they can be found or fetched, else with synthetic ones and a banner that says so."""
     output = Path(arguments.output)
-    records = list(parse_fasta(files("numpyesm").joinpath("data", "example_proteins.fasta").read_text().splitlines()))
+    records = packaged("example_proteins.fasta")
     start = time.perf_counter()
     model = _load(arguments)
     print(f"{model!r}\nloaded in {time.perf_counter() - start:.2f} s\n")

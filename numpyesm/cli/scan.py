@@ -92,7 +92,7 @@ def scan_table(scan: MutationScan, form: str) -> Iterator[bytes]:
     return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
 
 
-def scan_png(scan: MutationScan, note: str = "") -> bytes:
+def scan_png(scan: MutationScan, note: str) -> bytes:
     """Draw amino acids against positions, in strips; red is worse than the wild type, which is marked by dots."""
     length = len(scan.wild_type)
     strip = max(_STRIP, -(-length // _MOST_STRIPS))

@@ -78,7 +78,7 @@ class VariantTable:
             )
         return found
 
-    def with_column(self, name: str, values: Sequence[str], delimiter: str | None = None) -> bytes:
+    def with_column(self, name: str, values: Sequence[str], delimiter: str | None) -> bytes:
         """Return the table with one more column at the end.
 
         The rest stays as it is, byte for byte, unless another delimiter is asked for. Asking for a comma does not

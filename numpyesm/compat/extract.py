@@ -133,7 +133,7 @@ def _extract(
     return found
 
 
-def save(result: Mapping[str, Any], path: Path, stamp: bytes = b"") -> None:
+def save(result: Mapping[str, Any], path: Path, stamp: bytes) -> None:
     """Write one record's dictionary, whole or not at all; `stamp` becomes the archive's comment, which readers skip."""
     flat: dict[str, Any] = {}
     for name, value in result.items():

@@ -22,12 +22,9 @@ Array = npt.NDArray[np.float32]
 
 def calibration_sequences() -> list[str]:
     """Return the proteins and peptides that come with the package for this: 14 to 348 residues, 2,281 in all."""
-    from importlib.resources import files  # neither is needed to open a file
+    from ..fasta import packaged  # not needed to open a file
 
-    from ..fasta import parse_fasta
-
-    text = files("numpyesm").joinpath("data", "calibration.fasta").read_text(encoding="ascii")
-    return [record.sequence for record in parse_fasta(text.splitlines())]
+    return [record.sequence for record in packaged("calibration.fasta")]
 
 
 def calibrated_matrices(checkpoint: Checkpoint) -> Iterator[tuple[Array, Array]]:

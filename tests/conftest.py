@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from numpyesm.cli import main
 from numpyesm.config import ModelConfig
 from numpyesm.weights import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
+
+# torch's threads wait for one another by spinning: where several test processes share the CPUs, small models take up to
+# fifty times as long. It reads this when it is imported, which is later.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

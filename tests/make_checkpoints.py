@@ -14,8 +14,6 @@ from numpyesm.config import ModelConfig
 
 torch = pytest.importorskip("torch")
 esm = pytest.importorskip("esm")
-# Tests run in several processes: with two threads in each, torch takes up to fifty times as long.
-torch.set_num_threads(1)
 
 TINY = ModelConfig(num_layers=2, embed_dim=40, num_heads=20, ffn_dim=160)
 

@@ -151,7 +151,8 @@ def _in_folder(folder: Path) -> Path:
 
 def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
     """Read a weights file of any format: its object, and its metadata if it has any."""
-    head = _head(path)
+    with reading(path), open(path, "rb") as file:
+        head = file.read(512)
     try:
         if looks_like_safetensors(head):
             return read_safetensors(path)
@@ -253,15 +254,9 @@ def _refuse_regression(place: Path | str, regression: str | os.PathLike[str] | N
         )
 
 
-def _head(path: Path) -> bytes:
-    with reading(path), open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        raise CheckpointError(f"{path} is empty")
-    return head
-
-
 def _describe(head: bytes, path: Path) -> str:
+    if not head:
+        return "it is empty"
     for signature, description in _SIGNATURES:
         if head.startswith(signature):
             return f"it is {description}"

@@ -141,11 +141,14 @@ def test_table_lines_hold_whatever_stands_in_a_header() -> None:
     assert tsv_line(1, "a\tb\r\nc", "d\u2028e") == "1\ta b  c\td e\n"
 
 
-def test_output_formats() -> None:
+def test_output_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.h5").mkdir()
     forms = {"a.parquet": "parquet", "a.PQ": "parquet", "b.h5": "hdf5", "c.hdf5": "hdf5", "d/": "folder", "d": "folder",
-             "v1.2/": "folder"}  # fmt: skip
+             "v1.2/": "folder", "folder.h5": "folder"}  # fmt: skip
     assert {output: output_format(output) for output in forms} == forms
-    for other in ("", "-", "a.csv", "a.npz", "a.parquet.gz"):
+    for other in ("", "-", "a.csv", "a.npz", "a.parquet.gz", "file", "file/"):
         with pytest.raises(InvalidOption, match=r"\.parquet, \.h5 or a folder"):
             output_format(other)
 

@@ -31,7 +31,7 @@ class Output:
     Raises
     ------
     InvalidOption
-        It cannot be an output, or exists and is of another kind.
+        It cannot be an output.
     """
 
     def __init__(self, output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
@@ -45,9 +45,6 @@ class Output:
         self.path = path.resolve() if path.is_symlink() else path
         if any(os.fspath(name) != "-" and same_file(name, self.path) for name in inputs):
             raise InvalidOption(f"output {self.path} is the input itself: choose another output")
-        if self.path.exists() and self.path.is_dir() != (self.form == "folder"):
-            kind = "a folder" if self.path.is_dir() else "a file"
-            raise InvalidOption(f"output {self.path} is {kind}; {self.form} was asked for")
         if os.path.ismount(self.path):
             raise InvalidOption(
                 f"output {self.path} is a mount point, which cannot be replaced as a whole: "

@@ -23,17 +23,15 @@ def output_format(output: str) -> str:
     Raises
     ------
     InvalidOption
-        For another ending, for an empty name (an unset variable in a script), and for `-`, as none of the formats can
-        be written to a pipe.
+        For another ending, for an empty name (an unset variable in a script), for `-`, as none of the formats can be
+        written to a pipe, and for a file where a folder is named.
     """
-    path = Path(output)
+    path, slash = Path(output), output.endswith(("/", "\\"))
     if output and output != "-":
-        if output.endswith(("/", "\\")) or path.is_dir():
+        if path.is_dir() or ((slash or not path.suffix) and not path.exists()):
             return "folder"
-        if path.suffix.lower() in ENDINGS:
+        if not slash and path.suffix.lower() in ENDINGS:
             return ENDINGS[path.suffix.lower()]
-        if path.suffix == "" and not (path.exists() and not path.is_file()):
-            return "folder"
     raise InvalidOption(f"output {output!r}: expected .parquet, .h5 or a folder (ending in /)")
 
 

@@ -41,7 +41,7 @@ def summary_table(result: Result) -> str:
     rows = []
     for lane in ready(result):
         cosine = accuracy.get(lane, {}).get("residue_1st_percentile")
-        times = [median_of(result, lane, name) for name in names] + [cold.get(lane, {}).get("median")]
+        times = [best_of(result, lane, name) for name in names] + [cold.get(lane, {}).get("median")]
         rows.append([bold(lane), *map(short, times), "–" if cosine is None else f"{cosine:.4f}"])
     return table_of(["seconds", *names, "cold start", "cosine"], rows)
 
@@ -58,9 +58,9 @@ def ready(result: Result, *, ours: bool = False) -> list[str]:
     return [name for name in names if not ours or engines[name]["family"] == OURS]
 
 
-def median_of(result: Result, lane: str, workload: str) -> float | None:
-    """Median seconds of a cell; None if it was not timed."""
-    value: float | None = result.get("timings", {}).get(lane, {}).get(workload, {}).get("median")
+def best_of(result: Result, lane: str, workload: str) -> float | None:
+    """Seconds of a cell's fastest run, which others on the machine disturbed least; None if it was not timed."""
+    value: float | None = result.get("timings", {}).get(lane, {}).get(workload, {}).get("best")
     return value
 
 
@@ -70,7 +70,7 @@ def peers(result: Result, precision: str, workload: str) -> tuple[list[tuple[flo
     for name in ready(result):
         engine = result["engines"][name]
         if engine["precision"] == precision and engine["family"] != OURS:
-            seconds = median_of(result, name, workload)
+            seconds = best_of(result, name, workload)
             if seconds is None:
                 untimed.append(name)
             else:
@@ -127,8 +127,9 @@ def _header(result: Result) -> str:
 def _summary(result: Result) -> str:
     peaks = {name: max(cell["peak_mb"] for cell in result["timings"][name].values()) for name in ready(result)}
     return (
-        "**Seconds**, medians, for the last layer's representations and logits (padded engines get batches of at most "
-        "4096 tokens, sorted by length); cold start, from starting Python to the first embedding of 100 residues; "
+        "**Seconds** of the fastest run, for the last layer's representations and logits (padded engines get batches "
+        "of at most 4096 tokens, sorted by length); cold start, from starting Python to the first embedding of 100 "
+        "residues; "
         f"cosine with float64 on trained weights, 1st percentile of residues\n\n{summary_table(result)}\n\n"
         f"Peak memory, MB: {', '.join(f'{name} {peak:,.0f}' for name, peak in peaks.items() if peak)}."
     )
@@ -136,7 +137,7 @@ def _summary(result: Result) -> str:
 
 def _ours(result: Result) -> str:
     """Tables with a row per engine of numpyesm and a column per workload."""
-    timed, names = result["timings"], list(result["workloads"])
+    names = list(result["workloads"])
 
     def against_best(lane: str, workload: str, own: float) -> str:
         fastest, untimed = peers(result, result["engines"][lane]["precision"], workload)
@@ -149,7 +150,7 @@ def _ours(result: Result) -> str:
         return f"{result['workloads'][workload]['gflops'] / own / best:.2f}" if best else "–"
 
     def mean_alone(lane: str, workload: str, own: float) -> str:
-        return short(timed.get(f"{lane}:mean", {}).get(workload, {}).get("median"))
+        return short(best_of(result, f"{lane}:mean", workload))
 
     titles = {
         "**Times faster than the best peer of the same precision** (which one)": against_best,
@@ -160,7 +161,7 @@ def _ours(result: Result) -> str:
     for title, cell in titles.items():
         rows = []
         for lane in ready(result, ours=True):
-            times = [(name, median_of(result, lane, name)) for name in names]
+            times = [(name, best_of(result, lane, name)) for name in names]
             rows.append([bold(lane), *("–" if own is None else cell(lane, name, own) for name, own in times)])
         tables.append(f"{title}\n\n{table_of(['', *names], rows)}")
     return "\n\n".join(tables)
@@ -170,7 +171,7 @@ def _growth(result: Result) -> str:
     tables = []
     for threads, lanes in result.get("growth", {}).items():
         names = list(next(iter(lanes.values()), {}))
-        rows = [[bold(lane), *(short(lanes[lane][name].get("median")) for name in names)] for lane in lanes]
+        rows = [[bold(lane), *(short(lanes[lane][name].get("best")) for name in names)] for lane in lanes]
         tables.append(f"**Seconds with {threads} thread(s)**, by length and batch\n\n{table_of(['', *names], rows)}")
     return "\n\n".join(tables)
 

@@ -93,15 +93,17 @@ class Passes:
         if limit is not None:
             require_room(limit, checkpoint, backend, precision, ahead)
         in_place = limit is not None or checkpoint.num_parameters > _LARGE
-        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place)
+        # What two workers pack at a time would need more memory.
+        self.pool = WorkerPool(count)
+        pool = self.pool if limit is None else None
+        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place, pool=pool)
         if too_large:
             self.kernels.origin = "the compiled backend needs more memory"
         self.budget = None
         if limit is not None:
             unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
             self.budget = MemoryBudget.of(limit, checkpoint, count, unread)
-            count = self.budget.threads
-        self.pool = WorkerPool(count)
+            self.pool = WorkerPool(self.budget.threads)
 
     @property
     def config(self) -> ModelConfig:

@@ -34,6 +34,7 @@ from numpyesm.kernels.numba_ import gemm
 from numpyesm.kernels.numba_.code import numba_code
 from numpyesm.kernels.numba_.emitter import TILE_BYTES
 from numpyesm.kernels.numpy_forward import NumpyKernels
+from numpyesm.threads import WorkerPool
 from numpyesm.weights.synthetic import random_checkpoint
 
 ISA = host_isa()
@@ -68,7 +69,7 @@ class Steps:
     def __init__(self, checkpoint: Any, precision: str = "fp32") -> None:
         # Both are the same code bit for bit, see test_kernel_library.py.
         self.code = library_code() or numba_code(precision)
-        self.kernels = CompiledKernels(checkpoint, precision, self.code)
+        self.kernels = CompiledKernels(checkpoint, precision, self.code, WorkerPool(1))
         self.packed = self.kernels.packed
         self.config, self.dtype = self.kernels.config, np.dtype(np.float32)
         self.project_qkv, self.attend, self.rest, *_ = needed(self.code.isa, precision)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidOption, MissingExtra
 from ..options import PRECISIONS, check_backend, check_precision
+from ..threads import WorkerPool
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
 from .compiled.library import library_code
@@ -19,9 +20,14 @@ _HOW = "pip install './packaging/kernels' from a clone (compiled ahead of time) 
 
 
 def make_kernels(
-    checkpoint: Checkpoint, backend: str = "auto", precision: str = "fp32", *, in_place: bool = False
+    checkpoint: Checkpoint,
+    backend: str = "auto",
+    precision: str = "fp32",
+    *,
+    in_place: bool = False,
+    pool: WorkerPool | None = None,
 ) -> Kernels:
-    """Lay the weights out for a backend.
+    """Lay the weights out for a backend, by the workers of `pool` if there is one.
 
     `auto` is the library of compiled kernels where one is installed, else Numba if it is there and can keep what it
     compiles, else NumPy. `in_place` leaves all matrices in the mapped file, where the backend can: less memory for a
@@ -47,7 +53,7 @@ def make_kernels(
     if code is not None:
         from .compiled.kernels import CompiledKernels
 
-        return CompiledKernels(checkpoint, precision, code)
+        return CompiledKernels(checkpoint, precision, code, pool or WorkerPool(1))
     if precision in ("bf16", "int8"):
         hint = "" if backend == "numpy" else f" ({reason}): {_HOW}"
         raise InvalidOption(

@@ -22,10 +22,10 @@ class CompiledKernels(Kernels):
     name = "compiled"
     dtype = np.dtype(np.float32)
 
-    def __init__(self, checkpoint: Checkpoint, precision: str, code: Code) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: str, code: Code, pool: WorkerPool) -> None:
         self.config, self.precision, self.code = checkpoint.config, precision, code
         self.origin = str(code)
-        self.packed = PackedModel(checkpoint, precision, code)
+        self.packed = PackedModel(checkpoint, precision, code, pool)
 
     def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
         return CompiledForward(self.code, self.packed, pool, batch, layers, partition)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from ...threads import WorkerPool
 from ...weights.checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
 from ...weights.rounding import rounded_layers
 from ...weights.tensor import StoredTensor
@@ -51,7 +52,7 @@ class PackedModel:
         Addresses of the steps: queries, keys and values; attention; the rest of a layer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, precision: str, code: Code) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: str, code: Code, pool: WorkerPool) -> None:
         self.config = config = checkpoint.config
         self.precision, self.isa = precision, code.isa
         self.narrow = code.isa.bf16 and precision != "fp32"
@@ -81,7 +82,7 @@ class PackedModel:
             [
                 entry
                 for number, changed in enumerate(rounded_layers(checkpoint, precision))
-                for entry in self._pack_layer(checkpoint.tensors, changed, number)
+                for entry in self._pack_layer(checkpoint.tensors, changed, number, pool)
             ]
         ).reshape(config.num_layers, Layer.ENTRIES)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
@@ -98,7 +99,7 @@ class PackedModel:
         return address(self._keep(np.array(checkpoint.array(name), np.float32)))
 
     def _pack_layer(
-        self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int
+        self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int, pool: WorkerPool
     ) -> list[int]:
         """The row of `layout.Layer` of one layer, of which some tensors have `changed` when they were rounded."""
         prefix, tensors = f"layers.{number}.", {**origins, **changed}
@@ -122,14 +123,16 @@ class PackedModel:
             for n in ("attention_norm", "ffn_norm")
             for kind in ("weight", "bias")
         ]
-        matrices = []
-        for name in MATRICES:
-            matrices.append(
-                self._pack(name, origins[f"{prefix}{name}.weight"], parts[f"{name}.weight"], vectors[f"{name}.bias"])
-            )
-            origins[f"{prefix}{name}.weight"].release()  # or the file's pages would stand beside the packed weights
-        matrices[MATRICES.index("fc1")][Matrix.CENTRE] = address(self._keep(padded_columns(self.isa, centre)))
-        return [*norms, *itertools.chain.from_iterable(matrices)]
+        rows: dict[str, list[int]] = {}
+
+        def pack(name: str) -> None:
+            origin = origins[f"{prefix}{name}.weight"]
+            rows[name] = self._pack(name, origin, parts[f"{name}.weight"], vectors[f"{name}.bias"])
+            origin.release()  # or the file's pages would stand beside the packed weights
+
+        pool.run(pack, MATRICES)
+        rows["fc1"][Matrix.CENTRE] = address(self._keep(padded_columns(self.isa, centre)))
+        return [*norms, *itertools.chain.from_iterable(rows[name] for name in MATRICES)]
 
     def _pack(self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array) -> list[int]:
         """The row of `layout.Matrix` of one matrix, rounded from `origin`, which models of one base share."""

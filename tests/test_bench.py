@@ -26,8 +26,19 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
 
     engines = select(["numpyesm-numpy-fp32", "fair-esm", "openvino-bf16"])
     limits = measure.Limits(repeats=1, cell_seconds=5, warm_up_seconds=5, skip_seconds=60)
-    parts = ("timings", "contacts", "scan", "cold", "import", "accuracy")
-    plan = run.Plan("quick", engines, ("1x20", "2x16"), 1, limits, parts, 1, "esm2-8m", (24,), 20, tmp_path / "cache")
+    plan = run.Plan(
+        mode="quick",
+        engines=engines,
+        names=("1x20", "2x16"),
+        threads=1,
+        limits=limits,
+        parts=("timings", "growth", "contacts", "scan", "cold", "import", "accuracy"),
+        growth=("1x18",),
+        model="esm2-8m",
+        contact_lengths=(24,),
+        scan_residues=20,
+        cache=tmp_path / "cache",
+    )
     here = dict.fromkeys(("own", "peers", "esm-cpp"), Path(sys.executable))
     report.write_all(run.run(plan, here), tmp_path)
     result = json.loads((tmp_path / "latest.json").read_text())
@@ -37,6 +48,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
     assert result["engines"]["numpyesm-numpy-fp32"]["agreement"]["max_difference"] < 1e-4
     assert result["accuracy"]["numpyesm-numpy-fp32"]["residue_min"] > 0.999999
     assert set(result["timings"]) == {"numpyesm-numpy-fp32", "numpyesm-numpy-fp32:mean", "fair-esm-fp32"}
+    assert result["growth"]["1"]["numpyesm-numpy-fp32"]["1x18"]["best"] > 0
     for task in ("contacts of 24", "scan of 20"):
         assert result["processes"][task]["numpyesm-numpy-fp32"]["max_difference"] < 1e-3
     page = (tmp_path / "latest.md").read_text()

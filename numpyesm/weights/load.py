@@ -12,12 +12,13 @@ from typing import Any
 
 from ..errors import CheckpointError, WeightsNotFound
 from ..printable import listed, quoted
+from . import hugging_face
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
-from .hugging_face import ADAPTER_FILES, weight_files
 from .integrity import verify_at_load, verify_data, verify_files
 from .official import source_name
 from .reading import reading
+from .recognise import find_model, named_tensors, refuse_learned_positions
 from .safetensors_file import looks_like_safetensors, read_safetensors
 from .synthetic import is_synthetic_spec, synthetic_checkpoint
 from .tensor import StoredTensor
@@ -98,7 +99,7 @@ def open_checkpoint(
     files = [place]
     if place.is_dir():
         place = _in_folder(place)
-        files = weight_files(place) if place.is_dir() else [place]
+        files = hugging_face.weight_files(place) if place.is_dir() else [place]
     beside = [place / "config.json"] if place.is_dir() else []
     checksums = verify_files([*files, *beside]) if verify else 0
     contents = [read_weights(file) for file in files]
@@ -126,12 +127,12 @@ def find_in_folder(folder: Path) -> Path | None:
     CheckpointError
         If there are several.
     """
-    if weight_files(folder):
+    if hugging_face.weight_files(folder):
         return folder
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
     names = [name for name in names if not name.startswith(".") and not _TRAINING_STATE.fullmatch(name)]
-    names = [name for name in names if name not in ADAPTER_FILES] or names
+    names = [name for name in names if name not in hugging_face.ADAPTER_FILES] or names
     if len(names) > 1:
         raise CheckpointError(f"{folder} holds several checkpoints ({listed(names)}): name one of them")
     return folder / names[0] if names else None
@@ -171,9 +172,8 @@ def _convert(
     place: Path, files: Sequence[Path], contents: Sequence[Any], regression: str | os.PathLike[str] | None
 ) -> tuple[Checkpoint, list[Path]]:
     """Convert the objects of foreign files; also return which files beside them were read."""
-    from . import fair_esm, hugging_face
+    from . import fair_esm
     from .assemble import assemble, deduce_config
-    from .recognise import find_model, refuse_learned_positions
 
     origin = str(place)
     model = find_model(_merged(place, files, contents), (fair_esm.NAMING, hugging_face.NAMING), origin)
@@ -218,9 +218,6 @@ def _convert(
 
 def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict[str, StoredTensor]:
     """Return the named tensors of one file, or of all shards."""
-    from .hugging_face import check_complete
-    from .recognise import named_tensors
-
     tensors: dict[str, StoredTensor] = {}
     for file, content in zip(files, contents, strict=True):
         found = named_tensors(content, str(file))
@@ -230,7 +227,7 @@ def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict
     if not tensors:
         raise CheckpointError(f"{place} {_without_tensors(contents[0])}")
     if len(files) > 1:
-        check_complete(place, {str(key) for content in contents for key in content})
+        hugging_face.check_complete(place, {str(key) for content in contents for key in content})
     return tensors
 
 

@@ -183,9 +183,8 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
     taken = {id(tensor) for candidate in candidates for tensor in candidate.tensors.values()}
     others = ((name, t) for name, t in tensors.items() if id(t) not in taken)
     rest = [name for name, t in others if t.shape and t.dtype in STORAGE_DTYPES]  # no counters, no generator's state
-    classifier = next((p for p in _parents(prefix) if any(name.startswith(p + CLASSIFIER) for name in tensors)), "")
     left_out = tuple(dict.fromkeys(_groups(rest, prefix)))
-    return Model(naming, model.tensors, left_out, classifier + CLASSIFIER[:-1])
+    return Model(naming, model.tensors, left_out, (_beside(tensors, prefix, CLASSIFIER) or "") + CLASSIFIER[:-1])
 
 
 def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, StoredTensor]:
@@ -197,12 +196,16 @@ def _of_model(tensors: Tensors, naming: Naming, prefix: str) -> dict[str, Stored
     }
     signs = {"lm_head.": f"{LM_DENSE}.weight", "contact_head.": f"{CONTACT_REGRESSION}.weight", CLASSIFIER: CLASSIFIER}
     for head, sign in signs.items():
-        begins = (parent for parent in _parents(prefix) if any(name.startswith(parent + sign) for name in tensors))
-        outside = next(begins, None)
+        outside = _beside(tensors, prefix, sign)
         if outside is not None:
             begin = outside + head
             found |= {head + name.removeprefix(begin): t for name, t in tensors.items() if name.startswith(begin)}
     return found
+
+
+def _beside(tensors: Tensors, prefix: str, sign: str) -> str | None:
+    """The longest part of a trunk's prefix under which some names begin with `sign`; None if there is none."""
+    return next((p for p in _parents(prefix) if any(name.startswith(p + sign) for name in tensors)), None)
 
 
 def _parents(prefix: str) -> Iterator[str]:

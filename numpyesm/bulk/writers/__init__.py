@@ -6,6 +6,7 @@ syncs it; and `metadata(path)`, which returns `about` of a finished output, and 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...errors import InvalidOption
 from ...extras import require
 
 ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
+_LIBRARIES = {"parquet": ("pyarrow.parquet", "Parquet"), "hdf5": ("h5py", "HDF5")}
 # By convention, HDF5 files of embeddings hold one row per residue; tables hold vectors.
 DEFAULT_INCLUDE = {"parquet": ("mean", "bos"), "hdf5": ("mean", "per_token"), "folder": ("mean",)}
 
@@ -37,16 +39,6 @@ def output_format(output: str) -> str:
 
 def writer_of(form: str) -> Any:
     """The module that writes a format; MissingExtra if its library is not installed."""
-    if form == "parquet":
-        require("pyarrow.parquet", "Parquet", "bulk")
-        from . import parquet
-
-        return parquet
-    if form == "hdf5":
-        require("h5py", "HDF5", "bulk")
-        from . import hdf5
-
-        return hdf5
-    from . import folder
-
-    return folder
+    if form in _LIBRARIES:
+        require(*_LIBRARIES[form], "bulk")
+    return import_module(f".{form}", __name__)

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,13 @@ from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
+from .model import ESM2, SyntheticWeightsWarning
 from .options import Outputs, number_within, one_of, require_classifier, whole_number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 except ImportError as error:
     raise MissingExtra("numpyesm.sklearn needs scikit-learn: pip install 'numpyesm[sklearn]'") from error
-
-if TYPE_CHECKING:
-    from .model import ESM2
 
 POOLING = ("mean", "bos")
 Estimator = TypeVar("Estimator", bound="_FromWeights")
@@ -77,8 +75,6 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
             yield tokenize(sequences[start : start + self.batch_size])
 
     def _model(self) -> ESM2:
-        from .model import ESM2, SyntheticWeightsWarning
-
         key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
         with _lock:
             model = _loaded.get(key)

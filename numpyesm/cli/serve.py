@@ -7,22 +7,23 @@ import logging
 import sys
 import warnings
 
+from ..api.catalog import Catalog, check_slug
+from ..api.keys import ENVIRONMENT, KeyRing, read_keys
 from ..errors import InvalidOption
 from ..extras import require
 from ..memory import parse_memory
 from ..model import ESM2
+from ..service.hosts import is_loopback
+from ..service.settings import OPTIONS, Settings, default_max_memory
+from ..weights.locate import find_local
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the models, listen, and serve until a signal stops the service."""
     for library in ("prometheus_client", "starlette", "uvicorn"):
         require(library, "the service", "serve")
-    from ..api.catalog import Catalog
-    from ..api.keys import ENVIRONMENT, KeyRing, read_keys
     from ..service.app import Service
-    from ..service.hosts import is_loopback
     from ..service.server import Server, addresses, bind
-    from ..service.settings import OPTIONS, Settings, default_max_memory
 
     keys = KeyRing(read_keys(arguments.api_keys_file))
     local = all(is_loopback(address) for address in addresses(arguments.host))
@@ -56,9 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
     """Load the models that `--model` and `--weights` name, and esm2-35m if it is found or nothing is named."""
-    from ..api.catalog import check_slug
-    from ..weights.locate import find_local
-
     wanted: dict[str, str] = {}
     for slug, source in arguments.model:
         if slug in wanted:

@@ -93,7 +93,7 @@ def _is_finite(tokens: TokenArray, result: Result) -> bool:
     return bool(np.isfinite(result)) or not has_amino_acid(tokens)
 
 
-def body_schema(action: str, num_layers: int, classifies: bool = False) -> Schema:
+def body_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     """Describe in JSON Schema what a request of `action` may contain, for clients and for `check_request`."""
     item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
     fields = {
@@ -122,7 +122,7 @@ def _params_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     text = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
     return {
         "repr_layers": _list_schema({"enum": layers}, default=[-1], description=text),
-        "include": _list_schema({"enum": names}, default=["mean"], description="Outputs; per_residue is per_token."),
+        "include": _list_schema({"enum": names}, default=["mean"], description="Outputs; per_residue means per_token."),
     }
 
 

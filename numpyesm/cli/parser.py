@@ -93,12 +93,12 @@ def _add_weights_commands(add: Add) -> None:
 
 
 def _add_inference_commands(add: Add) -> None:
-    command = _add_inference(add, "encode", "embeddings, contacts, logits, attentions")
+    command = _add_inference(add, "encode", "compute embeddings, contacts, logits, attentions")
     _add_embeddings(command, ["mean"], "mean")
     command = _add_inference(add, "predict", "predict the residue at each <mask>")
     command.add_argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
-    _add_inference(add, "classify", "classes of sequences or of residues, by a fine-tuned model")
-    _add_inference(add, "log-prob", "log-probability of each sequence, from one pass")
+    _add_inference(add, "classify", "classify sequences or residues with a fine-tuned model")
+    _add_inference(add, "log-prob", "compute the log-probability of each sequence, from one pass")
 
 
 def _add_inference(add: Add, name: str, text: str) -> Command:
@@ -126,7 +126,7 @@ def _add_embeddings(command: Command, default: list[str] | None, shown: str) -> 
 
 
 def _add_contacts(add: Add) -> None:
-    command = add("contacts", "contacts:run", "contact map as text, picture or numbers")
+    command = add("contacts", "contacts:run", "compute contact maps: text, pictures or numbers")
     _add_records(command)
     command.add_argument("-o", "--output", help=".tsv, .csv, .png, .npz, .json or .txt; FOLDER/ for a file each")
     formats = ["tsv", "csv", "map", "png", "npz", "json"]
@@ -212,7 +212,7 @@ def _add_embed(add: Add) -> None:
 
 
 def _add_serve(add: Add) -> None:
-    command = add("serve", "serve:run", "the HTTP service: the hosted ESM-2 API and a page, on your machine")
+    command = add("serve", "serve:run", "run the HTTP service: the hosted ESM-2 API and a page, on your machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     command.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
     many: dict[str, Any] = {"action": "append", "default": []}

@@ -60,6 +60,8 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         add(prefix + "ffn_norm", width)
         add(prefix + "fc1", width, ffn)
         add(prefix + "fc2", ffn, width)
+        # With their layer: `convert` learns them layer by layer, too.
+        shapes.update({input_mean(layer, name): (ffn if name == "fc2" else width,) for name in MATRICES})
     if config.classifier is not None:
         if config.classifier.head == "sequence":
             add(f"{CLASSIFIER}dense", width, width)
@@ -74,11 +76,6 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "contact_head.bias": (1,),
         FREQUENCIES: (config.head_dim // 2,),
         DECODER: (width, VOCAB_SIZE),
-        **{
-            input_mean(layer, name): (ffn if name == "fc2" else width,)
-            for layer in range(config.num_layers)
-            for name in MATRICES
-        },
     }
 
 

@@ -87,7 +87,7 @@ def rounded_layers(
 class RoundedLayers:
     """The tensors of `rounded_layers`, mean inputs included, by name.
 
-    They are made layer by layer, as they are asked for in order. One layer is held at a time, and all mean inputs.
+    They are made layer by layer, as they are asked for in order. One layer is held at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
@@ -96,7 +96,6 @@ class RoundedLayers:
         self._makes_means = not (checkpoint.synthetic or checkpoint.has_input_means)
         self._layers = rounded_layers(checkpoint, precision, with_means=True)
         self._held: dict[str, StoredTensor] = {}
-        self._means: dict[str, StoredTensor] = {}
 
     def makes(self, name: str) -> bool:
         """Whether a tensor comes from here. Nothing is made to tell: first the output must turn out to be writable."""
@@ -106,12 +105,11 @@ class RoundedLayers:
         return of_matrix and (self._makes_matrices if name.endswith(".weight") else self._makes_biases)
 
     def tensor(self, name: str) -> StoredTensor:
-        """Return a tensor of the layer that was asked for last or of a later one, or any mean input."""
-        while name not in self._held and name not in self._means:
+        """Return a tensor of the layer that was asked for last, or of a later one."""
+        while name not in self._held:
             self._held = {}  # before the next layer is made
             self._held = next(self._layers)
-            self._means |= {key: value for key, value in self._held.items() if key.startswith(INPUT_MEANS)}
-        return self._held.get(name) or self._means[name]
+        return self._held[name]
 
 
 def _with_feedback(weight: Array, inputs: Array) -> StoredTensor:

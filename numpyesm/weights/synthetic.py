@@ -61,10 +61,11 @@ def synthetic_checkpoint(spec: str) -> Checkpoint:
 def random_checkpoint(config: ModelConfig, seed: int = 0, *, source: str | None = None) -> Checkpoint:
     """Make random weights of any shape, flagged synthetic. Equal seeds give equal weights."""
     tensors: dict[str, StoredTensor] = {}
-    for number, (name, shape) in enumerate(canonical_shapes(config).items()):
-        # The decoder is tied, as in ESM-2; there is nothing natural to take means of.
-        if name == DECODER or name.startswith(INPUT_MEANS):
-            continue
+    shapes = canonical_shapes(config)
+    # The decoder is tied, as in ESM-2; there is nothing natural to take means of.
+    names = [name for name in shapes if name != DECODER and not name.startswith(INPUT_MEANS)]
+    for number, name in enumerate(names):
+        shape = shapes[name]
         # One stream per tensor, so that a tensor added at the end of the layout changes no other.
         make = partial(_random_tensor, name, shape, config, (seed, number))
         tensors[name] = DeferredTensor(shape, "F32", make) if math.prod(shape) > _DEFERRED else StoredTensor(make())

@@ -143,7 +143,6 @@ def test_threads_that_cannot_be_started(ours: ESM2, startable: int, monkeypatch:
     """A limit on processes, or a platform without threads: those there are do the work, and none is left behind."""
     sequences = [random_sequence(n, n) for n in (300, 40, 290)]
     expected = ours.encode(sequences, [-1], ALL)
-    limited = small_model(backend="compiled", threads=3)
     start, started = threading.Thread.start, []
 
     def start_or_refuse(thread: threading.Thread) -> None:
@@ -154,6 +153,7 @@ def test_threads_that_cannot_be_started(ours: ESM2, startable: int, monkeypatch:
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start_or_refuse)
+        limited = small_model(backend="compiled", threads=3)  # whose weights are packed by threads, too
         assert_same(limited.encode(sequences, [-1], ALL), expected)
     assert len(started) == startable
     # Calls that were queued for threads that never came do not run later, on memory that is no longer theirs.

@@ -93,10 +93,10 @@ class Passes:
         if limit is not None:
             require_room(limit, checkpoint, backend, precision, ahead)
         in_place = limit is not None or checkpoint.num_parameters > _LARGE
-        # What two workers pack at a time would need more memory.
         self.pool = WorkerPool(count)
-        pool = self.pool if limit is None else None
-        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place, pool=pool)
+        # Where memory is limited, matrices are packed one at a time: each has copies beside it meanwhile.
+        packers = self.pool if limit is None else None
+        self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place, pool=packers)
         if too_large:
             self.kernels.origin = "the compiled backend needs more memory"
         self.budget = None

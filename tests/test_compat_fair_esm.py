@@ -470,8 +470,8 @@ def test_extract_skips_only_files_that_hold_what_is_asked(
 @pytest.mark.parametrize(
     ("fasta", "options", "said"),
     [
-        (">../../evil\nMKT\n", [], "outside"),
-        (">/etc/evil\nMKT\n", [], "outside"),
+        (">../../evil\nMKT\n", [], "would be outside"),
+        (">/etc/evil\nMKT\n", [], "would be outside"),
         (f">{'x' * 300}\nMKT\n", [], "too long"),
         (">a\nMKT\n>b\nMKtA\n", [], "record 'b': 't' at position 3"),
         (">a\n\n", [], "no sequence"),

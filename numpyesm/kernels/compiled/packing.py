@@ -159,7 +159,7 @@ class PackedModel:
 
     def _ordered(self, name: str, array: Array) -> Array:
         """Columns as the kernels take them: those of `qkv` in pairs that rotate together, heads filled up."""
-        return self._fill_heads(array[:, rotary_pair_order(self.config)], axis=1) if name == "qkv" else array
+        return self._fill_heads(array.take(rotary_pair_order(self.config), axis=1), axis=1) if name == "qkv" else array
 
     def _fill_heads(self, array: Array, axis: int) -> Array:
         """Zeros behind the channels of each head, up to the width that the kernels take."""

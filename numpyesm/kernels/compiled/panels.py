@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,29 @@ def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
     return buffer[start : start + size * dtype.itemsize].view(dtype)
 
 
+class Blocks:
+    """Arrays like `aligned`'s, cut from blocks so large that the system backs them with few and large pages.
+
+    Touching memory for the first time, 4 kB after 4 kB, takes longer than packing weights into it.
+    """
+
+    _SIZE = 1 << 25
+
+    def __init__(self) -> None:
+        self._left = aligned(0, np.uint8)
+        self._lock = threading.Lock()
+
+    def aligned(self, size: int, dtype: npt.DTypeLike = np.float32) -> Array:
+        """A one-dimensional array that begins on a cache line; contents undefined."""
+        used = size * np.dtype(dtype).itemsize
+        taken = -(-used // 64) * 64
+        with self._lock:
+            if len(self._left) < taken:
+                self._left = aligned(max(taken, self._SIZE), np.uint8)
+            found, self._left = self._left[:used], self._left[taken:]
+        return found.view(dtype)
+
+
 def panels(isa: Isa, columns: int) -> int:
     """Tiles across this many columns."""
     return -(-columns // isa.columns)
@@ -42,7 +66,7 @@ def product_steps(isa: Isa, inner: int, narrow: bool) -> int:
     return -(-inner // (2 * isa.narrow_steps)) * isa.narrow_steps if narrow else inner
 
 
-def pack_panels(isa: Isa, weight: Array, narrow: bool = False) -> Array:
+def pack_panels(isa: Isa, weight: Array, narrow: bool = False, room: Blocks | None = None) -> Array:
     """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
 
     `group` neighbours in K, two for a product in bf16 (`narrow`) and else one, lie together as one step of the product
@@ -59,7 +83,7 @@ def pack_panels(isa: Isa, weight: Array, narrow: bool = False) -> Array:
         for i in range(group):
             pairs[..., i] = weight[i::group]
         weight = pairs
-    out = aligned(weight.size, weight.dtype)
+    out = (room.aligned if room else aligned)(weight.size, weight.dtype)
     # What a step takes of a panel lies together: it is moved as one item, up to three times as fast as by numbers.
     item = np.dtype((np.void, isa.columns * group * weight.itemsize))
     by_step = np.ascontiguousarray(weight).reshape(steps, -1).view(item)

@@ -19,22 +19,6 @@ def _at(e: Emitter, address: Any, i: Any, size: int = VECTOR_BYTES) -> Any:
     return e.offset(address, i, size)
 
 
-def _fold(e: Emitter, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """Vectors that `body(i, values)` carries through i = 0 … count - 1; `start` for none."""
-    b = e.b
-    before = b.block
-    with b.if_then(b.icmp_signed(">", count, e.number(0))):
-        values = e.loop(count, start, body)
-        inside = b.block
-    merged = []
-    for first, value in zip(start, values, strict=True):
-        phi = b.phi(first.type)
-        phi.add_incoming(first, before)
-        phi.add_incoming(value, inside)
-        merged.append(phi)
-    return merged
-
-
 def _across(e: Emitter, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """One number from all lanes, by halves."""
     lanes = e.isa.lanes
@@ -57,9 +41,9 @@ def _halves(
     def two(i: Any, values: list[Any]) -> list[Any]:
         return [step(i, values[0]), step(b.add(i, half), values[1])]
 
-    first, second = _fold(e, half, [start, start], two)
+    first, second = e.fold(half, [start, start], two)
     odd = b.and_(count, e.number(1))
-    (last,) = _fold(e, odd, [first], lambda i, values: [step(b.sub(count, e.number(1)), values[0])])
+    (last,) = e.fold(odd, [first], lambda i, values: [step(b.sub(count, e.number(1)), values[0])])
     return combine(last, second)
 
 
@@ -114,7 +98,7 @@ def _normalise(narrow: bool) -> Any:
                 e.store(value, _at(e, out, i))
             return []
 
-        _fold(e, count, [], body)
+        e.fold(count, [], body)
         return context.get_dummy_value()
 
     int64, float32 = types.int64, types.float32
@@ -160,7 +144,7 @@ def weighted_sum(typingctx, row, factors, eights):
         def body(i: Any, values: list[Any]) -> list[Any]:
             return [builder.fadd(values[0], _attention(e, row, factors, i))]
 
-        return _sum_of_eight(e, _fold(e, eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
+        return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
 
     return types.float64(types.int64, types.int64, types.int64), codegen
 
@@ -186,7 +170,7 @@ def contact_row(typingctx, row, factors, eights, coefficient, sums, target):
             add(builder.fmul(attention, weight), target, i)
             return [builder.fadd(values[0], attention)]
 
-        return _sum_of_eight(e, _fold(e, eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
+        return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
 
     int64, float64 = types.int64, types.float64
     return float64(int64, int64, int64, float64, int64, int64), codegen

@@ -72,6 +72,16 @@ def test_comparison(precision: str, noise: float, agrees: bool) -> None:
         assert "logits" in verdict["reason"]
 
 
+def test_workloads() -> None:
+    chains = workloads.sequences("varlen64")
+    assert len(set(chains)) == 64
+    assert set(chains) < set(workloads.sequences("varlen256"))
+    assert [len(sequence) for sequence in workloads.sequences("2x2048")] == [2046] * 2
+    for name, said in (("varlen257", "there are 256"), ("varlen0", "expected"), ("8x0", "expected")):
+        with pytest.raises(ValueError, match=said):
+            workloads.sequences(name)
+
+
 def test_accuracy_is_of_the_worst_residue() -> None:
     truth = np.random.default_rng(0).standard_normal((200, 16))
     rows = truth.copy()

@@ -31,10 +31,11 @@ class Blocks:
     Touching memory for the first time, 4 kB after 4 kB, takes longer than packing weights into it.
     """
 
-    _SIZE = 1 << 25
+    _LARGEST = 1 << 25
 
     def __init__(self) -> None:
         self._left = aligned(0, np.uint8)
+        self._cut = 0  # bytes so far: the next block is no larger, so that small models take little
         self._lock = threading.Lock()
 
     def aligned(self, size: int, dtype: npt.DTypeLike = np.float32) -> Array:
@@ -43,7 +44,8 @@ class Blocks:
         taken = -(-used // 64) * 64
         with self._lock:
             if len(self._left) < taken:
-                self._left = aligned(max(taken, self._SIZE), np.uint8)
+                self._left = aligned(max(taken, min(self._cut, self._LARGEST)), np.uint8)
+            self._cut += taken
             found, self._left = self._left[:used], self._left[taken:]
         return found.view(dtype)
 

@@ -41,20 +41,16 @@ def read_fasta(path: Path) -> dict[str, str]:
 
 
 def sequences(name: str) -> list[str]:
-    """Return the sequences of a workload: `varlenN` for N of 256 with lengths of chains, or `NxL` for N of L residues.
-
-    2048 stands for 2048 tokens: 2046 residues, `<cls>` and `<eos>`.
-    """
+    """Return the sequences of a workload: `varlenN` for N of 256 chains, or `NxL` for N sequences of L residues."""
     if match := re.fullmatch(r"varlen([1-9]\d*)", name):
-        chains = list(read_fasta(VARLEN).values())
-        count = int(match[1])
+        chains, count = list(read_fasta(VARLEN).values()), int(match[1])
         if count > len(chains):
             raise ValueError(f"workload {name!r}: there are {len(chains)} sequences of different lengths")
         return [chains[i * len(chains) // count] for i in range(count)]
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
-    if match is None:
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)):
         raise ValueError(f"workload {name!r}: expected varlenN, or NxL for N sequences of L residues")
     count, length = map(int, match.groups())
+    # 2048 stands for tokens: 2046 residues, `<cls>` and `<eos>`.
     return [random_sequence(2046 if length == 2048 else length, seed + 1) for seed in range(count)]
 
 

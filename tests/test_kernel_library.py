@@ -145,6 +145,7 @@ def test_a_library_that_does_not_fit(library: Path, tmp_path: Path) -> None:
     (tmp_path / "other.so").rename(package / library_name())
     (tmp_path / "numba.py").write_text("raise ImportError('not here')")  # or it would compile now
     done = run(MODEL, "auto", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", NUMPYESM_CACHE=str(tmp_path))
+    assert done.returncode == 0
     assert done.stdout.startswith("numpy"), done.stderr
     assert "the compiled kernels are not used" in done.stderr
 

@@ -82,7 +82,7 @@ def assert_float32_rule(name: str, ours: list[Any], torchs: list[Any], truths: l
 
 # Few residues make few numbers: several sequences of a short length are judged together.
 BATCHES = {
-    **{str(n): [random_sequence(n, seed) for seed in range(20)] for n in (1, 2, 3)},
+    **{str(n): [random_sequence(n, seed) for seed in range(40)] for n in (1, 2, 3)},
     "33": [random_sequence(33, seed) for seed in range(8)],
     "257": [random_sequence(257)],
     "unusual letters": ["BXZUO-", "-", "X" * 40, "ACDBXZUO-EFGHIKLMNPQRSTVWY", "MKT-----AYIAK"],
@@ -119,7 +119,7 @@ def test_float32_rule(models: Models, batch: str) -> None:
 def test_fair_esms_own_initialisation() -> None:
     """Which gives every position about the same attention."""
     models = models_of(0, 1.0)
-    for batch in ("3", "257"):
+    for batch in ("1", "3", "33", "257"):
         judge(models, BATCHES[batch])
 
 

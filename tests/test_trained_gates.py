@@ -19,6 +19,7 @@ import trained_weights
 from conftest import cosines
 
 from numpyesm import ESM2
+from numpyesm.kernels.compiled.isa import host_isa, host_levels
 from numpyesm.weights.conversion import convert
 
 pytest.importorskip("torch")
@@ -27,6 +28,9 @@ pytestmark = [pytest.mark.trained_weights, pytest.mark.slow]
 
 # Smallest cosine of a residue, its first percentile, smallest cosine of a mean.
 GATES = {"bf16": (0.9993, 0.9998, 0.9999), "int8": (0.997, 0.9985, 0.9993)}
+# Of bf16 that is rounded to nearest, at load, and multiplied in bf16 as well. `convert` takes the time to do better.
+# Seen at a peptide of 23 residues with AMX's instructions emulated: 0.99984 and 0.99997.
+NEAREST = (0.9993, 0.9998, 0.9998)
 LAST = trained_weights.LAYERS
 
 
@@ -49,13 +53,13 @@ def exact(folder: Path) -> list[Any]:
     return encode(folder / "fp32.safetensors", "numpy", "fp64")
 
 
-def assert_in_gates(found: list[Any], exact: list[Any], precision: str) -> None:
+def assert_in_gates(found: list[Any], exact: list[Any], precision: str, gates: tuple[float, ...]) -> None:
     pairs = list(zip(found, exact, strict=True))
     residues = np.concatenate([cosines(a.per_token_embeddings[LAST], b.per_token_embeddings[LAST]) for a, b in pairs])
     means = [cosines(a.embeddings[LAST], b.embeddings[LAST]) for a, b in pairs]
     values = residues.min(), np.quantile(residues, 0.01), min(means)
     print(f"{precision}: smallest {values[0]:.5f}, 1st percentile {values[1]:.5f}, mean {values[2]:.5f}")
-    assert all(value >= gate for value, gate in zip(values, GATES[precision], strict=True)), values
+    assert all(value >= gate for value, gate in zip(values, gates, strict=True)), values
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
@@ -64,18 +68,18 @@ def assert_in_gates(found: list[Any], exact: list[Any], precision: str) -> None:
 def test_compiled(folder: Path, exact: list[Any], precision: str, source: str) -> None:
     """From a file in this precision, from one in float32, and from the checkpoint itself."""
     path = folder / (f"{precision}.safetensors" if source == "converted" else source)
-    assert_in_gates(encode(path, "compiled", precision), exact, precision)
+    in_bf16 = host_isa().bf16 and not host_isa().spelled_out
+    gates = NEAREST if in_bf16 and precision == "bf16" and source != "converted" else GATES[precision]
+    assert_in_gates(encode(path, "compiled", precision), exact, precision, gates)
 
 
 @pytest.mark.parametrize("precision", GATES)
 def test_narrow_files_on_numpy(folder: Path, exact: list[Any], precision: str) -> None:
-    assert_in_gates(encode(folder / f"{precision}.safetensors", "numpy", "fp32"), exact, precision)
+    assert_in_gates(encode(folder / f"{precision}.safetensors", "numpy", "fp32"), exact, precision, GATES[precision])
 
 
 def test_other_way_of_bf16() -> None:
     pytest.importorskip("numba")
-    from numpyesm.kernels.compiled.isa import host_isa, host_levels
-
     if os.environ.get("NUMPYESM_ISA"):
         pytest.skip("this is the run at another level")
     others = [name for name, isa in host_levels().items() if isa.bf16 != host_isa().bf16]

@@ -131,6 +131,7 @@ def test_nothing_may_be_asked_for(ask: Ask, params: dict[str, Any], keys: set[st
     assert [set(result) - {"sequence_index"} for result in results] == [keys, keys]
 
 
+@pytest.mark.slow
 def test_longest_items(ask: Ask, library: ESM2) -> None:
     longest = random_sequence(2048)
     same(post(ask, "encode", {"items": items(longest)}).json()["results"], [library.encode([longest])[0].to_dict()])
@@ -463,6 +464,7 @@ NEARLY = st.fixed_dictionaries({"items": st.lists(ITEM, max_size=10) | ANY}, opt
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(document=NEARLY | ANY, action=st.sampled_from(ACTIONS))
+@pytest.mark.slow
 def test_any_document(ask: Ask, document: Any, action: str) -> None:
     answer = post(ask, action, document)
     if answer.status_code == 200:

@@ -111,6 +111,7 @@ def test_options_reach_the_output(run: Callable[..., Done], tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.slow
 def test_the_slurm_example(run: Callable[..., Done], small_file: str, tmp_path: Path) -> None:
     """Each task of the array as Slurm would start it; together they are the whole."""
     source = write_fasta(tmp_path / "in.fasta", 40, duplicates=10)

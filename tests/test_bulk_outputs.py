@@ -40,6 +40,7 @@ def means(results: list[EncodeResult]) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.slow
 def test_parquet_in_input_order_and_read_by_all(model: ESM2, tmp_path: Path, dtype: str) -> None:
     pandas, polars, duckdb = (pytest.importorskip(name) for name in ("pandas", "polars", "duckdb"))
     source = write_fasta(tmp_path / "in.fasta", 20, duplicates=12, longest=60)
@@ -189,6 +190,7 @@ def test_endless_record_is_rejected_and_the_others_are_embedded(
     assert "more than 1000000 letters" in (tmp_path / "o.rejected.tsv").read_text()
 
 
+@pytest.mark.slow
 def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -> None:
     source = fasta(tmp_path / "in.fasta", ("good", "MKT"), ("long", LONG))
     bad = fasta(tmp_path / "bad.fasta", ("bad", "J"))
@@ -205,6 +207,7 @@ def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -
     assert listed.read_text() == before
 
 
+@pytest.mark.slow
 def test_long_sequences(tiny: ESM2, tmp_path: Path) -> None:
     source = fasta(tmp_path / "in.fasta", ("short", "MKT"), ("long", LONG), ("edge", LONG[:2048]), ("bad", LONG + "J"))
     cut = embed_fasta(source, tmp_path / "cut.parquet", tiny, include=["mean", "bos"], long="truncate")
@@ -393,6 +396,7 @@ def test_missing_libraries_name_the_extra(
         embed_fasta(fasta(tmp_path / "in.fasta", ("a", "MKT")), tmp_path / output, model, engine=engine)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tiny: ESM2, tmp_path: Path) -> None:
     """What Python holds at most, of 200 and of 2,000 records; a journal in memory would show."""
     peaks = []

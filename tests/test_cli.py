@@ -111,6 +111,7 @@ def test_contacts(run: Any, loaded: ESM2) -> None:
     assert results(run("contacts", "MKT", "--format", "json"))[0]["contacts"]
 
 
+@pytest.mark.slow
 def test_pictures_of_contacts(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     assert run("contacts", "MKTAYIAKQR", "-o", "map.png").code == 0
@@ -305,6 +306,7 @@ def test_info_and_verify(run: Any, small_file: str) -> None:
 
 
 @pytest.mark.skipif(bool(OFFICIAL_HERE), reason="official weights are in weights/")
+@pytest.mark.slow
 def test_demo_without_weights_shows_everything_and_says_synthetic(run: Any) -> None:
     done = run("demo", bare=True)
     assert done.code == 0

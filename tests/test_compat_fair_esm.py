@@ -175,6 +175,7 @@ for limit, call, _ in {LIMITED!r}:
         assert after < (before + 10 if said else int(limit[:-1])), (call, line)
 
 
+@pytest.mark.slow
 def test_longer_than_encode_allows(published: Any) -> None:
     theirs, path = published
     tokens = batch(random_sequence(2060, 1))
@@ -245,6 +246,7 @@ TEXTS = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(TEXTS)
+@pytest.mark.slow
 def test_tokenize_like_fair_esm(text: str) -> None:
     assert OURS.tokenize(text) == THEIRS.tokenize(text)
     try:

@@ -229,6 +229,7 @@ def test_records_of_more_than_a_million_letters(data: bytes) -> None:
         read(longer)
 
 
+@pytest.mark.slow
 def test_a_gzip_bomb_costs_nothing(tmp_path: Path) -> None:
     for number, text in enumerate((b">a\n" + b"A" * (1 << 25), b">a\n" + b"AAAAAAAAA\n" * (1 << 21))):
         path = tmp_path / f"{number}.gz"

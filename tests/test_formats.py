@@ -89,12 +89,14 @@ def test_npz(writer: str) -> None:
         assert arrays["ids"].tolist() == ["a", ""]
 
 
+@pytest.mark.slow
 def test_long_headers_take_little_room() -> None:
     ids = ["short"] * 60 + ["x" * 2**20]
     size = sum(map(len, formats.npz_pieces({}, ids)))
     assert size < 3 * 2**20  # uncompressed: 256 MB
 
 
+@pytest.mark.slow
 def test_large_arrays_leave_in_small_pieces(writer: str) -> None:
     """A client that reads slowly holds a piece or two, however large the array; and the pieces are the whole."""
     contacts = np.random.default_rng(1).random((700, 700), dtype=np.float32)

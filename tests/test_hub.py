@@ -139,6 +139,7 @@ def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path, monk
         assert open_weights("someone/lora").array("layers.0.qkv.weight")[0, ::40].tolist() == [2.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_is_resumed(hub, tmp_path):
     """Of a file larger than the pieces of 10 MB in which huggingface-hub writes."""
     file = write_adapter(tmp_path / "lora", 80_000) / "adapter_model.safetensors"
@@ -150,6 +151,7 @@ def test_a_dropped_connection_is_resumed(hub, tmp_path):
     assert 0 < int(second.removeprefix("bytes=").rstrip("-")) <= file.stat().st_size // 2
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_nothing_that_looks_whole(hub, tmp_path):
     hub.slow.add("model.safetensors")
     process = start()
@@ -164,6 +166,7 @@ def test_a_killed_download_leaves_nothing_that_looks_whole(hub, tmp_path):
     assert len(hub.transfers("config.json")) == 1  # what was whole is kept
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_download_once(hub):
     hub.slow.add("model.safetensors")
     processes = [start() for _ in range(2)]

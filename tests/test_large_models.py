@@ -86,6 +86,7 @@ def test_shards(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("source", "precision"), [("m.pt", "fp32"), ("hf", "bf16"), ("hf", "int8"), ("canonical.safetensors", "fp16")]
 )
+@pytest.mark.slow
 def test_conversion_holds_a_few_matrices_at_a_time(sources: Path, tmp_path: Path, source: str, precision: str) -> None:
     half_of_the_model = SIX.num_layers // 2 * 12 * SIX.embed_dim**2 * 4
     # Of the inputs of one matrix; NumPy copies them more than once to factor them.

@@ -28,6 +28,7 @@ def layers(run: Callable[..., Done], tmp_path: Path) -> Callable[..., Done]:
 
 
 @pytest.mark.parametrize(("labels", "score"), [(NUMBERS, "spearman"), (NAMES, "accuracy")])
+@pytest.mark.slow
 def test_composition_is_read_from_the_embedding(
     layers: Callable[..., Done], tmp_path: Path, labels: list[str], score: str
 ) -> None:

@@ -149,6 +149,7 @@ def project(kernels: NumpyKernels, x: Any, start: int = 0) -> Any:
     return out
 
 
+@pytest.mark.slow
 def test_linear_takes_any_number_of_rows() -> None:
     for rows, (inner, columns) in itertools.product(range(1, 41), ((24, 96), (101, 20))):
         x, weight, bias = normal(rows, inner), normal(inner, columns), normal(columns)
@@ -321,6 +322,7 @@ LOWER = [isa.name for isa in host_levels().values() if isa != ISA and not (isa.s
 
 
 @pytest.mark.parametrize("level", LOWER)
+@pytest.mark.slow
 def test_lower_levels_pass_these_tests(level: str) -> None:
     if os.environ.get("NUMPYESM_ISA"):
         pytest.skip("this is the run at a lower level")

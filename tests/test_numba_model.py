@@ -46,6 +46,7 @@ def test_gates_of_low_precision(precision: str, mean: float, residue: float, sam
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.slow
 def test_contact_gate_of_low_precision(precision: str) -> None:
     """Within 0.02 with the official regression, whose largest coefficient is 21, on proteins of usual length.
 

@@ -41,6 +41,7 @@ print(json.dumps(list({name.split(".")[0] for name in sys.modules})))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_of_contacts(tmp_path: Path) -> None:
     """MB of the whole process, 8M weights from a canonical file; means are in test_small_memory.py."""
     path = convert("synthetic:esm2-8m", tmp_path / "w.safetensors").path

@@ -293,6 +293,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the memory of a process")
+@pytest.mark.slow
 def test_built_and_freed_without_recursion_in_little_memory(tmp_path: Path) -> None:
     """In a process of its own, because an overflow of the stack would end it."""
     pickles = {"nothing": b"N"} | NESTED
@@ -325,6 +326,7 @@ def test_any_opcodes(data: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=2)), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_damaged_pickles(data: bytes, changes: list[tuple[int, bytes]]) -> None:
     for where, new in changes:
         data = data[: where % len(data)] + new + data[where % len(data) + 1 :]

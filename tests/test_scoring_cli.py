@@ -337,6 +337,7 @@ def test_scan_writes_matrix_and_heat_map(run: Any, loaded: ESM2) -> None:
         (["MKT", "-o", "x.parquet"], None),
     ],
 )
+@pytest.mark.slow
 def test_scan_outputs(run: Any, arguments: list[str], written: set[str] | None) -> None:
     assert run("scan", *arguments).code == (2 if written is None else 0)
     assert {str(path) for path in Path().rglob("*.*")} == (written or set())

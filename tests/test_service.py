@@ -101,6 +101,7 @@ def test_schemathesis(service: ServiceHere, tmp_path: Path, monkeypatch: pytest.
         (403, ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "@localhost"]),
     ],
 )
+@pytest.mark.slow
 def test_dns_rebinding(service: ServiceHere, status: int, hosts: list[str]) -> None:
     for host in hosts:
         response = service.post(ENCODE, GOOD, headers={"Host": host})
@@ -174,6 +175,7 @@ def test_a_head_that_trickles(service: ServiceHere) -> None:
     pytest.fail("it may go on for ever")
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read(service: ServiceHere) -> None:
     """It is cut off, and its memory is free again."""
     params = {"include": ["per_token"], "repr_layers": [0, 1, 2, 3]}
@@ -222,6 +224,7 @@ def two_lengths(lines: str) -> bytes:
         (408, f"{HEALTH}\r\n{HEALTH}"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_is_said_and_logged(service: ServiceHere, status: int, sent: str | bytes) -> None:
     with service.connect() as connection:
         connection.sendall(sent if isinstance(sent, bytes) else sent.encode())

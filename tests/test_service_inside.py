@@ -250,6 +250,7 @@ def test_who_hangs_up_frees_its_place(hold: Any) -> None:
     held.check_idle()
 
 
+@pytest.mark.slow
 def test_deadline_and_share_of_the_queue(hold: Any) -> None:
     """One client fills its share and gets 429; another still gets in, until the queue itself is full: 503."""
     held = hold("aaa", "bbb", "ccc", queue_size=4, deadline=1.0)

@@ -89,7 +89,7 @@ def test_a_process_that_may_start_no_threads_says_so_in_a_line(
         (["--allow-host", "Proteins.Example"], {"local_only": True, "allowed_hosts": ("proteins.example",)}),
         (["--host", "0.0.0.0", "--allow-no-auth"], {"local_only": False}),
         (["--api-keys-file", "keys"], {"local_only": False}),
-        (["--max-memory", "2GB", "--grace", "1"], {"max_memory": 2 * 10**9, "grace": 1}),
+        (["--max-memory", "64GB", "--grace", "1"], {"max_memory": 64 * 10**9, "grace": 1}),
     ],
 )
 def test_options_reach_the_service(

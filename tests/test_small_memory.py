@@ -108,6 +108,7 @@ def test_weights_left_in_place_give_the_same_numbers() -> None:
 
 @linux
 @pytest.mark.parametrize(("stored", "most"), [("fp32", 260), ("fp16", 160), ("int8", 160)])
+@pytest.mark.slow
 def test_peak_of_a_mean_of_512(weights: dict[str, Path], stored: str, most: int) -> None:
     """And 512 MiB of address space are enough."""
     code = MEASURED.format(path=str(weights[stored]), options="")
@@ -124,6 +125,7 @@ CALLS = {
 
 @linux
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.slow
 def test_the_least_memory_that_is_accepted_is_kept(weights: dict[str, Path], call: str) -> None:
     """Whatever the budget says a call takes is enough to run it, and is not exceeded."""
     sequences, include = CALLS[call]
@@ -202,6 +204,7 @@ def test_less_memory_gives_smaller_blocks_and_passes() -> None:
     assert (little.threads, little.block_rows) < (4, BLOCK_ROWS)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(backend="numpy", threads=3, max_memory="64G")
     sequences = [random_sequence(n) for n in (200, 3, 90, 1, 260)]

@@ -96,6 +96,7 @@ def test_every_truncation_is_an_error(tmp_path, saved):
             read_torch(cut)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_a_number(tmp_path, saved):
     whole = saved.read_bytes()
     expected = np.arange(6.0).reshape(2, 3)
@@ -275,6 +276,7 @@ def test_a_training_checkpoint_is_data(tmp_path):
     assert isinstance(result["callbacks"]["ModelCheckpoint{'monitor': 'x'}"]["best"], Inert)
 
 
+@pytest.mark.slow
 def test_an_honest_file_of_the_largest_model_is_read(tmp_path):
     names = [f"encoder.layers.{i}.{j}" for i in range(48) for j in range(16)]
     state = {name: torch.zeros(1) for name in names}

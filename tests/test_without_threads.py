@@ -94,6 +94,7 @@ def answers(small_file: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_module_of_the_numpy_path_can_be_imported(answers: dict[str, Any]) -> None:
     assert answers["imported"] == []
 

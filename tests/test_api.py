@@ -462,9 +462,9 @@ PARAMS = st.fixed_dictionaries({}, optional={"repr_layers": LAYERS | ANY, "inclu
 NEARLY = st.fixed_dictionaries({"items": st.lists(ITEM, max_size=10) | ANY}, optional={"params": PARAMS, "other": ANY})
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(document=NEARLY | ANY, action=st.sampled_from(ACTIONS))
-@pytest.mark.slow
 def test_any_document(ask: Ask, document: Any, action: str) -> None:
     answer = post(ask, action, document)
     if answer.status_code == 200:

@@ -244,9 +244,9 @@ TEXTS = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(TEXTS)
-@pytest.mark.slow
 def test_tokenize_like_fair_esm(text: str) -> None:
     assert OURS.tokenize(text) == THEIRS.tokenize(text)
     try:

@@ -324,9 +324,9 @@ def test_any_opcodes(data: bytes) -> None:
         read_pickle(b"\x80\x04" + data + b".", persistent_load=lambda identity: None)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=2)), min_size=1, max_size=4))
-@pytest.mark.slow
 def test_damaged_pickles(data: bytes, changes: list[tuple[int, bytes]]) -> None:
     for where, new in changes:
         data = data[: where % len(data)] + new + data[where % len(data) + 1 :]

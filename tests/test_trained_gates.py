@@ -32,7 +32,7 @@ GATES = {"bf16": (0.9993, 0.9998, 0.9999), "int8": (0.997, 0.9985, 0.9993)}
 # Seen at a peptide of 23 residues with AMX's instructions emulated: 0.99984 and 0.99997.
 NEAREST = (0.9993, 0.9998, 0.9998)
 LAST = trained_weights.LAYERS
-FOLDER = "NUMPYESM_TEST_GATES"
+FOLDER = "NUMPYESM_TEST_GATES"  # where the run at another level finds what the first one has made
 
 Vectors = tuple[np.ndarray, np.ndarray]  # of one protein: the mean (D,), and residues (L, D)
 

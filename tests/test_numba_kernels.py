@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from numpyesm.kernels.numba_.emitter import TILE_BYTES
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.threads import WorkerPool
 from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import StoredTensor
 
 ISA = host_isa()
 
@@ -66,6 +68,8 @@ def linear(x: Any, weight: Any, bias: Any, step: int, out: Any, piece: int = 100
 class Steps:
     """Compiled steps of a model of one layer, on arrays."""
 
+    in_short: Any = False  # which rows are taken for those of short sequences
+
     def __init__(self, checkpoint: Any, precision: str = "fp32") -> None:
         # Both are the same code bit for bit, see test_kernel_library.py.
         self.code = library_code() or numba_code(precision)
@@ -78,14 +82,19 @@ class Steps:
         model, self.rotary = self.packed.model_table(length)
         return model, self.packed.room(rows, length, with_maps)
 
+    def short(self, rows: int) -> Any:
+        """How many rows before each one are of short sequences."""
+        return np.concatenate([[0], np.cumsum(np.broadcast_to(self.in_short, rows))])
+
     def project(self, x: Any, start: int = 0) -> Any:
         """Query, key and value (3, H, rows, padded C) as they lie in memory."""
         rows, packed = len(x), self.packed
         out = aligned(3 * rows * self.config.num_heads * packed.head_dim)
         model, room = self.tables(rows, start + rows)
         positions = np.arange(start, start + rows)
-        tables = (address(table) for table in (model, packed.layers, room))
-        self.code.call(self.project_qkv, *tables, address(x), rows, address(positions), rows, address(out))
+        tables, short = (address(table) for table in (model, packed.layers, room)), self.short(rows)
+        at = address(positions), address(short), rows, address(out)
+        self.code.call(self.project_qkv, *tables, address(x), rows, *at)
         return out.reshape(3, self.config.num_heads, rows, packed.head_dim)
 
     def plain(self, qkv: Any) -> Any:
@@ -119,9 +128,8 @@ class Steps:
         padded = np.zeros((len(x), config.num_heads, packed.head_dim), np.float32)
         padded[..., : config.head_dim] = context.reshape(len(x), config.num_heads, -1)
         model, room = self.tables(len(x), 1)
-        self.code.call(
-            self.rest, address(model), address(packed.layers), address(room), address(padded), address(x), len(x)
-        )
+        arrays, short = (model, packed.layers, room, padded, x), self.short(len(x))
+        self.code.call(self.rest, *map(address, arrays), len(x), address(short))
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -315,6 +323,31 @@ def test_low_precision_steps(backends: Backends, shape: str, precision: str) -> 
         single = x[-1:].copy()
         ours.project_and_feed_forward(x[-1:], single)
         np.testing.assert_array_equal(single, y[-1:])
+
+
+@pytest.mark.skipif(not ISA.bf16, reason="products are in float32")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_short_sequences_in_bf16(shape: str) -> None:
+    """Of their rows nothing is rounded; longer ones beside them have the numbers that they have alone."""
+    made = random_checkpoint(SHAPES[shape], seed=3)
+    weights = {name: tensor for name, tensor in made.tensors.items() if len(tensor.shape) == 2}
+    rounded = {name: StoredTensor(tensor.stored_as("BF16").astype(np.float32)) for name, tensor in weights.items()}
+    checkpoint = replace(made, tensors={**made.tensors, **rounded})
+    ours, reference = Steps(checkpoint, "bf16"), NumpyKernels(checkpoint, "fp64")
+    x, some = normal(101, ours.config.embed_dim), np.arange(101) // 20 == 2
+    z = x.astype(np.float64)
+    reference.project_and_feed_forward(0, z.copy(), z)
+    found = []
+    for ours.in_short in (False, some, True):
+        y = x.copy()
+        ours.project_and_feed_forward(x, y)
+        found.append((ours.plain(ours.project(x)), y - x))
+    for exact, long, mixed, short in zip((project(reference, x), z - x), *found, strict=True):
+        error = [np.sqrt(np.mean((values - exact) ** 2)) / exact.std() for values in (long, short)]
+        assert error[0] > 1e-3
+        assert error[1] < 2e-5
+        np.testing.assert_array_equal(mixed[some], short[some])
+        np.testing.assert_array_equal(mixed[~some], long[~some])
 
 
 # Where the CPU multiplies bf16, that need not be spelled out.

@@ -15,12 +15,12 @@ ARGUMENTS = {
     "lm_head": 13,
     "attend": 9,
     "attend_bf16": 9,
-    "project_qkv": 8,
-    "project_qkv_bf16": 8,
-    "project_qkv_int8": 8,
-    "project_and_feed_forward": 6,
-    "project_and_feed_forward_bf16": 6,
-    "project_and_feed_forward_int8": 6,
+    "project_qkv": 9,
+    "project_qkv_bf16": 9,
+    "project_qkv_int8": 9,
+    "project_and_feed_forward": 7,
+    "project_and_feed_forward_bf16": 7,
+    "project_and_feed_forward_int8": 7,
 }
 
 

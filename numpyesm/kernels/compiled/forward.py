@@ -12,7 +12,7 @@ from ...batch import Batch
 from ...threads import WorkerPool
 from ..base import Array, AttentionMaps, Forward, Partition
 from .code import Code
-from .layout import Maps, Pass, address, table
+from .layout import SHORT, Maps, Pass, address, table
 from .packing import PackedModel
 from .panels import aligned
 
@@ -60,6 +60,7 @@ class CompiledForward(Forward):
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
             Pass.MAPS: 0,
+            Pass.SHORT_ROWS: 0,
             Pass.QKV_STEP: packed.entries[0],
             Pass.ATTEND: packed.entries[1],
             Pass.REST: packed.entries[2],
@@ -77,6 +78,10 @@ class CompiledForward(Forward):
             Pass.STOP: self._stop,
         }
         arrays[Pass.COUNTERS][:] = 0
+        if packed.narrow:
+            lengths = [last - first for first, last in batch.spans]
+            short = np.repeat([length <= SHORT for length in lengths], lengths)
+            arrays[Pass.SHORT_ROWS] = np.concatenate([[0], np.cumsum(short)])
         self._kept = [rotary, *arrays.values()]  # what the table points at
         entries |= {name: address(array) for name, array in arrays.items()}
         self._table = table([entries[Pass(entry)] for entry in range(Pass.ENTRIES)])

@@ -14,6 +14,10 @@ import numpy.typing as npt
 
 from ..base import Array
 
+# Up to so many tokens, low precision is exact but for its weights: attention is in float32, and a row is multiplied as
+# the sum of two numbers in bf16. Rounding does not average out over a short peptide's few rows.
+SHORT = 66
+
 
 class Model(IntEnum):
     """Sizes of the model, and what all layers share."""
@@ -56,7 +60,7 @@ class Matrix(IntEnum):
 class Room(IntEnum):
     """Buffers of one thread."""
 
-    LEFT = 0  # rows as the products take them
+    LEFT = 0  # rows as the products take them; in bf16, what rounding takes from short sequences follows
     HIDDEN = 1  # hidden channels, likewise
     TILE = 2
     WIDE = 3  # a panel of widened weights
@@ -100,7 +104,8 @@ class Pass(IntEnum):
     QKV_STEP = 16  # addresses of compiled functions
     ATTEND = 17
     REST = 18
-    ENTRIES = 19
+    SHORT_ROWS = 19  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
+    ENTRIES = 20
 
 
 class Maps(IntEnum):

@@ -223,12 +223,12 @@ class PackedModel:
         width, rows = self.config.embed_dim, self.group_rows
         spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
         lanes, context = self.isa.columns, self.config.num_heads * self.head_dim
-        number = np.uint16 if self.narrow else np.float32
+        number, parts = (np.uint16, 2) if self.narrow else (np.float32, 1)
         # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
         widest = max(width, context) + 32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
-            Room.LEFT: ((rows + spare) * widest, number),
-            Room.HIDDEN: ((rows + spare) * self.ffn_columns, number),
+            Room.LEFT: (parts * (rows + spare) * widest, number),
+            Room.HIDDEN: (parts * (rows + spare) * self.ffn_columns, number),
             Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * lanes, np.float32),
             Room.WIDE: (max(widest, self.ffn_columns) * lanes, np.float32),
             Room.ZEROS: (lanes, np.float32),

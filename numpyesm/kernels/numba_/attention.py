@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..compiled.isa import HALF_ROWS, ROWS
-from ..compiled.layout import Maps, Model, Room
+from ..compiled.layout import SHORT, Maps, Model, Room
 from ..compiled.panels import chunk_keys
 from .attention_tiles import fill_queries, strip_on_tiles, transpose_values
 from .cache import helper, kernel
@@ -62,10 +62,6 @@ from .vectors import (
 _TILES = ISA.tiles
 
 CHUNK_KEYS = chunk_keys(ISA)
-
-# Up to so many tokens, attention is in float32 at all precisions: it is little work there, and a short peptide's few
-# rows do not average rounding out.
-SHORT = 66
 
 # Sums of exponentials outside this range are computed again: below it some of their terms may have vanished.
 _SAFE_LOWEST, _SAFE_HIGHEST = np.float32(2.0**-60), np.float32(2.0**100)

@@ -160,6 +160,13 @@ class Emitter:
         kind = ir.VectorType(_BFloat(), self.isa.lanes)
         return self.b.bitcast(self.b.fptrunc(x, kind), ir.VectorType(ir.IntType(16), self.isa.lanes))
 
+    def split(self, x: Any) -> tuple[Any, Any]:
+        """float32 as the sum of two numbers in bf16, good to 16 bits."""
+        high = self.narrow(x)
+        sixteen = ir.Constant(self.integers, [16] * self.isa.lanes)
+        wide = self.b.bitcast(self.b.shl(self.b.zext(high, self.integers), sixteen), self.vector)
+        return high, self.narrow(self.b.fsub(x, wide))
+
     def narrow_pair(self, low: Any, high: Any) -> Any:
         """Two float32 vectors rounded to bf16, lane by lane one beside the other."""
         b = self.b

@@ -20,6 +20,7 @@ from .emitter import (
     multiply_bf16,
     multiply_fp32,
 )
+from .steps import clear_bf16, is_short
 from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
     PIECE,
@@ -31,6 +32,7 @@ from .vectors import (
     store_biased,
     store_gelu,
     store_gelu_bf16,
+    store_gelu_split,
     store_number,
     store_piece,
     store_rotated,
@@ -61,18 +63,37 @@ def steps_of(inner, narrow):
 
 
 @helper
-def _finish(step, height, width, tile, bias, centre, out, out_step):
+def low_part(narrow, short, rows, most, step):
+    """Bytes from the rows of a group in bf16 to what rounding took off, if any of them is of a short sequence, else 0.
+
+    The buffer is for `most` rows, and for what tile registers read behind them.
+    """
+    if narrow and load_integer(short, rows) != load_integer(short, 0):
+        return (most + _NARROW_ROWS) * step
+    return 0
+
+
+@helper
+def _finish(step, height, width, tile, bias, centre, out, out_step, low, short):
     """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it.
 
-    GELU_BF16 also takes off `centre`.
+    GELU_BF16 also takes off `centre`; `low` and `short` are those of `layer_norm_bf16`.
     """
     for row in range(height):
         source, target = tile + row * TILE_BYTES, out + row * out_step
+        split = False
+        if step == GELU_BF16 and low != 0:
+            split = is_short(short, row)
+            if not split:
+                clear_bf16(target + low, TILE_COLUMNS)
         if width == TILE_COLUMNS or step == GELU_BF16:  # which has room for whole tiles
             for vector in range(_VECTORS):
                 at = vector * VECTOR_BYTES
                 if step == GELU:
                     store_gelu(source + at, bias + at, target + at)
+                elif split:
+                    here = target + at // 2
+                    store_gelu_split(source + at, bias + at, centre + at, here, here + low)
                 elif step == GELU_BF16:
                     store_gelu_bf16(source + at, bias + at, centre + at, target + at // 2)
                 elif step == ADD:
@@ -208,14 +229,15 @@ def _widen(narrow, stored, panel, scales, steps, out):
 
 
 @helper
-def _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, all_inner, k, inner, column, room):
+def _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
     """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory."""
+    x, x_step, rows, low, short = left
     first, start, height = _place(i, tiles, rows)
     first += column
     per_step = 2 if narrow else 1
     size, steps, all_steps = _step_bytes(narrow, stored), steps_of(inner, narrow), steps_of(all_inner, narrow)
     panel = load_integer(matrix, _WEIGHT) + first // TILE_COLUMNS * all_steps * size + k // per_step * size
-    left, tile = x + start * x_step, load_integer(room, _TILE)
+    here, tile = x + start * x_step, load_integer(room, _TILE)
     # The next panel comes nearer while this one is multiplied, a part of it by every tile.
     ahead_step = (size + tiles - 1) // tiles
     ahead = panel + all_steps * size + (i % tiles) * steps * ahead_step
@@ -227,11 +249,15 @@ def _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, al
             _widen(narrow, stored, panel, scales, steps, wide)
         panel = wide
     if not narrow:
-        _tile_fp32(height, left, x_step, panel, inner, piece, tile, ahead, ahead_step)
-    elif _TILES:
-        multiply_tiles(half, left, x_step, panel, steps, ahead, ahead_step, 0)
-    else:
-        multiply_bf16(height, left, x_step, panel, steps, tile, TILE_BYTES, 0, ahead, ahead_step)
+        _tile_fp32(height, here, x_step, panel, inner, piece, tile, ahead, ahead_step)
+        return
+    parts = 2 if low != 0 and load_integer(short, start + height) != load_integer(short, start) else 1
+    for part in range(parts):
+        if _TILES:
+            multiply_tiles(half, here, x_step, panel, steps, ahead, ahead_step, part)
+        else:
+            multiply_bf16(height, here, x_step, panel, steps, tile, TILE_BYTES, part, ahead, ahead_step)
+        here += low
 
 
 # -- whole products -------------------------------------------------------------------------------------------------
@@ -239,13 +265,16 @@ def _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, al
 
 @helper
 def linear(
-    narrow, stored, step, piece, x, x_step, rows, matrix, all_inner, k, inner, column, columns, out, out_step, room
+    narrow, stored, step, piece, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
 ):
     """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
     Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
     begin at whole tiles and groups. The bias goes with row 0. `narrow` multiplies bf16, else float32.
+
+    `left` is x, its step, R, and what `layer_norm_bf16` calls `low` and `short`; `out_low` is the next product's `low`.
     """
+    _, _, rows, _, short = left
     tiles, half = _begin(narrow, rows)
     tile = load_integer(room, _TILE)
     bias, centre = load_integer(matrix, _BIAS) + 4 * column, load_integer(matrix, _CENTRE) + 4 * column
@@ -255,27 +284,26 @@ def linear(
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, all_inner, k, inner, column, room)
+            _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
             here = bias if k > 0 else bias + 4 * first
-            _finish(step, height, width, tile, here, centre + 4 * first, target, out_step)
+            _finish(step, height, width, tile, here, centre + 4 * first, target, out_step, out_low, short + 8 * start)
         _leave(narrow, half, tile)
     _end(narrow)
 
 
 @helper
-def linear_heads(
-    narrow, stored, piece, x, x_step, rows, matrix, inner, table, positions, heads, head_dim, all_rows, out, room
-):
-    """Query, key and value of (R, K), see `_finish_heads`."""
+def linear_heads(narrow, stored, piece, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
+    """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
+    rows = left[2]
     tiles, half = _begin(narrow, rows)
     tile, bias = load_integer(room, _TILE), load_integer(matrix, _BIAS)
     products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, piece, i, tiles, half, x, x_step, rows, matrix, inner, 0, inner, 0, room)
+            _multiply(narrow, stored, piece, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 4
@@ -295,4 +323,4 @@ def plain_linear(step, piece, x, x_step, rows, inner, weight, panel_step, bias, 
         ahead = panel + panel_step + (i % tiles) * inner * ahead_step
         _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
         width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + 4 * first
-        _finish(step, height, width, tile, bias + 4 * first, bias, target, out_step)
+        _finish(step, height, width, tile, bias + 4 * first, bias, target, out_step, 0, 0)

@@ -10,7 +10,20 @@ from __future__ import annotations
 from ..compiled.layout import Layer, Model, Room
 from .cache import helper, kernel
 from .emitter import ISA, TILE_BYTES
-from .gemm import ADD, BF16, GELU, GELU_BF16, INT8, READY, STORE, linear, linear_heads, plain_linear, steps_of
+from .gemm import (
+    ADD,
+    BF16,
+    GELU,
+    GELU_BF16,
+    INT8,
+    READY,
+    STORE,
+    linear,
+    linear_heads,
+    low_part,
+    plain_linear,
+    steps_of,
+)
 from .steps import layer_norm, layer_norm_bf16, narrow_rows
 from .vectors import load_integer
 
@@ -38,16 +51,16 @@ def _row_bytes(narrow, width):
 
 
 @helper
-def _normalised(narrow, x, step, rows, width, gain, shift, out, out_step):
+def _normalised(narrow, x, step, rows, width, gain, shift, out, out_step, low, short):
     """LayerNorm, ready for a product."""
     if narrow:
-        layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step)
+        layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step, low, short)
     else:
         layer_norm(x, step, rows, width, gain, shift, out, out_step)
 
 
 @helper
-def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, all_rows, out):
+def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, short, all_rows, out):
     width, head_dim = load_integer(model, _WIDTH), load_integer(model, _HEAD_DIM)
     gain, shift, left = (
         load_integer(layer, _ATTENTION_GAIN),
@@ -60,14 +73,14 @@ def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, all_row
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
-        _normalised(narrow, x + start * step, step, count, width, gain, shift, left, left_step)
+        here = short + 8 * start
+        low = low_part(narrow, here, count, most, left_step)
+        _normalised(narrow, x + start * step, step, count, width, gain, shift, left, left_step, low, here)
         linear_heads(
             narrow,
             stored,
             _QKV_PIECE,
-            left,
-            left_step,
-            count,
+            (left, left_step, count, low, here),
             layer + _QKV,
             width,
             load_integer(model, _ROTARY),
@@ -81,7 +94,7 @@ def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, all_row
 
 
 @helper
-def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, rows):
+def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, rows, short):
     width, ffn, at_a_time = load_integer(model, _WIDTH), load_integer(model, _FFN), load_integer(model, _FFN_COLUMNS)
     inner = load_integer(model, _HEADS) * load_integer(model, _HEAD_DIM)
     gain, shift = load_integer(layer, _FFN_GAIN), load_integer(layer, _FFN_SHIFT)
@@ -95,82 +108,69 @@ def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, ro
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
-        y, attended = x + start * step, context + start * 4 * inner
+        y, attended, here = x + start * step, context + start * 4 * inner, short + 8 * start
+        low = low_part(narrow, here, count, most, inner_step)
         if narrow:
-            narrow_rows(attended, 4 * inner, count, inner, left, inner_step)
+            narrow_rows(attended, 4 * inner, count, inner, left, inner_step, low, here)
             attended = left
-        piece = _PROJECTION_PIECE
-        linear(
-            narrow, stored, ADD, piece, attended, inner_step, count, out_proj, inner, 0, inner, 0, width, y, step, room
-        )
-        _normalised(narrow, y, step, count, width, gain, shift, left, left_step)
+        lines = attended, inner_step, count, low, here
+        linear(narrow, stored, ADD, _PROJECTION_PIECE, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
+        low = low_part(narrow, here, count, most, left_step)
+        _normalised(narrow, y, step, count, width, gain, shift, left, left_step, low, here)
+        lines = left, left_step, count, low, here
+        low = low_part(narrow, here, count, most, hidden_step)
+        hidden_lines = hidden, hidden_step, count, low, here
         piece = _FFN_PIECE
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
         for first in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - first)
             linear(
-                narrow,
-                stored,
-                gelu,
-                piece,
-                left,
-                left_step,
-                count,
-                fc1,
-                width,
-                0,
-                width,
-                first,
-                part,
-                hidden,
-                hidden_step,
-                room,
+                narrow, stored, gelu, piece, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room
             )
-            linear(
-                narrow, stored, ADD, piece, hidden, hidden_step, count, fc2, ffn, first, part, 0, width, y, step, room
-            )
+            linear(narrow, stored, ADD, piece, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
 
 
 @kernel
-def project_qkv(model, layer, room, x, rows, positions, all_rows, out):
+def project_qkv(model, layer, room, x, rows, positions, short, all_rows, out):
     """LayerNorm(x) @ weight + bias, rotated, head by head: (R, D) -> `out`, see `gemm.linear_heads`.
 
-    `layer` and so on are tables of layout.py; `positions` (R,) int64; `out` is a buffer for `all_rows` rows.
+    `layer` and so on are tables of layout.py; `positions` (R,) int64; `short` is of `Pass.SHORT_ROWS`; `out` is a
+    buffer for `all_rows` rows.
     """
-    _project_qkv(False, READY, model, layer, room, x, rows, positions, all_rows, out)
+    _project_qkv(False, READY, model, layer, room, x, rows, positions, short, all_rows, out)
 
 
 @kernel
-def project_qkv_bf16(model, layer, room, x, rows, positions, all_rows, out):
+def project_qkv_bf16(model, layer, room, x, rows, positions, short, all_rows, out):
     """`project_qkv` of weights in bf16."""
-    _project_qkv(NARROW, _BF16_WEIGHTS, model, layer, room, x, rows, positions, all_rows, out)
+    _project_qkv(NARROW, _BF16_WEIGHTS, model, layer, room, x, rows, positions, short, all_rows, out)
 
 
 @kernel
-def project_qkv_int8(model, layer, room, x, rows, positions, all_rows, out):
+def project_qkv_int8(model, layer, room, x, rows, positions, short, all_rows, out):
     """`project_qkv` of weights in int8."""
-    _project_qkv(NARROW, INT8, model, layer, room, x, rows, positions, all_rows, out)
+    _project_qkv(NARROW, INT8, model, layer, room, x, rows, positions, short, all_rows, out)
 
 
 @kernel
-def project_and_feed_forward(model, layer, room, context, x, rows):
+def project_and_feed_forward(model, layer, room, context, x, rows, short):
     """x += context @ out_proj; x += gelu(LayerNorm(x) @ fc1) @ fc2, each with its bias, in place: (R, D), (R, D).
 
-    Rows of `context` are as wide as all heads, whose width is rounded up.
+    `short` is of `Pass.SHORT_ROWS`. Rows of `context` are as wide as all heads, whose width is rounded up.
     """
-    _project_and_feed_forward(False, READY, model, layer, room, context, x, rows)
+    _project_and_feed_forward(False, READY, model, layer, room, context, x, rows, short)
 
 
 @kernel
-def project_and_feed_forward_bf16(model, layer, room, context, x, rows):
+def project_and_feed_forward_bf16(model, layer, room, context, x, rows, short):
     """`project_and_feed_forward` of weights in bf16."""
-    _project_and_feed_forward(NARROW, _BF16_WEIGHTS, model, layer, room, context, x, rows)
+    _project_and_feed_forward(NARROW, _BF16_WEIGHTS, model, layer, room, context, x, rows, short)
 
 
 @kernel
-def project_and_feed_forward_int8(model, layer, room, context, x, rows):
+def project_and_feed_forward_int8(model, layer, room, context, x, rows, short):
     """`project_and_feed_forward` of weights in int8."""
-    _project_and_feed_forward(NARROW, INT8, model, layer, room, context, x, rows)
+    _project_and_feed_forward(NARROW, INT8, model, layer, room, context, x, rows, short)
 
 
 @kernel

@@ -81,19 +81,26 @@ def row_squares(typingctx, x, count, mean):
     return types.float32(types.int64, types.int64, types.float32), codegen
 
 
-def _normalise(narrow: bool) -> Any:
-    """Make `f(x, count, mean, scale, gain, shift, out)`: (x - mean) · scale · gain + shift, in bf16 if `narrow`."""
+def _normalise(narrow: bool, split: bool = False) -> Any:
+    """Make `f(x, count, mean, scale, gain, shift, out)`: (x - mean) · scale · gain + shift, in bf16 if `narrow`.
+
+    With `split`, an eighth argument says how many bytes on what rounding takes off goes.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         e = Emitter(builder)
-        x, count, mean, scale, gain, shift, out = arguments
+        x, count, mean, scale, gain, shift, out, *low = arguments
         middle, factor = e.splat(mean), e.splat(scale)
 
         def body(i: Any, _: list[Any]) -> list[Any]:
             value = builder.fmul(builder.fsub(e.load(_at(e, x, i), e.vector), middle), factor)
             value = e.fma(value, e.load(_at(e, gain, i), e.vector), e.load(_at(e, shift, i), e.vector))
-            if narrow:
-                e.store(e.narrow(value), _at(e, out, i, VECTOR_BYTES // 2), align=2)
+            at = _at(e, out, i, VECTOR_BYTES // 2)
+            if split:
+                for part, address in zip(e.split(value), (at, builder.add(at, low[0])), strict=True):
+                    e.store(part, address, align=2)
+            elif narrow:
+                e.store(e.narrow(value), at, align=2)
             else:
                 e.store(value, _at(e, out, i))
             return []
@@ -102,7 +109,14 @@ def _normalise(narrow: bool) -> Any:
         return context.get_dummy_value()
 
     int64, float32 = types.int64, types.float32
-    made = types.void(int64, int64, float32, float32, int64, int64, int64), codegen
+    made = types.void(int64, int64, float32, float32, *[int64] * (4 if split else 3)), codegen
+    if split:
+
+        @intrinsic
+        def normalise_split(typingctx, x, count, mean, scale, gain, shift, out, low):
+            return made
+
+        return normalise_split
 
     @intrinsic
     def normalise(typingctx, x, count, mean, scale, gain, shift, out):
@@ -111,7 +125,7 @@ def _normalise(narrow: bool) -> Any:
     return normalise
 
 
-row_normalise, row_normalise_bf16 = _normalise(False), _normalise(True)
+row_normalise, row_normalise_bf16, row_normalise_split = _normalise(False), _normalise(True), _normalise(True, True)
 
 
 # -- maps: eight numbers at a time on every CPU, so that sums are added up in the same order everywhere ----------------

@@ -60,6 +60,7 @@ _WIDTH, _HEADS, _HEAD_DIM = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_D
     _QKV_STEP,
     _ATTEND,
     _REST,
+    _SHORT_ROWS,
 ) = (int(entry) for entry in list(Pass)[:-1])
 
 
@@ -136,6 +137,7 @@ def _project(run, model, room, layer, first, last):
             load_integer(run, _X) + 4 * first * load_integer(model, _WIDTH),
             last - first,
             load_integer(run, _POSITIONS) + 8 * first,
+            load_integer(run, _SHORT_ROWS) + 8 * first,
             load_integer(run, _ROWS),
             out + 4 * first * load_integer(model, _HEAD_DIM),
         ),
@@ -157,7 +159,8 @@ def _run_block(run, model, room, phase, block):
             return
         x = load_integer(run, _X) + 4 * first * width
         weights = load_integer(run, _LAYERS) + layer * _LAYER_BYTES
-        call_kernel(load_integer(run, _REST), (model, weights, room, load_integer(room, _CONTEXT), x, last - first))
+        context, short = load_integer(room, _CONTEXT), load_integer(run, _SHORT_ROWS) + 8 * first
+        call_kernel(load_integer(run, _REST), (model, weights, room, context, x, last - first, short))
         if phase == load_integer(run, _NORM_AFTER):
             gain, shift = load_integer(model, _FINAL_GAIN), load_integer(model, _FINAL_SHIFT)
             layer_norm(x, 4 * width, last - first, width, gain, shift, x, 4 * width)

@@ -9,8 +9,8 @@ import numpy as np
 from ..constants import LAYER_NORM_EPSILON
 from .cache import helper
 from .emitter import LANES
-from .rows import row_normalise, row_normalise_bf16, row_squares, row_sum
-from .vectors import carray, float32_at, store_bf16, store_bf16_of, store_number_bf16, uint16_at
+from .rows import row_normalise, row_normalise_bf16, row_normalise_split, row_squares, row_sum
+from .vectors import carray, float32_at, load_integer, load_number, split_number, store_bf16, store_split, uint16_at
 
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
@@ -50,30 +50,61 @@ def layer_norm(x, step, rows, width, gain, shift, out, out_step):
 
 
 @helper
-def layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step):
-    """`layer_norm`, rounded to bf16, and zeros up to the next row."""
+def is_short(short, row):
+    """Whether a row is of a short sequence, by `Pass.SHORT_ROWS`."""
+    return load_integer(short, row + 1) != load_integer(short, row)
+
+
+@helper
+def clear_bf16(start, count):
+    """Zeros in bf16."""
+    numbers = carray(uint16_at(start), (count,))
+    numbers[:] = np.uint16(0)
+
+
+@helper
+def layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step, low, short):
+    """`layer_norm`, rounded to bf16, and zeros up to the next row.
+
+    If `low` is not 0, what rounding takes off the rows of `short` sequences goes so many bytes further, rounded to bf16
+    too, and zeros for the others.
+    """
     weight, bias = carray(float32_at(gain), (width,)), carray(float32_at(shift), (width,))
     whole = width // LANES
     for i in range(rows):
         row, target = x + i * step, out + i * out_step
         mean, scale = _moments(row, width)
-        row_normalise_bf16(row, whole, mean, scale, gain, shift, target)
+        clear_bf16(target + 2 * width, out_step // 2 - width)
+        if low != 0:
+            clear_bf16(target + low, out_step // 2)
+        split = low if low != 0 and is_short(short, i) else 0
+        if split != 0:
+            row_normalise_split(row, whole, mean, scale, gain, shift, target, split)
+        else:
+            row_normalise_bf16(row, whole, mean, scale, gain, shift, target)
         numbers = carray(float32_at(row), (width,))
         for j in range(whole * LANES, width):
-            store_bf16_of((numbers[j] - mean) * scale * weight[j] + bias[j], target + 2 * j)
-        rest = carray(uint16_at(target + 2 * width), (out_step // 2 - width,))
-        rest[:] = np.uint16(0)
+            split_number((numbers[j] - mean) * scale * weight[j] + bias[j], target + 2 * j, split)
 
 
 @helper
-def narrow_rows(x, step, rows, width, out, out_step):
-    """Rows rounded to bf16, and zeros up to the next row: address of float32 (R, D) -> address of uint16 (R, ≥ D)"""
+def narrow_rows(x, step, rows, width, out, out_step, low, short):
+    """Rows rounded to bf16, and zeros up to the next row: address of float32 (R, D) -> address of uint16 (R, ≥ D)
+
+    `low` and `short` are those of `layer_norm_bf16`.
+    """
     whole = width // LANES * LANES
     for i in range(rows):
         source, target = x + i * step, out + i * out_step
-        for j in range(0, whole, LANES):
-            store_bf16(source + 4 * j, target + 2 * j)
+        clear_bf16(target + 2 * width, out_step // 2 - width)
+        if low != 0:
+            clear_bf16(target + low, out_step // 2)
+        split = low if low != 0 and is_short(short, i) else 0
+        if split != 0:
+            for j in range(0, whole, LANES):
+                store_split(source + 4 * j, target + 2 * j, target + 2 * j + split)
+        else:
+            for j in range(0, whole, LANES):
+                store_bf16(source + 4 * j, target + 2 * j)
         for j in range(whole, width):
-            store_number_bf16(source + 4 * j, target + 2 * j)
-        rest = carray(uint16_at(target + 2 * width), (out_step // 2 - width,))
-        rest[:] = np.uint16(0)
+            split_number(load_number(source + 4 * j), target + 2 * j, split)

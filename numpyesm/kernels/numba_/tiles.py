@@ -122,21 +122,22 @@ def _steps_of_k(
 
 
 def _linear() -> Any:
-    """Make `f(half, a, a_step, b, k, ahead, ahead_step, _)`: two tiles of `half` rows by a packed panel.
+    """Make `f(half, a, a_step, b, k, ahead, ahead_step, add)`: two tiles of `half` rows by a packed panel.
 
     As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS. C stays in its registers
-    until `store_tiles`.
+    until `store_tiles`, and beyond it for what is added next.
     """
 
     def emit(
-        plain: Emitter, half: Any, a: Any, a_step: Any, b: Any, k: Any, ahead: Any, ahead_step: Any, _: Any
+        plain: Emitter, half: Any, a: Any, a_step: Any, b: Any, k: Any, ahead: Any, ahead_step: Any, add: Any
     ) -> None:
         e = TileEmitter(plain.b)
         builder = e.b
         second = builder.mul(half, a_step)
-        for tiles in _C:
-            for tile in tiles:
-                e.zero(tile)
+        with builder.if_then(builder.icmp_signed("==", add, e.number(0))):
+            for tiles in _C:
+                for tile in tiles:
+                    e.zero(tile)
 
         def left(i: Any, row: int) -> tuple[Any, Any]:
             start = builder.add(a, second) if row else a

@@ -77,6 +77,12 @@ def _store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) 
     e.store(e.narrow(e.b.fsub(value, e.load(centre, e.vector))), out, align=2)
 
 
+def _store_gelu_split(e: Emitter, source: Any, bias: Any, centre: Any, out: Any, low: Any) -> None:
+    value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)))
+    for part, address in zip(e.split(e.b.fsub(value, e.load(centre, e.vector))), (out, low), strict=True):
+        e.store(part, address, align=2)
+
+
 def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     e.store(e.b.fadd(e.load(out, e.vector), e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector))), out)
 
@@ -84,6 +90,7 @@ def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
 store_biased = _at_addresses(3, _store_biased)  # out = source + bias
 store_gelu = _at_addresses(3, _store_gelu)  # out = gelu(source + bias)
 store_gelu_bf16 = _at_addresses(4, _store_gelu_bf16)  # the same to 5 digits less `centre`, rounded to bf16
+store_gelu_split = _at_addresses(5, _store_gelu_split)  # the same exactly, what rounding takes off at the last one
 add_biased = _at_addresses(3, _add_biased)  # out += source + bias
 
 
@@ -207,13 +214,13 @@ def _store_bf16(e: Emitter, source: Any, out: Any) -> None:
     e.store(e.narrow(e.load(source, e.vector)), out, align=2)
 
 
-def _store_number_bf16(e: Emitter, source: Any, out: Any) -> None:
-    vector = e.narrow(e.splat(e.load(source, FLOAT)))
-    e.store(e.b.extract_element(vector, ir.Constant(I32, 0)), out, align=2)
+def _store_split(e: Emitter, source: Any, out: Any, low: Any) -> None:
+    for part, address in zip(e.split(e.load(source, e.vector)), (out, low), strict=True):
+        e.store(part, address, align=2)
 
 
 store_bf16 = _at_addresses(2, _store_bf16)  # one vector, rounded to bf16
-store_number_bf16 = _at_addresses(2, _store_number_bf16)  # one number, rounded to bf16
+store_split = _at_addresses(3, _store_split)  # the same, and what rounding takes off
 
 
 @intrinsic
@@ -238,16 +245,18 @@ def store_number(typingctx, value, address):
 
 
 @intrinsic
-def store_bf16_of(typingctx, value, address):
-    """Write one float32, rounded to bf16."""
+def split_number(typingctx, value, address, low):
+    """Write one float32, rounded to bf16, and `low` bytes on what that takes off, unless `low` is 0."""
 
     def codegen(context, builder, signature, arguments):
         e = Emitter(builder)
-        vector = e.narrow(e.splat(arguments[0]))
-        e.store(builder.extract_element(vector, ir.Constant(I32, 0)), arguments[1], align=2)
+        value, address, low = arguments
+        # The first part goes last, for where both go to one place.
+        for part, at in zip(reversed(e.split(e.splat(value))), (builder.add(address, low), address), strict=True):
+            e.store(builder.extract_element(part, ir.Constant(I32, 0)), at, align=2)
         return context.get_dummy_value()
 
-    return types.void(types.float32, types.int64), codegen
+    return types.void(types.float32, types.int64, types.int64), codegen
 
 
 @intrinsic

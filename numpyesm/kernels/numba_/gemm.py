@@ -46,6 +46,8 @@ STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
 READY, BF16, INT8 = 0, 1, 2
 
 _VECTORS = TILE_COLUMNS // LANES
+# Terms that float32 sums in one chain: in shorter ones additions round less, and each costs a pass over the tile.
+_CHAIN = 480
 # Where bf16 is multiplied on tile registers, its products take more rows, and steps of k by the tile.
 _TILES = ISA.tiles
 _NARROW_ROWS, _MULTIPLE = ISA.narrow_rows, ISA.narrow_steps
@@ -143,15 +145,15 @@ def _finish_heads(height, first_column, tile, bias, table, positions, heads, hea
 
 
 @helper
-def _tile_fp32(height, left, step, panel, inner, piece, tile, ahead, ahead_step):
-    """K is summed in pieces: shorter chains of additions round less."""
-    for k in range(0, inner, piece):
+def _tile_fp32(height, left, step, panel, inner, tile, ahead, ahead_step):
+    """A tile in float32."""
+    for k in range(0, inner, _CHAIN):
         multiply_fp32(
             height,
             left + 4 * k,
             step,
             panel + k * TILE_BYTES,
-            min(piece, inner - k),
+            min(_CHAIN, inner - k),
             tile,
             TILE_BYTES,
             k,
@@ -229,7 +231,7 @@ def _widen(narrow, stored, panel, scales, steps, out):
 
 
 @helper
-def _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
+def _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
     """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory."""
     x, x_step, rows, low, short = left
     first, start, height = _place(i, tiles, rows)
@@ -249,7 +251,7 @@ def _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k,
             _widen(narrow, stored, panel, scales, steps, wide)
         panel = wide
     if not narrow:
-        _tile_fp32(height, here, x_step, panel, inner, piece, tile, ahead, ahead_step)
+        _tile_fp32(height, here, x_step, panel, inner, tile, ahead, ahead_step)
         return
     parts = 2 if low != 0 and load_integer(short, start + height) != load_integer(short, start) else 1
     for part in range(parts):
@@ -264,9 +266,7 @@ def _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k,
 
 
 @helper
-def linear(
-    narrow, stored, step, piece, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
-):
+def linear(narrow, stored, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
     """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
     Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
@@ -284,7 +284,7 @@ def linear(
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, piece, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
+            _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
@@ -295,7 +295,7 @@ def linear(
 
 
 @helper
-def linear_heads(narrow, stored, piece, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
+def linear_heads(narrow, stored, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
     """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
     rows = left[2]
     tiles, half = _begin(narrow, rows)
@@ -303,7 +303,7 @@ def linear_heads(narrow, stored, piece, left, matrix, inner, table, positions, h
     products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, piece, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
+            _multiply(narrow, stored, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 4
@@ -313,7 +313,7 @@ def linear_heads(narrow, stored, piece, left, matrix, inner, table, positions, h
 
 
 @helper
-def plain_linear(step, piece, x, x_step, rows, inner, weight, panel_step, bias, columns, out, out_step, tile):
+def plain_linear(step, x, x_step, rows, inner, weight, panel_step, bias, columns, out, out_step, tile):
     """`step` of x @ weight + bias in float32, of packed weights without a table."""
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     ahead_step = (TILE_BYTES + tiles - 1) // tiles
@@ -321,6 +321,6 @@ def plain_linear(step, piece, x, x_step, rows, inner, weight, panel_step, bias, 
         first, start, height = _place(i, tiles, rows)
         panel = weight + first // TILE_COLUMNS * panel_step
         ahead = panel + panel_step + (i % tiles) * inner * ahead_step
-        _tile_fp32(height, x + start * x_step, x_step, panel, inner, piece, tile, ahead, ahead_step)
+        _tile_fp32(height, x + start * x_step, x_step, panel, inner, tile, ahead, ahead_step)
         width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + 4 * first
         _finish(step, height, width, tile, bias + 4 * first, bias, target, out_step, 0, 0)

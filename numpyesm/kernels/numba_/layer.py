@@ -31,10 +31,6 @@ from .vectors import load_integer
 NARROW = ISA.bf16
 _BF16_WEIGHTS = READY if NARROW else BF16
 
-# Terms that are summed in one chain: shorter chains of additions round less. Queries and keys end up in an exponent,
-# and the projection's error stays in the residual stream.
-_QKV_PIECE, _PROJECTION_PIECE, _FFN_PIECE = 120, 96, 160
-
 # Compiled code knows no enumerations.
 _WIDTH, _HEADS, _HEAD_DIM, _FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
 _GROUP_ROWS, _FFN_COLUMNS, _ROTARY = int(Model.GROUP_ROWS), int(Model.FFN_COLUMNS), int(Model.ROTARY)
@@ -79,7 +75,6 @@ def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, short, 
         linear_heads(
             narrow,
             stored,
-            _QKV_PIECE,
             (left, left_step, count, low, here),
             layer + _QKV,
             width,
@@ -114,20 +109,17 @@ def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, ro
             narrow_rows(attended, 4 * inner, count, inner, left, inner_step, low, here)
             attended = left
         lines = attended, inner_step, count, low, here
-        linear(narrow, stored, ADD, _PROJECTION_PIECE, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
+        linear(narrow, stored, ADD, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
         low = low_part(narrow, here, count, most, left_step)
         _normalised(narrow, y, step, count, width, gain, shift, left, left_step, low, here)
         lines = left, left_step, count, low, here
         low = low_part(narrow, here, count, most, hidden_step)
         hidden_lines = hidden, hidden_step, count, low, here
-        piece = _FFN_PIECE
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
         for first in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - first)
-            linear(
-                narrow, stored, gelu, piece, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room
-            )
-            linear(narrow, stored, ADD, piece, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
+            linear(narrow, stored, gelu, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room)
+            linear(narrow, stored, ADD, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
 
 
 @kernel
@@ -177,6 +169,6 @@ def project_and_feed_forward_int8(model, layer, room, context, x, rows, short):
 def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
     """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
     step, panel = 4 * width, width * TILE_BYTES
-    plain_linear(GELU, _PROJECTION_PIECE, x, step, rows, width, dense, panel, dense_bias, width, hidden, step, tile)
+    plain_linear(GELU, x, step, rows, width, dense, panel, dense_bias, width, hidden, step, tile)
     layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
-    plain_linear(STORE, _FFN_PIECE, hidden, step, rows, width, embedding, panel, bias, columns, out, 4 * columns, tile)
+    plain_linear(STORE, hidden, step, rows, width, embedding, panel, bias, columns, out, 4 * columns, tile)

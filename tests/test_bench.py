@@ -39,6 +39,9 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
         scan_residues=20,
         cache=tmp_path / "cache",
     )
+    short = [">" + record for record in accuracy.REAL_PROTEINS.read_text().split(">")[1:] if len(record) < 150]
+    (tmp_path / "short.fasta").write_text("".join(short))
+    monkeypatch.setattr(accuracy, "REAL_PROTEINS", tmp_path / "short.fasta")
     here = dict.fromkeys(("own", "peers", "esm-cpp"), Path(sys.executable))
     report.write_all(run.run(plan, here), tmp_path)
     result = json.loads((tmp_path / "latest.json").read_text())

@@ -23,6 +23,7 @@ pytest.importorskip("pyarrow")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_quiet_when_not_a_terminal_and_stdin(run: Callable[..., Done], tmp_path: Path) -> None:
     data = write_fasta(tmp_path / "in.fasta", 30).read_bytes()
     assert run("embed", "in.fasta", "-o", "a.parquet") == (0, b"", "")
@@ -54,6 +55,7 @@ def test_every_line_is_json_for_schedulers(run: Callable[..., Done], tmp_path: P
     assert len(rows(tmp_path / "out/a.parquet")) == 36
 
 
+@pytest.mark.slow
 def test_the_limit_of_memory_is_obeyed(run: Callable[..., Done], tmp_path: Path) -> None:
     write_fasta(tmp_path / "in.fasta", 3)
     command = ("embed", "in.fasta", "-o", "a.parquet", "--overwrite", "--max-memory")

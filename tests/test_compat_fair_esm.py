@@ -89,6 +89,7 @@ def run_theirs(model: Any, tokens: Any, **options: Any) -> Any:
 # -- the model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENS)
 def test_dictionary(models: Any, name: str) -> None:
     """Computed at every place up to a row's last token, that of padding between tokens included."""

@@ -48,6 +48,7 @@ def test_quoted_values_are_short() -> None:
     assert quoted([["deep"]]) == "list"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="shells and /dev/full")
 @pytest.mark.parametrize(
     ("redirection", "said", "code"),

@@ -271,6 +271,7 @@ def test_large_scores_do_not_overflow() -> None:
 # -- where models come from ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["fp16", "bf16", "int8"])
 def test_every_storage_runs_in_every_precision(stored: str, tmp_path: Path, loaded: ESM2) -> None:
     save_canonical(tmp_path / "narrow.safetensors", loaded.checkpoint, precision=stored)

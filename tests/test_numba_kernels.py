@@ -171,6 +171,7 @@ def test_linear_takes_any_number_of_rows() -> None:
         np.testing.assert_allclose(linear(x, weight, bias, gemm.ADD, before.copy()), before + exact, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others() -> None:
     x, weight, bias = normal(40, 96), normal(96, 70), normal(70)
     together = linear(x, weight, bias, gemm.GELU, np.empty((40, 70), np.float32))

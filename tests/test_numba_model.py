@@ -28,6 +28,7 @@ def ours() -> ESM2:
     return small_model(backend="compiled", threads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "mean", "residue", "same"), [("bf16", 0.9999, 0.999, 0.99), ("int8", 0.999, 0.99, 0.97)]
 )
@@ -75,6 +76,7 @@ def test_contact_gate_of_low_precision(precision: str) -> None:
     assert difference.max() <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_results_do_not_depend_on_batch_mates_threads_or_the_run(precision: str) -> None:
     sequences = [random_sequence(n, n) for n in (1, 2, 30, 100, 64, 7, 300, 45)]
@@ -86,6 +88,7 @@ def test_results_do_not_depend_on_batch_mates_threads_or_the_run(precision: str)
     assert_same(models[0].encode(sequences[::-1], [0, 2, -1], ALL)[::-1], together)
 
 
+@pytest.mark.slow
 def test_int8_file_gives_what_rounding_at_load_gives(small_file: str, tmp_path: Path) -> None:
     narrow = convert(small_file, tmp_path / "narrow.safetensors", dtype="int8").path
     a, b = (ESM2.from_pretrained(path, backend="compiled", precision="int8") for path in (small_file, narrow))

@@ -63,6 +63,7 @@ WRAPPERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", WRAPPERS)
 @pytest.mark.parametrize("family", [fair_esm, hugging_face])
 def test_any_wrapper_in_any_container(tmp_path: Path, family: Callable[..., State], prefix: str) -> None:

@@ -224,6 +224,7 @@ def test_masked_marginals_are_predict(model: ESM2) -> None:
     assert model.score_mutations(WILD_TYPE, [single(7, "W")])[0] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"])
 def test_mutants_one_by_one_and_no_change(model: ESM2, method: str) -> None:
     together = model.score_mutations(WILD_TYPE, (m for m in MUTATIONS), method)

@@ -33,6 +33,7 @@ def test_missing_and_infinite_values() -> None:
         spearman([1, 2, 3], [1, 2])
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # SciPy takes seconds to import
 @given(st.lists(st.tuples(st.integers(-5, 5), st.floats(-1e6, 1e6)), min_size=2, max_size=60))
 def test_like_scipy(pairs: list[tuple[int, float]]) -> None:

@@ -267,6 +267,7 @@ def test_deadline_and_share_of_the_queue(hold: Any) -> None:
     held.check_idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the grace ends", "a second signal"])
 def test_who_waits_is_told_when_time_is_up(hold: Any, how: str) -> None:
     held = hold(grace=0.2 if how == "the grace ends" else 300)

@@ -75,6 +75,7 @@ def depends_on_the_blas(_: object) -> dict[str, str]:
     return dict.fromkeys(("check_methods_sample_order_invariance", "check_methods_subset_invariance"), reason)
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     [FromNumbers("synthetic:esm2-8m", backend="numpy", threads=1)], expected_failed_checks=depends_on_the_blas
 )

@@ -146,6 +146,7 @@ print(least, measured("VmHWM"))
     assert 0.6 * least < used < least
 
 
+@pytest.mark.slow
 @linux
 def test_processes_share_the_weights(weights: dict[str, Path]) -> None:
     """The proportional share of one of two processes with the same file is smaller by half the file."""
@@ -227,6 +228,7 @@ def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numpyesm.memory.resident_memory", lambda: 60 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_process")
 def test_a_limit_is_pickled_and_the_backend_follows_it(small_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
@@ -237,6 +239,7 @@ def test_a_limit_is_pickled_and_the_backend_follows_it(small_file: str, monkeypa
     assert again.passes.budget.limit == model.passes.budget.limit == 350 << 20
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("limit", ["-v 524288", "-d 524288"])
 def test_with_numba_installed_a_small_address_space_takes_numpy(weights: dict[str, Path], limit: str) -> None:

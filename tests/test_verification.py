@@ -50,6 +50,7 @@ def numbers(right: Checkpoint) -> dict[str, Any]:
     return {"encode": cases, "predict": [{"sequence": masked, "logits": logits}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_wrong_frequencies_alone_are_found(
     right: Checkpoint, wrong: Checkpoint, numbers: dict[str, Any], backend: str

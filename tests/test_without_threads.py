@@ -99,6 +99,7 @@ def test_every_module_of_the_numpy_path_can_be_imported(answers: dict[str, Any])
     assert answers["imported"] == []
 
 
+@pytest.mark.slow
 def test_a_forward_pass_gives_the_same_numbers(answers: dict[str, Any], loaded: ESM2) -> None:
     result = loaded.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
     masked, scores = loaded.predict(["MK<mask>F"])[0].logits, loaded.log_prob(["MKT"])

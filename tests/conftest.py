@@ -32,13 +32,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are CPUs: many tests wait for programs that they start."""
-    return min(4, (os.cpu_count() or 1) + 1)
-
-
 # Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
 SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)
 

@@ -160,12 +160,20 @@ class Emitter:
         kind = ir.VectorType(_BFloat(), self.isa.lanes)
         return self.b.bitcast(self.b.fptrunc(x, kind), ir.VectorType(ir.IntType(16), self.isa.lanes))
 
+    def widen(self, bits: Any) -> Any:
+        """bf16, as the bits that memory holds, as float32."""
+        sixteen = ir.Constant(self.integers, [16] * self.isa.lanes)
+        return self.b.bitcast(self.b.shl(self.b.zext(bits, self.integers), sixteen), self.vector)
+
     def split(self, x: Any) -> tuple[Any, Any]:
         """float32 as the sum of two numbers in bf16, good to 16 bits."""
         high = self.narrow(x)
-        sixteen = ir.Constant(self.integers, [16] * self.isa.lanes)
-        wide = self.b.bitcast(self.b.shl(self.b.zext(high, self.integers), sixteen), self.vector)
-        return high, self.narrow(self.b.fsub(x, wide))
+        return high, self.narrow(self.b.fsub(x, self.widen(high)))
+
+    def store_split(self, x: Any, out: Any, low: Any) -> None:
+        """The two numbers of `split` at two addresses."""
+        for part, address in zip(self.split(x), (out, low), strict=True):
+            self.store(part, address, align=2)
 
     def narrow_pair(self, low: Any, high: Any) -> Any:
         """Two float32 vectors rounded to bf16, lane by lane one beside the other."""

@@ -20,7 +20,7 @@ from .emitter import (
     multiply_bf16,
     multiply_fp32,
 )
-from .steps import clear_bf16, is_short
+from .steps import any_short, clear_bf16
 from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
     PIECE,
@@ -70,7 +70,7 @@ def low_part(narrow, short, rows, most, step):
 
     The buffer is for `most` rows, and for what tile registers read behind them.
     """
-    if narrow and load_integer(short, rows) != load_integer(short, 0):
+    if narrow and any_short(short, 0, rows):
         return (most + _NARROW_ROWS) * step
     return 0
 
@@ -85,7 +85,7 @@ def _finish(step, height, width, tile, bias, centre, out, out_step, low, short):
         source, target = tile + row * TILE_BYTES, out + row * out_step
         split = False
         if step == GELU_BF16 and low != 0:
-            split = is_short(short, row)
+            split = any_short(short, row, row + 1)
             if not split:
                 clear_bf16(target + low, TILE_COLUMNS)
         if width == TILE_COLUMNS or step == GELU_BF16:  # which has room for whole tiles
@@ -253,7 +253,7 @@ def _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner,
     if not narrow:
         _tile_fp32(height, here, x_step, panel, inner, tile, ahead, ahead_step)
         return
-    parts = 2 if low != 0 and load_integer(short, start + height) != load_integer(short, start) else 1
+    parts = 2 if low != 0 and any_short(short, start, start + height) else 1
     for part in range(parts):
         if _TILES:
             multiply_tiles(half, here, x_step, panel, steps, ahead, ahead_step, part)

@@ -97,8 +97,7 @@ def _normalise(narrow: bool, split: bool = False) -> Any:
             value = e.fma(value, e.load(_at(e, gain, i), e.vector), e.load(_at(e, shift, i), e.vector))
             at = _at(e, out, i, VECTOR_BYTES // 2)
             if split:
-                for part, address in zip(e.split(value), (at, builder.add(at, low[0])), strict=True):
-                    e.store(part, address, align=2)
+                e.store_split(value, at, builder.add(at, low[0]))
             elif narrow:
                 e.store(e.narrow(value), at, align=2)
             else:

@@ -50,9 +50,9 @@ def layer_norm(x, step, rows, width, gain, shift, out, out_step):
 
 
 @helper
-def is_short(short, row):
-    """Whether a row is of a short sequence, by `Pass.SHORT_ROWS`."""
-    return load_integer(short, row + 1) != load_integer(short, row)
+def any_short(short, first, last):
+    """Whether any of the rows from `first` to `last` is of a short sequence, by `Pass.SHORT_ROWS`."""
+    return load_integer(short, last) != load_integer(short, first)
 
 
 @helper
@@ -60,6 +60,16 @@ def clear_bf16(start, count):
     """Zeros in bf16."""
     numbers = carray(uint16_at(start), (count,))
     numbers[:] = np.uint16(0)
+
+
+@helper
+def _begin_row(target, width, step, low, short, row):
+    """Zeros behind a row and for its low part: -> `low` if the row is of a short sequence, else 0."""
+    clear_bf16(target + 2 * width, step // 2 - width)
+    if low == 0:
+        return 0
+    clear_bf16(target + low, step // 2)
+    return low if any_short(short, row, row + 1) else 0
 
 
 @helper
@@ -74,10 +84,7 @@ def layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step, low, short
     for i in range(rows):
         row, target = x + i * step, out + i * out_step
         mean, scale = _moments(row, width)
-        clear_bf16(target + 2 * width, out_step // 2 - width)
-        if low != 0:
-            clear_bf16(target + low, out_step // 2)
-        split = low if low != 0 and is_short(short, i) else 0
+        split = _begin_row(target, width, out_step, low, short, i)
         if split != 0:
             row_normalise_split(row, whole, mean, scale, gain, shift, target, split)
         else:
@@ -96,10 +103,7 @@ def narrow_rows(x, step, rows, width, out, out_step, low, short):
     whole = width // LANES * LANES
     for i in range(rows):
         source, target = x + i * step, out + i * out_step
-        clear_bf16(target + 2 * width, out_step // 2 - width)
-        if low != 0:
-            clear_bf16(target + low, out_step // 2)
-        split = low if low != 0 and is_short(short, i) else 0
+        split = _begin_row(target, width, out_step, low, short, i)
         if split != 0:
             for j in range(0, whole, LANES):
                 store_split(source + 4 * j, target + 2 * j, target + 2 * j + split)

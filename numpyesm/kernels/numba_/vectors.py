@@ -79,8 +79,7 @@ def _store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) 
 
 def _store_gelu_split(e: Emitter, source: Any, bias: Any, centre: Any, out: Any, low: Any) -> None:
     value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)))
-    for part, address in zip(e.split(e.b.fsub(value, e.load(centre, e.vector))), (out, low), strict=True):
-        e.store(part, address, align=2)
+    e.store_split(e.b.fsub(value, e.load(centre, e.vector)), out, low)
 
 
 def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
@@ -140,8 +139,7 @@ def _widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
         for j in range(e.isa.vectors):
             at = e.number(j)
             bits = e.load(e.offset(e.offset(source, i, TILE_BYTES // 2), at, VECTOR_BYTES // 2), half, align=2)
-            wide = e.b.shl(e.b.zext(bits, e.integers), ir.Constant(e.integers, [16] * e.isa.lanes))
-            e.store(wide, e.offset(e.offset(out, i, TILE_BYTES), at, VECTOR_BYTES))
+            e.store(e.widen(bits), e.offset(e.offset(out, i, TILE_BYTES), at, VECTOR_BYTES))
         return []
 
     e.loop(steps, [], step)
@@ -215,8 +213,7 @@ def _store_bf16(e: Emitter, source: Any, out: Any) -> None:
 
 
 def _store_split(e: Emitter, source: Any, out: Any, low: Any) -> None:
-    for part, address in zip(e.split(e.load(source, e.vector)), (out, low), strict=True):
-        e.store(part, address, align=2)
+    e.store_split(e.load(source, e.vector), out, low)
 
 
 store_bf16 = _at_addresses(2, _store_bf16)  # one vector, rounded to bf16

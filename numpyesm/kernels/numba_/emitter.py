@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 from ..compiled.isa import Isa
 from ..constants import GELU_POLYNOMIAL
@@ -290,39 +291,50 @@ def _multiply_bf16(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 _MULTIPLY = {"fp32": _multiply_fp32, "bf16": _multiply_bf16}
 
 
+def intrinsic(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make a Numba intrinsic of `emit(emitter, *values)`, which writes IR and returns the result's value, if any."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            value = emit(Emitter(builder), *values)
+            return context.get_dummy_value() if value is None else value
+
+        def typed(*_: Any) -> Any:
+            return result(*kinds), codegen
+
+        # Numba asks the function for its parameters.
+        names = ["typingctx", *(f"value{i}" for i in range(len(kinds)))]
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        vars(typed)["__signature__"] = Signature(parameters)
+        return _intrinsic(typed)
+
+    return decorate
+
+
+def on_addresses(count: int) -> Callable[[Callable[..., Any]], Any]:
+    """`intrinsic` without a result, of integers."""
+    return intrinsic(types.void, *[types.int64] * count)
+
+
 def function(name: str, count: int, emit: Callable[..., None]) -> Any:
-    """An intrinsic of eight or ten integers that calls what `emit(emitter, *arguments)` writes.
+    """An intrinsic that calls what `emit(emitter, *integers)` writes.
 
     One copy in a module however often it is called: inlined, it would be optimised anew at each place.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        made = builder.module.globals.get(name)
+    @on_addresses(count)
+    def call(e: Emitter, *arguments: Any) -> None:
+        made = e.b.module.globals.get(name)
         if made is None:
-            made = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+            made = ir.Function(e.b.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
             made.attributes.add("noinline")
             made.linkage = "internal"
             inner = ir.IRBuilder(made.append_basic_block("entry"))
             emit(Emitter(inner), *made.args)
             inner.ret_void()
-        builder.call(made, arguments)
-        return context.get_dummy_value()
+        e.b.call(made, arguments)
 
-    compiled = types.void(*[types.int64] * count), codegen
-    # Numba looks at the parameters of the function itself.
-    if count == 8:
-
-        @intrinsic
-        def eight(typingctx, a0, a1, a2, a3, a4, a5, a6, a7):
-            return compiled
-
-        return eight
-
-    @intrinsic
-    def ten(typingctx, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9):
-        return compiled
-
-    return ten
+    return call
 
 
 def _step(

@@ -11,8 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter
-from .vectors import intrinsic
+from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter, intrinsic
 
 
 def _at(e: Emitter, address: Any, i: Any, size: int = VECTOR_BYTES) -> Any:
@@ -47,38 +46,26 @@ def _halves(
     return combine(last, second)
 
 
-@intrinsic
-def row_sum(typingctx, x, count):
+@intrinsic(types.float32, types.int64, types.int64)
+def row_sum(e: Emitter, x: Any, count: Any) -> Any:
     """Sum of the vectors at x."""
 
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        x, count = arguments
+    def step(i: Any, value: Any) -> Any:
+        return e.b.fadd(value, e.load(_at(e, x, i), e.vector))
 
-        def step(i: Any, value: Any) -> Any:
-            return builder.fadd(value, e.load(_at(e, x, i), e.vector))
-
-        return _across(e, _halves(e, count, e.constant(0.0), step, builder.fadd), builder.fadd)
-
-    return types.float32(types.int64, types.int64), codegen
+    return _across(e, _halves(e, count, e.constant(0.0), step, e.b.fadd), e.b.fadd)
 
 
-@intrinsic
-def row_squares(typingctx, x, count, mean):
+@intrinsic(types.float32, types.int64, types.int64, types.float32)
+def row_squares(e: Emitter, x: Any, count: Any, mean: Any) -> Any:
     """Sum of squared differences from the mean."""
+    middle = e.splat(mean)
 
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        x, count, mean = arguments
-        middle = e.splat(mean)
+    def step(i: Any, value: Any) -> Any:
+        difference = e.b.fsub(e.load(_at(e, x, i), e.vector), middle)
+        return e.fma(difference, difference, value)
 
-        def step(i: Any, value: Any) -> Any:
-            difference = builder.fsub(e.load(_at(e, x, i), e.vector), middle)
-            return e.fma(difference, difference, value)
-
-        return _across(e, _halves(e, count, e.constant(0.0), step, builder.fadd), builder.fadd)
-
-    return types.float32(types.int64, types.int64, types.float32), codegen
+    return _across(e, _halves(e, count, e.constant(0.0), step, e.b.fadd), e.b.fadd)
 
 
 def _normalise(narrow: bool, split: bool = False) -> Any:
@@ -86,18 +73,20 @@ def _normalise(narrow: bool, split: bool = False) -> Any:
 
     With `split`, an eighth argument says how many bytes on what rounding takes off goes.
     """
+    addresses = [types.int64] * (4 if split else 3)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        e = Emitter(builder)
-        x, count, mean, scale, gain, shift, out, *low = arguments
+    @intrinsic(types.void, types.int64, types.int64, types.float32, types.float32, *addresses)
+    def normalise(
+        e: Emitter, x: Any, count: Any, mean: Any, scale: Any, gain: Any, shift: Any, out: Any, *low: Any
+    ) -> None:
         middle, factor = e.splat(mean), e.splat(scale)
 
         def body(i: Any, _: list[Any]) -> list[Any]:
-            value = builder.fmul(builder.fsub(e.load(_at(e, x, i), e.vector), middle), factor)
+            value = e.b.fmul(e.b.fsub(e.load(_at(e, x, i), e.vector), middle), factor)
             value = e.fma(value, e.load(_at(e, gain, i), e.vector), e.load(_at(e, shift, i), e.vector))
             at = _at(e, out, i, VECTOR_BYTES // 2)
             if split:
-                e.store_split(value, at, builder.add(at, low[0]))
+                e.store_split(value, at, e.b.add(at, low[0]))
             elif narrow:
                 e.store(e.narrow(value), at, align=2)
             else:
@@ -105,21 +94,6 @@ def _normalise(narrow: bool, split: bool = False) -> Any:
             return []
 
         e.fold(count, [], body)
-        return context.get_dummy_value()
-
-    int64, float32 = types.int64, types.float32
-    made = types.void(int64, int64, float32, float32, *[int64] * (4 if split else 3)), codegen
-    if split:
-
-        @intrinsic
-        def normalise_split(typingctx, x, count, mean, scale, gain, shift, out, low):
-            return made
-
-        return normalise_split
-
-    @intrinsic
-    def normalise(typingctx, x, count, mean, scale, gain, shift, out):
-        return made
 
     return normalise
 
@@ -146,44 +120,31 @@ def _sum_of_eight(e: Emitter, vector: Any) -> Any:
     return numbers[0]
 
 
-@intrinsic
-def weighted_sum(typingctx, row, factors, eights):
+@intrinsic(types.float64, types.int64, types.int64, types.int64)
+def weighted_sum(e: Emitter, row: Any, factors: Any, eights: Any) -> Any:
     """Sum of 8 · `eights` numbers, float32, times float64 factors."""
 
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        row, factors, eights = arguments
+    def body(i: Any, values: list[Any]) -> list[Any]:
+        return [e.b.fadd(values[0], _attention(e, row, factors, i))]
 
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            return [builder.fadd(values[0], _attention(e, row, factors, i))]
-
-        return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
-
-    return types.float64(types.int64, types.int64, types.int64), codegen
+    return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
 
 
-@intrinsic
-def contact_row(typingctx, row, factors, eights, coefficient, sums, target):
+@intrinsic(types.float64, *[types.int64] * 3, types.float64, *[types.int64] * 2)
+def contact_row(e: Emitter, row: Any, factors: Any, eights: Any, coefficient: Any, sums: Any, target: Any) -> Any:
     """sums += attention and target += coefficient · attention, of 8 · `eights` queries; the sum of their attention."""
+    weight = ir.Constant(_EIGHT_SUMS, ir.Undefined)
+    for i in range(8):
+        weight = e.b.insert_element(weight, coefficient, ir.Constant(I32, i))
 
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        row, factors, eights, coefficient, sums, target = arguments
-        weight = ir.Constant(_EIGHT_SUMS, ir.Undefined)
-        for i in range(8):
-            weight = builder.insert_element(weight, coefficient, ir.Constant(I32, i))
+    def add(value: Any, address: Any, i: Any) -> None:
+        at = e.offset(address, i, 64)
+        e.store(e.b.fadd(e.load(at, _EIGHT_SUMS, align=8), value), at, align=8)
 
-        def add(value: Any, address: Any, i: Any) -> None:
-            at = e.offset(address, i, 64)
-            e.store(builder.fadd(e.load(at, _EIGHT_SUMS, align=8), value), at, align=8)
+    def body(i: Any, values: list[Any]) -> list[Any]:
+        attention = _attention(e, row, factors, i)
+        add(attention, sums, i)
+        add(e.b.fmul(attention, weight), target, i)
+        return [e.b.fadd(values[0], attention)]
 
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            attention = _attention(e, row, factors, i)
-            add(attention, sums, i)
-            add(builder.fmul(attention, weight), target, i)
-            return [builder.fadd(values[0], attention)]
-
-        return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])
-
-    int64, float64 = types.int64, types.float64
-    return float64(int64, int64, int64, float64, int64, int64), codegen
+    return _sum_of_eight(e, e.fold(eights, [ir.Constant(_EIGHT_SUMS, [0.0] * 8)], body)[0])

@@ -12,11 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
 from ..compiled.isa import HALF_ROWS, STEPS
-from .emitter import I64, ISA, TILE_BYTES, VECTOR_BYTES, Emitter, function
-from .vectors import intrinsic
+from .emitter import I64, ISA, TILE_BYTES, VECTOR_BYTES, Emitter, function, on_addresses
 
 BYTE = ir.IntType(8)
 _POINTER = BYTE.as_pointer()
@@ -46,54 +44,37 @@ class TileEmitter(Emitter):
         self.call("llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
 
 
-@intrinsic
-def configure_tiles(typingctx, half):
+@on_addresses(1)
+def configure_tiles(e: Emitter, half: Any) -> None:
     """Rows of A and C have `half` rows a tile from now on, in this thread; every tile becomes zero."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        bytes_of_table = ir.ArrayType(BYTE, 64)
-        with builder.goto_entry_block():
-            table = builder.alloca(bytes_of_table)
-        builder.store(ir.Constant(bytes_of_table, None), table)
-        start = builder.ptrtoint(table, I64)
-        rows = builder.trunc(arguments[0], BYTE)
-        e.store(BYTE(_PALETTE), start, align=1)
-        for tile in range(8):
-            e.store(ir.IntType(16)(_ROW_BYTES), builder.add(start, e.number(16 + 2 * tile)), align=1)
-            height = BYTE(HALF_ROWS) if tile in _B else rows
-            e.store(height, builder.add(start, e.number(48 + tile)), align=1)
-        e.call("llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(table, _POINTER))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    bytes_of_table = ir.ArrayType(BYTE, 64)
+    with e.b.goto_entry_block():
+        table = e.b.alloca(bytes_of_table)
+    e.b.store(ir.Constant(bytes_of_table, None), table)
+    start = e.b.ptrtoint(table, I64)
+    rows = e.b.trunc(half, BYTE)
+    e.store(BYTE(_PALETTE), start, align=1)
+    for tile in range(8):
+        e.store(ir.IntType(16)(_ROW_BYTES), e.b.add(start, e.number(16 + 2 * tile)), align=1)
+        height = BYTE(HALF_ROWS) if tile in _B else rows
+        e.store(height, e.b.add(start, e.number(48 + tile)), align=1)
+    e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.b.bitcast(table, _POINTER))
 
 
-@intrinsic
-def store_tiles(typingctx, half, c, c_step):
+@on_addresses(3)
+def store_tiles(plain: Emitter, half: Any, c: Any, c_step: Any) -> None:
     """C, two by two tiles of `half` rows, to memory; rows are `c_step` bytes apart."""
-
-    def codegen(context, builder, signature, arguments):
-        e = TileEmitter(builder)
-        half, c, c_step = arguments
-        for row in range(2):
-            start = builder.add(c, builder.mul(half, c_step)) if row else c
-            for column in range(2):
-                e.store_tile(_C[row][column], builder.add(start, e.number(column * _ROW_BYTES)), c_step)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    e = TileEmitter(plain.b)
+    for row in range(2):
+        start = e.b.add(c, e.b.mul(half, c_step)) if row else c
+        for column in range(2):
+            e.store_tile(_C[row][column], e.b.add(start, e.number(column * _ROW_BYTES)), c_step)
 
 
-@intrinsic
-def release_tiles(typingctx):
+@on_addresses(0)
+def release_tiles(e: Emitter) -> None:
     """Tiles are not in use any more: the system need not save them."""
-
-    def codegen(context, builder, signature, arguments):
-        Emitter(builder).call("llvm.x86.tilerelease", ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    e.call("llvm.x86.tilerelease", ir.VoidType())
 
 
 def _steps_of_k(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -11,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .emitter import FLOAT, I32, I64, LANES, TILE_BYTES, VECTOR_BYTES, Emitter
+from .emitter import FLOAT, I32, I64, LANES, TILE_BYTES, VECTOR_BYTES, Emitter, intrinsic, on_addresses
 
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
@@ -19,78 +18,42 @@ PIECE = min(LANES, 8)
 _HALF = ir.IntType(16)
 
 # Numba's declarations describe what its decorators take, not what they make of it.
-intrinsic: Any = _intrinsic
 carray: Any = vars(numba)["carray"]
-
-
-def _at_addresses(count: int, emit: Callable[..., None]) -> Any:
-    """An intrinsic of `count` addresses that writes `emit(emitter, *addresses)`; one to seven of them."""
-
-    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit(Emitter(builder), *arguments)
-        return context.get_dummy_value()
-
-    made = types.void(*[types.int64] * count), make
-    # Numba looks at the parameters of the function itself.
-    if count == 2:
-
-        @intrinsic
-        def two(typingctx, a, b):
-            return made
-
-        return two
-    if count == 3:
-
-        @intrinsic
-        def three(typingctx, a, b, c):
-            return made
-
-        return three
-    if count == 4:
-
-        @intrinsic
-        def four(typingctx, a, b, c, d):
-            return made
-
-        return four
-
-    @intrinsic
-    def five(typingctx, a, b, c, d, e):
-        return made
-
-    return five
 
 
 # -- the end of a product -------------------------------------------------------------------------------------------
 
 
-def _store_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+@on_addresses(3)
+def store_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+    """out = source + bias"""
     e.store(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)), out)
 
 
-def _store_gelu(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+@on_addresses(3)
+def store_gelu(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+    """out = gelu(source + bias)"""
     e.store(e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector))), out)
 
 
-def _store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) -> None:
+@on_addresses(4)
+def store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) -> None:
+    """out = gelu(source + bias) to 5 digits, less `centre`, rounded to bf16."""
     value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)), coarse=True)
     e.store(e.narrow(e.b.fsub(value, e.load(centre, e.vector))), out, align=2)
 
 
-def _store_gelu_split(e: Emitter, source: Any, bias: Any, centre: Any, out: Any, low: Any) -> None:
+@on_addresses(5)
+def store_gelu_split(e: Emitter, source: Any, bias: Any, centre: Any, out: Any, low: Any) -> None:
+    """The same without the limit to 5 digits, and what rounding takes off to `low`."""
     value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)))
     e.store_split(e.b.fsub(value, e.load(centre, e.vector)), out, low)
 
 
-def _add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+@on_addresses(3)
+def add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+    """out += source + bias"""
     e.store(e.b.fadd(e.load(out, e.vector), e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector))), out)
-
-
-store_biased = _at_addresses(3, _store_biased)  # out = source + bias
-store_gelu = _at_addresses(3, _store_gelu)  # out = gelu(source + bias)
-store_gelu_bf16 = _at_addresses(4, _store_gelu_bf16)  # the same to 5 digits less `centre`, rounded to bf16
-store_gelu_split = _at_addresses(5, _store_gelu_split)  # the same exactly, what rounding takes off at the last one
-add_biased = _at_addresses(3, _add_biased)  # out += source + bias
 
 
 def _rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any) -> Any:
@@ -110,29 +73,29 @@ def _piece_bf16(e: Emitter, value: Any) -> Any:
     return e.b.trunc(e.b.lshr(rounded, ir.Constant(wide, [16] * PIECE)), ir.VectorType(_HALF, PIECE))
 
 
-def _store_rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, out: Any) -> None:
+@on_addresses(5)
+def store_rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, out: Any) -> None:
     e.store(_rotated(e, source, bias, cosine, sine), out)
 
 
-def _store_piece(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+@on_addresses(3)
+def store_piece(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     piece = ir.VectorType(FLOAT, PIECE)
     e.store(e.b.fadd(e.load(source, piece), e.load(bias, piece)), out)
 
 
-def _store_piece_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
+@on_addresses(3)
+def store_piece_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     piece = ir.VectorType(FLOAT, PIECE)
     e.store(_piece_bf16(e, e.b.fadd(e.load(source, piece), e.load(bias, piece))), out, align=2)
-
-
-store_rotated = _at_addresses(5, _store_rotated)
-store_piece = _at_addresses(3, _store_piece)
-store_piece_bf16 = _at_addresses(3, _store_piece_bf16)
 
 
 # -- narrow weights -------------------------------------------------------------------------------------------------
 
 
-def _widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
+@on_addresses(3)
+def widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
+    """`steps` of k of a panel: bf16 -> float32"""
     half = ir.VectorType(_HALF, e.isa.lanes)
 
     def step(i: Any, _: list[Any]) -> list[Any]:
@@ -145,7 +108,9 @@ def _widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
     e.loop(steps, [], step)
 
 
-def _widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out: Any) -> None:
+@on_addresses(5)
+def widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out: Any) -> None:
+    """`steps` of k of a panel: int8, with a scale for each column -> float32, or bf16 in `pairs`"""
     lanes = e.isa.lanes
     factors = [e.load(e.offset(scales, e.number(j), VECTOR_BYTES), e.vector) for j in range(e.isa.vectors)]
 
@@ -175,20 +140,19 @@ def _widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, ou
     e.switch(pairs, [0, 1], case)
 
 
-# `steps` of k of a panel: bf16 -> float32
-widen_bf16 = _at_addresses(3, _widen_bf16)
-# f(pairs, source, scales, steps, out): int8, with a scale for each column -> float32, or bf16 in pairs
-widen_int8 = _at_addresses(5, _widen_int8)
-
-
 # -- columns of a strip of scores (keys × queries): one lane is one query -------------------------------------------
 
 
-def _store_scaled(e: Emitter, source: Any, factor: Any, out: Any) -> None:
+@on_addresses(3)
+def store_scaled(e: Emitter, source: Any, factor: Any, out: Any) -> None:
+    """out = source · factor, lane by lane"""
     e.store(e.b.fmul(e.load(source, e.vector), e.load(factor, e.vector)), out)
 
 
-def _column_maximum(e: Emitter, scores: Any, step: Any, count: Any, highest: Any) -> None:
+@on_addresses(4)
+def column_maximum(e: Emitter, scores: Any, step: Any, count: Any, highest: Any) -> None:
+    """highest = max(highest, scores[0], …) of rows `step` bytes apart"""
+
     def body(i: Any, values: list[Any]) -> list[Any]:
         return [e.larger(values[0], e.load(e.b.add(scores, e.b.mul(i, step)), e.vector))]
 
@@ -196,78 +160,56 @@ def _column_maximum(e: Emitter, scores: Any, step: Any, count: Any, highest: Any
     e.store(result, highest)
 
 
-def _store_pair(e: Emitter, low: Any, high: Any, out: Any) -> None:
+@on_addresses(3)
+def store_pair(e: Emitter, low: Any, high: Any, out: Any) -> None:
+    """out = low and high rounded to bf16, side by side"""
     e.store(e.narrow_pair(e.load(low, e.vector), e.load(high, e.vector)), out)
-
-
-store_scaled = _at_addresses(3, _store_scaled)  # out = source · factor, lane by lane
-column_maximum = _at_addresses(4, _column_maximum)  # highest = max(highest, scores[0], …) of rows `step` bytes apart
-store_pair = _at_addresses(3, _store_pair)  # out = low and high rounded to bf16, side by side
 
 
 # -- numbers at an address ------------------------------------------------------------------------------------------
 
 
-def _store_bf16(e: Emitter, source: Any, out: Any) -> None:
+@on_addresses(2)
+def store_bf16(e: Emitter, source: Any, out: Any) -> None:
+    """One vector, rounded to bf16."""
     e.store(e.narrow(e.load(source, e.vector)), out, align=2)
 
 
-def _store_split(e: Emitter, source: Any, out: Any, low: Any) -> None:
+@on_addresses(3)
+def store_split(e: Emitter, source: Any, out: Any, low: Any) -> None:
+    """The same, and what rounding takes off to `low`."""
     e.store_split(e.load(source, e.vector), out, low)
 
 
-store_bf16 = _at_addresses(2, _store_bf16)  # one vector, rounded to bf16
-store_split = _at_addresses(3, _store_split)  # the same, and what rounding takes off
-
-
-@intrinsic
-def load_number(typingctx, address):
+@intrinsic(types.float32, types.int64)
+def load_number(e: Emitter, address: Any) -> Any:
     """The float32 at an address."""
-
-    def codegen(context, builder, signature, arguments):
-        return Emitter(builder).load(arguments[0], FLOAT)
-
-    return types.float32(types.int64), codegen
+    return e.load(address, FLOAT)
 
 
-@intrinsic
-def store_number(typingctx, value, address):
+@intrinsic(types.void, types.float32, types.int64)
+def store_number(e: Emitter, value: Any, address: Any) -> None:
     """Write one float32."""
-
-    def codegen(context, builder, signature, arguments):
-        Emitter(builder).store(*arguments)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64), codegen
+    e.store(value, address)
 
 
-@intrinsic
-def split_number(typingctx, value, address, low):
+@intrinsic(types.void, types.float32, types.int64, types.int64)
+def split_number(e: Emitter, value: Any, address: Any, low: Any) -> None:
     """Write one float32, rounded to bf16, and `low` bytes on what that takes off, unless `low` is 0."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        value, address, low = arguments
-        # The first part goes last, for where both go to one place.
-        for part, at in zip(reversed(e.split(e.splat(value))), (builder.add(address, low), address), strict=True):
-            e.store(builder.extract_element(part, ir.Constant(I32, 0)), at, align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64, types.int64), codegen
+    # The first part goes last, for where both go to one place.
+    for part, at in zip(reversed(e.split(e.splat(value))), (e.b.add(address, low), address), strict=True):
+        e.store(e.b.extract_element(part, ir.Constant(I32, 0)), at, align=2)
 
 
-@intrinsic
-def load_integer(typingctx, table, index):
+@intrinsic(types.int64, types.int64, types.int64)
+def load_integer(e: Emitter, table: Any, index: Any) -> Any:
     """Entry `index` of a table of 64-bit integers."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        return e.load(e.offset(arguments[0], arguments[1], 8), I64, align=8)
-
-    return types.int64(types.int64, types.int64), codegen
+    return e.load(e.offset(table, index, 8), I64, align=8)
 
 
-def _transpose_eight(e: Emitter, source: Any, source_step: Any, out: Any, out_step: Any) -> None:
+@on_addresses(4)
+def transpose_eight(e: Emitter, source: Any, source_step: Any, out: Any, out_step: Any) -> None:
+    """out[j, i] = source[i, j] for 8 × 8 numbers of four bytes; rows are `source_step` and `out_step` bytes apart."""
     eight = ir.VectorType(FLOAT, 8)
     rows = [e.load(e.offset(source, source_step, i), eight) for i in range(8)]
     # Swap blocks of 4, then of 2, then of 1 across the diagonal.
@@ -285,14 +227,10 @@ def _transpose_eight(e: Emitter, source: Any, source_step: Any, out: Any, out_st
         e.store(rows[j], e.offset(out, out_step, j))
 
 
-# out[j, i] = source[i, j] for 8 × 8 numbers of four bytes; rows are `source_step` and `out_step` bytes apart
-transpose_eight = _at_addresses(4, _transpose_eight)
-
-
 def _array_at(dtype: Any) -> Any:
     """An intrinsic that makes an address a pointer for `numba.carray`."""
 
-    @intrinsic
+    @_intrinsic
     def pointer(typingctx, address):
         def codegen(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -305,44 +243,28 @@ def _array_at(dtype: Any) -> Any:
 # -- between threads ------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def take_ticket(typingctx, address):
+@intrinsic(types.int64, types.int64)
+def take_ticket(e: Emitter, address: Any) -> Any:
     """Add one to a shared counter; what it was before."""
-
-    def codegen(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "seq_cst")
-
-    return types.int64(types.int64), codegen
+    return e.b.atomic_rmw("add", e.b.inttoptr(address, I64.as_pointer()), ir.Constant(I64, 1), "seq_cst")
 
 
-@intrinsic
-def load_shared(typingctx, address):
+@intrinsic(types.int64, types.int64)
+def load_shared(e: Emitter, address: Any) -> Any:
     """A number that other threads write; what they wrote before it is seen too."""
-
-    def codegen(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
-
-    return types.int64(types.int64), codegen
+    return e.b.load_atomic(e.b.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
 
-@intrinsic
-def pause(typingctx):
+@on_addresses(0)
+def pause(e: Emitter) -> None:
     """Tell the processor that this is a loop that waits."""
-
-    def codegen(context, builder, signature, arguments):
-        e = Emitter(builder)
-        if e.isa.name.startswith("neon"):
-            e.call("llvm.aarch64.hint", ir.VoidType(), ir.Constant(I32, 1))
-        elif e.isa.name != "plain":
-            e.call("llvm.x86.sse2.pause", ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    if e.isa.name.startswith("neon"):
+        e.call("llvm.aarch64.hint", ir.VoidType(), ir.Constant(I32, 1))
+    elif e.isa.name != "plain":
+        e.call("llvm.x86.sse2.pause", ir.VoidType())
 
 
-@intrinsic
+@_intrinsic
 def call_kernel(typingctx, entry, arguments):
     """Call the compiled kernel at address `entry` with a tuple of integers: it returns nothing and raises nothing."""
 

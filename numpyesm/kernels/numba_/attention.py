@@ -24,20 +24,13 @@ from .emitter import (
     TILE_COLUMNS,
     TILE_ROWS,
     VECTOR_BYTES,
-    narrow_context,
-    narrow_context_bf16,
-    narrow_pairs_bf16,
-    narrow_product,
-    narrow_product_bf16,
-    narrow_scores,
-    narrow_scores_bf16,
-    wide_context,
-    wide_context_bf16,
-    wide_pairs_bf16,
-    wide_product,
-    wide_product_bf16,
-    wide_scores,
-    wide_scores_bf16,
+    context_bf16,
+    context_fp32,
+    product_bf16,
+    product_fp32,
+    score_pairs_bf16,
+    scores_bf16,
+    scores_fp32,
 )
 from .rows import contact_row, weighted_sum
 from .tiles import configure_tiles, release_tiles
@@ -103,26 +96,14 @@ def _exponentials(narrow, keep, queries, keys, step, count, head_dim, lanes, sco
     done = 0
     while done < count:
         height = _tile_height(count - done)
-        left = keys + done * step
-        if narrow:
-            if keep:
-                target = scores + 4 * done * lanes
-                if lanes == TILE_COLUMNS:
-                    wide_scores_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
-                else:
-                    narrow_scores_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
-            else:
-                target = scores + 2 * done * lanes
-                if lanes == TILE_COLUMNS:
-                    wide_pairs_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
-                else:
-                    narrow_pairs_bf16(height, left, step, queries, head_dim // 2, target, shift, total)
+        left, target = keys + done * step, scores + 4 * done * lanes
+        if not narrow:
+            scores_fp32(height, lanes, left, step, queries, head_dim, target, shift, total)
+        elif keep:
+            scores_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift, total)
         else:
-            target = scores + 4 * done * lanes
-            if lanes == TILE_COLUMNS:
-                wide_scores(height, left, step, queries, head_dim, target, shift, total)
-            else:
-                narrow_scores(height, left, step, queries, head_dim, target, shift, total)
+            target = scores + 2 * done * lanes
+            score_pairs_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift, total)
         done += height
 
 
@@ -139,14 +120,9 @@ def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, highes
             height = _tile_height(count - done)
             left, target = keys + (first + done) * step, scores + 4 * done * lanes
             if narrow:
-                if lanes == TILE_COLUMNS:
-                    wide_product_bf16(height, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
-                else:
-                    narrow_product_bf16(height, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
-            elif lanes == TILE_COLUMNS:
-                wide_product(height, left, step, queries, head_dim, target, 4 * lanes, 0)
+                product_bf16(height, lanes, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
             else:
-                narrow_product(height, left, step, queries, head_dim, target, 4 * lanes, 0)
+                product_fp32(height, lanes, left, step, queries, head_dim, target, 4 * lanes, 0)
             done += height
         for at in range(0, 4 * lanes, VECTOR_BYTES):
             column_maximum(scores + at, 4 * lanes, count, highest + at)
@@ -163,14 +139,9 @@ def _add_context(narrow, scores, values, step, count, head_dim, lanes, context, 
         height = _tile_height(head_dim - done)
         left, target = values + 4 * done, context + 4 * done * lanes
         if narrow:
-            if lanes == TILE_COLUMNS:
-                wide_context_bf16(height, left, step, scores, count, target, 4 * lanes, add)
-            else:
-                narrow_context_bf16(height, left, step, scores, count, target, 4 * lanes, add)
-        elif lanes == TILE_COLUMNS:
-            wide_context(height, left, step, scores, count, target, 4 * lanes, add)
+            context_bf16(height, lanes, left, step, scores, count, target, 4 * lanes, add)
         else:
-            narrow_context(height, left, step, scores, count, target, 4 * lanes, add)
+            context_fp32(height, lanes, left, step, scores, count, target, 4 * lanes, add)
         done += height
 
 
@@ -473,18 +444,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
             while True:
                 if narrow and _TILES:
                     strip_on_tiles(
-                        keep,
-                        strip,
-                        head_keys,
-                        values,
-                        step,
-                        length,
-                        head_dim,
-                        lanes,
-                        scores,
-                        pairs,
-                        state,
-                        context,
+                        keep, strip, head_keys, values, step, length, head_dim, lanes, scores, pairs, state, context
                     )
                 else:
                     _strip(

@@ -13,7 +13,7 @@ from ..compiled.isa import HALF_ROWS, ROWS, STEPS
 from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
 from .emitter import LANES, TILE_COLUMNS
-from .tiles import context_product, narrow_scores, wide_scores
+from .tiles import context_product, tile_scores
 from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
 
 _ZERO = np.float32(0)
@@ -60,11 +60,7 @@ def transpose_values(values, length, head_dim, room, out):
 @helper
 def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, total, pairs):
     """2^(keys (count, C) · queries - shift) as `pairs` (zeros up to whole tiles), and kept in `scores` if asked."""
-    kept = 1 if keep else 0
-    if lanes == TILE_COLUMNS:
-        wide_scores(count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, kept)
-    else:
-        narrow_scores(count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, kept)
+    tile_scores(lanes, count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, 1 if keep else 0)
     done = (count + 1) // 2
     missing = (count + ROWS - 1) // ROWS * STEPS - done
     rest = carray(float32_at(pairs + 4 * done * lanes), (missing * lanes,))

@@ -369,23 +369,34 @@ def _step(
     return step
 
 
-def _product(kind: str, vectors: int, heights: list[int], transposed: bool = False, fetch: bool = False) -> Any:
-    """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add)`, followed by `ahead, ahead_step` with `fetch`.
+def _product(kind: str, transposed: bool = False, fetch: bool = False) -> Any:
+    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, c_step, add)`, with `fetch` also of `ahead, ahead_step`.
 
     `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
-    `b` (k, vectors · lanes) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one
-    float32, two bf16. `rows` is one of `heights`. With `add` the product is added to C.
-    Each step along k also brings a line from `ahead` on, `ahead_step` bytes further each time, into the second cache.
+    `b` (k, lanes) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one float32, two
+    bf16. With `add` the product is added to C.
+    With `fetch`, each step along k also brings a line from `ahead` on, `ahead_step` bytes further each time, into the
+    second cache; `rows` is any number up to TILE_ROWS and `lanes` TILE_COLUMNS. Else they are as attention has them.
     """
 
     def emit(
-        e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any, *ahead: Any
+        e: Emitter,
+        rows: Any,
+        lanes: Any,
+        a: Any,
+        a_step: Any,
+        b: Any,
+        k: Any,
+        c: Any,
+        c_step: Any,
+        add: Any,
+        *ahead: Any,
     ) -> None:
         builder = e.b
         zero = ir.Constant(e.vector, None)
         add = builder.icmp_signed("!=", add, e.number(0))
 
-        def tile(height: int) -> None:
+        def tile(height: int, vectors: int) -> None:
             step = _step(e, kind, height, vectors, a, a_step, b, transposed, ahead or None)
             totals = e.unrolled(k, [zero] * (height * vectors), step)
             addresses = [
@@ -401,24 +412,29 @@ def _product(kind: str, vectors: int, heights: list[int], transposed: bool = Fal
                     for value, address in zip(totals, addresses, strict=True):
                         e.store(value, address)
 
-        e.switch(rows, heights, tile)
+        if fetch:
+            e.switch(rows, list(range(1, TILE_ROWS + 1)), lambda height: tile(height, e.isa.vectors))
+        else:
+            _each_tile(e, rows, lanes, tile)
 
-    name = f"numpyesm_product_{kind}_{vectors}_{len(heights)}_{'transposed' if transposed else 'plain'}"
-    return function(name, 10 if fetch else 8, emit)
+    name = f"numpyesm_product_{kind}_{'transposed' if transposed else 'ahead' if fetch else 'plain'}"
+    return function(name, 11 if fetch else 9, emit)
 
 
-def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
-    """Make the intrinsic `f(rows, a, a_step, b, k, c, shift, total)`: a product that goes into an exponential.
+def _scores(kind: str, pairs: bool = False) -> Any:
+    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, shift, total)`: a product that goes into an exponential.
 
     c = 2^(a · b - shift) and total += its sum over rows, where `shift` and `total` are one row. `pairs` leaves bf16
     with neighbours of a column beside each other, as the next product takes them; the other of a single row is zero.
     """
 
-    def emit(e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, shift: Any, total: Any) -> None:
+    def emit(
+        e: Emitter, rows: Any, lanes: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, shift: Any, total: Any
+    ) -> None:
         builder = e.b
         coarse = kind != "fp32"
 
-        def tile(height: int) -> None:
+        def tile(height: int, vectors: int) -> None:
             start = [
                 builder.fsub(ir.Constant(e.vector, None), e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector))
                 for j in range(vectors)
@@ -444,30 +460,26 @@ def _scores(kind: str, vectors: int, heights: list[int], pairs: bool) -> Any:
                     e.store(e.narrow_pair(before, ir.Constant(e.vector, None)), target)
                 e.store(whole, at)
 
-        e.switch(rows, heights, tile)
+        _each_tile(e, rows, lanes, tile)
 
-    return function(f"numpyesm_scores_{kind}_{vectors}_{'pairs' if pairs else 'rows'}", 8, emit)
+    return function(f"numpyesm_scores_{kind}_{'pairs' if pairs else 'rows'}", 9, emit)
 
 
-_ALL_HEIGHTS = list(range(1, TILE_ROWS + 1))
-# Attention takes what is left over in powers of two: fewer kernels to compile, and its rows are many.
-_SOME_HEIGHTS = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
+def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], None]) -> None:
+    """`tile(height, vectors)` for the tiles of attention: one register or a full tile of query columns.
 
-multiply_fp32 = _product("fp32", ISA.vectors, _ALL_HEIGHTS, fetch=True)
-multiply_bf16 = _product("bf16", ISA.vectors, _ALL_HEIGHTS, fetch=True)
+    Rows that are left over are taken in powers of two: fewer kernels to compile, and attention's rows are many.
+    """
+    heights = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
 
-# Attention, for a full tile of query columns and for one register of them.
-wide_scores = _scores("fp32", ISA.vectors, _SOME_HEIGHTS, pairs=False)
-narrow_scores = _scores("fp32", 1, _SOME_HEIGHTS, pairs=False)
-wide_product = _product("fp32", ISA.vectors, _SOME_HEIGHTS)
-narrow_product = _product("fp32", 1, _SOME_HEIGHTS)
-wide_context = _product("fp32", ISA.vectors, _SOME_HEIGHTS, transposed=True)
-narrow_context = _product("fp32", 1, _SOME_HEIGHTS, transposed=True)
-wide_scores_bf16 = _scores("bf16", ISA.vectors, _SOME_HEIGHTS, pairs=False)
-narrow_scores_bf16 = _scores("bf16", 1, _SOME_HEIGHTS, pairs=False)
-wide_pairs_bf16 = _scores("bf16", ISA.vectors, _SOME_HEIGHTS, pairs=True)
-narrow_pairs_bf16 = _scores("bf16", 1, _SOME_HEIGHTS, pairs=True)
-wide_product_bf16 = _product("bf16", ISA.vectors, _SOME_HEIGHTS)
-narrow_product_bf16 = _product("bf16", 1, _SOME_HEIGHTS)
-wide_context_bf16 = _product("bf16", ISA.vectors, _SOME_HEIGHTS, transposed=True)
-narrow_context_bf16 = _product("bf16", 1, _SOME_HEIGHTS, transposed=True)
+    def columns(lanes: int) -> None:
+        e.switch(rows, heights, lambda height: tile(height, lanes // LANES))
+
+    e.switch(lanes, [LANES, TILE_COLUMNS], columns)
+
+
+multiply_fp32, multiply_bf16 = _product("fp32", fetch=True), _product("bf16", fetch=True)
+# Attention's.
+product_fp32, product_bf16 = _product("fp32"), _product("bf16")
+context_fp32, context_bf16 = _product("fp32", transposed=True), _product("bf16", transposed=True)
+scores_fp32, scores_bf16, score_pairs_bf16 = _scores("fp32"), _scores("bf16"), _scores("bf16", pairs=True)

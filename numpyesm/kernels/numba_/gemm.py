@@ -10,16 +10,7 @@ from __future__ import annotations
 from ...weights.tensor import GROUP
 from ..compiled.layout import Matrix, Room
 from .cache import helper
-from .emitter import (
-    ISA,
-    LANES,
-    TILE_BYTES,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    VECTOR_BYTES,
-    multiply_bf16,
-    multiply_fp32,
-)
+from .emitter import ISA, LANES, TILE_BYTES, TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, multiply_bf16, multiply_fp32
 from .steps import any_short, clear_bf16
 from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
@@ -150,6 +141,7 @@ def _tile_fp32(height, left, step, panel, inner, tile, ahead, ahead_step):
     for k in range(0, inner, _CHAIN):
         multiply_fp32(
             height,
+            TILE_COLUMNS,
             left + 4 * k,
             step,
             panel + k * TILE_BYTES,
@@ -258,7 +250,7 @@ def _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner,
         if _TILES:
             multiply_tiles(half, here, x_step, panel, steps, ahead, ahead_step, part)
         else:
-            multiply_bf16(height, here, x_step, panel, steps, tile, TILE_BYTES, part, ahead, ahead_step)
+            multiply_bf16(height, TILE_COLUMNS, here, x_step, panel, steps, tile, TILE_BYTES, part, ahead, ahead_step)
         here += low
 
 

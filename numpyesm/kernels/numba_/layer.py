@@ -10,20 +10,7 @@ from __future__ import annotations
 from ..compiled.layout import Layer, Model, Room
 from .cache import helper, kernel
 from .emitter import ISA, TILE_BYTES
-from .gemm import (
-    ADD,
-    BF16,
-    GELU,
-    GELU_BF16,
-    INT8,
-    READY,
-    STORE,
-    linear,
-    linear_heads,
-    low_part,
-    plain_linear,
-    steps_of,
-)
+from .gemm import ADD, BF16, GELU, GELU_BF16, INT8, READY, STORE, linear, linear_heads, low_part, plain_linear, steps_of
 from .steps import layer_norm, layer_norm_bf16, narrow_rows
 from .vectors import load_integer
 

@@ -16,17 +16,7 @@ from numba import types
 from ..compiled.layout import Layer, Maps, Model, Pass, Room
 from .cache import helper, kernel
 from .steps import layer_norm
-from .vectors import (
-    call_kernel,
-    carray,
-    float32_at,
-    int64_at,
-    load_integer,
-    load_shared,
-    pause,
-    take_ticket,
-    uint8_at,
-)
+from .vectors import call_kernel, carray, float32_at, int64_at, load_integer, load_shared, pause, take_ticket, uint8_at
 
 # Looks at the counter before a waiting thread lets others run: about 0.1 ms; and before it sleeps between looks.
 _SPINS, _YIELDS = 2000, 2000

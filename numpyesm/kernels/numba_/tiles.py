@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from ..compiled.isa import HALF_ROWS, STEPS
-from .emitter import I64, ISA, TILE_BYTES, VECTOR_BYTES, Emitter, function, on_addresses
+from .emitter import I64, LANES, TILE_BYTES, TILE_COLUMNS, VECTOR_BYTES, Emitter, function, on_addresses
 
 BYTE = ir.IntType(8)
 _POINTER = BYTE.as_pointer()
@@ -186,138 +186,142 @@ def _context_product() -> Any:
     return function("numpyesm_tiles_context", 8, emit)
 
 
-def _scores(vectors: int) -> Any:
-    """Make `f(count, keys, step, queries, k, scores, shift, total, pairs, keep)`, with 16 rows configured.
+def _scores() -> Any:
+    """Make `f(lanes, count, keys, step, queries, k, scores, shift, total, pairs, keep)`, with 16 rows configured.
 
-    2^(keys · queries - shift) for `count` keys, which lie `step` bytes apart, and one or two vectors of queries in `k`
-    tiles of pairs. Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one;
-    total += their sum over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
+    2^(keys · queries - shift) for `count` keys, which lie `step` bytes apart, and `lanes` queries in `k` tiles of
+    pairs. Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one; total +=
+    their sum over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
 
     Exponentials are taken two blocks of 16 keys behind the products: a tile that was just stored cannot be read at
     once, and a load waits for an earlier store to where it reads, 4 kB apart or not.
     """
 
-    def emit(
-        plain: Emitter,
-        count: Any,
-        keys: Any,
-        step: Any,
-        queries: Any,
-        k: Any,
-        scores: Any,
-        shift: Any,
-        total: Any,
-        pairs: Any,
-        keep: Any,
-    ) -> None:
+    def emit(plain: Emitter, lanes: Any, *arguments: Any) -> None:
         e = TileEmitter(plain.b)
-        b = e.b
-        row_bytes = vectors * VECTOR_BYTES
-        block_bytes = HALF_ROWS * row_bytes
-        shifts = [e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector) for j in range(vectors)]
-        ends = [e.offset(total, e.number(j), VECTOR_BYTES) for j in range(vectors)]
-        keep = b.icmp_signed("!=", keep, e.number(0))
-        # Where a block lies: all of them behind each other, or two that take turns.
-        mask = b.select(keep, e.number(-1), e.number(1))
-        blocks = b.sdiv(b.add(count, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS))
+        e.switch(lanes, [LANES, TILE_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
 
-        def load_queries(i: Any, tiles: tuple[int, int]) -> None:
-            start = e.offset(queries, i, STEPS * row_bytes)
+    return function("numpyesm_tiles_scores", 11, emit)
+
+
+def _score_blocks(
+    e: TileEmitter,
+    vectors: int,
+    count: Any,
+    keys: Any,
+    step: Any,
+    queries: Any,
+    k: Any,
+    scores: Any,
+    shift: Any,
+    total: Any,
+    pairs: Any,
+    keep: Any,
+) -> None:
+    """See `_scores`; of one or two vectors of queries."""
+    b = e.b
+    row_bytes = vectors * VECTOR_BYTES
+    block_bytes = HALF_ROWS * row_bytes
+    shifts = [e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector) for j in range(vectors)]
+    ends = [e.offset(total, e.number(j), VECTOR_BYTES) for j in range(vectors)]
+    keep = b.icmp_signed("!=", keep, e.number(0))
+    # Where a block lies: all of them behind each other, or two that take turns.
+    mask = b.select(keep, e.number(-1), e.number(1))
+    blocks = b.sdiv(b.add(count, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS))
+
+    def load_queries(i: Any, tiles: tuple[int, int]) -> None:
+        start = e.offset(queries, i, STEPS * row_bytes)
+        for column in range(vectors):
+            e.load_tile(tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
+
+    def place(block: Any) -> Any:
+        return e.offset(scores, b.and_(block, mask), block_bytes)
+
+    def product(block: Any) -> None:
+        here = b.add(keys, b.mul(step, b.mul(block, e.number(HALF_ROWS))))
+        e.load_tile(_A[0], here, step)
+        for column in range(vectors):
+            e.zero(_C[0][column])
+            e.multiply(_C[0][column], _A[0], _B[column])
+
+        def further(i: Any, _: list[Any]) -> list[Any]:
+            i = b.add(i, e.number(1))
+            load_queries(i, _C[1])
+            e.load_tile(_A[1], e.offset(here, i, _ROW_BYTES), step)
             for column in range(vectors):
-                e.load_tile(tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
+                e.multiply(_C[0][column], _A[1], _C[1][column])
+            return []
 
-        def place(block: Any) -> Any:
-            return e.offset(scores, b.and_(block, mask), block_bytes)
+        with b.if_then(b.icmp_signed(">", k, e.number(1))):
+            e.loop(b.sub(k, e.number(1)), [], further)
 
-        def product(block: Any) -> None:
-            here = b.add(keys, b.mul(step, b.mul(block, e.number(HALF_ROWS))))
-            e.load_tile(_A[0], here, step)
-            for column in range(vectors):
-                e.zero(_C[0][column])
-                e.multiply(_C[0][column], _A[0], _B[column])
+    def store(block: Any) -> None:
+        for column in range(vectors):
+            at = b.add(place(block), e.number(column * _ROW_BYTES))
+            e.store_tile(_C[0][column], at, e.number(row_bytes))
 
-            def further(i: Any, _: list[Any]) -> list[Any]:
-                i = b.add(i, e.number(1))
-                load_queries(i, _C[1])
-                e.load_tile(_A[1], e.offset(here, i, _ROW_BYTES), step)
-                for column in range(vectors):
-                    e.multiply(_C[0][column], _A[1], _C[1][column])
-                return []
+    def exponential(address: Any, j: int) -> Any:
+        address = b.add(address, e.number(j * VECTOR_BYTES))
+        value = e.exp2(b.fsub(e.load(address, e.vector), shifts[j]), coarse=True)
+        with b.if_then(keep):
+            e.store(value, address)
+        return value
 
-            with b.if_then(b.icmp_signed(">", k, e.number(1))):
-                e.loop(b.sub(k, e.number(1)), [], further)
+    def exponentials(block: Any, whole: Any, sums: list[Any]) -> list[Any]:
+        """Of `whole` pairs of keys, at least one."""
+        start, target = place(block), e.offset(pairs, block, block_bytes // 2)
 
-        def store(block: Any) -> None:
-            for column in range(vectors):
-                at = b.add(place(block), e.number(column * _ROW_BYTES))
-                e.store_tile(_C[0][column], at, e.number(row_bytes))
+        def body(pair: Any, sums: list[Any]) -> list[Any]:
+            address, out = e.offset(start, pair, 2 * row_bytes), e.offset(target, pair, row_bytes)
+            new = []
+            for j in range(vectors):
+                low, high = exponential(address, j), exponential(b.add(address, e.number(row_bytes)), j)
+                e.store(e.narrow_pair(low, high), b.add(out, e.number(j * VECTOR_BYTES)))
+                new.append(b.fadd(sums[j], b.fadd(low, high)))
+            return new
 
-        def exponential(address: Any, j: int) -> Any:
-            address = b.add(address, e.number(j * VECTOR_BYTES))
-            value = e.exp2(b.fsub(e.load(address, e.vector), shifts[j]), coarse=True)
-            with b.if_then(keep):
-                e.store(value, address)
-            return value
+        return e.loop(whole, sums, body)
 
-        def exponentials(block: Any, whole: Any, sums: list[Any]) -> list[Any]:
-            """Of `whole` pairs of keys, at least one."""
-            start, target = place(block), e.offset(pairs, block, block_bytes // 2)
-
-            def body(pair: Any, sums: list[Any]) -> list[Any]:
-                address, out = e.offset(start, pair, 2 * row_bytes), e.offset(target, pair, row_bytes)
-                new = []
-                for j in range(vectors):
-                    low, high = exponential(address, j), exponential(b.add(address, e.number(row_bytes)), j)
-                    e.store(e.narrow_pair(low, high), b.add(out, e.number(j * VECTOR_BYTES)))
-                    new.append(b.fadd(sums[j], b.fadd(low, high)))
-                return new
-
-            return e.loop(whole, sums, body)
-
-        def add(block: Any, rows: Any) -> None:
-            """Exponentials of `rows` keys of a block, which may be none."""
-            whole = b.lshr(rows, e.number(1))
-            with b.if_then(b.icmp_signed(">", whole, e.number(0))):
-                found = exponentials(block, whole, [e.load(end, e.vector) for end in ends])
-                for end, value in zip(ends, found, strict=True):
-                    e.store(value, end)
-            with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
-                address = e.offset(place(block), b.sub(rows, e.number(1)), row_bytes)
-                out = e.offset(e.offset(pairs, block, block_bytes // 2), whole, row_bytes)
-                for j, end in enumerate(ends):
-                    value = exponential(address, j)
-                    pair = e.narrow_pair(value, ir.Constant(e.vector, None))
-                    e.store(pair, b.add(out, e.number(j * VECTOR_BYTES)))
-                    e.store(b.fadd(e.load(end, e.vector), value), end)
-
-        load_queries(e.number(0), _B)
-        product(e.number(0))
-        store(e.number(0))
-        one = e.number(1)
-        several = b.icmp_signed(">", blocks, one)
-        with b.if_then(several):
-            product(one)
-            store(one)
-        ahead = b.sub(blocks, e.number(2))
-        with b.if_then(b.icmp_signed(">", ahead, e.number(0))):
-
-            def body(block: Any, sums: list[Any]) -> list[Any]:
-                following = b.add(block, e.number(2))
-                product(following)
-                sums = exponentials(block, e.number(HALF_ROWS // 2), sums)
-                store(following)
-                return sums
-
-            for end, value in zip(ends, e.loop(ahead, [e.load(end, e.vector) for end in ends], body), strict=True):
+    def add(block: Any, rows: Any) -> None:
+        """Exponentials of `rows` keys of a block, which may be none."""
+        whole = b.lshr(rows, e.number(1))
+        with b.if_then(b.icmp_signed(">", whole, e.number(0))):
+            found = exponentials(block, whole, [e.load(end, e.vector) for end in ends])
+            for end, value in zip(ends, found, strict=True):
                 e.store(value, end)
-        last = b.sub(blocks, one)
-        with b.if_then(several):
-            add(b.sub(last, one), e.number(HALF_ROWS))
-        add(last, b.sub(count, b.mul(last, e.number(HALF_ROWS))))
+        with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
+            address = e.offset(place(block), b.sub(rows, e.number(1)), row_bytes)
+            out = e.offset(e.offset(pairs, block, block_bytes // 2), whole, row_bytes)
+            for j, end in enumerate(ends):
+                value = exponential(address, j)
+                pair = e.narrow_pair(value, ir.Constant(e.vector, None))
+                e.store(pair, b.add(out, e.number(j * VECTOR_BYTES)))
+                e.store(b.fadd(e.load(end, e.vector), value), end)
 
-    return function(f"numpyesm_tiles_scores_{vectors}", 10, emit)
+    load_queries(e.number(0), _B)
+    product(e.number(0))
+    store(e.number(0))
+    one = e.number(1)
+    several = b.icmp_signed(">", blocks, one)
+    with b.if_then(several):
+        product(one)
+        store(one)
+    ahead = b.sub(blocks, e.number(2))
+    with b.if_then(b.icmp_signed(">", ahead, e.number(0))):
+
+        def body(block: Any, sums: list[Any]) -> list[Any]:
+            following = b.add(block, e.number(2))
+            product(following)
+            sums = exponentials(block, e.number(HALF_ROWS // 2), sums)
+            store(following)
+            return sums
+
+        for end, value in zip(ends, e.loop(ahead, [e.load(end, e.vector) for end in ends], body), strict=True):
+            e.store(value, end)
+    last = b.sub(blocks, one)
+    with b.if_then(several):
+        add(b.sub(last, one), e.number(HALF_ROWS))
+    add(last, b.sub(count, b.mul(last, e.number(HALF_ROWS))))
 
 
-multiply_tiles = _linear()
-context_product = _context_product()
-wide_scores, narrow_scores = _scores(ISA.vectors), _scores(1)
+multiply_tiles, context_product, tile_scores = _linear(), _context_product(), _scores()

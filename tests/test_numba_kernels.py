@@ -28,7 +28,7 @@ from numpyesm.kernels.compiled.code import needed
 from numpyesm.kernels.compiled.forward import cut_blocks, map_table
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
 from numpyesm.kernels.compiled.kernels import CompiledKernels
-from numpyesm.kernels.compiled.layout import address
+from numpyesm.kernels.compiled.layout import Matrix, Room, address
 from numpyesm.kernels.compiled.library import library_code
 from numpyesm.kernels.compiled.panels import aligned, pack_panels, padded_columns
 from numpyesm.kernels.numba_ import gemm
@@ -52,16 +52,17 @@ SHAPES = {
 
 
 @numba.njit
-def _linear(x, rows, inner, weight, bias, columns, step, out, tile):  # type: ignore[no-untyped-def]
-    gemm.plain_linear(
-        step, x, 4 * inner, rows, inner, weight, inner * TILE_BYTES, bias, columns, out, 4 * columns, tile
-    )
+def _linear(x, rows, inner, matrix, columns, step, out, room):  # type: ignore[no-untyped-def]
+    lines = x, 4 * inner, rows, 0, 0
+    gemm.linear(False, step, lines, matrix, inner, 0, inner, 0, columns, out, 4 * columns, 0, room)
 
 
 def linear(x: Any, weight: Any, bias: Any, step: int, out: Any) -> Any:
     tile, packed, padded = aligned(ISA.rows * ISA.columns), pack_panels(ISA, weight), padded_columns(ISA, bias)
-    at = map(address, (packed, padded, out, tile))
-    _linear(address(x), *x.shape, next(at), next(at), weight.shape[1], step, next(at), next(at))
+    matrix, room = np.zeros(len(Matrix), np.int64), np.zeros(Room.ENTRIES, np.int64)
+    matrix[[Matrix.WEIGHT, Matrix.BIAS, Matrix.STEP_BYTES]] = address(packed), address(padded), TILE_BYTES
+    room[Room.TILE] = address(tile)
+    _linear(address(x), *x.shape, address(matrix), weight.shape[1], step, address(out), address(room))
     return out
 
 

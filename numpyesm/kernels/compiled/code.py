@@ -12,15 +12,13 @@ from .isa import Isa
 # How many integers each takes; `numba_/` says which.
 ARGUMENTS = {
     "run_phases": 5,
-    "lm_head": 13,
+    "lm_head": 8,
     "attend": 9,
     "attend_bf16": 9,
     "project_qkv": 9,
     "project_qkv_bf16": 9,
-    "project_qkv_int8": 9,
     "project_and_feed_forward": 7,
     "project_and_feed_forward_bf16": 7,
-    "project_and_feed_forward_int8": 7,
 }
 
 
@@ -34,9 +32,8 @@ def needed(isa: Isa, precision: str) -> tuple[str, ...]:
 
     Queries, keys and values; attention; the rest of a layer; then what all precisions share.
     """
-    end = "" if precision == "fp32" else f"_{precision}"
-    attend = "attend_bf16" if end and isa.bf16 else "attend"
-    return f"project_qkv{end}", attend, f"project_and_feed_forward{end}", "run_phases", "lm_head"
+    end = "_bf16" if isa.bf16 and precision != "fp32" else ""
+    return f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}", "run_phases", "lm_head"
 
 
 @dataclass(frozen=True)

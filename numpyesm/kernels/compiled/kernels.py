@@ -13,7 +13,6 @@ from .code import Code
 from .forward import CompiledForward
 from .layout import address
 from .packing import PackedModel
-from .panels import aligned
 
 
 class CompiledKernels(Kernels):
@@ -32,10 +31,9 @@ class CompiledKernels(Kernels):
 
     def lm_head(self, x: Array) -> Array:
         assert self.packed.lm_head is not None
-        width, columns = self.config.embed_dim, VOCAB_SIZE
         x = np.ascontiguousarray(x, np.float32)
-        out = np.empty((len(x), columns), np.float32)
-        hidden, tile = np.empty(x.shape, np.float32), aligned(self.code.isa.rows * self.code.isa.columns)
-        buffers = (address(array) for array in (hidden, out, tile))
-        self.code.call("lm_head", address(x), len(x), width, *self.packed.lm_head, columns, *buffers)
+        hidden, out = np.empty(x.shape, np.float32), np.empty((len(x), VOCAB_SIZE), np.float32)
+        room = self.packed.room(block_rows=1, length=1, with_maps=False)
+        sizes, buffers = (len(x), self.config.embed_dim, VOCAB_SIZE), (address(hidden), address(out))
+        self.code.call("lm_head", address(self.packed.lm_head), address(room), address(x), *sizes, *buffers)
         return out

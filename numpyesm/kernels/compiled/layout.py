@@ -35,17 +35,26 @@ class Model(IntEnum):
 
 
 class Layer(IntEnum):
-    """Weights of one layer; a matrix takes four entries, see `Matrix`."""
+    """Weights of one layer; a matrix takes five entries, see `Matrix`."""
 
     ATTENTION_GAIN = 0
     ATTENTION_SHIFT = 1
     FFN_GAIN = 2
     FFN_SHIFT = 3
     QKV = 4
-    OUT_PROJ = 8
-    FC1 = 12
-    FC2 = 16
-    ENTRIES = 20
+    OUT_PROJ = 9
+    FC1 = 14
+    FC2 = 19
+    ENTRIES = 24
+
+
+class LmHead(IntEnum):
+    """Weights of the LM head; a matrix takes five entries."""
+
+    DENSE = 0
+    GAIN = 5
+    SHIFT = 6
+    VOCABULARY = 7
 
 
 class Matrix(IntEnum):
@@ -55,6 +64,7 @@ class Matrix(IntEnum):
     BIAS = 1
     SCALES = 2  # of int8, see `gemm.pack_scales`; else 0
     CENTRE = 3  # of fc1: what the hidden channels lose before they are rounded to bf16
+    STEP_BYTES = 4  # of a panel, for each step of k: fewer than the product takes if it must be widened
 
 
 class Room(IntEnum):

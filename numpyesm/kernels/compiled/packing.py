@@ -46,8 +46,8 @@ class PackedModel:
     ----------
     layers : ndarray (num_layers, Layer.ENTRIES) int64
         `layout.Layer` of each layer.
-    lm_head : list of int or None
-        Addresses of the LM head's arrays, in the order in which the kernel `lm_head` takes them.
+    lm_head : ndarray int64 or None
+        `layout.LmHead`.
     entries : list of int
         Addresses of the steps: queries, keys and values; attention; the rest of a layer.
     """
@@ -140,8 +140,7 @@ class PackedModel:
         own = self.precision == "int8" and weight is not origin  # rounding depends on what goes into the matrix
         if name == "qkv":
             bias = self._fill_heads(bias[rotary_pair_order(self.config)], axis=0)
-        packed_bias = self._keep(padded_columns(self.isa, bias))
-
+        packed_bias = padded_columns(self.isa, bias)
         if name == "out_proj" and self.head_dim != self.config.head_dim:
             # Other rows share a scale then.
             dtype = "F32" if self.precision == "fp32" else weight.dtype
@@ -151,12 +150,17 @@ class PackedModel:
             values = weight.astype(np.float32) if self.precision == "fp32" else weight.raw
             return pack_panels(self.isa, self._ordered(name, values), self.narrow, self._blocks)
 
-        packed = self._keep(panels() if own else shared(origin, (self.precision, name, self.head_dim), panels))
+        packed = panels() if own else shared(origin, (self.precision, name, self.head_dim), panels)
         scales = None
         if self.precision == "int8":
             assert weight.scale is not None
             scales = self._keep(pack_scales(self.isa, self._ordered(name, weight.scale), weight.shape[0], self.narrow))
-        return [address(packed), address(packed_bias), address(scales), 0]
+        return self._matrix(packed, packed_bias, scales, self.narrow)
+
+    def _matrix(self, packed: Array, bias: Array, scales: Array | None = None, narrow: bool = False) -> list[int]:
+        """A row of `layout.Matrix`."""
+        step_bytes = self.isa.columns * packed.itemsize * (2 if narrow else 1)
+        return [address(self._keep(packed)), address(self._keep(bias)), address(scales), 0, step_bytes]
 
     def _ordered(self, name: str, array: Array) -> Array:
         """Columns as the kernels take them: those of `qkv` in pairs that rotate together, heads filled up."""
@@ -172,16 +176,13 @@ class PackedModel:
         filled = np.pad(by_head, [(0, missing) if i == axis + 1 else (0, 0) for i in range(by_head.ndim)])
         return filled.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
-    def _pack_lm_head(self, checkpoint: Checkpoint) -> list[int]:
-        arrays = (
-            pack_panels(self.isa, checkpoint.array("lm_head.dense.weight")),
-            padded_columns(self.isa, checkpoint.array("lm_head.dense.bias")),
-            np.array(checkpoint.array("lm_head.norm.weight"), np.float32),
-            np.array(checkpoint.array("lm_head.norm.bias"), np.float32),
-            pack_panels(self.isa, checkpoint.vocabulary()),
-            padded_columns(self.isa, checkpoint.array("lm_head.bias")),
-        )
-        return [address(self._keep(array)) for array in arrays]
+    def _pack_lm_head(self, checkpoint: Checkpoint) -> npt.NDArray[np.int64]:
+        def matrix(weight: Array, bias: str) -> list[int]:
+            return self._matrix(pack_panels(self.isa, weight), padded_columns(self.isa, checkpoint.array(bias)))
+
+        norm = (self._vector(checkpoint, f"lm_head.norm.{kind}") for kind in ("weight", "bias"))
+        dense = matrix(checkpoint.array("lm_head.dense.weight"), "lm_head.dense.bias")
+        return table([*dense, *norm, *matrix(checkpoint.vocabulary(), "lm_head.bias")])
 
     # -- tables -------------------------------------------------------------------------------------------------
 

@@ -33,16 +33,13 @@ from .vectors import (
 
 # What becomes of a finished tile.
 STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
-# How weights lie: as the product takes them, or to be widened.
-READY, BF16, INT8 = 0, 1, 2
-
 _VECTORS = TILE_COLUMNS // LANES
 # Terms that float32 sums in one chain: in shorter ones additions round less, and each costs a pass over the tile.
 _CHAIN = 480
 # Where bf16 is multiplied on tile registers, its products take more rows, and steps of k by the tile.
 _TILES = ISA.tiles
 _NARROW_ROWS, _MULTIPLE = ISA.narrow_rows, ISA.narrow_steps
-_WEIGHT, _BIAS, _SCALES, _CENTRE = (int(entry) for entry in Matrix)
+_WEIGHT, _BIAS, _SCALES, _CENTRE, _STEP_BYTES = (int(entry) for entry in Matrix)
 _TILE, _WIDE, _ZEROS = int(Room.TILE), int(Room.WIDE), int(Room.ZEROS)
 
 
@@ -201,46 +198,38 @@ def _place(i, tiles, rows):
 
 
 @helper
-def _step_bytes(narrow, stored):
-    """Bytes of a panel for one step of k."""
-    if stored == READY:
-        return TILE_BYTES
-    return TILE_BYTES // 2 if stored == BF16 or narrow else TILE_BYTES // 4
-
-
-@helper
-def _widen(narrow, stored, panel, scales, steps, out):
-    """One panel as the product takes it; `scales` are those of int8, group by group."""
-    if stored == BF16:
+def _widen(narrow, panel, step_bytes, scales, steps, out):
+    """One panel as the product takes it; `scales` are those of int8, group by group, or 0 for bf16."""
+    if not narrow and scales == 0:
         widen_bf16(panel, steps, out)
         return
     in_group = GROUP // 2 if narrow else GROUP
-    size = _step_bytes(narrow, stored)
     for first in range(0, steps, in_group):
         count = min(in_group, steps - first)
-        widen_int8(1 if narrow else 0, panel + first * size, scales, count, out + first * TILE_BYTES)
+        widen_int8(1 if narrow else 0, panel + first * step_bytes, scales, count, out + first * TILE_BYTES)
         scales += TILE_BYTES
 
 
 @helper
-def _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
+def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
     """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory."""
     x, x_step, rows, low, short = left
     first, start, height = _place(i, tiles, rows)
     first += column
-    per_step = 2 if narrow else 1
-    size, steps, all_steps = _step_bytes(narrow, stored), steps_of(inner, narrow), steps_of(all_inner, narrow)
-    panel = load_integer(matrix, _WEIGHT) + first // TILE_COLUMNS * all_steps * size + k // per_step * size
+    per_step, step_bytes = 2 if narrow else 1, load_integer(matrix, _STEP_BYTES)
+    steps, all_steps = steps_of(inner, narrow), steps_of(all_inner, narrow)
+    panel = load_integer(matrix, _WEIGHT) + (first // TILE_COLUMNS * all_steps + k // per_step) * step_bytes
     here, tile = x + start * x_step, load_integer(room, _TILE)
     # The next panel comes nearer while this one is multiplied, a part of it by every tile.
-    ahead_step = (size + tiles - 1) // tiles
-    ahead = panel + all_steps * size + (i % tiles) * steps * ahead_step
-    if stored != READY:
-        wide = load_integer(room, _WIDE)
+    ahead_step = (step_bytes + tiles - 1) // tiles
+    ahead = panel + all_steps * step_bytes + (i % tiles) * steps * ahead_step
+    if step_bytes != TILE_BYTES:
+        wide, scales = load_integer(room, _WIDE), load_integer(matrix, _SCALES)
         if start == 0:
-            groups = (all_steps * per_step + GROUP - 1) // GROUP
-            scales = load_integer(matrix, _SCALES) + (first // TILE_COLUMNS * groups + k // GROUP) * TILE_BYTES
-            _widen(narrow, stored, panel, scales, steps, wide)
+            if scales != 0:
+                groups = (all_steps * per_step + GROUP - 1) // GROUP
+                scales += (first // TILE_COLUMNS * groups + k // GROUP) * TILE_BYTES
+            _widen(narrow, panel, step_bytes, scales, steps, wide)
         panel = wide
     if not narrow:
         _tile_fp32(height, here, x_step, panel, inner, tile, ahead, ahead_step)
@@ -258,7 +247,7 @@ def _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner,
 
 
 @helper
-def linear(narrow, stored, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
+def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
     """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
     Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
@@ -276,7 +265,7 @@ def linear(narrow, stored, step, left, matrix, all_inner, k, inner, column, colu
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
+            _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
@@ -287,7 +276,7 @@ def linear(narrow, stored, step, left, matrix, all_inner, k, inner, column, colu
 
 
 @helper
-def linear_heads(narrow, stored, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
+def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
     """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
     rows = left[2]
     tiles, half = _begin(narrow, rows)
@@ -295,24 +284,10 @@ def linear_heads(narrow, stored, left, matrix, inner, table, positions, heads, h
     products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:
-            _multiply(narrow, stored, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
+            _multiply(narrow, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
         if i >= _late(narrow):
             first, start, height = _place(i - _late(narrow), tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 4
             _finish_heads(height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
         _leave(narrow, half, tile)
     _end(narrow)
-
-
-@helper
-def plain_linear(step, x, x_step, rows, inner, weight, panel_step, bias, columns, out, out_step, tile):
-    """`step` of x @ weight + bias in float32, of packed weights without a table."""
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    ahead_step = (TILE_BYTES + tiles - 1) // tiles
-    for i in range(tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)):
-        first, start, height = _place(i, tiles, rows)
-        panel = weight + first // TILE_COLUMNS * panel_step
-        ahead = panel + panel_step + (i % tiles) * inner * ahead_step
-        _tile_fp32(height, x + start * x_step, x_step, panel, inner, tile, ahead, ahead_step)
-        width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + 4 * first
-        _finish(step, height, width, tile, bias + 4 * first, bias, target, out_step, 0, 0)

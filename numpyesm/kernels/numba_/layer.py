@@ -7,16 +7,11 @@ is the product.
 
 from __future__ import annotations
 
-from ..compiled.layout import Layer, Model, Room
+from ..compiled.layout import Layer, LmHead, Model, Room
 from .cache import helper, kernel
-from .emitter import ISA, TILE_BYTES
-from .gemm import ADD, BF16, GELU, GELU_BF16, INT8, READY, STORE, linear, linear_heads, low_part, plain_linear, steps_of
+from .gemm import ADD, GELU, GELU_BF16, STORE, linear, linear_heads, low_part, steps_of
 from .steps import layer_norm, layer_norm_bf16, narrow_rows
 from .vectors import load_integer
-
-# Whether low precision multiplies bf16, and how its weights lie.
-NARROW = ISA.bf16
-_BF16_WEIGHTS = READY if NARROW else BF16
 
 # Compiled code knows no enumerations.
 _WIDTH, _HEADS, _HEAD_DIM, _FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
@@ -24,6 +19,8 @@ _GROUP_ROWS, _FFN_COLUMNS, _ROTARY = int(Model.GROUP_ROWS), int(Model.FFN_COLUMN
 _ATTENTION_GAIN, _ATTENTION_SHIFT = int(Layer.ATTENTION_GAIN), int(Layer.ATTENTION_SHIFT)
 _FFN_GAIN, _FFN_SHIFT = int(Layer.FFN_GAIN), int(Layer.FFN_SHIFT)
 _QKV, _OUT_PROJ, _FC1, _FC2 = 8 * Layer.QKV, 8 * Layer.OUT_PROJ, 8 * Layer.FC1, 8 * Layer.FC2
+_DENSE, _VOCABULARY = 8 * LmHead.DENSE, 8 * LmHead.VOCABULARY
+_HEAD_GAIN, _HEAD_SHIFT = int(LmHead.GAIN), int(LmHead.SHIFT)
 _LEFT, _HIDDEN = int(Room.LEFT), int(Room.HIDDEN)
 
 
@@ -43,7 +40,7 @@ def _normalised(narrow, x, step, rows, width, gain, shift, out, out_step, low, s
 
 
 @helper
-def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, short, all_rows, out):
+def _project_qkv(narrow, model, layer, room, x, rows, positions, short, all_rows, out):
     width, head_dim = load_integer(model, _WIDTH), load_integer(model, _HEAD_DIM)
     gain, shift, left = (
         load_integer(layer, _ATTENTION_GAIN),
@@ -61,7 +58,6 @@ def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, short, 
         _normalised(narrow, x + start * step, step, count, width, gain, shift, left, left_step, low, here)
         linear_heads(
             narrow,
-            stored,
             (left, left_step, count, low, here),
             layer + _QKV,
             width,
@@ -76,7 +72,7 @@ def _project_qkv(narrow, stored, model, layer, room, x, rows, positions, short, 
 
 
 @helper
-def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, rows, short):
+def _project_and_feed_forward(narrow, model, layer, room, context, x, rows, short):
     width, ffn, at_a_time = load_integer(model, _WIDTH), load_integer(model, _FFN), load_integer(model, _FFN_COLUMNS)
     inner = load_integer(model, _HEADS) * load_integer(model, _HEAD_DIM)
     gain, shift = load_integer(layer, _FFN_GAIN), load_integer(layer, _FFN_SHIFT)
@@ -96,7 +92,7 @@ def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, ro
             narrow_rows(attended, 4 * inner, count, inner, left, inner_step, low, here)
             attended = left
         lines = attended, inner_step, count, low, here
-        linear(narrow, stored, ADD, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
+        linear(narrow, ADD, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
         low = low_part(narrow, here, count, most, left_step)
         _normalised(narrow, y, step, count, width, gain, shift, left, left_step, low, here)
         lines = left, left_step, count, low, here
@@ -105,8 +101,8 @@ def _project_and_feed_forward(narrow, stored, model, layer, room, context, x, ro
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
         for first in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - first)
-            linear(narrow, stored, gelu, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room)
-            linear(narrow, stored, ADD, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
+            linear(narrow, gelu, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room)
+            linear(narrow, ADD, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
 
 
 @kernel
@@ -116,19 +112,13 @@ def project_qkv(model, layer, room, x, rows, positions, short, all_rows, out):
     `layer` and so on are tables of layout.py; `positions` (R,) int64; `short` is of `Pass.SHORT_ROWS`; `out` is a
     buffer for `all_rows` rows.
     """
-    _project_qkv(False, READY, model, layer, room, x, rows, positions, short, all_rows, out)
+    _project_qkv(False, model, layer, room, x, rows, positions, short, all_rows, out)
 
 
 @kernel
 def project_qkv_bf16(model, layer, room, x, rows, positions, short, all_rows, out):
-    """`project_qkv` of weights in bf16."""
-    _project_qkv(NARROW, _BF16_WEIGHTS, model, layer, room, x, rows, positions, short, all_rows, out)
-
-
-@kernel
-def project_qkv_int8(model, layer, room, x, rows, positions, short, all_rows, out):
-    """`project_qkv` of weights in int8."""
-    _project_qkv(NARROW, INT8, model, layer, room, x, rows, positions, short, all_rows, out)
+    """`project_qkv` with products in bf16."""
+    _project_qkv(True, model, layer, room, x, rows, positions, short, all_rows, out)
 
 
 @kernel
@@ -137,25 +127,24 @@ def project_and_feed_forward(model, layer, room, context, x, rows, short):
 
     `short` is of `Pass.SHORT_ROWS`. Rows of `context` are as wide as all heads, whose width is rounded up.
     """
-    _project_and_feed_forward(False, READY, model, layer, room, context, x, rows, short)
+    _project_and_feed_forward(False, model, layer, room, context, x, rows, short)
 
 
 @kernel
 def project_and_feed_forward_bf16(model, layer, room, context, x, rows, short):
-    """`project_and_feed_forward` of weights in bf16."""
-    _project_and_feed_forward(NARROW, _BF16_WEIGHTS, model, layer, room, context, x, rows, short)
+    """`project_and_feed_forward` with products in bf16."""
+    _project_and_feed_forward(True, model, layer, room, context, x, rows, short)
 
 
 @kernel
-def project_and_feed_forward_int8(model, layer, room, context, x, rows, short):
-    """`project_and_feed_forward` of weights in int8."""
-    _project_and_feed_forward(NARROW, INT8, model, layer, room, context, x, rows, short)
+def lm_head(head, room, x, rows, width, columns, hidden, out):
+    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room.
 
-
-@kernel
-def lm_head(x, rows, width, dense, dense_bias, gain, shift, embedding, bias, columns, hidden, out, tile):
-    """out = LayerNorm(gelu(x @ dense + its bias)) @ embedding + bias: (R, D) -> (R, V). `hidden` (R, D) is room."""
-    step, panel = 4 * width, width * TILE_BYTES
-    plain_linear(GELU, x, step, rows, width, dense, panel, dense_bias, width, hidden, step, tile)
+    `head` is a table of `layout.LmHead`.
+    """
+    step, gain, shift = 4 * width, load_integer(head, _HEAD_GAIN), load_integer(head, _HEAD_SHIFT)
+    dense, vocabulary = head + _DENSE, head + _VOCABULARY
+    linear(False, GELU, (x, step, rows, 0, 0), dense, width, 0, width, 0, width, hidden, step, 0, room)
     layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
-    plain_linear(STORE, hidden, step, rows, width, embedding, panel, bias, columns, out, 4 * columns, tile)
+    lines = hidden, step, rows, 0, 0
+    linear(False, STORE, lines, vocabulary, width, 0, width, 0, columns, out, 4 * columns, 0, room)

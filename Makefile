@@ -10,10 +10,10 @@ TEST_BIN = $(TEST_VENV)/bin
 demo: $(VENV)/.installed $(VENV)/.kernels
 	$(BIN)/numpyesm demo
 
-# Without a network the tests of trained weights skip.
+# Without a network the tests of trained weights skip. The tests start hundreds of processes: bytecode is kept for them.
 test: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels lint
 	-$(TEST_BIN)/python tests/trained_weights.py
-	$(TEST_BIN)/python -m pytest -m "" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(TEST_BIN)/python -m pytest -m "" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(TEST_BIN)/numpyesm demo --output demo-output
 
 # The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.

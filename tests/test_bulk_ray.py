@@ -108,7 +108,7 @@ def test_an_error_in_a_worker_is_the_run_s_error(tmp_path: Path) -> None:
 
 def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
     """Both engines resume from the same journal; Ctrl-C leaves no process behind; Ray's own talk is not heard."""
-    source = write_fasta(tmp_path / "in.fasta", 60, longest=500, seed=3)
+    source = write_fasta(tmp_path / "in.fasta", 60, longest=300, seed=3)
     weights, out = "synthetic:esm2-8m", tmp_path / "out.parquet"
     process = subprocess.Popen(
         command(source, "-o", out, "--weights", weights, "--backend", "numpy", "--threads", "1", "--json-progress",

@@ -276,7 +276,7 @@ class ESM2:
         result : EncodeResult
             `sequence_index` is the record's place in the input.
         """
-        from .streaming import embed_iter
+        from .streaming.stream import embed_iter
 
         return embed_iter(
             self.passes,

@@ -26,8 +26,8 @@ from numpyesm.config import PRESETS
 from numpyesm.errors import BulkError
 from numpyesm.files import safe_stem
 from numpyesm.options import Outputs
+from numpyesm.streaming.batches import cuts
 from numpyesm.streaming.packing import LOOK_AHEAD_BATCHES, check_budget, pack, token_budget
-from numpyesm.streaming.windows import cuts
 
 
 @given(st.lists(st.integers(1, 3000), max_size=200), st.integers(1, 5000))

@@ -84,7 +84,7 @@ def write_hdf5(path: Path, trouble: str, at: int) -> int:
     from numpyesm.bulk.journal import Row
     from numpyesm.bulk.settings import Settings
     from numpyesm.bulk.writers import hdf5
-    from numpyesm.bulk.writers.unfailing import UnfailingFile
+    from numpyesm.bulk.writers.hdf5 import UnfailingFile
     from numpyesm.config import PRESETS
     from numpyesm.options import Outputs
 

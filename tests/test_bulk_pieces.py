@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from numpyesm import ESM2, InvalidOption
 from numpyesm.bulk.lock import FolderLock
 from numpyesm.bulk.settings import Settings, Shard
-from numpyesm.bulk.writers import output_format
-from numpyesm.bulk.writers.base import free_name, tsv_line
+from numpyesm.bulk.writers import free_name, output_format, tsv_line
 from numpyesm.bulk.writers.hdf5 import hdf5_name
 from numpyesm.config import PRESETS
 from numpyesm.errors import BulkError

@@ -11,8 +11,7 @@ from typing import Any
 from ..errors import BulkError, InvalidOption
 from ..files import atomic_write, same_file, sync_folder
 from .reader import Item
-from .writers import ENDINGS, output_format, writer_of
-from .writers.base import tsv_line
+from .writers import ENDINGS, output_format, tsv_line, writer_of
 from .writers.folder import is_ours
 
 _REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")

@@ -21,7 +21,7 @@ import numpy as np
 from ...files import safe_stem
 from ..journal import Row
 from ..settings import Settings
-from .base import COLUMNS, METADATA_KEY, described, free_name, tsv_line
+from . import COLUMNS, METADATA_KEY, described, free_name, tsv_line
 
 ABOUT = "numpyesm.json"
 INDEX = "index.tsv"

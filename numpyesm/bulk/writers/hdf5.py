@@ -9,6 +9,7 @@ is `id#2`. The file's attribute `model_name` is what protspace calls the embeddi
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -23,8 +24,7 @@ from ...results import Field
 from ...threads import WorkerPool
 from ..journal import Row
 from ..settings import Settings
-from .base import METADATA_KEY, described, free_name
-from .unfailing import UnfailingFile
+from . import METADATA_KEY, described, free_name
 
 # The output whose dataset is named by the id alone: the first of these that is there.
 _MAIN = ("per_token", "mean", "bos", "contacts", "logits", "attentions", "classes")
@@ -87,3 +87,60 @@ def hdf5_name(id: str) -> str:
 def _text(text: str) -> str:
     """HDF5's strings end at a NUL."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+class UnfailingFile(io.FileIO):
+    """A new file whose writes always succeed, also on a full disk; `check` says whether they did.
+
+    HDF5 crashes, or prints tracebacks, if it cannot write while it closes. From the first failure on, what it writes
+    is therefore kept in memory: little, if `check` is called between records.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._end = 0
+        self._error: OSError | None = None
+        self._kept: list[tuple[int, bytes]] = []
+
+    def check(self) -> None:
+        """Raise what went wrong since the file was opened."""
+        if self._error is not None:
+            raise self._error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        from_end = whence == os.SEEK_END
+        return super().seek(self._end + offset if from_end else offset, os.SEEK_SET if from_end else whence)
+
+    def write(self, data: Any) -> int:
+        view, start = memoryview(data).cast("B"), self.tell()
+        try:
+            done = 0
+            while self._error is None and done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self._error = error
+        if self._error is not None:
+            self._kept.append((start, bytes(view)))
+        self._end = max(self._end, self.seek(start + len(view)))
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        stop = max(start, min(start + len(view), self._end))
+        found = super().readinto(view[: stop - start]) or 0
+        view[found : stop - start] = bytes(stop - start - found)
+        for at, data in self._kept:
+            low, high = max(at, start), min(at + len(data), stop)
+            if low < high:
+                view[low - start : high - start] = data[low - at : high - at]
+        self.seek(stop)
+        return stop - start
+
+    def truncate(self, size: int | None = None) -> int:
+        self._end = self.tell() if size is None else size
+        try:
+            if self._error is None:
+                super().truncate(self._end)
+        except OSError as error:
+            self._error = error
+        return self._end

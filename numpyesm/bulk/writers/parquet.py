@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from ..journal import Row
 from ..settings import Settings
-from .base import COLUMNS, METADATA_KEY, described
+from . import COLUMNS, METADATA_KEY, described
 
 # A row group: small enough that writing adds little to the memory of the model, large enough to scan quickly.
 _GROUP_BYTES = 8 << 20

@@ -7,7 +7,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -234,17 +234,16 @@ class _Run:
         if other := difference(self.about, about):
             raise BulkError(f"{path} exists and belongs to another run ({other}); --overwrite replaces it")
         reader = self._reader()
-        for _ in self._items(reader):
+        for _ in reader:
             pass
         reader.notes.warn()
         if reader.fingerprint() != about["input"]:
             raise BulkError(f"{path} exists and was made from another input; --overwrite replaces it")
         counts = about["counts"]
         if counts["rejected"] and not self.output.rejected_file.exists():
-            again = self._items(self._reader())
-            self.output.write_rejected(item for item in again if item.reason is not None)
+            self.output.write_rejected(item for item in self._reader() if item.reason is not None)
         self.progress.note(f"{path} is complete already: {counts['records']} records")
-        return self._summary(counts, Totals(0, 0, 0), already_complete=True)
+        return self._summary(counts, already_complete=True)
 
     def _holds_another_run(self) -> bool:
         """Whether the folder was left by a run that was to replace the output, not by the one that made it."""
@@ -266,25 +265,18 @@ class _Run:
                     journal.close()
                     lock.empty()
                     raise
-            before = journal.done()
+            before = journal.totals(done=True)
             if before.sequences < journal.totals().sequences:
                 self._compute(journal, before)
             return self._write(journal, before)
 
     def _reader(self) -> Reader:
-        return Reader(self.inputs, self.settings)
-
-    def _items(self, reader: Reader) -> Iterator[Item]:
-        """Yield the records of the input, and report their number to `progress`."""
-        for item in reader:
-            if item.position % 256 == 0:
-                self.progress.reading(reader.records)
-            yield item
+        return Reader(self.inputs, self.settings, self.progress.reading)
 
     def _read(self, journal: Journal) -> None:
         """Read the input into the journal, all of it or nothing."""
         reader = self._reader()
-        for item in self._items(reader):
+        for item in reader:
             self._check_strict(item)
             journal.add_record(item)
         journal.finish_reading(self.about, reader.fingerprint())
@@ -303,7 +295,7 @@ class _Run:
             )
         reader = self._reader()
         differing = None
-        for item, record in zip_longest(self._items(reader), journal.records()):
+        for item, record in zip_longest(reader, journal.records()):
             if item is None or item._replace(sequence="") != record:
                 differing = differing or (item or record).position
         if reader.fingerprint() != journal.fingerprint:
@@ -359,7 +351,8 @@ class _Run:
 
     def _write(self, journal: Journal, before: Totals) -> Summary:
         self.progress.writing()
-        totals, done, rejected = journal.totals(), journal.done(), journal.num_rejected()
+        totals, done = journal.totals(), journal.totals(done=True)
+        rejected = sum(1 for _ in journal.records(rejected=True))
         if missing := totals.sequences - done.sequences:
             raise BulkError(f"the engine returned nothing for {missing} sequences")
         counts = {"records": totals.records, "sequences": totals.sequences, "rejected": rejected}
@@ -378,15 +371,17 @@ class _Run:
         else:
             self.output.remove_rejected()
         self.output.replace(made, self.folder)
-        return self._summary(counts, done.minus(before))
+        return self._summary(counts, done.sequences - before.sequences, done.residues - before.residues)
 
-    def _summary(self, counts: dict[str, int], computed: Totals, already_complete: bool = False) -> Summary:
+    def _summary(
+        self, counts: dict[str, int], computed: int = 0, residues: int = 0, already_complete: bool = False
+    ) -> Summary:
         return Summary(
             output=self.output.path,
             **counts,
             rejected_file=self.output.rejected_file if counts["rejected"] else None,
-            computed=computed.sequences,
-            residues=computed.residues,
+            computed=computed,
+            residues=residues,
             seconds=time.monotonic() - self.started,
             already_complete=already_complete,
         )

@@ -26,16 +26,18 @@ from .reader import Item
 
 FILE = "journal.sqlite"
 _SCHEMA = """
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sequences (
+BEGIN;
+CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sequences (
     number INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, letters TEXT NOT NULL, copies INTEGER NOT NULL
 );
-CREATE TABLE records (
+CREATE TABLE IF NOT EXISTS records (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL, description TEXT NOT NULL, length INTEGER NOT NULL,
     number INTEGER, reason TEXT
 );
-CREATE TABLE done (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL);
-CREATE TABLE numbers (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS numbers (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+COMMIT;
 """
 
 
@@ -57,14 +59,6 @@ class Totals(NamedTuple):
     sequences: int
     residues: int
 
-    def plus(self, other: Totals) -> Totals:
-        """Sum of both."""
-        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def minus(self, other: Totals) -> Totals:
-        """What is beyond the other."""
-        return Totals(*(a - b for a, b in zip(self, other, strict=True)))
-
 
 class Journal:
     """The state of one run in `folder`, which the caller has locked."""
@@ -75,69 +69,43 @@ class Journal:
         # We hold the folder's lock; SQLite's own locks are unreliable on network file systems. The thread that writes
         # the output reads from here while the main thread waits for it.
         name = quote(str(self.path.absolute()))
-        self._db = sqlite3.connect(f"file:{name}?nolock=1", uri=True, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(f"file:{name}?nolock=1", uri=True, check_same_thread=False)
         try:
             # Larger pages carry long rows faster; still larger ones slow down the index of digests.
             for setting in ("page_size=16384", "synchronous=FULL", "cache_size=-16000", "temp_store=FILE"):
                 self._db.execute(f"PRAGMA {setting}")
-            if not self._value("SELECT count(*) FROM sqlite_master"):
-                self._db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
+            self._db.executescript(_SCHEMA)
+            notes = dict(self._db.execute("SELECT key, value FROM about"))
         except sqlite3.DatabaseError:
             self._db.close()
             raise
+        # What describes the run and identifies its input; empty and None until the whole input has been read.
+        self.about: dict[str, Any] = json.loads(notes.get("about", "{}"))
+        self.fingerprint: str | None = notes.get("input")
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """Description of the run; empty until the whole input has been read."""
-        found: dict[str, Any] = json.loads(self._value("SELECT value FROM about WHERE key = 'about'") or "{}")
-        return found
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Identifies the input; None until all of it has been read."""
-        found: str | None = self._value("SELECT value FROM about WHERE key = 'input'")
-        return found
-
-    def totals(self) -> Totals:
-        """What was read: records that can be embedded, distinct sequences, residues of these."""
-        return self._sums("")
-
-    def done(self) -> Totals:
-        """The part of that which is computed."""
-        return self._sums("JOIN done USING (number)")
-
-    def _sums(self, join: str) -> Totals:
+    def totals(self, *, done: bool = False) -> Totals:
+        """What was read, or the part of it that is done: records, distinct sequences among them, residues of these."""
+        join = "JOIN done USING (number)" if done else ""
         query = f"SELECT total(copies), count(*), total(length(letters)) FROM sequences {join}"
         return Totals(*map(int, self._db.execute(query).fetchone()))
-
-    def _value(self, query: str, *values: object) -> Any:
-        """The only column of the first row; None if there is no row."""
-        row = self._db.execute(query, values).fetchone()
-        return None if row is None else row[0]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def add_record(self, item: Item) -> None:
         """Add a record, and its sequence if it is new and can be embedded. It counts once `finish_reading` returns."""
-        self._begin()
-        number = None
         if item.digest is not None:
-            number = self._value("SELECT number FROM sequences WHERE digest = ?", item.digest)
-            if number is None:
-                added = self._db.execute("INSERT INTO sequences VALUES (NULL, ?, ?, 1)", (item.digest, item.sequence))
-                number = added.lastrowid
-            else:
-                self._db.execute("UPDATE sequences SET copies = copies + 1 WHERE number = ?", (number,))
-        values = (item.position, item.id, item.description, item.length, number, item.reason)
-        self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", values)
+            known = "ON CONFLICT (digest) DO UPDATE SET copies = copies + 1"
+            self._db.execute(f"INSERT INTO sequences VALUES (NULL, ?, ?, 1) {known}", (item.digest, item.sequence))
+        number = "(SELECT number FROM sequences WHERE digest = ?)"
+        self._db.execute(f"INSERT INTO records VALUES (?, ?, ?, ?, {number}, ?)", item[:6])
 
     def finish_reading(self, about: dict[str, Any], fingerprint: str) -> None:
         """Commit what was read."""
-        self._begin()
         notes = (("about", json.dumps(about)), ("input", fingerprint))
         self._db.executemany("INSERT INTO about VALUES (?, ?)", notes)
         self.commit()
         sync_folder(self.folder)
+        self.about, self.fingerprint = about, fingerprint
 
     def records(self, *, rejected: bool = False) -> Iterator[Item]:
         """Yield all records, or those that cannot be embedded, in input order and without their sequences."""
@@ -146,10 +114,6 @@ class Journal:
             {"WHERE reason NOT NULL" if rejected else ""} ORDER BY position
         """
         return starmap(Item, self._db.execute(query))
-
-    def num_rejected(self) -> int:
-        """How many records cannot be embedded."""
-        return int(self._value("SELECT count(*) FROM records WHERE reason NOT NULL"))
 
     # -- computing ----------------------------------------------------------------------------------------------
 
@@ -177,14 +141,9 @@ class Journal:
         """Add the numbers of one sequence, and return what it stands for. They count once `commit` has returned."""
         query = "SELECT digest, copies, 1, length(letters) FROM sequences WHERE number = ?"
         digest, *totals = self._db.execute(query, (number,)).fetchone()
-        self._begin()
         self._db.execute("INSERT INTO done VALUES (?, ?)", (number, _crc(digest, data)))
         self._db.execute("INSERT INTO numbers VALUES (?, ?)", (number, data))
         return Totals(*totals)
-
-    def _begin(self) -> None:
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN")
 
     def commit(self) -> None:
         """Make what was added survive a crash."""

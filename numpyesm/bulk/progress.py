@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from operator import add
 from typing import IO, Any
 
 from ..extras import require
@@ -34,7 +35,7 @@ class Progress:
 
     def advance(self, step: Totals) -> None:
         """One more sequence is computed; `step` says how many records it stands for."""
-        self.done = self.done.plus(step)
+        self.done = Totals(*map(add, self.done, step))
 
     def writing(self) -> None:
         """Everything is computed; the output is being written."""
@@ -84,13 +85,13 @@ class JsonProgress(Progress):
     def _emit_progress(self) -> None:
         now = time.monotonic()
         self._next = now + _EVERY
-        rate = self.done.minus(self._at_start).residues / max(now - self._started, 1e-9)
+        rate = (self.done.residues - self._at_start.residues) / max(now - self._started, 1e-9)
         self.emit(
             "progress",
             **self.done._asdict(),
             **{f"{name}_total": count for name, count in self.totals._asdict().items()},
             residues_per_second=round(rate, 1),
-            seconds_left=round(self.totals.minus(self.done).residues / rate, 1) if rate else None,
+            seconds_left=round((self.totals.residues - self.done.residues) / rate, 1) if rate else None,
         )
 
 

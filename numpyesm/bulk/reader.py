@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,52 +19,28 @@ MOST_BYTES = 10**9 - 1000
 
 
 class Item(NamedTuple):
-    """A record of the input.
+    """A record of the input."""
 
-    Attributes
-    ----------
-    position : int
-        Its place in the whole input, from 1.
-    id : str
-        From the header, see `fasta.record_name`; `sequence_<position>` if there is none.
-    description : str
-        The whole header.
-    length : int
-        Letters of the sequence.
-    digest : bytes or None
-        SHA-256 of the sequence; None if it cannot be embedded.
-    reason : str or None
-        Why it cannot be embedded.
-    sequence : str
-        In upper case, without blanks and a trailing `*`; empty if the item comes from a journal.
-    """
-
-    position: int
-    id: str
-    description: str
-    length: int
-    digest: bytes | None
-    reason: str | None
-    sequence: str = ""
+    position: int  # its place in the whole input, from 1
+    id: str  # from the header, see `fasta.record_name`; `sequence_<position>` if there is none
+    description: str  # the whole header
+    length: int  # letters of the sequence
+    digest: bytes | None  # SHA-256 of the sequence; None if it cannot be embedded
+    reason: str | None  # why it cannot be embedded
+    sequence: str = ""  # in upper case, without blanks and a trailing `*`; empty if the item comes from a journal
 
 
 class Reader:
-    """All records of the inputs, in order.
+    """All records of FASTA files, plain or gzip, or `-` for standard input, in order; `report` is told their number."""
 
-    Parameters
-    ----------
-    inputs : sequence of str or path
-        FASTA files, plain or gzip, or `-` for standard input.
-    settings : Settings
-        What is to be computed, for which records.
-    """
-
-    def __init__(self, inputs: Sequence[str | os.PathLike[str]], settings: Settings) -> None:
+    def __init__(
+        self, inputs: Sequence[str | os.PathLike[str]], settings: Settings, report: Callable[[int], None]
+    ) -> None:
         if not inputs:
             raise InvalidOption("no input: name at least one FASTA file")
         if [os.fspath(name) for name in inputs].count("-") > 1:
             raise InvalidOption("standard input (-) can be read only once")
-        self._inputs, self._settings = inputs, settings
+        self._inputs, self._settings, self._report = inputs, settings, report
         self._fingerprint = hashlib.blake2b(digest_size=16)
         self.records = 0
         self.notes = SequenceNotes()
@@ -74,6 +50,8 @@ class Reader:
             source = sys.stdin.buffer if os.fspath(name) == "-" else Path(name)
             for (first_word, description, sequence), problem in scan_fasta(source, first=self.records + 1):
                 self.records += 1
+                if self.records % 256 == 0:
+                    self._report(self.records)
                 digest = hashlib.sha256(sequence.encode()).digest()
                 self._fingerprint.update(description.encode() + b"\n" + digest)
                 if self._settings.shard.takes(digest):

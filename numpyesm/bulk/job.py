@@ -25,10 +25,9 @@ from .journal import FILE, Journal, Totals, readable_error
 from .lock import FolderLock
 from .output import Output
 from .progress import Progress
-from .provenance import describe, difference
 from .ray_engine import check_ray, compute_on_ray
 from .reader import Item, Reader
-from .settings import Settings, Shard
+from .settings import Settings, Shard, describe, difference
 from .writers import DEFAULT_INCLUDE
 
 ENGINES = ("local", "ray")

@@ -18,19 +18,9 @@ _REJECTED_HEADER = tsv_line("record", "id", "description", "length", "reason")
 
 
 class Output:
-    """A file or folder that a run makes.
+    """A file or folder that a run makes; InvalidOption if it cannot be an output, such as one of the inputs.
 
-    Parameters
-    ----------
-    output : path
-        `.parquet`, `.h5`, or a folder. A symbolic link stays: what it points to is replaced.
-    inputs : sequence of path
-        The output may be none of these.
-
-    Raises
-    ------
-    InvalidOption
-        It cannot be an output.
+    A symbolic link stays: what it points to is replaced.
     """
 
     def __init__(self, output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:

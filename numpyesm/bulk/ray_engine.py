@@ -46,17 +46,8 @@ def compute_on_ray(
 ) -> Generator[tuple[int, bytes], None, None]:
     """Yield the number and the packed outputs of each sequence that a journal still lacks, in any order.
 
-    Parameters
-    ----------
-    ray : module
-        As `check_ray` returns it.
-    model : ESM2
-        Its weights are put into the object store once and read from there by every worker.
-    tokens_per_batch : int or None
-    address : str or None
-        Of a running cluster (`auto`, `host:port`); None starts one on this machine and stops it at the end.
-    workers, threads : int or None
-        Workers, and CPUs of each.
+    `ray` is the module, as `check_ray` returns it. Workers read the weights from the object store. `address` is that of
+    a running cluster (`auto`, `host:port`); None starts one on this machine and stops it at the end.
     """
     from ray.util import ActorPool
 

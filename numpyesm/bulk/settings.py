@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,15 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._version import __version__
 from ..config import ModelConfig
 from ..errors import BulkError, InvalidOption
 from ..fasta import IDS
+from ..model import ESM2
 from ..options import Outputs, one_of
 from ..passes import Passes
 from ..results import EncodeResult, Field, count_numbers, fields
 from ..streaming.batches import LongSequences, Pending, encode_batch
+from ..weights.integrity import weights_sha256
 
 Array = npt.NDArray[Any]
+# Where weights were found does not matter, as long as they are the same.
+_WHERE_FOUND = ("source", "source_sha256")
 _DTYPES = {"fp32": "<f4", "fp16": "<f2"}
 
 
@@ -55,41 +61,18 @@ class Settings:
     """Checked options of a run on one model.
 
     The outputs of a record are kept as bytes: arrays one behind the other, in the order of `fields`.
-
-    Attributes
-    ----------
-    config : ModelConfig
-    outputs : Outputs
-    long : LongSequences
-    dtype : {"fp32", "fp16"}
-        How numbers are stored.
-    shard : Shard
-    ids : {"first-word", "accession"}
-        How records are named, see `fasta.record_name`.
     """
 
     config: ModelConfig
     outputs: Outputs
     long: LongSequences = field(default_factory=LongSequences)
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # of the stored numbers; or "fp16"
     shard: Shard = field(default_factory=Shard)
-    ids: str = "first-word"
+    ids: str = "first-word"  # how records are named, see `fasta.record_name`
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, tuple(_DTYPES))
         one_of("ids", self.ids, IDS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the output's metadata."""
-        return {
-            "repr_layers": list(self.outputs.layers),
-            "include": list(self.outputs.include),
-            "dtype": self.dtype,
-            "long": self.long.rule,
-            "overlap": self.long.overlap if self.long.rule == "windows" else None,
-            "shard": f"{self.shard.index}/{self.shard.count}",
-            "ids": self.ids,
-        }
 
     @property
     def stored_dtype(self) -> np.dtype[Any]:
@@ -134,3 +117,46 @@ class Settings:
             array = np.frombuffer(data, self.stored_dtype, math.prod(shape), start).reshape(shape)
             yield output, array
             start += array.nbytes
+
+
+def describe(model: ESM2, settings: Settings, output_format: str) -> dict[str, Any]:
+    """Everything that the output depends on but the input; runs of equal descriptions give equal outputs."""
+    checkpoint, outputs, long, shard = model.checkpoint, settings.outputs, settings.long, settings.shard
+    return {
+        "version": __version__,
+        "model": model.name,
+        "weights": {
+            "source": checkpoint.source,
+            "source_sha256": checkpoint.source_sha256 or None,
+            "sha256": weights_sha256(checkpoint),
+            "synthetic": checkpoint.synthetic,
+        },
+        "backend": model.backend,
+        "precision": model.precision,
+        "format": output_format,
+        "parameters": {
+            "repr_layers": list(outputs.layers),
+            "include": list(outputs.include),
+            "dtype": settings.dtype,
+            "long": long.rule,
+            "overlap": long.overlap if long.rule == "windows" else None,
+            "shard": f"{shard.index}/{shard.count}",
+            "ids": settings.ids,
+        },
+        **({"labels": model.labels} if "classes" in outputs.include else {}),
+    }
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first thing in which two descriptions differ, in words; empty if they are the same."""
+    for key, value in one.items():
+        if key in _WHERE_FOUND:
+            continue
+        there = other.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            inner = difference(value, there)
+            if inner:
+                return f"{key} {inner}" if key != "parameters" else inner
+        elif there != value:
+            return f"{key} {json.dumps(there)} instead of {json.dumps(value)}"
+    return ""

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +33,14 @@ from . import fair_esm as esm
 from .fair_esm.data import without_padding
 from .fair_esm.model import ESM2
 
-# Names of each layer's outputs: for `--include`, and in a file.
-_BY_LAYER = {"per_tok": "representations", "mean": "mean_representations", "bos": "bos_representations"}
+Array = npt.NDArray[Any]
+
+# For `--include`: the name of a layer's output in a file, and how it follows from the rows of `<cls>` and residues.
+_BY_LAYER: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "per_tok": ("representations", lambda rows: rows[1:]),
+    "mean": ("mean_representations", lambda rows: rows[1:].mean(axis=0)),
+    "bos": ("bos_representations", lambda rows: rows[0]),
+}
 _LONGEST_NAME = 255  # of a file, in bytes, on common file systems
 
 
@@ -106,41 +112,29 @@ def run(arguments: argparse.Namespace) -> int:
         if todo:
             results = _extract(model, tokens[todo], layers, arguments.include)
             for i, result in zip(todo, results, strict=True):
-                save({"label": labels[i], **result}, paths[batch[i]], stamps[i])
+                _save(paths[batch[i]], stamps[i], label=labels[i], **result)
     return 0
 
 
-def _extract(
-    model: ESM2, tokens: npt.NDArray[np.int64], layers: Sequence[int], include: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Compute what goes into each file of one padded batch."""
+def _extract(model: ESM2, tokens: Array, layers: Sequence[int], include: Sequence[str]) -> Iterator[dict[str, Array]]:
+    """Yield the arrays of each file of one padded batch (B, T)."""
     by_layer = layers if _BY_LAYER.keys() & set(include) else []
     out = model.outputs(tokens, by_layer, contacts="contacts" in include)
-    found = []
     for i, row in enumerate(tokens):
-        length = len(without_padding(row)) - 2
-        rows = {layer: values[i, 1 : length + 1] for layer, values in out["representations"].items()}
-        result: dict[str, Any] = {}
-        if "per_tok" in include:
-            result["representations"] = rows
-        if "mean" in include:
-            result["mean_representations"] = {layer: values.mean(axis=0) for layer, values in rows.items()}
-        if "bos" in include:
-            result["bos_representations"] = {layer: values[i, 0] for layer, values in out["representations"].items()}
+        end = len(without_padding(row)) - 1
+        found: dict[str, Array] = {}
+        for kind, (name, take) in _BY_LAYER.items():
+            if kind in include:
+                found |= {f"{name}_{layer}": take(rows[i, :end]) for layer, rows in out["representations"].items()}
         if "contacts" in include:
-            result["contacts"] = out["contacts"][i, :length, :length]
-        found.append(result)
-    return found
+            found["contacts"] = out["contacts"][i, : end - 1, : end - 1]
+        yield found
 
 
-def save(result: Mapping[str, Any], path: Path, stamp: bytes) -> None:
-    """Write one record's dictionary, whole or not at all; `stamp` becomes the archive's comment, which readers skip."""
-    flat: dict[str, Any] = {}
-    for name, value in result.items():
-        by_layer = name in _BY_LAYER.values()
-        flat |= {f"{name}_{layer}": array for layer, array in value.items()} if by_layer else {name: value}
+def _save(path: Path, stamp: bytes, **arrays: Any) -> None:
+    """Write one record's file, whole or not at all; `stamp` becomes the archive's comment, which readers skip."""
     with atomic_write(path) as file:
-        np.savez(file, **flat)
+        np.savez(file, **arrays)
         file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment and the comment
         file.write(struct.pack("<H", len(stamp)) + stamp)
 
@@ -153,7 +147,7 @@ def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
 
 def _member_names(layers: Sequence[int], include: Sequence[str]) -> set[str]:
     """Members that the archive of a record must have."""
-    names = {f"{_BY_LAYER[kind]}_{layer}.npy" for kind in _BY_LAYER.keys() & set(include) for layer in layers}
+    names = {f"{_BY_LAYER[kind][0]}_{layer}.npy" for kind in _BY_LAYER.keys() & set(include) for layer in layers}
     return names | {f"{kind}.npy" for kind in {"label", *include} - _BY_LAYER.keys()}
 
 
@@ -171,7 +165,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with np.load(path, allow_pickle=False) as arrays:
         for key in arrays.files:
-            match = re.fullmatch(rf"({'|'.join(_BY_LAYER.values())})_(\d+)", key)
+            match = re.fullmatch(r"(\w*representations)_(\d+)", key)
             if match:
                 result.setdefault(match[1], {})[int(match[2])] = arrays[key]
             else:

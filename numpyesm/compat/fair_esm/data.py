@@ -163,14 +163,11 @@ class BatchConverter:
             except UnknownToken as error:
                 where = {"item": item, "position": error.position, "character": error.character}
                 raise UnknownToken(error.reason, **where) from None  # type: ignore[arg-type]
-        front, behind = int(alphabet.prepend_bos), int(alphabet.append_eos)
-        width = max(map(len, encoded)) + front + behind
-        tokens = np.full((len(pairs), width), alphabet.padding_idx, np.int64)
-        for row, ids in zip(tokens, encoded, strict=True):
-            end = front + len(ids)
-            row[:front] = alphabet.cls_idx
-            row[front:end] = ids
-            row[end : end + behind] = alphabet.eos_idx
+        first, last = [alphabet.cls_idx] * alphabet.prepend_bos, [alphabet.eos_idx] * alphabet.append_eos
+        framed = [[*first, *ids, *last] for ids in encoded]
+        tokens = np.full((len(pairs), max(map(len, framed))), alphabet.padding_idx, np.int64)
+        for row, ids in zip(tokens, framed, strict=True):
+            row[: len(ids)] = ids
         return labels, strs, tokens
 
 

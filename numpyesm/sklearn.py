@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import tokenize, warn_of_odd_sequences
+from .alphabet import letters_of, tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
 from .model import ESM2, SyntheticWeightsWarning
 from .options import Outputs, number_within, one_of, require_classifier, whole_number
+from .passes import Tokens
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -62,17 +63,14 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
         self._checked(X)
         return self
 
-    def _checked(self, X: Sequences) -> list[str]:
-        """Check the parameters; return the sequences, all of them checked before hours are spent on the first."""
+    def _checked(self, X: Sequences) -> list[Tokens]:
+        """Check the parameters; return tokens of all sequences, checked before hours are spent on the first."""
         number_within("batch_size", self.batch_size, 1)
-        sequences = as_sequences(X)
-        tokenize(sequences)
-        return sequences
+        return tokenize(as_sequences(X))
 
-    def _batches(self, sequences: list[str]) -> Iterator[list[npt.NDArray[np.uint8]]]:
-        """Tokens of a few sequences at a time."""
-        for start in range(0, len(sequences), self.batch_size):
-            yield tokenize(sequences[start : start + self.batch_size])
+    def _batches(self, tokens: list[Tokens]) -> Iterator[list[Tokens]]:
+        for start in range(0, len(tokens), self.batch_size):
+            yield tokens[start : start + self.batch_size]
 
     def _model(self) -> ESM2:
         key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
@@ -152,30 +150,27 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         InvalidSequence
             A ValueError that names the item, the position and what is allowed.
         """
-        sequences = self._checked(X)
+        tokens = self._checked(X)
         model = self._model()
         outputs = Outputs.check(model.checkpoint, [self.layer], [self.pooling])
-        warn_of_odd_sequences(sequences)
-        rows = np.empty((len(sequences), model.config.embed_dim), np.float32)
-        results = chain.from_iterable(model.passes.encode(tokens, outputs) for tokens in self._batches(sequences))
+        warn_of_odd_sequences(map(letters_of, tokens))
+        rows = np.empty((len(tokens), model.config.embed_dim), np.float32)
+        results = chain.from_iterable(model.passes.encode(batch, outputs) for batch in self._batches(tokens))
         for row, result in zip(rows, results, strict=True):
             (pooled,) = result.to_arrays().values()
             row[...] = pooled
         return rows
 
-    def fit_transform(self, X: Sequences, y: object = None, **options: Any) -> npt.NDArray[np.float32]:
+    def fit_transform(self, X: Sequences, y: object = None) -> npt.NDArray[np.float32]:
         """Embeddings, as from `transform`; a generator is read only once."""
-        if hasattr(X, "__next__"):
-            X = list(X)
-        embeddings: npt.NDArray[np.float32] = super().fit_transform(X, y, **options)
-        return embeddings
+        return self.transform(X)
 
     @property
     def _n_features_out(self) -> int:
         """Number of features, for scikit-learn's `get_feature_names_out`."""
         return self._model().config.embed_dim
 
-    def _checked(self, X: Sequences) -> list[str]:
+    def _checked(self, X: Sequences) -> list[Tokens]:
         one_of("pooling", self.pooling, POOLING)
         if whole_number(self.layer) is None:
             raise InvalidOption(f"layer={self.layer!r}: expected a whole number")
@@ -214,11 +209,11 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
         MissingHead
             The weights have no classification head for sequences.
         """
-        sequences = self._checked(X)
-        warn_of_odd_sequences(sequences)
+        tokens = self._checked(X)
+        warn_of_odd_sequences(map(letters_of, tokens))
         model, labels = self._model(), self.classes_
-        rows = [result.probabilities for tokens in self._batches(sequences) for result in model.passes.classify(tokens)]
-        return np.array(rows, np.float32).reshape(len(sequences), len(labels))
+        rows = [result.probabilities for batch in self._batches(tokens) for result in model.passes.classify(batch)]
+        return np.array(rows, np.float32).reshape(len(tokens), len(labels))
 
     def predict(self, X: Sequences) -> npt.NDArray[Any]:
         """The most probable label of each sequence (n,) or, if several may hold, 0 or 1 for each: (n, labels)."""

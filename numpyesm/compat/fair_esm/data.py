@@ -113,13 +113,7 @@ class Alphabet:
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
         """Split a text into tokens; anything else is split at blanks."""
-        tokens: list[str] = []
-        end = 0
-        for match in self._pattern.finditer(text):
-            tokens += text[end : match.start()].split()
-            tokens.append(match[0])
-            end = match.end()
-        return tokens + text[end:].split()
+        return self._pattern.sub(r" \g<0> ", text).split()
 
     def encode(self, text: str) -> list[int]:
         """Numbers of the tokens of a text; UnknownToken for lower case, `J`, `*` and the like."""

@@ -30,7 +30,6 @@ from .reader import Item, Reader
 from .settings import Settings, Shard, describe, difference
 from .writers import DEFAULT_INCLUDE
 
-ENGINES = ("local", "ray")
 # `kill -9` loses the current batch and at most this many seconds of work. Commits take at most 2 % of the run.
 COMMIT_SECONDS = 0.5
 COMMIT_SHARE = 0.02
@@ -151,7 +150,7 @@ def embed_fasta(
         A file cannot be read or written. What was computed is kept.
     """
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    one_of("engine", engine, ENGINES)
+    one_of("engine", engine, ("local", "ray"))
     if engine == "local" and (address is not None or workers is not None):
         raise InvalidOption("address and workers belong to engine='ray'")
     tokens_per_batch = check_budget(tokens_per_batch)
@@ -264,10 +263,10 @@ class _Run:
                     journal.close()
                     lock.empty()
                     raise
-            before = journal.totals(done=True)
-            if before.sequences < journal.totals().sequences:
-                self._compute(journal, before)
-            return self._write(journal, before)
+            totals, before = journal.totals(), journal.totals(done=True)
+            if before.sequences < totals.sequences:
+                self._compute(journal, totals, before)
+            return self._write(journal, totals, before)
 
     def _reader(self) -> Reader:
         return Reader(self.inputs, self.settings, self.progress.reading)
@@ -310,8 +309,7 @@ class _Run:
         for item in journal.records(rejected=True):
             self._check_strict(item)
 
-    def _compute(self, journal: Journal, before: Totals) -> None:
-        totals = journal.totals()
+    def _compute(self, journal: Journal, totals: Totals, before: Totals) -> None:
         if before.sequences:
             self.progress.note(f"resuming: {before.records} of {totals.records} records are done")
         self.progress.start(totals, before)
@@ -348,9 +346,9 @@ class _Run:
             )
         journal.commit()
 
-    def _write(self, journal: Journal, before: Totals) -> Summary:
+    def _write(self, journal: Journal, totals: Totals, before: Totals) -> Summary:
         self.progress.writing()
-        totals, done = journal.totals(), journal.totals(done=True)
+        done = journal.totals(done=True)
         rejected = sum(1 for _ in journal.records(rejected=True))
         if missing := totals.sequences - done.sequences:
             raise BulkError(f"the engine returned nothing for {missing} sequences")

@@ -104,8 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         stamps = [_stamp(weights, *each) for each in zip(labels, tokens, strict=True)]
         todo = list(range(len(batch)))
         if arguments.skip_existing:
-            wanted = _member_names(layers, arguments.include)
-            todo = [i for i in todo if not _holds(paths[batch[i]], wanted, stamps[i])]
+            todo = [i for i in todo if not _holds(paths[batch[i]], layers, arguments.include, stamps[i])]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
             print(f"Skipping {len(batch) - len(todo)} sequences whose files already hold these outputs")
@@ -145,14 +144,11 @@ def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
 
 
-def _member_names(layers: Sequence[int], include: Sequence[str]) -> set[str]:
-    """Members that the archive of a record must have."""
-    names = {f"{_BY_LAYER[kind][0]}_{layer}.npy" for kind in _BY_LAYER.keys() & set(include) for layer in layers}
-    return names | {f"{kind}.npy" for kind in {"label", *include} - _BY_LAYER.keys()}
-
-
-def _holds(path: Path, members: set[str], stamp: bytes) -> bool:
+def _holds(path: Path, layers: Sequence[int], include: Sequence[str], stamp: bytes) -> bool:
     """Whether a file has these arrays (and perhaps others), of the same weights, label and sequence."""
+    by_layer = _BY_LAYER.keys() & set(include)
+    members = {f"{_BY_LAYER[kind][0]}_{layer}.npy" for kind in by_layer for layer in layers}
+    members |= {f"{name}.npy" for name in {"label", *include} - by_layer}
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment == stamp and members <= set(archive.namelist())

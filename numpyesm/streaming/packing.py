@@ -37,12 +37,7 @@ def check_budget(tokens: object) -> int | None:
 def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
     """Yield batches of at most `budget` tokens (or one item), the longest first within each look-ahead.
 
-    Parameters
-    ----------
-    items : iterable
-    length : callable
-        Residues of an item; it takes two tokens more.
-    budget : int
+    `length` gives the residues of an item, which takes two tokens more.
     """
     waiting: list[Item] = []
     tokens = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from ..alphabet import SequenceNotes
@@ -65,15 +66,13 @@ def embed_iter(
 
     def results(window: list[tuple[int, Record]]) -> Iterator[tuple[Record, EncodeResult]]:
         """Results of the records of one look-ahead, each distinct sequence computed once."""
-        numbers: dict[str, int] = {}
-        for _, record in window:
-            numbers.setdefault(record.sequence, len(numbers))
-        distinct = [Pending(number, sequence) for sequence, number in numbers.items()]
-        found: dict[int, EncodeResult] = {}
-        for batch in pack(distinct, lambda item: len(item.sequence), budget):
-            found.update(encode_batch(passes, batch, outputs, rule, budget))
+        distinct = list(dict.fromkeys(record.sequence for _, record in window))
+        found: dict[str, EncodeResult] = {}
+        for batch in pack(map(Pending, count(), distinct), lambda item: len(item.sequence), budget):
+            for number, result in encode_batch(passes, batch, outputs, rule, budget):
+                found[distinct[number]] = result
         for index, record in window:
-            yield record, replace(found[numbers[record.sequence]], sequence_index=index)
+            yield record, replace(found[record.sequence], sequence_index=index)
 
     return stream()
 

@@ -36,7 +36,6 @@ def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: 
             compression={name: "zstd" for name, kind in COLUMNS.items() if kind == "string"},
             use_dictionary=False,
             write_statistics=[name for name in COLUMNS if name != "description"],
-            store_schema=True,
         ) as writer:
             group: list[Row] = []
             size = 0

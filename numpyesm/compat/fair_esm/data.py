@@ -155,8 +155,9 @@ class BatchConverter:
             try:
                 encoded.append(alphabet.encode(sequence)[: self.truncation_seq_length or None])
             except UnknownToken as error:
-                where = {"item": item, "position": error.position, "character": error.character}
-                raise UnknownToken(error.reason, **where) from None  # type: ignore[arg-type]
+                raise UnknownToken(
+                    error.reason, item=item, position=error.position, character=error.character
+                ) from None
         first, last = [alphabet.cls_idx] * alphabet.prepend_bos, [alphabet.eos_idx] * alphabet.append_eos
         framed = [[*first, *ids, *last] for ids in encoded]
         tokens = np.full((len(pairs), max(map(len, framed))), alphabet.padding_idx, np.int64)

@@ -237,9 +237,6 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
         return head
 
 
-def as_sequences(X: Any) -> list[str]:
+def as_sequences(X: Any) -> list[Any]:
     """Return the sequences as a list; rows of one text each, which scikit-learn calls a column, are accepted."""
-    items = texts(X)
-    rows = [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in items]
-    # Not NumPy's own kind of str, which is slower to pickle and to compare.
-    return [str(row) if isinstance(row, str) else row for row in rows]
+    return [item[0] if isinstance(item, list | tuple | np.ndarray) and len(item) == 1 else item for item in texts(X)]

@@ -17,9 +17,9 @@ from ..api.keys import KeyRing
 from ..api.media import AnswerForm, check_json_type, is_gzipped
 from ..api.requests import Work, check_request
 from .engine import Engine
-from .gate import Record, record_of
 from .queue import Job
 from .settings import Settings
+from .telemetry import Record, record_of
 
 # Below this many bytes of arrays, writing takes less time than switching to another thread.
 _SMALL = 1 << 16

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route, Router
@@ -20,12 +21,11 @@ from ..api.media import JSON_TYPE
 from ..api.schema import openapi_document, request_schema
 from ..errors import NumpyesmError
 from ..formats import json_bytes
-from .access_log import AccessLog
 from .actions import Actions
 from .engine import Engine
-from .gate import Gate, record_of
-from .metrics import TEXT_TYPE, Metrics
+from .gate import Gate
 from .settings import Settings
+from .telemetry import Telemetry, record_of
 
 Document: TypeAlias = Callable[[Request], Any]
 
@@ -68,18 +68,18 @@ class Service:
     ) -> None:
         self.catalog = catalog
         self.settings = settings or Settings()
-        self.metrics = Metrics()
         try:
-            self._log = AccessLog(log_to)  # before the engine checks what `ulimit -v` leaves: a thread takes some of it
-            self.engine = Engine(catalog, self.settings, self.metrics.forward_pass)
+            # Before the engine checks what `ulimit -v` leaves: a thread takes some of it.
+            self.telemetry = Telemetry(log_to)
+            self.engine = Engine(catalog, self.settings, self.telemetry.forward_pass)
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise
             raise NumpyesmError(f"the service cannot start its threads: {error}") from error
-        self.metrics.watch(self.engine)
+        self.telemetry.watch(self.engine)
         self._actions = Actions(catalog, keys or KeyRing(), self.engine, self.settings)
         router = Router(self._routes(), redirect_slashes=False, lifespan=self.lifespan)
-        self.gate = Gate(router, self.settings, self.metrics, self._log)
+        self.gate = Gate(router, self.settings, self.telemetry)
 
     @asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
@@ -89,7 +89,7 @@ class Service:
             yield
         finally:
             await self.engine.stop()
-            self._log.stop()
+            self.telemetry.stop()
 
     def _routes(self) -> list[BaseRoute]:
         catalog, openapi = self.catalog, openapi_document(self.catalog)
@@ -132,7 +132,7 @@ class Service:
 
     async def _metrics(self, request: Request) -> Response:
         record_of(request.scope).route = "metrics"
-        return Response(self.metrics.page(), media_type=TEXT_TYPE)
+        return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Page(StaticFiles):

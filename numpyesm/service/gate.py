@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
 import re
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -20,10 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
 from ..api.media import JSON_TYPE
-from .access_log import AccessLog
 from .hosts import check_host
-from .metrics import HUNG_UP, Metrics
 from .settings import Settings
+from .telemetry import HUNG_UP, Record, Telemetry
 
 log = logging.getLogger("numpyesm.service")
 
@@ -39,35 +35,13 @@ _SAFETY = {
 _MAX_DISCARDED = 16 << 20
 
 
-@dataclass
-class Record:
-    """What goes into the log and the counters about a request."""
-
-    id: str
-    client: str
-    method: str = ""
-    path: str = ""
-    route: str = "other"
-    slug: str = ""
-    status: int = 0
-    sent: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def record_of(scope: Scope) -> Record:
-    """Return the record of the current request."""
-    record: Record = scope["numpyesm.record"]
-    return record
-
-
 class Gate:
     """Wraps the application: whatever happens inside, there is an answer, a log line and a count."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, access_log: AccessLog) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
         self._app = app
         self._settings = settings
-        self._metrics = metrics
-        self._log = access_log
+        self._telemetry = telemetry
         self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +68,7 @@ class Gate:
         finally:
             self.active -= 1
             record.status = record.status or HUNG_UP
-            self.count(record, time.perf_counter() - start)
+            self._telemetry.request(record, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         """Run the application, and answer with the error that it raises."""
@@ -118,23 +92,6 @@ class Gate:
             else:
                 response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
                 await response(scope, exchange.receive, exchange.send)
-
-    def count(self, record: Record, seconds: float = 0.0) -> None:
-        """Count and log a finished request, or one that was refused before it became one."""
-        self._metrics.request(record.route, record.slug, record.status, seconds, record.sent)
-        self._log.add(
-            {
-                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
-                "id": record.id,
-                "client": record.client,
-                "method": record.method,
-                "path": record.path,
-                "status": record.status,
-                "ms": round(seconds * 1e3, 2),
-                "bytes": record.sent,
-                **record.facts,
-            }
-        )
 
 
 class _Exchange:

@@ -11,20 +11,20 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..api.errors import ApiError
-from .gate import Gate, Record
 from .settings import Settings
+from .telemetry import Record, Telemetry
 
 
-def make_protocol(settings: Settings, gate: Gate) -> type[asyncio.Protocol]:
-    """Make the protocol class for a server with these settings; `gate` counts what it refuses itself."""
-    return type("Protocol", (_LimitedProtocol,), {"limits": settings, "gate": gate})
+def make_protocol(settings: Settings, telemetry: Telemetry) -> type[asyncio.Protocol]:
+    """Make the protocol class for a server with these settings; `telemetry` counts what it refuses itself."""
+    return type("Protocol", (_LimitedProtocol,), {"limits": settings, "telemetry": telemetry})
 
 
 class _LimitedProtocol(H11Protocol):
     """A connection with a deadline for the head of each request."""
 
     limits: Settings
-    gate: Gate
+    telemetry: Telemetry
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +104,7 @@ class _LimitedProtocol(H11Protocol):
         self.transport.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
         self.transport.close()
         client, facts = self.client[0] if self.client else "unknown", {"reason": error.detail}
-        self.gate.count(Record(request_id, client, status=error.status, sent=len(body), facts=facts))
+        self.telemetry.request(Record(request_id, client, status=error.status, sent=len(body), facts=facts))
 
     def _abort_later(self) -> None:
         """Break the connection after a while: closing waits for the client to read, which it may never do."""

@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 service.gate,
-                http=make_protocol(settings, service.gate),
+                http=make_protocol(settings, service.telemetry),
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -13,7 +13,6 @@ from ..errors import InvalidOption
 from ..extras import require
 from ..memory import parse_memory
 from ..model import ESM2
-from ..service.hosts import is_loopback
 from ..service.settings import OPTIONS, Settings, default_max_memory
 from ..weights.locate import find_local
 
@@ -23,10 +22,10 @@ def run(arguments: argparse.Namespace) -> int:
     for library in ("prometheus_client", "starlette", "uvicorn"):
         require(library, "the service", "serve")
     from ..service.app import Service
-    from ..service.server import Server, addresses, bind
+    from ..service.server import Server, bind, is_local
 
     keys = KeyRing(read_keys(arguments.api_keys_file))
-    local = all(is_loopback(address) for address in addresses(arguments.host))
+    local = is_local(arguments.host)
     if not keys and not local and not arguments.allow_no_auth:
         raise InvalidOption(
             f"--host {arguments.host} is reachable from elsewhere, and there are no API keys: set {ENVIRONMENT} or "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -17,7 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
 from ..api.media import JSON_TYPE
-from .hosts import check_host
 from .settings import Settings
 from .telemetry import HUNG_UP, Record, Telemetry
 
@@ -79,7 +80,7 @@ class Gate:
                 message = "the request has both Content-Length and Transfer-Encoding"
                 raise ApiError(400, message, headers={"Connection": "close"})
             if self._settings.local_only:
-                check_host(headers.getlist("host"), self._settings.allowed_hosts)
+                _check_host(headers.getlist("host"), self._settings.allowed_hosts)
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             raise
@@ -161,3 +162,31 @@ class _Exchange:
 def _from_router(error: HTTPException) -> ApiError:
     detail = ADDRESS_ERRORS.get(error.status_code, error.detail)
     return ApiError(error.status_code, detail, headers=error.headers)
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an IP address belongs to the loopback interface."""
+    try:
+        return ipaddress.ip_address(address.split("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_host(hosts: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raise ApiError 403 if a Host header names another machine.
+
+    A web page can make a browser send requests to 127.0.0.1 under a name of its own (DNS rebinding); its Host header
+    gives it away. Programs that send no Host header are not browsers.
+    """
+    if not hosts:
+        return
+    # `LocalHost:8000` is `localhost`, `[::1]:8000` is `::1`.
+    name = hosts[0].strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    if len(hosts) == 1 and (name in ("localhost", *allowed) or is_loopback(name)):
+        return
+    raise ApiError(
+        403,
+        f"this service has no API keys and answers only to the names of this machine, not to {name[:80]!r}",
+        code="user.host",
+    )

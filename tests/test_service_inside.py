@@ -23,8 +23,7 @@ from numpyesm.api.catalog import Catalog
 from numpyesm.api.requests import Work, check_request
 from numpyesm.config import ModelConfig
 from numpyesm.passes import Passes
-from numpyesm.service.admission import Admission
-from numpyesm.service.queue import FairQueue, Job
+from numpyesm.service.queue import Admission, FairQueue, Job
 from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")

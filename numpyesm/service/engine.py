@@ -17,8 +17,7 @@ from ..errors import InvalidOption
 from ..formats import Result
 from ..memory import format_memory
 from ..options import INCLUDES, Outputs, missing_head
-from .admission import Admission
-from .queue import FairQueue, Job, Part
+from .queue import Admission, FairQueue, Job, Part
 from .settings import Settings
 
 log = logging.getLogger("numpyesm.service")

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -26,11 +26,11 @@ log = logging.getLogger("numpyesm.service")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _SAFETY = {
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-    b"cross-origin-resource-policy": b"same-origin",
-    b"cache-control": b"no-store",
-    b"content-security-policy": b"default-src 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'",
 }
 # How much of an unread body is still received before the connection is cut.
 _MAX_DISCARDED = 16 << 20
@@ -65,7 +65,7 @@ class Gate:
         except ClientDisconnect:
             record.status = HUNG_UP
         except asyncio.CancelledError:  # the server shuts down, and this client does not read
-            exchange.abort()
+            exchange.break_connection()
         finally:
             self.active -= 1
             record.status = record.status or HUNG_UP
@@ -89,7 +89,7 @@ class Gate:
             if refusal.status == 500 and refusal is not error:
                 log.error("request %s failed", exchange.record.id, exc_info=error)
             if exchange.record.status:  # in the middle of an answer: only breaking the connection tells the client
-                exchange.abort()
+                exchange.break_connection()
             else:
                 response = Response(refusal.body(), refusal.status, refusal.headers, JSON_TYPE)
                 await response(scope, exchange.receive, exchange.send)
@@ -99,19 +99,15 @@ class _Exchange:
     """One request and its answer, as they pass through the gate."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record, settings: Settings) -> None:
-        self._scope = scope
         self._receive = receive
         self._send = send
         self._settings = settings
         self.record = record
+        # Closing would wait for the client to read. (A test client has nothing to break.)
+        self.break_connection = scope.get("extensions", {}).get("numpyesm.abort", lambda: None)
         headers = Headers(scope=scope)
         self._body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self._asks_first = "expect" in headers  # whether to send the body
-
-    def abort(self) -> None:
-        """Break the connection: closing would wait for the client to read."""
-        with suppress(KeyError):
-            self._scope["extensions"]["numpyesm.abort"]()
 
     async def receive(self) -> Message:
         """Pass on a piece of the body."""
@@ -124,7 +120,10 @@ class _Exchange:
         """Pass on a piece of the answer; ClientDisconnect if the client does not take it."""
         if message["type"] == "http.response.start":
             self.record.status = message["status"]
-            message = {**message, "headers": self._with_safety(message.get("headers", []))}
+            headers = MutableHeaders(scope=message)
+            for name, value in _SAFETY.items():
+                headers.setdefault(name, value)
+            headers["x-request-id"] = self.record.id
         else:
             self.record.sent += len(message.get("body", b""))
             if self._body_left and not self._asks_first and not message.get("more_body", False):
@@ -139,7 +138,7 @@ class _Exchange:
             await asyncio.wait_for(self._send(message), self._settings.write_timeout)
         except asyncio.TimeoutError:
             self.record.facts["reason"] = "the client does not read"
-            self.abort()
+            self.break_connection()
             raise ClientDisconnect from None
 
     async def _discard_body(self) -> None:
@@ -151,12 +150,7 @@ class _Exchange:
                 message = await asyncio.wait_for(self.receive(), max(0.0, end - time.monotonic()))
                 left -= len(message.get("body", b""))
         if self._body_left:
-            self.abort()
-
-    def _with_safety(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        names = {name for name, _ in headers}
-        added = [pair for pair in _SAFETY.items() if pair[0] not in names]
-        return [*headers, *added, (b"x-request-id", self.record.id.encode())]
+            self.break_connection()
 
 
 def _from_router(error: HTTPException) -> ApiError:

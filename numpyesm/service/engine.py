@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -58,7 +58,6 @@ class Engine:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._running: list[Job] = []
-        self._stopped = False
         self._rows_per_second = 1000.0
         self.draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="numpyesm-engine")
@@ -81,15 +80,15 @@ class Engine:
     async def stop(self) -> None:
         """Fail all jobs, and wait for the current pass."""
         self.abandon()
-        self._stopped = True
-        self._wake.set()
         if self._task is not None:
-            await asyncio.wait([self._task])
+            self._task.cancel()
+        await asyncio.to_thread(self._thread.shutdown)
 
     def abandon(self) -> None:
         """Fail all jobs, running ones too: clients are told now, and the current pass is discarded."""
         self.draining = True
-        self._fail([*self._queue, *self._running], _unavailable("draining", "the service is shutting down"))
+        for job in [*self._queue, *self._running]:
+            self._fail(job, _unavailable("draining", "the service is shutting down"))
 
     @property
     def waiting(self) -> int:
@@ -152,7 +151,7 @@ class Engine:
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._stopped:
+        while True:
             parts = self._queue.take(PASS_ROWS, self.admission.admit)
             if not parts:
                 self._wake.clear()
@@ -162,50 +161,43 @@ class Engine:
             self._running = list(dict.fromkeys(job for job, _ in parts))
             for job in self._running:
                 job.started = job.started or start
-            outcomes = await loop.run_in_executor(self._thread, compute, parts)
-            self._finish(outcomes)
+            self._finish(parts, await loop.run_in_executor(self._thread, compute, parts))
             seconds = time.monotonic() - start
             rows = sum(job.rows[index] for job, index in parts)
             self._rows_per_second += 0.2 * (rows / max(seconds, 1e-6) - self._rows_per_second)
             self._on_pass(parts[0][0].work.served.slug, len(parts), rows, seconds)
 
-    def _finish(self, outcomes: dict[Job, list[Result] | ApiError]) -> None:
-        self._running = []
-        for job, outcome in outcomes.items():
+    def _finish(self, parts: list[Part], results: list[Result | ApiError]) -> None:
+        for (job, index), result in zip(parts, results, strict=True):
+            if isinstance(result, ApiError):
+                self._fail(job, result)
+            else:
+                job.results.append(result if isinstance(result, float) else replace(result, sequence_index=index))
+        finished, self._running = self._running, []
+        for job in finished:
             if job.released:
                 self.admission.release(job)
-            elif isinstance(outcome, ApiError):
-                self._fail([job], outcome)
-            else:
-                job.results += outcome
-                if job.all_taken and not job.done.done():
-                    job.computed = time.monotonic()
-                    job.done.set_result(None)
+            elif job.all_taken and not job.done.done():
+                job.computed = time.monotonic()
+                job.done.set_result(None)
 
-    def _fail(self, jobs: Iterable[Job], error: ApiError) -> None:
-        for job in jobs:
-            self._queue.remove(job)
-            if not job.done.done():
-                job.done.set_exception(error)
+    def _fail(self, job: Job, error: ApiError) -> None:
+        self._queue.remove(job)
+        if not job.done.done():
+            job.done.set_exception(error)
 
 
-def compute(parts: Sequence[Part]) -> dict[Job, list[Result] | ApiError]:
-    """Compute one pass; if it fails, each job on its own, so that no job fails because of another."""
-    jobs = list(dict.fromkeys(job for job, _ in parts))
-    tokens = tuple(job.work.tokens[index] for job, index in parts)
+def compute(parts: Sequence[Part]) -> list[Result | ApiError]:
+    """Compute one pass; if it fails, each sequence on its own, so that no job fails because of another."""
+    work = replace(parts[0][0].work, tokens=tuple(job.work.tokens[index] for job, index in parts))
     try:
-        results = list(replace(jobs[0].work, tokens=tokens).compute())
+        return list(work.compute())
     except Exception as error:
-        if len(jobs) == 1:
+        if all(job is parts[0][0] for job, _ in parts):
             log.error("a computation failed", exc_info=error)
-            return {jobs[0]: as_api_error(error)}
-        log.warning("a shared pass failed; its jobs run one by one", exc_info=error)
-        alone = [compute([part for part in parts if part[0] is job]) for job in jobs]
-        return {job: outcome for outcomes in alone for job, outcome in outcomes.items()}
-    outcomes: dict[Job, list[Result]] = {job: [] for job in jobs}
-    for (job, index), result in zip(parts, results, strict=True):
-        outcomes[job].append(result if isinstance(result, float) else replace(result, sequence_index=index))
-    return dict(outcomes)
+            return [as_api_error(error)] * len(parts)
+        log.warning("a shared pass failed; its sequences run one by one", exc_info=error)
+        return [result for part in parts for result in compute([part])]
 
 
 def _warm_up(catalog: Catalog) -> None:

@@ -1,18 +1,41 @@
-"""Unpack request bodies, up to a limit, and decode them."""
+"""Bodies: what headers say of a request's, how it is unpacked and decoded, and the form of the answer."""
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ..formats import Result, gzip_pieces, json_results, npz_results
 from .errors import ApiError, invalid
+
+JSON_TYPE = "application/json"
+NPZ_TYPE = "application/x-npz"
 
 # A request has hundreds of values. Two kilobytes of gzip can hold a million, and decoding those would keep
 # everyone else waiting for seconds. (Eight sequences with a comma between letters still get their own message.)
 MAX_VALUES = 20_000
 # Python's gzip module writes one member; a few more are legal, thousands of empty ones are an attack.
 _MAX_MEMBERS = 16
+
+
+def check_media(content_type: str | None, content_encoding: str | None) -> bool:
+    """Return whether a body is gzipped; ApiError 415 unless it is JSON in UTF-8, plain or gzipped."""
+    media, _, parameters = (content_type or "").partition(";")
+    if media.strip().lower() != JSON_TYPE:
+        got = f"not {content_type[:80]!r}" if content_type else "and none was sent"
+        raise ApiError(415, f"the Content-Type must be {JSON_TYPE}, {got}", headers={"Accept": JSON_TYPE})
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset" and value.strip().strip('"').lower() not in ("utf-8", "utf8"):
+            raise ApiError(415, f"the charset must be UTF-8, not {value.strip()[:40]!r}")
+    coding = (content_encoding or "identity").strip().lower()
+    if coding not in ("", "identity", "gzip", "x-gzip"):
+        message = f"Content-Encoding {coding[:80]!r} is not known; use gzip or none"
+        raise ApiError(415, message, headers={"Accept-Encoding": "gzip"})
+    return coding in ("gzip", "x-gzip")
 
 
 def gunzip(data: bytes, limit: int) -> bytes:
@@ -80,3 +103,54 @@ def _no_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """The form in which a client wants its results: JSON, gzipped if asked, or npz, which does not shrink."""
+
+    npz: bool
+    gzipped: bool
+
+    @classmethod
+    def chosen(cls, accept: str | None, accept_encoding: str | None) -> AnswerForm:
+        """Read what the client prefers; npz must be preferred by name."""
+        weights = _weights(accept)
+        npz = max(weights.get(NPZ_TYPE, 0.0), weights.get("application/npz", 0.0))
+        if npz > 0 and npz >= weights.get(JSON_TYPE, 0.0):
+            return cls(npz=True, gzipped=False)
+        weights = _weights(accept_encoding)
+        named = [weights[name] for name in ("gzip", "x-gzip") if name in weights]
+        return cls(npz=False, gzipped=max(named or [weights.get("*", 0.0)]) > 0)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that describe the form."""
+        headers = {"content-type": NPZ_TYPE if self.npz else JSON_TYPE, "vary": "Accept, Accept-Encoding"}
+        return headers | ({"content-encoding": "gzip"} if self.gzipped else {})
+
+    def write(self, results: Sequence[Result]) -> Iterator[bytes]:
+        """Write results piece by piece."""
+        pieces = npz_results(results) if self.npz else json_results(results)
+        return gzip_pieces(pieces) if self.gzipped else pieces
+
+
+def _weights(header: str | None) -> dict[str, float]:
+    """Read quality values: `gzip, *;q=0.5` is `{"gzip": 1.0, "*": 0.5}`."""
+    weights: dict[str, float] = {}
+    for part in (header or "").split(","):
+        name, *parameters = part.split(";")
+        weight = 1.0
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if key.strip().lower() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0
+        if name.strip():
+            weights[name.strip().lower()] = weight
+    return weights

@@ -66,26 +66,20 @@ class ApiError(Exception):
         self.status = status
         self.detail = detail
         self.problems = list(problems)
-        self.code = code or _CODES.get(status, "user.bad_request" if status < 500 else "server.internal")
+        self.code = code or _CODES[status]
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
         """Return the JSON document that the client gets."""
         problems = _first_of_each(self.problems)[:_MAX_PROBLEMS] or [((), self.detail)]
+        errors: list[dict[str, Any]] = []
         by_field: dict[str, list[str]] = {}
         for place, message in problems:
-            by_field.setdefault(field_name(place), []).append(_clean(message))
-        document: dict[str, Any] = {
-            "detail": _clean(self.detail),
-            "errors": [
-                {"loc": list(map(_clean_part, place)), "field": field_name(place), "msg": _clean(message)}
-                for place, message in problems
-            ],
-            "status_code": self.status,
-            "code": self.code,
-            "error": by_field,
-        }
-        return json_bytes(document)
+            field, text = field_name(place), _clean(message)
+            errors.append({"loc": list(map(_clean_part, place)), "field": field, "msg": text})
+            by_field.setdefault(field, []).append(text)
+        head = {"detail": _clean(self.detail), "errors": errors, "status_code": self.status, "code": self.code}
+        return json_bytes(head | {"error": by_field})
 
 
 def invalid(problems: Sequence[Problem]) -> ApiError:

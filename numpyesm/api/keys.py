@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InvalidOption
@@ -25,8 +25,8 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def identify(self, authorization: Sequence[bytes]) -> str | None:
-        """Name the key in the header, as `key-1`; None if this ring has no keys.
+    def identify(self, authorization: bytes) -> str | None:
+        """Name the key in the header (several are joined by commas), as `key-1`; None if this ring has no keys.
 
         Raises
         ------
@@ -37,8 +37,8 @@ class KeyRing:
             return None
         if not authorization:
             raise _refusal("an API key is needed: send the header Authorization: Token KEY")
-        scheme, _, key = authorization[0].strip().partition(b" ")
-        if len(authorization) > 1 or scheme.lower() != b"token" or not key.strip():
+        scheme, _, key = authorization.strip().partition(b" ")
+        if scheme.lower() != b"token" or not key.strip():
             raise _refusal("the Authorization header must be: Token KEY")
         digest = _digest(key.strip())
         found = 0

@@ -7,8 +7,8 @@ from typing import Any
 
 from .._version import __version__
 from ..alphabet import AMINO_ACIDS
+from .bodies import JSON_TYPE, NPZ_TYPE
 from .catalog import ACTIONS, Catalog, ServedModel
-from .media import JSON_TYPE, NPZ_TYPE
 from .requests import Schema, body_schema, object_schema
 
 # Read by the `biolmai` SDK, which delays requests beyond it. This service has no rate limit (clients that fill the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -36,22 +36,17 @@ class Request:
     Attributes
     ----------
     method, path : str
-    headers : dict of str to list of str
-        Names in lower case.
+    headers : dict of str to str
+        Names in lower case; several values of one name are joined by commas.
     content : str
         The body, perhaps in base64.
     """
 
     method: str
     path: str
-    headers: Mapping[str, Sequence[str]]
+    headers: Mapping[str, str]
     content: str = field(default="", repr=False)
     is_base64: bool = False
-
-    def header(self, name: str) -> str | None:
-        """All values of a header, joined."""
-        values = self.headers.get(name)
-        return ", ".join(values) if values else None
 
     def route(self) -> dict[str, str]:
         """Return the named parts of the path; ApiError 404 if there is nothing at this address."""
@@ -119,14 +114,14 @@ def _mapping(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _headers(event: Mapping[str, Any]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _headers(event: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, values in _mapping(event, "multiValueHeaders").items():
         if isinstance(values, list):
-            found[str(name).lower()] = [str(value) for value in values]
+            found[str(name).lower()] = ", ".join(map(str, values))
     for name, value in _mapping(event, "headers").items():
         if value is not None:
-            found.setdefault(str(name).lower(), [str(value)])
+            found.setdefault(str(name).lower(), str(value))
     return found
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from ..api.bodies import parse_json
+from ..api.bodies import JSON_TYPE, AnswerForm, check_media, parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
 from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
 from ..api.keys import KeyRing, read_keys
-from ..api.media import JSON_TYPE, AnswerForm, check_json_type, is_gzipped
 from ..api.requests import check_request
 from ..errors import InvalidOption, NotEnoughMemory
 from ..formats import json_bytes
 from ..model import ESM2
 from ..threads import default_threads
-from .deadline import before_the_deadline
 from .events import Answer, Request, read_event
 
 log = logging.getLogger("numpyesm.serverless")
@@ -34,6 +37,8 @@ _LEAST_BYTES = 8.0
 _LEAST_BYTES_BINARY = 4.0 * 4 / 3
 # Memory of the function that the model may not use: for the runtime, the event, and the answer as text.
 _KEPT_BACK = 56 << 20
+# Seconds that are reserved for writing the refusal when the function's time is nearly up.
+_RESERVE = 0.25
 # MB of the function's memory; AWS gives one CPU for each so many of them.
 _SIZE = "AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
 _MEMORY_PER_CPU = 1769
@@ -113,9 +118,8 @@ class Function:
             catalog = self.load()
             healthy = route["health"] == "healthz"
             return _json({"status": "ok"} if healthy else {"status": "ready", "models": catalog.slugs})
-        values = request.headers.get("authorization", ())
         # Without keys, AWS decides who may call.
-        self._keys.identify([value.encode("utf-8", "surrogatepass") for value in values])
+        self._keys.identify(request.headers.get("authorization", "").encode("utf-8", "surrogatepass"))
         catalog = self.load()
         if "action" in route:
             served = catalog.find(route["slug"], route["action"])
@@ -126,24 +130,22 @@ class Function:
 
 
 def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> Answer:
-    check_json_type(request.header("content-type"))
-    body = request.body(is_gzipped(request.header("content-encoding")))
+    header = request.headers.get
+    body = request.body(check_media(header("content-type"), header("content-encoding")))
     work = check_request(served, action, parse_json(body))
-    form = AnswerForm.chosen(request.header("accept"), request.header("accept-encoding"))
+    form = AnswerForm.chosen(header("accept"), header("accept-encoding"))
     binary = form.npz or form.gzipped
     numbers = work.count_numbers()
-    if not _fits(numbers * (_LEAST_BYTES_BINARY if binary else _LEAST_BYTES)):
-        raise _too_large(f"{numbers:,} numbers", binary)
+    _check_size(numbers * (_LEAST_BYTES_BINARY if binary else _LEAST_BYTES), f"{numbers:,} numbers", binary)
     facts |= {"items": len(work.tokens), "residues": sum(work.lengths)}
-    with before_the_deadline(context):
+    with _before_the_deadline(context):
         started = time.perf_counter()
         results = list(work.compute())
         facts["compute_ms"] = _milliseconds(started)
         content = b"".join(form.write(results))
     # In the answer to Lambda, JSON is text inside JSON: each quotation mark takes two bytes.
     size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
-    if not _fits(size):
-        raise _too_large(f"{size / (1 << 20):.1f} MB", binary)
+    _check_size(size, f"{size / (1 << 20):.1f} MB", binary)
     return Answer(content, form.headers, binary=binary)
 
 
@@ -161,9 +163,34 @@ def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
     return request_schema(catalog.find(route["schema_slug"], action), action)
 
 
-def _fits(size: float) -> bool:
-    """Whether a body of this many bytes (in base64, if it is binary) can be sent."""
-    return size + _AROUND <= _MAX_ANSWER
+@contextmanager
+def _before_the_deadline(context: Any) -> Iterator[None]:
+    """Raise ApiError 503 in the block when the function's time is nearly up.
+
+    Signals reach the main thread only, which is where Lambda calls a function; elsewhere, and without a Lambda context,
+    nothing is interrupted.
+    """
+    remaining = getattr(context, "get_remaining_time_in_millis", None)
+    if remaining is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_: int, __: FrameType | None) -> None:
+        raise ApiError(
+            503,
+            "the function's time was nearly up: send fewer or shorter sequences at a time, or raise the function's "
+            "time-out or memory",
+            code="server.deadline",
+            headers={"Retry-After": "1"},
+        )
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, remaining() / 1e3 - _RESERVE))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _chosen_model() -> tuple[str | None, str]:
@@ -201,12 +228,14 @@ def _check_method(request: Request, *allowed: str) -> None:
         raise ApiError(405, ADDRESS_ERRORS[405], headers={"Allow": ", ".join(allowed)})
 
 
-def _too_large(size: str, binary: bool) -> ApiError:
-    """Make the 413 that says what to ask for instead."""
+def _check_size(size: float, said: str, binary: bool) -> None:
+    """Raise ApiError 413, which says what to ask for instead, if a body of so many bytes (in base64) cannot be sent."""
+    if size + _AROUND <= _MAX_ANSWER:
+        return
     other = "" if binary else "send Accept-Encoding: gzip or Accept: application/x-npz, or "
-    return ApiError(
+    raise ApiError(
         413,
-        f"the answer has {size} and a Lambda function may send 6 MB: {other}ask for fewer items at a time, fewer "
+        f"the answer has {said} and a Lambda function may send 6 MB: {other}ask for fewer items at a time, fewer "
         "layers, or less of per_token, contacts and logits",
         code="user.answer_too_large",
         problems=[(("params",), "ask for fewer outputs or layers"), (("items",), "send fewer items at a time")],

@@ -10,11 +10,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..api.bodies import gunzip, parse_json, too_large
+from ..api.bodies import AnswerForm, check_media, gunzip, parse_json, too_large
 from ..api.catalog import Catalog
 from ..api.errors import ApiError
 from ..api.keys import KeyRing
-from ..api.media import AnswerForm, check_json_type, is_gzipped
 from ..api.requests import Work, check_request
 from .engine import Engine
 from .queue import Job
@@ -51,14 +50,13 @@ class Actions:
     async def _read(self, request: Request, record: Record) -> Work:
         """Check the client and the request, cheapest checks first; read the body last."""
         headers = request.headers
-        authorization = [value.encode("latin-1") for value in headers.getlist("authorization")]
+        authorization = ", ".join(headers.getlist("authorization")).encode("latin-1")
         record.client = self.keys.identify(authorization) or record.client
         slug, action = request.path_params["slug"], request.path_params["action"]
         served = self.catalog.find(slug, action)
         record.route, record.slug = action, slug
         self.engine.check_place(record.client)
-        check_json_type(headers.get("content-type"))
-        gzipped = is_gzipped(headers.get("content-encoding"))
+        gzipped = check_media(headers.get("content-type"), headers.get("content-encoding"))
         body = await self._read_body(request)
         if gzipped:
             body = gunzip(body, self.settings.max_decompressed)

@@ -15,9 +15,9 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from ..api.bodies import JSON_TYPE
 from ..api.catalog import Catalog
 from ..api.keys import KeyRing
-from ..api.media import JSON_TYPE
 from ..api.schema import openapi_document, request_schema
 from ..errors import NumpyesmError
 from ..formats import json_bytes

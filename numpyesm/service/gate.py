@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..api.bodies import JSON_TYPE
 from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
-from ..api.media import JSON_TYPE
 from .settings import Settings
 from .telemetry import HUNG_UP, Record, Telemetry
 

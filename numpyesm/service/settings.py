@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..memory import memory_limit
 
 _GIBIBYTE = 1 << 30
-# Settings that `numpyesm serve` has as options of the same names, and what they limit.
-OPTIONS = {
-    "queue_size": "requests that may wait",
-    "max_connections": "open connections",
-    "deadline": "seconds for a request",
-    "head_timeout": "seconds for the headers",
-    "body_timeout": "seconds for the body",
-    "write_timeout": "seconds for a client to take a piece of an answer",
-    "grace": "seconds to finish after SIGTERM",
-}
+
+
+def _option(default: Any, text: str) -> Any:
+    """Make a setting that `numpyesm serve` has as an option of the same name."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of the service.
+    """Limits of the service; what waits or connects beyond `queue_size` and `max_connections` is refused with 503.
 
     Attributes
     ----------
-    queue_size : int
-        Requests that may wait for the engine; more are refused with 503.
     client_share : float
         Share of the queue that one client (API key, or address) may fill; more is refused with 429.
-    deadline : float
-        Seconds from a request's arrival to its results.
     max_memory : int
         Bytes that the whole process may take.
     max_body, max_decompressed : int
         Bytes of a body as sent, and once unpacked.
-    head_timeout, body_timeout, write_timeout, idle_timeout : float
-        Seconds for the headers, for the body, for the client to take a piece of the answer, and between requests.
-    max_connections : int
-        Open connections; more are refused.
-    grace : float
-        Seconds after SIGTERM for accepted requests to finish.
+    idle_timeout : float
+        Seconds between requests.
     local_only : bool
         No keys and a loopback address: only Host headers that name this machine are answered.
     allowed_hosts : tuple of str
         Further Host names for `local_only`.
     """
 
-    queue_size: int = 512
+    queue_size: int = _option(512, "requests that may wait")
+    max_connections: int = _option(1000, "open connections")
+    deadline: float = _option(300.0, "seconds for a request")
+    head_timeout: float = _option(10.0, "seconds for the headers")
+    body_timeout: float = _option(30.0, "seconds for the body")
+    write_timeout: float = _option(60.0, "seconds for a client to take a piece of an answer")
+    grace: float = _option(30.0, "seconds to finish after SIGTERM")
     client_share: float = 0.75
-    deadline: float = 300.0
     max_memory: int = 8 * _GIBIBYTE
     max_body: int = 1 << 20
     max_decompressed: int = 2 << 20
-    head_timeout: float = 10.0
-    body_timeout: float = 30.0
-    write_timeout: float = 60.0
     idle_timeout: float = 75.0
-    max_connections: int = 1000
-    grace: float = 30.0
     local_only: bool = True
     allowed_hosts: tuple[str, ...] = ()
 
@@ -66,6 +54,10 @@ class Settings:
     def client_limit(self) -> int:
         """Requests that one client may have waiting."""
         return max(1, int(self.queue_size * self.client_share))
+
+
+# Settings that `numpyesm serve` has as options, and what they limit.
+OPTIONS = {setting.name: setting.metadata["help"] for setting in fields(Settings) if setting.metadata}
 
 
 def default_max_memory() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -98,7 +99,8 @@ class Service:
         def add(path: str, name: str, document: Document) -> None:
             async def answer(request: Request) -> Response:
                 record_of(request.scope).route = name
-                return Response(json_bytes(document(request)), media_type=JSON_TYPE)
+                found = document(request)
+                return found if isinstance(found, Response) else Response(json_bytes(found), media_type=JSON_TYPE)
 
             routes.append(Route(path, answer))
 
@@ -116,11 +118,11 @@ class Service:
         add("/healthz", "healthz", self._health)
         add("/readyz", "readyz", self._ready)
         add("/openapi.json", "openapi", lambda _: openapi)
-        routes.append(Route("/metrics", self._metrics))
+        add("/metrics", "metrics", lambda _: Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST))
         mimetypes.add_type("text/javascript", ".js")  # the registry of Windows may say otherwise
         page = _Page(directory=_PAGE)
-        front, docs = Route("/", page.answer("index.html")), Route("/docs", page.answer("docs.html"))
-        return [*routes, front, docs, Mount("/page", page)]
+        front, docs = (partial(page.get_file, name) for name in ("index.html", "docs.html"))
+        return [*routes, Route("/", front), Route("/docs", docs), Mount("/page", page)]
 
     def _health(self, _: Request) -> Any:
         self.engine.check_alive()
@@ -130,21 +132,13 @@ class Service:
         self.engine.check_accepting()
         return {"status": "ready", "models": self.catalog.slugs, "waiting": self.engine.waiting}
 
-    async def _metrics(self, request: Request) -> Response:
-        record_of(request.scope).route = "metrics"
-        return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
-
 
 class _Page(StaticFiles):
     """The files of the page, revalidated each time, under a policy that loads nothing from elsewhere."""
 
-    def answer(self, name: str) -> Callable[[Request], Any]:
-        """Make an endpoint that answers with one file."""
-
-        async def answer(request: Request) -> Response:
-            return await self.get_response(name, request.scope)
-
-        return answer
+    async def get_file(self, name: str, request: Request) -> Response:
+        """Answer with one file, at another address."""
+        return await self.get_response(name, request.scope)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         record_of(scope).route = "docs" if path == "docs.html" else "page"

@@ -125,16 +125,7 @@ def _headers(event: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer; its form is the same for all three kinds of events."""
-
-    content: bytes
-    headers: dict[str, str]
-    status: int = 200
-    binary: bool = False
-
-    def for_aws(self) -> dict[str, Any]:
-        """Return the document that AWS takes."""
-        body = base64.b64encode(self.content).decode("ascii") if self.binary else self.content.decode("utf-8")
-        return {"statusCode": self.status, "headers": self.headers, "body": body, "isBase64Encoded": self.binary}
+def write_answer(content: bytes, headers: dict[str, str], status: int = 200, binary: bool = False) -> dict[str, Any]:
+    """Make the document that AWS takes; its form is the same for all three kinds of events."""
+    body = base64.b64encode(content).decode("ascii") if binary else content.decode("utf-8")
+    return {"statusCode": status, "headers": headers, "body": body, "isBase64Encoded": binary}

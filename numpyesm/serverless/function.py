@@ -25,7 +25,7 @@ from ..errors import InvalidOption, NotEnoughMemory
 from ..formats import json_bytes
 from ..model import ESM2
 from ..threads import default_threads
-from .events import Answer, Request, read_event
+from .events import Request, read_event, write_answer
 
 log = logging.getLogger("numpyesm.serverless")
 
@@ -103,33 +103,27 @@ class Function:
                 log.error("request %s failed", request_id, exc_info=error)
             facts["reason"] = refusal.detail[:300]
             headers = {name.lower(): value for name, value in refusal.headers.items()}
-            answer = Answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
-        answer.headers["x-request-id"] = request_id
+            answer = write_answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
+        answer["headers"]["x-request-id"] = request_id
         if self._catalog is not None and any(served.checkpoint.synthetic for served in self._catalog):
-            answer.headers["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
-        sent = answer.for_aws()
-        _print_line(**facts, status=answer.status, bytes=len(sent["body"]), ms=_milliseconds(started))
-        return sent
+            answer["headers"]["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
+        _print_line(**facts, status=answer["statusCode"], bytes=len(answer["body"]), ms=_milliseconds(started))
+        return answer
 
-    def _answer(self, request: Request, context: Any, facts: dict[str, Any]) -> Answer:
+    def _answer(self, request: Request, context: Any, facts: dict[str, Any]) -> dict[str, Any]:
         route = request.route()
-        if "health" in route:
-            _check_method(request, "GET", "HEAD")
-            catalog = self.load()
-            healthy = route["health"] == "healthz"
-            return _json({"status": "ok"} if healthy else {"status": "ready", "models": catalog.slugs})
-        # Without keys, AWS decides who may call.
-        self._keys.identify(request.headers.get("authorization", "").encode("utf-8", "surrogatepass"))
+        if "health" not in route:  # without keys, AWS decides who may call
+            self._keys.identify(request.headers.get("authorization", "").encode("utf-8", "surrogatepass"))
         catalog = self.load()
         if "action" in route:
             served = catalog.find(route["slug"], route["action"])
             _check_method(request, "POST")
             return _act(request, served, route["action"], context, facts)
         _check_method(request, "GET", "HEAD")
-        return _json(_document(route, catalog))
+        return write_answer(json_bytes(_document(route, catalog)), {"content-type": JSON_TYPE})
 
 
-def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> Answer:
+def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> dict[str, Any]:
     header = request.headers.get
     body = request.body(check_media(header("content-type"), header("content-encoding")))
     work = check_request(served, action, parse_json(body))
@@ -146,11 +140,13 @@ def _act(request: Request, served: ServedModel, action: str, context: Any, facts
     # In the answer to Lambda, JSON is text inside JSON: each quotation mark takes two bytes.
     size = len(content) * 4 / 3 + 4 if binary else len(content) + content.count(b'"')
     _check_size(size, f"{size / (1 << 20):.1f} MB", binary)
-    return Answer(content, form.headers, binary=binary)
+    return write_answer(content, form.headers, binary=binary)
 
 
 def _document(route: dict[str, str], catalog: Catalog) -> dict[str, Any]:
-    """Return the list of models, one of them, or the schema of an action."""
+    """Return what is to be read at an address: health, the list of models, one of them, or the schema of an action."""
+    if "health" in route:
+        return {"status": "ok"} if route["health"] == "healthz" else {"status": "ready", "models": catalog.slugs}
     if "models" in route:
         return {"models": [served.describe() for served in catalog]}
     if "sdk_slug" in route:
@@ -240,10 +236,6 @@ def _check_size(size: float, said: str, binary: bool) -> None:
         code="user.answer_too_large",
         problems=[(("params",), "ask for fewer outputs or layers"), (("items",), "send fewer items at a time")],
     )
-
-
-def _json(document: dict[str, Any]) -> Answer:
-    return Answer(json_bytes(document), {"content-type": JSON_TYPE})
 
 
 def _milliseconds(started: float) -> float:

@@ -165,6 +165,9 @@ def check_request(served: ServedModel, action: str, document: Any) -> Work:
     return Work(served, action, tokens, Outputs.check(served.checkpoint, layers, include, allow_nothing=True))
 
 
+_CALLED = {"object": "an object", "array": "a list", "string": "a string"}
+
+
 class _Reader:
     """Validates a document against its schema; collects the problems, and the tokens of the sequences."""
 
@@ -176,22 +179,22 @@ class _Reader:
 
     def check(self, value: Any, place: Place, schema: Schema) -> None:
         """Check a value; requests contain only these four kinds."""
-        if schema.get("type") == "object":
-            self._object(value, place, schema)
-        elif schema.get("type") == "array":
-            self._list(value, place, schema)
-        elif "enum" in schema:
-            self._one_of(value, place, schema["enum"])
-        else:
-            self._sequence(value, place)
+        match schema.get("type"), value:
+            case "object", dict():
+                self._object(value, place, schema)
+            case "array", list():
+                self._list(value, place, schema)
+            case "string", str():
+                self._sequence(value, place)
+            case None, _:
+                self._one_of(value, place, schema["enum"])
+            case kind, _:
+                self._add(place, f"expected {_CALLED[kind]}")
 
     def _add(self, place: Place, message: str) -> None:
         self.problems.append((place, message))
 
-    def _object(self, value: Any, place: Place, schema: Schema) -> None:
-        if not isinstance(value, dict):
-            self._add(place, "expected an object")
-            return
+    def _object(self, value: dict[str, Any], place: Place, schema: Schema) -> None:
         known = schema["properties"]
         for name, inner in known.items():
             if name in value:
@@ -202,11 +205,9 @@ class _Reader:
             if name not in known:
                 self._add((*place, name), "unknown field")
 
-    def _list(self, value: Any, place: Place, schema: Schema) -> None:
+    def _list(self, value: list[Any], place: Place, schema: Schema) -> None:
         least, most = schema["minItems"], schema["maxItems"]
-        if not isinstance(value, list):
-            self._add(place, "expected a list")
-        elif not least <= len(value) <= most:
+        if not least <= len(value) <= most:
             self._add(place, f"at most {most} are allowed" if value else f"at least {least} is needed")
         else:
             for index, entry in enumerate(value):
@@ -222,18 +223,14 @@ class _Reader:
             self._add(place, f"expected one of {', '.join(first)} or {last}")
 
     def _layer(self, value: Any, place: Place) -> None:
-        if type(value) is not int:  # True is an int, and 1.0 is not a layer
-            self._add(place, "expected a whole number")
-            return
         try:
+            if type(value) is not int:  # True is an int, and 1.0 is not a layer
+                raise InvalidOption("expected a whole number")
             check_layers([value], self._served.model.config.num_layers)
         except InvalidOption as error:
             self._add(place, str(error))
 
-    def _sequence(self, value: Any, place: Place) -> None:
-        if not isinstance(value, str):
-            self._add(place, "expected a string")
-            return
+    def _sequence(self, value: str, place: Place) -> None:
         try:
             self.tokens += tokenize([value], masks=self._masks)
         except InvalidSequence as error:

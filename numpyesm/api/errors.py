@@ -76,7 +76,8 @@ class ApiError(Exception):
         by_field: dict[str, list[str]] = {}
         for place, message in problems:
             field, text = field_name(place), _clean(message)
-            errors.append({"loc": list(map(_clean_part, place)), "field": field, "msg": text})
+            loc = [part if isinstance(part, int) else _clean(part, _MAX_NAME) for part in place]
+            errors.append({"loc": loc, "field": field, "msg": text})
             by_field.setdefault(field, []).append(text)
         head = {"detail": _clean(self.detail), "errors": errors, "status_code": self.status, "code": self.code}
         return json_bytes(head | {"error": by_field})
@@ -104,7 +105,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 def field_name(place: Place) -> str:
     """Write a place as one name: `items__0__sequence`; `__all__` is the request as a whole."""
-    return "__".join(str(_clean_part(part)) for part in place) or "__all__"
+    return "__".join(_clean(str(part), _MAX_NAME) for part in place) or "__all__"
 
 
 def _first_of_each(problems: list[Problem]) -> list[Problem]:
@@ -114,10 +115,6 @@ def _first_of_each(problems: list[Problem]) -> list[Problem]:
     first: dict[Place, Problem] = {}
     others = [problem for problem in problems if first.setdefault(problem[0][:2], problem) is not problem]
     return [*first.values(), *others]
-
-
-def _clean_part(part: str | int) -> str | int:
-    return part if isinstance(part, int) else _clean(part, _MAX_NAME)
 
 
 def _clean(text: str, limit: int = _MAX_TEXT) -> str:

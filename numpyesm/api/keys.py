@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
 from ..errors import InvalidOption
@@ -20,7 +20,7 @@ class KeyRing:
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         # All digests have one length, so the time of a comparison reveals nothing about the length of a key.
-        self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
+        self._digests = [sha256(key.encode()).digest() for key in dict.fromkeys(keys)]
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -40,17 +40,13 @@ class KeyRing:
         scheme, _, key = authorization.strip().partition(b" ")
         if scheme.lower() != b"token" or not key.strip():
             raise _refusal("the Authorization header must be: Token KEY")
-        digest = _digest(key.strip())
+        digest = sha256(key.strip()).digest()
         found = 0
         for number, known in enumerate(self._digests, start=1):  # all of them, whichever it is
             found += number * hmac.compare_digest(digest, known)
         if not found:
             raise _refusal("unknown API key")
         return f"key-{found}"
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def _refusal(message: str) -> ApiError:

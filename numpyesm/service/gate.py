@@ -85,7 +85,10 @@ class Gate:
         except ClientDisconnect:
             raise
         except Exception as error:
-            refusal = _from_router(error) if isinstance(error, HTTPException) else as_api_error(error)
+            if isinstance(error, HTTPException):  # from the router
+                detail = ADDRESS_ERRORS.get(error.status_code, error.detail)
+                error = ApiError(error.status_code, detail, headers=error.headers)
+            refusal = as_api_error(error)
             if refusal.status == 500 and refusal is not error:
                 log.error("request %s failed", exchange.record.id, exc_info=error)
             if exchange.record.status:  # in the middle of an answer: only breaking the connection tells the client
@@ -151,11 +154,6 @@ class _Exchange:
                 left -= len(message.get("body", b""))
         if self._body_left:
             self.break_connection()
-
-
-def _from_router(error: HTTPException) -> ApiError:
-    detail = ADDRESS_ERRORS.get(error.status_code, error.detail)
-    return ApiError(error.status_code, detail, headers=error.headers)
 
 
 def is_loopback(address: str) -> bool:

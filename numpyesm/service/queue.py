@@ -114,11 +114,7 @@ class FairQueue:
     def take(self, max_rows: int, admit: Callable[[Job], bool]) -> list[Part]:
         """Take sequences for one pass: of one group, at most `max_rows` rows or a single sequence.
 
-        Parameters
-        ----------
-        max_rows : int
-        admit : callable
-            Whether there is memory for a job's results.
+        `admit` says whether there is memory for a job's results.
         """
         waiting: dict[str, list[Job]] = {}  # ordered: clients with equal shares are served as they came
         for one in self._jobs:

@@ -98,7 +98,7 @@ def body_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     item = object_schema({"sequence": _sequence_schema(masks=action == "predict")})
     fields = {
         "params": object_schema(_params_schema(action, num_layers, classifies), required=[]),
-        "items": {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_ITEMS},
+        "items": list_schema(item, minItems=1, maxItems=MAX_ITEMS),
     }
     return object_schema(fields, required=["items"])
 
@@ -110,6 +110,11 @@ def object_schema(fields: Schema, required: list[str] | None = None, **more: Any
     return schema | ({"required": needed} if needed else {})
 
 
+def list_schema(items: Schema, **more: Any) -> Schema:
+    """Describe a list."""
+    return {"type": "array", "items": items, **more}
+
+
 def _params_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     if action == "predict":
         text = "Logits of all residues, or of the masks only."
@@ -119,15 +124,13 @@ def _params_schema(action: str, num_layers: int, classifies: bool) -> Schema:
     names = [*(name for name in INCLUDES if classifies or name != "classes"), "per_residue"]
     # Listed one by one: JSON Schema accepts 1.0 as an integer, but a layer may not be written so.
     layers = list(range(-(num_layers + 1), num_layers + 1))
-    text = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
+    of_layers = "Layers of the embeddings: 0 is the embedding, -1 the last layer."
+    of_include = "Outputs; per_residue means per_token."
+    size = {"minItems": 0, "maxItems": MAX_LIST}
     return {
-        "repr_layers": _list_schema({"enum": layers}, default=[-1], description=text),
-        "include": _list_schema({"enum": names}, default=["mean"], description="Outputs; per_residue means per_token."),
+        "repr_layers": list_schema({"enum": layers}, **size, default=[-1], description=of_layers),
+        "include": list_schema({"enum": names}, **size, default=["mean"], description=of_include),
     }
-
-
-def _list_schema(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items, "minItems": 0, "maxItems": MAX_LIST, **more}
 
 
 def _sequence_schema(masks: bool) -> Schema:

@@ -9,7 +9,7 @@ from .._version import __version__
 from ..alphabet import AMINO_ACIDS
 from .bodies import JSON_TYPE, NPZ_TYPE
 from .catalog import ACTIONS, Catalog, ServedModel
-from .requests import Schema, body_schema, object_schema
+from .requests import Schema, body_schema, list_schema, object_schema
 
 # Read by the `biolmai` SDK, which delays requests beyond it. This service has no rate limit (clients that fill the
 # queue get a 429), so the figure is higher than anything that it could compute.
@@ -45,10 +45,6 @@ _TEXT = {"type": "string"}
 _INTEGER = {"type": "integer"}
 
 
-def _list(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items} | more
-
-
 def request_schema(served: ServedModel, action: str) -> Schema:
     """Make the JSON Schema of a request; clients read `properties.items.maxItems` and `throttle_rate`."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{served.slug} {action}"}
@@ -58,70 +54,64 @@ def request_schema(served: ServedModel, action: str) -> Schema:
 
 # -- answers ---------------------------------------------------------------------------------------------------------
 
-
-def _answers() -> dict[str, Schema]:
-    vector = _list({"type": "number"})
-    matrix = _list(vector)
-    vocabulary = _list(_TEXT, examples=[list(AMINO_ACIDS)])
-    classes = _list({"anyOf": [{"type": "number"}, vector]})
-    labels = _list(_TEXT, description="What the columns are called.")
-    by_layer = _list(object_schema({"layer": _INTEGER, "embedding": vector}))
-    index = _INTEGER | {"description": "Place of the item in the request."}
-    per_token = _list(object_schema({"layer": _INTEGER, "embeddings": matrix}))
-    results = {
-        "encode": object_schema(
-            {
-                "sequence_index": index,
-                "embeddings": by_layer | {"description": "`mean`: over the residues."},
-                "bos_embeddings": by_layer | {"description": "`bos`: of the <cls> token."},
-                "per_token_embeddings": per_token | {"description": "`per_token`: one row per residue."},
-                "contacts": matrix | {"description": "L×L contact probabilities."},
-                "logits": matrix | {"description": "L×20, columns in the order of `vocab_tokens`."},
-                "vocab_tokens": vocabulary,
-                "attentions": matrix | {"description": "layers×L: mean over heads and query positions."},
-                "classes": classes | {"description": "Probabilities, as of `classify`."},
-                "labels": labels,
-            },
-            required=["sequence_index"],
-            description="What was not requested is absent.",
-        ),
-        "predict": object_schema(
-            {
-                "logits": matrix | {"description": "One row per residue, or per mask with `positions: masked`."},
-                "sequence_tokens": _list(_TEXT, description="The residues, <mask> as one token."),
-                "vocab_tokens": vocabulary,
-            }
-        ),
-        "classify": object_schema(
-            {
-                "sequence_index": index,
-                "logits": classes | {"description": "A number per label, or a row of them per residue."},
-                "probabilities": classes | {"description": "Softmax or sigmoid of them; of a regression, themselves."},
-                "labels": labels,
-            }
-        ),
-        "log_prob": object_schema(
-            {"log_prob": {"type": ["number", "null"], "description": "null without any of the 20 amino acids."}}
-        ),
-    }
-    return {action: object_schema({"results": _list(result)}) for action, result in results.items()}
-
-
-def _error_answer() -> Schema:
-    problem = object_schema({"loc": _list({"type": ["string", "integer"]}), "field": _TEXT, "msg": _TEXT})
-    return object_schema(
+_VECTOR = list_schema({"type": "number"})
+_MATRIX = list_schema(_VECTOR)
+_CLASSES = list_schema({"anyOf": [{"type": "number"}, _VECTOR]})
+_LABELS = list_schema(_TEXT, description="What the columns are called.")
+_VOCABULARY = list_schema(_TEXT, examples=[list(AMINO_ACIDS)])
+_BY_LAYER = list_schema(object_schema({"layer": _INTEGER, "embedding": _VECTOR}))
+_PER_TOKEN = list_schema(object_schema({"layer": _INTEGER, "embeddings": _MATRIX}))
+_INDEX = _INTEGER | {"description": "Place of the item in the request."}
+_RESULTS = {
+    "encode": object_schema(
         {
-            "detail": _TEXT,
-            "errors": _list(problem),
-            "status_code": _INTEGER,
-            "code": _TEXT | {"examples": ["user.validation"]},
-            "error": {
-                "type": "object",
-                "additionalProperties": _list(_TEXT),
-                "examples": [{"items__0__sequence": ["the sequence is empty"]}],
-            },
+            "sequence_index": _INDEX,
+            "embeddings": _BY_LAYER | {"description": "`mean`: over the residues."},
+            "bos_embeddings": _BY_LAYER | {"description": "`bos`: of the <cls> token."},
+            "per_token_embeddings": _PER_TOKEN | {"description": "`per_token`: one row per residue."},
+            "contacts": _MATRIX | {"description": "L×L contact probabilities."},
+            "logits": _MATRIX | {"description": "L×20, columns in the order of `vocab_tokens`."},
+            "vocab_tokens": _VOCABULARY,
+            "attentions": _MATRIX | {"description": "layers×L: mean over heads and query positions."},
+            "classes": _CLASSES | {"description": "Probabilities, as of `classify`."},
+            "labels": _LABELS,
+        },
+        required=["sequence_index"],
+        description="What was not requested is absent.",
+    ),
+    "predict": object_schema(
+        {
+            "logits": _MATRIX | {"description": "One row per residue, or per mask with `positions: masked`."},
+            "sequence_tokens": list_schema(_TEXT, description="The residues, <mask> as one token."),
+            "vocab_tokens": _VOCABULARY,
         }
-    )
+    ),
+    "classify": object_schema(
+        {
+            "sequence_index": _INDEX,
+            "logits": _CLASSES | {"description": "A number per label, or a row of them per residue."},
+            "probabilities": _CLASSES | {"description": "Softmax or sigmoid of them; of a regression, themselves."},
+            "labels": _LABELS,
+        }
+    ),
+    "log_prob": object_schema(
+        {"log_prob": {"type": ["number", "null"], "description": "null without any of the 20 amino acids."}}
+    ),
+}
+_PROBLEM = object_schema({"loc": list_schema({"type": ["string", "integer"]}), "field": _TEXT, "msg": _TEXT})
+_ERROR = object_schema(
+    {
+        "detail": _TEXT,
+        "errors": list_schema(_PROBLEM),
+        "status_code": _INTEGER,
+        "code": _TEXT | {"examples": ["user.validation"]},
+        "error": {
+            "type": "object",
+            "additionalProperties": list_schema(_TEXT),
+            "examples": [{"items__0__sequence": ["the sequence is empty"]}],
+        },
+    }
+)
 
 
 # -- OpenAPI ---------------------------------------------------------------------------------------------------------
@@ -133,21 +123,20 @@ def openapi_document(catalog: Catalog) -> Schema:
     classifies = all(served.model.head is not None for served in catalog)
     slug, action = _path_parameter("slug", catalog.slugs), _path_parameter("action", list(ACTIONS))
     paths: Schema = {}
-    schemas: Schema = {"ErrorAnswer": _error_answer()}
-    for name, answer in _answers().items():
+    schemas: Schema = {"ErrorAnswer": _ERROR}
+    for name, result in _RESULTS.items():
         if slugs := [served.slug for served in catalog if name in served.actions]:
             title = name.title().replace("_", "")
-            schemas |= {f"{title}Request": body_schema(name, layers, classifies), f"{title}Answer": answer}
+            schemas[f"{title}Request"] = body_schema(name, layers, classifies)
+            schemas[f"{title}Answer"] = object_schema({"results": list_schema(result)})
             form = {"schema": _reference(f"{title}Request"), "example": _EXAMPLES[name]}
             content = {
                 JSON_TYPE: {"schema": _reference(f"{title}Answer")},
                 NPZ_TYPE: {"schema": _TEXT | {"contentMediaType": NPZ_TYPE}},
             }
             operation = _operation(name, _SUMMARIES[name], [_path_parameter("slug", slugs)], content, _ERRORS)
-            operation |= {
-                "security": [{"token": []}, {}],
-                "requestBody": {"required": True, "content": {JSON_TYPE: form}},
-            }
+            operation["security"] = [{"token": []}, {}]
+            operation["requestBody"] = {"required": True, "content": {JSON_TYPE: form}}
             paths[f"/api/v3/{{slug}}/{name}/"] = {"post": operation}
     document, reading = {JSON_TYPE: {"schema": {"type": "object"}}}, (403, 404, 405, 500)
     for path, name, summary, parameters, content, errors in (

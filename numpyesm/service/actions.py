@@ -38,9 +38,9 @@ class Actions:
         request, record = Request(scope, receive), record_of(scope)
         work = await self._read(request, record)
         job = self.engine.submit(work, record.client)
-        gone = asyncio.create_task(_hang_up(receive))
+        gone = asyncio.create_task(_hang_up(receive, job))
         try:
-            await self._wait(job, gone, due)
+            await self._wait(job, due)
             await _send_results(request, job, gone, send)
         finally:
             gone.cancel()
@@ -84,18 +84,14 @@ class Actions:
             message = f"the body did not arrive within {self.settings.body_timeout:g} seconds"
             raise ApiError(408, message, headers={"Connection": "close"}) from None
 
-    async def _wait(self, job: Job, gone: asyncio.Task[None], due: float) -> None:
+    async def _wait(self, job: Job, due: float) -> None:
         """Wait for the results of a job; ApiError 503 if they are not there in time."""
-        ends: set[asyncio.Future[None]] = {job.done, gone}
-        await asyncio.wait(ends, timeout=max(0.0, due - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
-        if job.done.done():
-            job.done.result()
-        elif gone.done():
-            raise ClientDisconnect
-        else:
+        try:
+            await asyncio.wait_for(job.done, due - time.monotonic())
+        except asyncio.TimeoutError:
             message = f"no result within {self.settings.deadline:g} seconds"
             wait = {"Retry-After": str(self.engine.retry_after())}
-            raise ApiError(503, message, code="server.deadline", headers=wait)
+            raise ApiError(503, message, code="server.deadline", headers=wait) from None
 
 
 async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], send: Send) -> None:
@@ -119,6 +115,9 @@ async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], se
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _hang_up(receive: Receive) -> None:
+async def _hang_up(receive: Receive, job: Job) -> None:
+    """End the job, and this task, when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    if not job.done.done():
+        job.done.set_exception(ClientDisconnect())

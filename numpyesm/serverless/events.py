@@ -90,22 +90,19 @@ def read_event(event: Any) -> Request:
     if not isinstance(event, Mapping):
         raise ApiError(400, f"the event is {type(event).__name__}, not an object")
     context = _mapping(event, "requestContext")
-    http = _mapping(context, "http")
-    if http or event.get("version") == "2.0":
-        method, path = http.get("method"), event.get("rawPath") or http.get("path")
-    else:
-        method, path = event.get("httpMethod"), event.get("path")
+    http = _mapping(context, "http")  # of version 2
+    method = http.get("method") or event.get("httpMethod")
+    path = event.get("rawPath") or http.get("path") or event.get("path")
     if not isinstance(method, str) or not isinstance(path, str):
         raise ApiError(400, "the event is not of a function URL or of API Gateway (no method or path in it)")
     body = event.get("body")
     if body is not None and not isinstance(body, str):
         raise ApiError(400, "the body in the event is not text")
     path = unquote(path)
-    stage = context.get("stage")
-    in_front = f"/{stage}/" if isinstance(stage, str) and stage not in ("", "$default") else None
+    stage = f"/{context.get('stage')}"
     # A stage may be called "api": a path that is already a route has no stage to remove.
-    if in_front and path.startswith(in_front) and _ROUTES.fullmatch(path) is None:
-        path = path[len(in_front) - 1 :]
+    if path.startswith(f"{stage}/") and _ROUTES.fullmatch(path) is None:
+        path = path.removeprefix(stage)
     return Request(method.upper(), path, _headers(event), body or "", event.get("isBase64Encoded") is True)
 
 

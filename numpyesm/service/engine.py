@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from ..alphabet import tokenize
 from ..api.catalog import Catalog
 from ..api.errors import ApiError, as_api_error
-from ..api.requests import Work
+from ..api.requests import Work, check_request
 from ..errors import InvalidOption
 from ..formats import Result
 from ..memory import format_memory
-from ..options import INCLUDES, Outputs, missing_head
+from ..options import INCLUDES, missing_head
 from .queue import Admission, FairQueue, Job, Part
 from .settings import Settings
 
@@ -64,8 +63,7 @@ class Engine:
         self._thread.submit(_warm_up, catalog).result()
         self.admission = Admission(settings.max_memory, PASS_ROWS)
         for served in catalog:
-            outputs = Outputs(("mean",), (served.model.config.num_layers,))
-            shortest = Work(served, "encode", tuple(tokenize(["M"])), outputs)
+            shortest = check_request(served, "encode", {"items": [{"sequence": "M"}]})
             if (need := self.admission.need(shortest)) > self.admission.limit:
                 raise InvalidOption(
                     f"a memory limit of {format_memory(self.admission.limit)} (--max-memory, or ulimit -v) leaves "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..formats import Result, gzip_pieces, json_results, npz_results
-from .errors import ApiError, invalid
+from .errors import ApiError
 
 JSON_TYPE = "application/json"
 NPZ_TYPE = "application/x-npz"
@@ -23,15 +23,13 @@ _MAX_MEMBERS = 16
 
 def check_media(content_type: str | None, content_encoding: str | None) -> bool:
     """Return whether a body is gzipped; ApiError 415 unless it is JSON in UTF-8, plain or gzipped."""
-    media, _, parameters = (content_type or "").partition(";")
-    if media.strip().lower() != JSON_TYPE:
+    media, parameters = _split(content_type or "")
+    if media != JSON_TYPE:
         got = f"not {content_type[:80]!r}" if content_type else "and none was sent"
         raise ApiError(415, f"the Content-Type must be {JSON_TYPE}, {got}", headers={"Accept": JSON_TYPE})
-    for parameter in parameters.split(";"):
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "charset" and value.strip().strip('"').lower() not in ("utf-8", "utf8"):
-            raise ApiError(415, f"the charset must be UTF-8, not {value.strip()[:40]!r}")
-    coding = (content_encoding or "identity").strip().lower()
+    if (charset := parameters.get("charset", "utf-8")) not in ("utf-8", "utf8"):
+        raise ApiError(415, f"the charset must be UTF-8, not {charset[:40]!r}")
+    coding = (content_encoding or "").strip().lower()
     if coding not in ("", "identity", "gzip", "x-gzip"):
         message = f"Content-Encoding {coding[:80]!r} is not known; use gzip or none"
         raise ApiError(415, message, headers={"Accept-Encoding": "gzip"})
@@ -46,15 +44,15 @@ def gunzip(data: bytes, limit: int) -> bytes:
         try:
             out += member.decompress(data, limit - len(out) + 1)
         except zlib.error as error:
-            raise _refusal(f"the body is not gzip, as Content-Encoding says: {error}") from None
+            raise ApiError(422, f"the body is not gzip, as Content-Encoding says: {error}") from None
         if len(out) > limit:
             raise too_large(limit, "the unpacked body")
         if not member.eof:
-            raise _refusal("the gzip body ends in the middle")
+            raise ApiError(422, "the gzip body ends in the middle")
         data = member.unused_data
         if not data:
             return bytes(out)
-    raise _refusal(f"the gzip body has more than {_MAX_MEMBERS} members")
+    raise ApiError(422, f"the gzip body has more than {_MAX_MEMBERS} members")
 
 
 def too_large(limit: int, what: str = "the body") -> ApiError:
@@ -68,25 +66,21 @@ def parse_json(body: bytes) -> Any:
     A repeated key is refused: there is no telling which of the two values is meant.
     """
     if not body.strip():
-        raise _refusal('the body is empty; expected a JSON object such as {"items": [{"sequence": "MKT"}]}')
+        raise ApiError(422, 'the body is empty; expected a JSON object such as {"items": [{"sequence": "MKT"}]}')
     # Every value but those left open at the end is followed by a comma or a bracket.
     if max(body.count(mark) for mark in (b",", b"]", b"}")) > MAX_VALUES:
-        raise _refusal(f"the JSON has more than {MAX_VALUES} values")
+        raise ApiError(422, f"the JSON has more than {MAX_VALUES} values")
     try:
         return _DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _refusal(f"the body is not UTF-8 (byte {error.start})") from None
+        raise ApiError(422, f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         reason = "the body begins with a byte order mark" if body.startswith(b"\xef\xbb\xbf") else error.msg
-        raise _refusal(f"not JSON: {reason} at line {error.lineno}, column {error.colno}") from None
+        raise ApiError(422, f"not JSON: {reason} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        raise _refusal("the JSON is nested too deeply") from None
+        raise ApiError(422, "the JSON is nested too deeply") from None
     except ValueError as error:  # from the hooks below, and from int() for a number of thousands of digits
-        raise _refusal(f"not JSON: {error}") from None
-
-
-def _refusal(message: str) -> ApiError:
-    return invalid([((), message)])
+        raise ApiError(422, f"not JSON: {error}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,15 +136,16 @@ def _weights(header: str | None) -> dict[str, float]:
     """Read quality values: `gzip, *;q=0.5` is `{"gzip": 1.0, "*": 0.5}`."""
     weights: dict[str, float] = {}
     for part in (header or "").split(","):
-        name, *parameters = part.split(";")
-        weight = 1.0
-        for parameter in parameters:
-            key, _, value = parameter.partition("=")
-            if key.strip().lower() == "q":
-                try:
-                    weight = float(value)
-                except ValueError:
-                    weight = 0.0
-        if name.strip():
-            weights[name.strip().lower()] = weight
+        name, parameters = _split(part)
+        try:
+            weights[name] = float(parameters.get("q", 1.0))
+        except ValueError:
+            weights[name] = 0.0
     return weights
+
+
+def _split(value: str) -> tuple[str, dict[str, str]]:
+    """Read a value and its parameters: `Text/HTML; q="0.5"` is `("text/html", {"q": "0.5"})`."""
+    name, *parameters = value.lower().split(";")
+    pairs = (parameter.partition("=") for parameter in parameters)
+    return name.strip(), {key.strip(): text.strip().strip('"') for key, _, text in pairs}

@@ -7,7 +7,6 @@ commas. Version 1: `path`, with or without the stage or a base path in front; he
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..api.bodies import gunzip, too_large
-from ..api.errors import ADDRESS_ERRORS, ApiError, invalid
+from ..api.errors import ADDRESS_ERRORS, ApiError
 
 # At most one segment in front: the stage, or the base path of a custom domain.
 _ROUTES = re.compile(
@@ -25,7 +24,6 @@ _ROUTES = re.compile(
     r"|(?:api/)?ui/(?P<sdk_models>community-api-models)(?:/(?P<sdk_slug>[^/]+))?"
     r"|(?P<health>healthz|readyz))/?"
 )
-_MAX_BODY = 6 << 20  # what Lambda lets through
 _MAX_UNPACKED = 2 << 20
 
 
@@ -63,13 +61,11 @@ class Request:
         ApiError
             413 if it is too large, 422 if its base64 or gzip is damaged.
         """
-        if len(self.content) > _MAX_BODY * 4 // 3 + 4:
-            raise too_large(_MAX_BODY)
         if self.is_base64:
             try:
                 data = base64.b64decode(self.content, validate=True)
-            except (binascii.Error, ValueError):
-                raise invalid([((), "the body is not base64, as the event says")]) from None
+            except ValueError:
+                raise ApiError(422, "the body is not base64, as the event says") from None
         else:
             data = self.content.encode("utf-8", "surrogatepass")
         if gzipped:

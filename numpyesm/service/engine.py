@@ -24,6 +24,8 @@ log = logging.getLogger("numpyesm.service")
 # Rows of one pass (eight sequences of 256, or one of 2048). More would hardly be faster, and would keep the next
 # client waiting longer.
 PASS_ROWS = 2112
+# Share of the queue that one client (API key, or address) may fill.
+_CLIENT_SHARE = 0.75
 
 
 class Engine:
@@ -109,7 +111,8 @@ class Engine:
     def check_place(self, client: str) -> None:
         """Raise ApiError 503 or 429 if a job would not be accepted now; called before the body is read."""
         self.check_accepting()
-        limit, size = self._settings.client_limit, self._settings.queue_size
+        size = self._settings.queue_size
+        limit = max(1, int(size * _CLIENT_SHARE))
         if self._queue.count(client) >= limit:
             wait = {"Retry-After": str(self.retry_after())}
             raise ApiError(429, f"this client already has {limit} requests waiting", headers=wait)

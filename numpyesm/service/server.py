@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=bool(trusted_proxies),
                 forwarded_allow_ips=trusted_proxies or "127.0.0.1",
-                timeout_keep_alive=int(settings.idle_timeout),
+                timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
             )
         )

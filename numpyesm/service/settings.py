@@ -21,14 +21,10 @@ class Settings:
 
     Attributes
     ----------
-    client_share : float
-        Share of the queue that one client (API key, or address) may fill; more is refused with 429.
     max_memory : int
         Bytes that the whole process may take.
     max_body, max_decompressed : int
         Bytes of a body as sent, and once unpacked.
-    idle_timeout : float
-        Seconds between requests.
     local_only : bool
         No keys and a loopback address: only Host headers that name this machine are answered.
     allowed_hosts : tuple of str
@@ -42,18 +38,11 @@ class Settings:
     body_timeout: float = _option(30.0, "seconds for the body")
     write_timeout: float = _option(60.0, "seconds for a client to take a piece of an answer")
     grace: float = _option(30.0, "seconds to finish after SIGTERM")
-    client_share: float = 0.75
     max_memory: int = 8 * _GIBIBYTE
     max_body: int = 1 << 20
     max_decompressed: int = 2 << 20
-    idle_timeout: float = 75.0
     local_only: bool = True
     allowed_hosts: tuple[str, ...] = ()
-
-    @property
-    def client_limit(self) -> int:
-        """Requests that one client may have waiting."""
-        return max(1, int(self.queue_size * self.client_share))
 
 
 # Settings that `numpyesm serve` has as options, and what they limit.

@@ -54,8 +54,7 @@ class Gate:
         # The client's own id, if it is harmless.
         request_id = Headers(scope=scope).get("x-request-id", "")
         request_id = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
-        path = scope["path"][:300].encode("utf-8", "backslashreplace").decode()
-        record = Record(request_id, client, scope["method"], path)
+        record = Record(request_id, client, scope["method"], scope["path"][:300])
         exchange = _Exchange(scope, receive, send, record, self._settings)
         # Every address works with and without a slash at its end.
         inner = {**scope, "app": self, "path": scope["path"].removesuffix("/") or "/", "numpyesm.record": record}

@@ -135,6 +135,10 @@ class _Connection(H11Protocol):
         else:
             self._watch_head()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._watch_head()
+
     def data_received(self, data: bytes) -> None:
         if not self.transport.is_closing():
             super().data_received(data)
@@ -153,11 +157,11 @@ class _Connection(H11Protocol):
         self._abort_later()
 
     def _watch_head(self) -> None:
-        """Start the timer while waiting for a head, stop it while a request is being handled."""
-        waits = self.cycle is None or self.cycle.response_complete
-        if self._head_timer is None and waits and not self.transport.is_closing():
+        """Start the timer while waiting for a head; stop it while a request is being handled, and at the end."""
+        waits = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+        if waits and self._head_timer is None:
             self._head_timer = self.loop.call_later(self._limits.head_timeout, self._head_is_late)
-        elif self._head_timer is not None and not waits:
+        elif not waits and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -43,8 +43,8 @@ class Request:
     method: str
     path: str
     headers: Mapping[str, str]
-    content: str = field(default="", repr=False)
-    is_base64: bool = False
+    content: str
+    is_base64: bool
 
     def route(self) -> dict[str, str]:
         """Return the named parts of the path; ApiError 404 if there is nothing at this address."""

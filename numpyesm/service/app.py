@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -27,8 +27,6 @@ from .engine import Engine
 from .gate import Gate
 from .settings import Settings
 from .telemetry import Telemetry, record_of
-
-Document: TypeAlias = Callable[[Request], Any]
 
 # Nothing is loaded from elsewhere; pictures that the page draws itself are blob: or data: URLs.
 _PAGE_POLICY = (
@@ -96,7 +94,7 @@ class Service:
         catalog, openapi = self.catalog, openapi_document(self.catalog)
         routes: list[BaseRoute] = []
 
-        def add(path: str, name: str, document: Document) -> None:
+        def add(path: str, name: str, document: Callable[[Request], Any]) -> None:
             async def answer(request: Request) -> Response:
                 record_of(request.scope).route = name
                 found = document(request)

@@ -182,17 +182,22 @@ class _Reader:
 
     def check(self, value: Any, place: Place, schema: Schema) -> None:
         """Check a value; requests contain only these four kinds."""
-        match schema.get("type"), value:
-            case "object", dict():
-                self._object(value, place, schema)
-            case "array", list():
-                self._list(value, place, schema)
-            case "string", str():
-                self._sequence(value, place)
-            case None, _:
-                self._one_of(value, place, schema["enum"])
-            case kind, _:
-                self._add(place, f"expected {_CALLED[kind]}")
+        try:
+            match schema.get("type"), value:
+                case "object", dict():
+                    self._object(value, place, schema)
+                case "array", list():
+                    self._list(value, place, schema)
+                case "string", str():
+                    self.tokens += tokenize([value], masks=self._masks)
+                case None, _:
+                    self._one_of(value, place, schema["enum"])
+                case kind, _:
+                    self._add(place, f"expected {_CALLED[kind]}")
+        except InvalidSequence as error:
+            self._add(place, error.reason)
+        except InvalidOption as error:
+            self._add(place, str(error))
 
     def _add(self, place: Place, message: str) -> None:
         self.problems.append((place, message))
@@ -218,23 +223,11 @@ class _Reader:
 
     def _one_of(self, value: Any, place: Place, allowed: list[Any]) -> None:
         if isinstance(allowed[0], int):
-            self._layer(value, place)
+            if type(value) is not int:  # True is an int, and 1.0 is not a layer
+                raise InvalidOption("expected a whole number")
+            check_layers([value], self._served.model.config.num_layers)
         elif place[-2] == "include" and value in INCLUDES and (head := missing_head(self._served.checkpoint, value)):
             self._add(place[:-1], f"{value}: the weights of {self._served.slug} have no {head}")
         elif value not in allowed:
             *first, last = map(repr, allowed)
             self._add(place, f"expected one of {', '.join(first)} or {last}")
-
-    def _layer(self, value: Any, place: Place) -> None:
-        try:
-            if type(value) is not int:  # True is an int, and 1.0 is not a layer
-                raise InvalidOption("expected a whole number")
-            check_layers([value], self._served.model.config.num_layers)
-        except InvalidOption as error:
-            self._add(place, str(error))
-
-    def _sequence(self, value: str, place: Place) -> None:
-        try:
-            self.tokens += tokenize([value], masks=self._masks)
-        except InvalidSequence as error:
-            self._add(place, error.reason)

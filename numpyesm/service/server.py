@@ -96,19 +96,19 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Shut down if there was a signal."""
-        engine = self._service.engine
-        if self._signals and not engine.draining:
-            log.warning("shutting down: new requests are refused, %d accepted ones finish", self._service.gate.active)
-            engine.draining = True
-            self._leave_by = time.monotonic() + self._service.settings.grace
-        if self._signals > 1:
-            self._leave_by = 0.0
-            self.config.timeout_graceful_shutdown = 1
-        if engine.draining and not self.should_exit:
+        engine, gate = self._service.engine, self._service.gate
+        if self._signals and not self.should_exit:
+            if not engine.draining:
+                log.warning("shutting down: new requests are refused, %d accepted ones finish", gate.active)
+                engine.draining = True
+                self._leave_by = time.monotonic() + self._service.settings.grace
+            if self._signals > 1:
+                self._leave_by = 0.0
+                self.config.timeout_graceful_shutdown = 1
             late = time.monotonic() > self._leave_by
             if late:
                 engine.abandon()
-            self.should_exit = late or self._service.gate.active == 0
+            self.should_exit = late or gate.active == 0
         return await super().on_tick(counter)
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import sys
-import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, TextIO
@@ -13,13 +9,12 @@ from typing import Any, TextIO
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import Scope
 
-from ..formats import json_bytes
+from .access_log import AccessLog
 from .engine import Engine
 
 # Logged and counted for a client that left; nothing is sent. (The same number as nginx.)
 HUNG_UP = 499
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_MAX_WAITING_LINES = 10_000
 
 
 @dataclass
@@ -44,17 +39,10 @@ def record_of(scope: Scope) -> Record:
 
 
 class Telemetry:
-    """Counters in a registry of their own, and a log to `log_to`, stdout by default.
-
-    Lines are written by a separate thread, so that a stuck pipe stops nothing else; they are dropped if the reader
-    cannot keep up, or is gone.
-    """
+    """Counters in a registry of their own, and a log to `log_to`, stdout by default."""
 
     def __init__(self, log_to: TextIO | None = None) -> None:
-        self._log_to = log_to or sys.stdout
-        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING_LINES)
-        self._writer = threading.Thread(target=self._write_lines, daemon=True)
-        self._writer.start()
+        self._log = AccessLog(log_to)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
 
@@ -102,8 +90,7 @@ class Telemetry:
             "bytes": record.sent,
             **record.facts,
         }
-        with suppress(queue.Full):
-            self._lines.put_nowait(json_bytes(entry).decode() + "\n")
+        self._log.add(entry)
 
     def forward_pass(self, slug: str, sequences: int, rows: int, seconds: float) -> None:
         """Count a finished pass."""
@@ -117,13 +104,5 @@ class Telemetry:
         return generate_latest(self._registry)
 
     def stop(self) -> None:
-        """Write the waiting lines, if the reader takes them within two seconds."""
-        with suppress(queue.Full):
-            self._lines.put_nowait(None)
-        self._writer.join(timeout=2)
-
-    def _write_lines(self) -> None:
-        while (line := self._lines.get()) is not None:
-            with suppress(OSError, ValueError):  # the reader is gone, or the stream closed
-                self._log_to.write(line)
-                self._log_to.flush()
+        """Write the lines of the log that wait, if the reader takes them within two seconds."""
+        self._log.stop()

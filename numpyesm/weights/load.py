@@ -157,9 +157,9 @@ def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         if looks_like_safetensors(head):
             return read_safetensors(path)
-        from .torch_file import is_legacy_torch, is_torch_zip, read_torch
+        from .torch_file import looks_like_torch, read_torch
 
-        if is_torch_zip(head) or is_legacy_torch(head):
+        if looks_like_torch(head):
             return read_torch(path), {}
         raise CheckpointError(f"{path} is not a checkpoint: {_describe(head, path)}")
     except CheckpointError as error:

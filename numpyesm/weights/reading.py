@@ -48,7 +48,7 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON") from error
 
 
-def map_file(path: Path) -> mmap.mmap | bytes:
+def map_file(path: Path) -> MappedFile | bytes:
     """Map a whole file read-only; read it where files cannot be mapped."""
     with reading(path), open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped

@@ -116,7 +116,7 @@ def loaded(small_file: str) -> ESM2:
 def quick_calibration() -> Iterator[None]:
     """Conversions take their mean inputs from two short peptides: for tests in which those numbers do not matter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("numpyesm.weights.calibration.calibration_sequences", lambda: ["MKTAYIAKQR", "GLDALQITV"])
+        patch.setattr("numpyesm.weights.rounding.calibration_sequences", lambda: ["MKTAYIAKQR", "GLDALQITV"])
         yield
 
 

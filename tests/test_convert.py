@@ -89,7 +89,7 @@ def test_the_source_is_never_overwritten(tmp_path, canonical):
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, canonical, monkeypatch):
     asked = []
-    monkeypatch.setattr("numpyesm.weights.calibration.calibration_sequences", lambda: asked.append(1) or ["MK"])
+    monkeypatch.setattr("numpyesm.weights.rounding.calibration_sequences", lambda: asked.append(1) or ["MK"])
     with pytest.raises(OSError, match="cannot be written"):
         convert(canonical, canonical / "x.safetensors", dtype="int8")
     assert not asked

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
@@ -48,10 +47,11 @@ def save_canonical(
     layers = RoundedLayers(checkpoint, precision)
     tensors: dict[str, StoredTensor] = {}
     for name, shape in canonical_shapes(checkpoint.config).items():
+        dtype = _storage(name, shape, precision)
         if layers.makes(name):
-            tensors |= _rounded(name, shape, precision, layers)
-        elif name in checkpoint.tensors:
-            tensors |= _stored(name, checkpoint.tensors[name], precision)
+            tensors |= _written(name, shape, dtype, partial(layers.tensor, name))
+        elif tensor := checkpoint.tensors.get(name):
+            tensors |= _written(name, shape, dtype, partial(_stored, name, tensor, dtype), [tensor])
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -130,34 +130,23 @@ def _with_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return joined
 
 
-def _stored(name: str, tensor: StoredTensor, precision: str) -> dict[str, StoredTensor]:
-    """A tensor as a file of this precision holds it, made when it is written; an int8 matrix with its scales."""
-    dtype = _storage(name, tensor.shape, precision)
-    if tensor.dtype == dtype == "I8":
-        assert tensor.scale is not None
-        return {name: tensor, name + _SCALE: StoredTensor(tensor.scale)}
-
-    def stored() -> npt.NDArray[Any]:
-        try:
-            return tensor.stored_as(dtype).raw
-        except OverflowError as error:
-            raise CheckpointError(
-                f"tensor {name!r} cannot be stored as {precision}: {error}; use bf16 or fp32"
-            ) from error
-
-    return {name: DeferredTensor(tensor.shape, dtype, stored, [tensor])}
-
-
-def _rounded(name: str, shape: tuple[int, ...], precision: str, layers: RoundedLayers) -> dict[str, StoredTensor]:
-    """What `layers` make of a tensor, once it is written; an int8 matrix with its scales."""
-    dtype = _storage(name, shape, precision)
-    tensors: dict[str, StoredTensor] = {name: DeferredTensor(shape, dtype, lambda: layers.tensor(name).raw)}
+def _written(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    make: Callable[[], StoredTensor],
+    sources: Sequence[StoredTensor] = (),
+) -> dict[str, StoredTensor]:
+    """A tensor that `make` makes once it is written; an int8 matrix with its scales."""
+    tensors: dict[str, StoredTensor] = {name: DeferredTensor(shape, dtype, lambda: make().raw, sources)}
     if dtype == "I8":
-
-        def scale() -> npt.NDArray[np.float32]:
-            found = layers.tensor(name).scale
-            assert found is not None
-            return found
-
-        tensors[name + _SCALE] = DeferredTensor((groups_of(shape[0]), shape[1]), "F32", scale)
+        groups = (groups_of(shape[0]), shape[1])
+        tensors[name + _SCALE] = DeferredTensor(groups, "F32", lambda: np.asarray(make().scale), sources)
     return tensors
+
+
+def _stored(name: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
+    try:
+        return tensor.stored_as(dtype)
+    except OverflowError as error:
+        raise CheckpointError(f"tensor {name!r} cannot be stored as fp16: {error}; use bf16 or fp32") from error

@@ -30,7 +30,7 @@ INPUT_MEANS = "input_means."
 
 
 def input_mean(layer: int, matrix: str) -> str:
-    """Return the name of the mean input of a layer's matrix: (K,), over natural sequences (`calibration.py`)."""
+    """Return the name of the mean input of a layer's matrix: (K,), over natural sequences (`rounding.py`)."""
     return f"{INPUT_MEANS}{layer}.{matrix}"
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ _TASKS = {"SEQ_CLS": "EsmForSequenceClassification", "TOKEN_CLS": "EsmForTokenCl
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
 # What peft adds to names: in front of all of them, and around biases and whole modules that it trained.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save(\.default)?(?=\.|$)")
-_POOLER = "pooler."
 
 
 @dataclass(frozen=True)
@@ -65,36 +64,26 @@ class Adapter:
     tensors: dict[str, StoredTensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Change:
-    """What an adapter does to one linear map or norm of its base; arrays are as peft has them, matrices (out, in)."""
+    """What an adapter does to a weight or bias of its base; arrays are as the base has them, matrices (in, out)."""
 
-    low_rank: dict[str, Array] = field(default_factory=dict)  # "A" (r, in), "B" (out, r), "bias" (out,)
-    whole: dict[str, Array] = field(default_factory=dict)  # "weight", "bias"
+    whole: Array | None = None  # replaces it
+    factors: tuple[Array, ...] = ()  # their product is added: (in, r) and (r, out), or (out,) alone
     scale: float = 1.0
 
-    def added(self, kind: str) -> list[Array]:
-        """The matrices (in, r) and (r, out) whose product is added to the weight, or what is added to the bias."""
-        names = ("A", "B") if kind == "weight" else ("bias",)
-        return [self.low_rank[name].T for name in names if name in self.low_rank]
-
-    def touches(self, kind: str) -> bool:
-        """Whether it changes the weight, or the bias."""
-        return kind in self.whole or bool(self.added(kind))
-
-    def fits(self, kind: str, shape: tuple[int, ...]) -> bool:
-        """Whether it can be applied to an array of the canonical shape."""
-        sizes = [self.whole[kind].T.shape] if kind in self.whole else []
-        if added := self.added(kind):
-            sizes.append(added[0].shape[:1] + added[-1].shape[1:])
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        sizes = [] if self.whole is None else [self.whole.shape]
+        if self.factors:
+            sizes.append(self.factors[0].shape[:1] + self.factors[-1].shape[1:])
         return all(size == shape or (len(shape) == 1 and size == (*shape, 1)) for size in sizes)
 
-    def apply(self, kind: str, values: Array) -> None:
+    def apply(self, values: Array) -> None:
         """Change an array of the base in place."""
-        if kind in self.whole:
-            values[...] = self.whole[kind].T.reshape(values.shape)
-        if added := self.added(kind):
-            values += (self.scale * reduce(np.matmul, added)).reshape(values.shape)
+        if self.whole is not None:
+            values[...] = self.whole.reshape(values.shape)
+        if self.factors:
+            values += (self.scale * reduce(np.matmul, self.factors)).reshape(values.shape)
 
 
 def base_of(folder: Path) -> str:
@@ -106,13 +95,7 @@ def base_of(folder: Path) -> str:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read a folder that peft wrote.
-
-    Raises
-    ------
-    CheckpointError
-        If it holds no adapter, or one of a kind that cannot be merged; the message names the kind.
-    """
+    """Read a folder that peft wrote; the CheckpointError about an adapter that cannot be merged names its kind."""
     file = adapter_file(folder)
     if file is None:
         raise CheckpointError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors")
@@ -135,14 +118,7 @@ def _stated_base(config: dict[str, Any]) -> str:
 
 
 def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoint:
-    """Return the base with an adapter merged in; what the adapter does not touch is shared.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    adapter : Adapter
-    name : str, optional
-        What the user calls the base.
+    """Return the base, which the user calls `name`, with an adapter merged in; what it does not touch is shared.
 
     Raises
     ------
@@ -165,7 +141,8 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
     }
     tensors = {n: t for n, t in checkpoint.tensors.items() if head is None or not n.startswith(CLASSIFIER)}
     tensors |= head or {}
-    for module, change in changes.items():
+    for changed, change in changes.items():
+        module, _, kind = changed.rpartition(".")
         if module not in places and module.startswith(NAMING.layers):
             raise CheckpointError(f"{_another_base(adapter, base)}, which has no {quoted(module)}")
         if module not in places:
@@ -175,15 +152,14 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
         ours, part, parts = places[module]
         if ours == "contact_head" and not checkpoint.has_contact_head:
             continue
-        for kind in filter(change.touches, ("weight", "bias")):
-            target = f"{ours}.{kind}"
-            if target not in tensors:
-                raise CheckpointError(f"{adapter.origin} adapts {quoted(module)}, which {base} does not have")
-            *rows, columns = tensors[target].shape
-            share = columns // parts
-            if not change.fits(kind, (*rows, share)):
-                raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has a different size")
-            tensors[target] = _changed(tensors[target], kind, slice(part * share, (part + 1) * share), change)
+        target = f"{ours}.{kind}"
+        if target not in tensors:
+            raise CheckpointError(f"{adapter.origin} adapts {quoted(module)}, which {base} does not have")
+        *rows, columns = tensors[target].shape
+        share = columns // parts
+        if not change.fits((*rows, share)):
+            raise CheckpointError(f"{_another_base(adapter, base)}: its {quoted(module)} has a different size")
+        tensors[target] = _changed(tensors[target], slice(part * share, (part + 1) * share), change)
     source = f"{checkpoint.source} + {Path(adapter.origin).name}"
     return replace(
         checkpoint, config=config, tensors=tensors, source=source, source_sha256="", metadata={}, base=checkpoint
@@ -213,37 +189,37 @@ def _another_base(adapter: Adapter, base: str) -> CheckpointError:
 
 
 def _changes(adapter: Adapter) -> dict[str, _Change]:
-    """The tensors of an adapter by the module of transformers that they change."""
+    """What an adapter changes, by the names that transformers has for it."""
     changes: dict[str, _Change] = {}
+    low_rank: dict[str, dict[str, Array]] = {}  # by module: "A" (r, in), "B" (out, r), "bias" (out,)
     for name, tensor in adapter.tensors.items():
         if ".original_module." in name:
             continue  # the module before training
         array = _array(name, tensor, adapter.origin)
         if low := _LORA.fullmatch(name):
-            change = changes.setdefault(_module(low[1]), _Change())
-            change.low_rank["bias" if low[3] == "bias" else low[2]] = array
+            low_rank.setdefault(_plain(low[1]), {})["bias" if low[3] == "bias" else low[2]] = array
         elif "lora_" in name or not name.endswith((".weight", ".bias")):
             raise CheckpointError(
                 f"{adapter.origin} has tensor {quoted(name)}, which is not part of a LoRA of a linear map"
             )
         else:
-            module, _, kind = name.rpartition(".")
-            changes.setdefault(_module(module), _Change()).whole[kind] = array
-    for module, change in changes.items():
-        low_rank = change.low_rank
-        if low_rank and not {"A", "B"} <= low_rank.keys():
-            missing = "lora_A" if "A" not in low_rank else "lora_B"
-            raise CheckpointError(f"{adapter.origin} is incomplete: {missing} of {quoted(module)} is missing")
-        if low_rank:
-            a, b = low_rank["A"], low_rank["B"]
-            if a.ndim != 2 or b.ndim != 2 or not len(a) or len(a) != b.shape[1]:
-                raise CheckpointError(f"{adapter.origin}: lora_A and lora_B of {quoted(module)} do not match")
-            change.scale = _scale(adapter, module, len(a))
-    return {module: change for module, change in changes.items() if not module.startswith(_POOLER)}
+            changes[_plain(name)] = _Change(whole=array.T)
+    for module, parts in low_rank.items():
+        if missing := sorted({"A", "B"} - parts.keys()):
+            raise CheckpointError(f"{adapter.origin} is incomplete: lora_{missing[0]} of {quoted(module)} is missing")
+        a, b = parts["A"], parts["B"]
+        if a.ndim != 2 or b.ndim != 2 or not len(a) or len(a) != b.shape[1]:
+            raise CheckpointError(f"{adapter.origin}: lora_A and lora_B of {quoted(module)} do not match")
+        scale = _scale(adapter, module, len(a))
+        added = {"weight": (a.T, b.T)} | ({"bias": (parts["bias"],)} if "bias" in parts else {})
+        for kind, factors in added.items():
+            name = f"{module}.{kind}"
+            changes[name] = replace(changes.get(name, _Change()), factors=factors, scale=scale)
+    return {name: change for name, change in changes.items() if not name.startswith("pooler.")}
 
 
-def _module(name: str) -> str:
-    """A module's name without what peft and transformers' heads put around it."""
+def _plain(name: str) -> str:
+    """A name without what peft and transformers' heads put around it."""
     return _WRAPPERS.sub("", name).removeprefix("esm.")
 
 
@@ -268,12 +244,12 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
 
 
-def _changed(tensor: StoredTensor, kind: str, columns: slice, change: _Change) -> StoredTensor:
+def _changed(tensor: StoredTensor, columns: slice, change: _Change) -> StoredTensor:
     """A tensor of the base with a change; a matrix is computed when its numbers are needed."""
 
     def build() -> Array:
         values = np.array(tensor.astype(np.float64))
-        change.apply(kind, values[..., columns])
+        change.apply(values[..., columns])
         return values.astype(np.float32)
 
     return DeferredTensor(tensor.shape, "F32", build, [tensor]) if len(tensor.shape) == 2 else StoredTensor(build())
@@ -287,10 +263,9 @@ def _classifier(
     The labels are those of a config.json beside the adapter or, if the head has the same size, of the base.
     """
     found = {
-        f"{module}.{kind}": StoredTensor(array.astype(np.float32))
-        for module, change in changes.items()
-        if module == CLASSIFIER[:-1] or module.startswith(CLASSIFIER)
-        for kind, array in change.whole.items()
+        name: StoredTensor(change.whole.T.astype(np.float32))
+        for name, change in changes.items()
+        if name.startswith(CLASSIFIER) and change.whole is not None
     }
     theirs = checkpoint.config.classifier
     if f"{CLASSIFIER}weight" not in found and f"{CLASSIFIER}out_proj.weight" not in found:

@@ -13,7 +13,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidOption
 from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
-from .rounding import LOW, RoundedLayers
+from .rounding import LOW, made_for_file
 from .safetensors_file import write_safetensors
 from .tensor import PRECISION_DTYPES, DeferredTensor, StoredTensor, groups_of
 
@@ -44,12 +44,12 @@ def save_canonical(
     """
     precision = precision or checkpoint.precision
     check_dtype(precision)
-    layers = RoundedLayers(checkpoint, precision)
+    made = made_for_file(checkpoint, precision)
     tensors: dict[str, StoredTensor] = {}
     for name, shape in canonical_shapes(checkpoint.config).items():
         dtype = _storage(name, shape, precision)
-        if layers.makes(name):
-            tensors |= _written(name, shape, dtype, partial(layers.tensor, name))
+        if name in made:
+            tensors |= _written(name, shape, dtype, made[name])
         elif tensor := checkpoint.tensors.get(name):
             tensors |= _written(name, shape, dtype, partial(_stored, name, tensor, dtype), [tensor])
     metadata = {

@@ -12,7 +12,8 @@ files hold the mean inputs, and what rounding does to them goes into the bias; s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from .. import reference
 from ..alphabet import tokenize
 from ..kernels.numpy_steps import gelu
-from .checkpoint import FREQUENCIES, INPUT_MEANS, MATRICES, Checkpoint, input_mean
+from .checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
 from .tensor import (
     GROUP,
     PRECISION_DTYPES,
@@ -104,32 +105,29 @@ def rounded_layers(
         yield changed
 
 
-class RoundedLayers:
-    """The tensors of `rounded_layers`, mean inputs included, by name.
+def made_for_file(checkpoint: Checkpoint, precision: str) -> dict[str, Callable[[], StoredTensor]]:
+    """Return what makes each of the tensors of `rounded_layers`, mean inputs included, by name.
 
-    They are made layer by layer, as they are asked for in order. One layer is held at a time.
+    Layers are made as their tensors are asked for, in order, and one is held at a time. Nothing is made before: first
+    the output must turn out to be writable.
     """
+    layers = rounded_layers(checkpoint, precision, for_file=True)
+    held: dict[str, StoredTensor] = {}
 
-    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
-        self._makes_matrices = needs_rounding(checkpoint, precision)
-        self._makes_biases = self._makes_matrices and not checkpoint.synthetic
-        self._makes_means = not (checkpoint.synthetic or checkpoint.has_input_means)
-        self._layers = rounded_layers(checkpoint, precision, for_file=True)
-        self._held: dict[str, StoredTensor] = {}
+    def make(name: str) -> StoredTensor:
+        while name not in held:
+            held.clear()  # before the next layer is made
+            held.update(next(layers))
+        return held[name]
 
-    def makes(self, name: str) -> bool:
-        """Whether a tensor comes from here. Nothing is made to tell: first the output must turn out to be writable."""
-        if name.startswith(INPUT_MEANS):
-            return self._makes_means
-        of_matrix = name.startswith("layers.") and name.split(".")[2] in MATRICES
-        return of_matrix and (self._makes_matrices if name.endswith(".weight") else self._makes_biases)
-
-    def tensor(self, name: str) -> StoredTensor:
-        """Return a tensor of the layer that was asked for last, or of a later one."""
-        while name not in self._held:
-            self._held = {}  # before the next layer is made
-            self._held = next(self._layers)
-        return self._held[name]
+    matrices = [(layer, name) for layer in range(checkpoint.config.num_layers) for name in MATRICES]
+    names: list[str] = []
+    if needs_rounding(checkpoint, precision):
+        kinds = ("weight",) if checkpoint.synthetic else ("weight", "bias")
+        names += [f"layers.{layer}.{name}.{kind}" for layer, name in matrices for kind in kinds]
+    if not (checkpoint.synthetic or checkpoint.has_input_means):
+        names += [input_mean(layer, name) for layer, name in matrices]
+    return {name: partial(make, name) for name in names}
 
 
 def _with_feedback(weight: Array, inputs: Array, precision: str) -> StoredTensor:

@@ -17,7 +17,7 @@ from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
-from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, refuse_quantised_storage
+from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, quantised_sentence
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, DeferredTensor, StoredTensor
 
 _ALWAYS_FLOAT32 = ("contact_head", CLASSIFIER)  # small and sensitive
@@ -26,11 +26,8 @@ _ALWAYS_FLOAT32 = ("contact_head", CLASSIFIER)  # small and sensitive
 def deduce_config(model: Model, num_heads: int | None, origin: str) -> ModelConfig:
     """Return the model's shape, from the tensors themselves.
 
-    Parameters
-    ----------
-    num_heads : int or None
-        As the checkpoint's configuration states it. None to deduce it: from the rotary frequencies or the contact head
-        or, where neither is stored, from the published model of this depth and width.
+    If the checkpoint's configuration does not state `num_heads`, that is deduced, too: from the rotary frequencies or
+    the contact head or, where neither is stored, from the published model of this depth and width.
     """
     naming, tensors = model.naming, model.tensors
     numbered = re.compile(re.escape(naming.layers) + r"(\d{1,6})\.")
@@ -77,7 +74,6 @@ def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Che
     """
     assembler = _Assembler(model, config, origin)
     tensors = assembler.assemble()
-    assembler.check_unused()
     precision = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == assembler.storage)
     return Checkpoint(config, tensors, source=source, precision=precision)
 
@@ -99,7 +95,10 @@ class _Assembler:
 
     def assemble(self) -> dict[str, StoredTensor]:
         shapes = canonical_shapes(self.config)
-        embedding = self.array(self.embedding_name(), shapes["embed_tokens.weight"])
+        name, decoder = self.naming.embedding, self.naming.decoder
+        if name not in self.tensors and decoder in self.tensors:
+            name = decoder  # tied to the embedding: a writer has dropped the second of two equal tensors
+        embedding = self.array(name, shapes["embed_tokens.weight"])
         result = {"embed_tokens.weight": StoredTensor(np.ascontiguousarray(embedding), self.storage)}
         absent = tuple(
             head
@@ -111,8 +110,15 @@ class _Assembler:
                 result |= self.part(ours, theirs, shapes[f"{ours}.weight"])
         if "lm_head." not in absent:
             result["lm_head.bias"] = self.lm_bias()
-            result |= self.untied_decoder(embedding)
+            last = self.array(decoder, embedding.shape) if decoder in self.tensors else embedding
+            if not np.array_equal(last, embedding):  # fine-tuning untied it
+                result[DECODER] = StoredTensor(np.ascontiguousarray(last.T), self.storage)
         result[FREQUENCIES] = StoredTensor(self.frequencies())
+        for name in self.tensors:
+            if name not in self.used and not name.endswith(self.naming.ignored):  # the numbers would be wrong
+                raise CheckpointError(
+                    f"{self.origin} is not a plain ESM-2 model: tensor {quoted(name)} is not part of one"
+                )
         return result
 
     def part(self, ours: str, theirs: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, StoredTensor]:
@@ -136,20 +142,6 @@ class _Assembler:
         joined = DeferredTensor(shape, storage, join, sources)
         joined.release()  # every number has been checked
         return bias | {f"{ours}.weight": joined}
-
-    def embedding_name(self) -> str:
-        """The embedding, or the decoder tied to it where a writer has dropped the second of two equal tensors."""
-        name, decoder = self.naming.embedding, self.naming.decoder
-        return decoder if name not in self.tensors and decoder in self.tensors else name
-
-    def untied_decoder(self, embedding: npt.NDArray[Any]) -> dict[str, StoredTensor]:
-        """The LM head's last matrix (D, V), if fine-tuning untied it from the embedding."""
-        if self.naming.decoder not in self.tensors:
-            return {}
-        decoder = self.array(self.naming.decoder, embedding.shape)
-        if np.array_equal(decoder, embedding):
-            return {}
-        return {DECODER: StoredTensor(np.ascontiguousarray(decoder.T), self.storage)}
 
     def lm_bias(self) -> StoredTensor:
         """The LM head's bias, which some writers store twice, or only as the decoder's."""
@@ -193,7 +185,9 @@ class _Assembler:
         if name not in self.tensors:
             raise CheckpointError(f"{self.origin} is incomplete: tensor {quoted(name)} is missing")
         tensor = self.tensors[name]
-        refuse_quantised_storage(name, tensor, self.origin)
+        if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
+            said = quantised_sentence(f"{quoted(name)} is stored as {tensor.dtype}")
+            raise CheckpointError(f"{self.origin} {said}")
         if tensor.shape != shape:
             raise CheckpointError(f"{self.origin} has tensor {quoted(name)} of shape {tensor.shape}, expected {shape}")
         if tensor.dtype not in STORAGE_DTYPES:
@@ -204,14 +198,6 @@ class _Assembler:
         if tensor.dtype == "F64" and not is_finite(tensor.stored_as("F32")):
             raise CheckpointError(f"{self.origin} has numbers too large for float32 in tensor {quoted(name)}")
         return tensor
-
-    def check_unused(self) -> None:
-        """Refuse a trunk with parts that ESM-2 lacks: without them the numbers would be wrong."""
-        for name in self.tensors:
-            if name not in self.used and not name.endswith(self.naming.ignored):
-                raise CheckpointError(
-                    f"{self.origin} is not a plain ESM-2 model: tensor {quoted(name)} is not part of one"
-                )
 
 
 def _common_storage(tensors: Iterable[StoredTensor]) -> str:

@@ -5,7 +5,6 @@ A file is `{"cfg": {"model": Namespace}, "model": state_dict}`; the contact regr
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ NAMING = Naming(
         "fc2": ("fc2",),
     },
     final_norm="emb_layer_norm_after",
-    lm_norm="lm_head.layer_norm",
     decoder="lm_head.weight",
     frequencies="rot_emb.inv_freq",
     positions="embed_positions.weight",
@@ -41,12 +39,6 @@ _FIELDS = {
     "embed_dim": "encoder_embed_dim",
     "num_heads": "encoder_attention_heads",
 }
-
-
-def regression_path(path: str | os.PathLike[str]) -> Path:
-    """Where fair-esm keeps the contact regression of a checkpoint: beside it."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}-contact-regression.pt")
 
 
 def regression_of(content: Any, path: Path, config: ModelConfig) -> dict[str, StoredTensor]:

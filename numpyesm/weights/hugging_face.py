@@ -24,7 +24,6 @@ NAMING = Naming(
         "fc2": ("output.dense",),
     },
     final_norm="encoder.emb_layer_norm_after",
-    lm_norm="lm_head.layer_norm",
     decoder="lm_head.decoder.weight",
     # In each layer (up to transformers 4 and early 5), once beside them, or under a layer named "*" (as 5.24 saves it).
     frequencies="rotary_embeddings.inv_freq",

@@ -185,8 +185,8 @@ def _convert(
     classifier = None
     if is_fair_esm:
         stated = fair_esm.stated_shape(contents[0], origin)
-        chosen = Path(regression) if regression is not None else fair_esm.regression_path(place)
-        beside = [chosen] if regression is not None or chosen.exists() else []
+        chosen = Path(regression or place.with_name(f"{place.stem}-contact-regression.pt"))
+        beside = [chosen] if chosen.exists() else []
     else:
         _refuse_regression(place, regression)
         stated = hugging_face.stated_shape(config, origin)

@@ -71,7 +71,6 @@ class Naming:
     layers: str
     of_layer: Mapping[str, tuple[str, ...]]  # what follows `layers<number>.`, by canonical name; of qkv, three
     final_norm: str
-    lm_norm: str
     decoder: str
     frequencies: str
     positions: str
@@ -88,7 +87,7 @@ class Naming:
         parts: dict[str, tuple[str, ...]] = {
             "final_norm": (self.final_norm,),
             "lm_head.dense": (LM_DENSE,),
-            "lm_head.norm": (self.lm_norm,),
+            "lm_head.norm": ("lm_head.layer_norm",),
             "contact_head": (CONTACT_REGRESSION,),
         }
         for index in range(config.num_layers):
@@ -162,7 +161,7 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
     CheckpointError
         If there is none, in which case the message says what there is instead, or if there are two that differ.
     """
-    for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, _quantised_sentence)):
+    for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, quantised_sentence)):
         for part, kind in table:
             if any(part in name for name in tensors):
                 raise CheckpointError(f"{origin} {sentence(kind)}")
@@ -272,7 +271,8 @@ def _adapter_sentence(kind: str) -> str:
     )
 
 
-def _quantised_sentence(kind: str) -> str:
+def quantised_sentence(kind: str) -> str:
+    """What to say of a checkpoint in integers or 8-bit floats, as the end of a sentence."""
     return (
         f"is quantised ({kind}), and numpyesm reads float32, float16 and bfloat16: "
         "save the model that it was made from, and convert that with --dtype int8"
@@ -292,9 +292,3 @@ def refuse_learned_positions(model: Model, position_type: object, origin: str) -
     if naming.positions in tensors and not rotary:
         kind = "ESM-1b" if naming.norm_before in tensors else "ESM-1v"
         raise CheckpointError(f"{origin} is an {kind} checkpoint (learned positions); numpyesm runs ESM-2 only")
-
-
-def refuse_quantised_storage(name: str, tensor: StoredTensor, origin: str) -> None:
-    """Refuse a matrix stored in integers or in 8-bit floats."""
-    if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
-        raise CheckpointError(f"{origin} {_quantised_sentence(f'{quoted(name)} is stored as {tensor.dtype}')}")

@@ -67,10 +67,7 @@ def _deduced_heads(model: Model, layers: int, width: int) -> int | None:
 def assemble(model: Model, config: ModelConfig, origin: str, source: str) -> Checkpoint:
     """Convert all tensors of a model to the canonical layout; the layers' matrices are converted when they are used.
 
-    Raises
-    ------
-    CheckpointError
-        If one is missing, misshapen, not a float or not finite, or the trunk has parts that ESM-2 lacks.
+    CheckpointError if one is missing, misshapen, not a float or not finite, or the trunk has parts that ESM-2 lacks.
     """
     assembler = _Assembler(model, config, origin)
     tensors = assembler.assemble()

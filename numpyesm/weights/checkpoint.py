@@ -163,10 +163,7 @@ class Checkpoint:
     def first_layers(self, count: int) -> Checkpoint:
         """Return the first layers alone: their representations are those of the whole model, and all heads are gone.
 
-        Raises
-        ------
-        InvalidOption
-            If the model does not have that many.
+        InvalidOption if the model does not have that many.
         """
         layers = self.config.num_layers
         if not 1 <= count <= layers:

@@ -119,10 +119,7 @@ def check_complete(folder: Path, names: set[str]) -> None:
 def stated_shape(config: dict[str, Any], origin: str) -> dict[str, Any]:
     """What config.json says of the fields of `ModelConfig`; None where it says nothing.
 
-    Raises
-    ------
-    CheckpointError
-        If it says anything by which transformers would compute other numbers than ESM-2's.
+    CheckpointError if it says anything by which transformers would compute other numbers than ESM-2's.
     """
     nested = config.get("rope_parameters")  # where later versions keep rope_theta
     merged = (nested if isinstance(nested, dict) else {}) | config
@@ -140,12 +137,8 @@ def classifier_of(model: Model, config: dict[str, Any], origin: str) -> Classifi
     """The classification head of a model; None if it has none, or one that no class of transformers makes.
 
     A matrix beside the encoder may be applied to anything, so it counts only if config.json names the class. The head
-    for sequences is also recognised by the names of its tensors, where config.json names no class.
-
-    Raises
-    ------
-    CheckpointError
-        A part is missing, or its size is not that of the labels.
+    for sequences is also recognised by the names of its tensors, where config.json names no class. CheckpointError if
+    a part is missing, or its size is not that of the labels.
     """
     stated = config.get("architectures")
     stated = stated if isinstance(stated, list) else []

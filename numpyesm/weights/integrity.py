@@ -23,13 +23,7 @@ _MAX_SUMS = 1 << 20  # bytes of a list of checksums
 
 
 def verify_at_load() -> bool:
-    """Whether the user asks for checksums at load, by NUMPYESM_VERIFY=1.
-
-    Raises
-    ------
-    InvalidOption
-        If the variable is neither 0 nor 1.
-    """
+    """Whether the user asks for checksums at load, by NUMPYESM_VERIFY=1; InvalidOption if it is neither 0 nor 1."""
     value = os.environ.get(_VARIABLE, "")
     if value not in ("", "0", "1"):
         raise InvalidOption(f"{_VARIABLE}={value!r}: expected 1 (verify checksums at each load) or 0")
@@ -37,17 +31,9 @@ def verify_at_load() -> bool:
 
 
 def verify_files(files: Iterable[Path]) -> int:
-    """Compare files with the checksums beside them, in `<name>.sha256` or `SHA256SUMS`.
+    """Compare files with the checksums beside them, in `<name>.sha256` or `SHA256SUMS`; return how many had one.
 
-    Returns
-    -------
-    int
-        How many had one.
-
-    Raises
-    ------
-    CheckpointError
-        If one differs, or a list of checksums cannot be read.
+    CheckpointError if one differs, or a list of checksums cannot be read.
     """
     verified = 0
     for file in files:
@@ -63,13 +49,7 @@ def verify_files(files: Iterable[Path]) -> int:
 
 
 def verify_data(path: Path, data_sha256: str) -> None:
-    """Compare everything after the header of a safetensors file with the checksum in its metadata.
-
-    Raises
-    ------
-    CheckpointError
-        If they differ.
-    """
+    """Compare all that is behind the header of a safetensors file with a checksum; CheckpointError if they differ."""
     with reading(path):
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")

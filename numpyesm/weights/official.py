@@ -38,14 +38,9 @@ def official_files(preset: str) -> Path | None:
 
 
 def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
-    """Return the folder of a repository in the cache of huggingface-hub, if it holds weights and a configuration.
+    """Return a repository's folder in the cache of huggingface-hub, if it holds weights and a configuration.
 
-    Parameters
-    ----------
-    repository : str
-        `organisation/name`.
-    commit : str, optional
-        The preferred one. Next comes what `main` was at the last download, then any other.
+    `commit` is preferred; next comes what `main` was at the last download, then any other.
     """
     preferred = [] if commit is None else [snapshot_folder(repository, commit)]
     folder = snapshot_folder(repository, "").parent
@@ -81,15 +76,8 @@ def source_name(place: Path) -> str:
 def check_official(place: Path) -> None:
     """Verify weights in the cache of huggingface-hub or torch.hub, if their SHA-256 is known.
 
-    Raises
-    ------
-    CheckpointError
-        If a file of huggingface-hub differs from the SHA-256 that it is named by.
-
-    Warns
-    -----
-    UserWarning
-        If a file of torch.hub is not the published one, though it has its name.
+    CheckpointError if a file of huggingface-hub differs from the SHA-256 that it is named by; a warning if one of
+    torch.hub is not the published one, though it has its name.
     """
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:

@@ -156,10 +156,7 @@ def named_tensors(content: Any, origin: str) -> dict[str, StoredTensor]:
 def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Model:
     """Find the one ESM-2 model among `tensors`.
 
-    Raises
-    ------
-    CheckpointError
-        If there is none, in which case the message says what there is instead, or if there are two that differ.
+    CheckpointError if there is none, in which case it says what there is instead, or if there are two that differ.
     """
     for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, quantised_sentence)):
         for part, kind in table:

@@ -138,23 +138,17 @@ def read_pickle(
     """The object in a pickle, of plain containers and `Inert` records.
 
     Containers may be nested deeply or contain themselves: walk them with a list of what is still to do, and neither
-    hash, compare nor print values of unknown kind.
+    hash, compare nor print values of unknown kind. CheckpointError for anything that is not a whole, well-formed pickle
+    of protocol 0 to 5, or builds what no checkpoint contains.
 
     Parameters
     ----------
-    data : bytes
-        Protocol 0 to 5.
     origin : str
         What to call the pickle in errors.
     builders : mapping of (module, name) to Name, optional
         What the caller builds; see `builder`.
     persistent_load : callable, optional
         Takes a persistent id; without it such a pickle is refused.
-
-    Raises
-    ------
-    CheckpointError
-        For anything that is not a whole, well-formed pickle, or builds what no checkpoint contains.
     """
     try:
         _inspect(data)

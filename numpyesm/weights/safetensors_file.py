@@ -38,18 +38,10 @@ def looks_like_safetensors(head: bytes) -> bool:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Map a safetensors file.
+    """Map a safetensors file: its tensors as read-only views, in file order, and its metadata.
 
-    Returns
-    -------
-    tensors : dict of str to StoredTensor
-        Read-only views, in file order; the map lives as long as any of them.
-    metadata : dict of str to str
-
-    Raises
-    ------
-    CheckpointError
-        If the file is truncated, corrupted or not a safetensors file, or holds numbers of a kind that NumPy lacks.
+    The map lives as long as any of the tensors. CheckpointError if the file is truncated, corrupted or not a
+    safetensors file, or holds numbers of a kind that NumPy lacks.
     """
     path = Path(path)
     mapped, header, start = _open(path)
@@ -84,7 +76,6 @@ def write_safetensors(
     Parameters
     ----------
     path : str or path
-        The file to make or replace.
     tensors : mapping of str to StoredTensor
         Each is asked for its numbers when it is written, and releases them.
     metadata : mapping of str to str

@@ -33,13 +33,7 @@ def is_synthetic_spec(spec: str) -> bool:
 
 
 def parse_synthetic(spec: str) -> tuple[str, int]:
-    """Return preset name and seed of `synthetic[:name[:seed]]`.
-
-    Raises
-    ------
-    InvalidOption
-        If `spec` is anything else.
-    """
+    """Return preset name and seed of `synthetic[:name[:seed]]`; InvalidOption if `spec` is anything else."""
     parts = spec.split(":")
     name = preset_name(parts[1]) if len(parts) > 1 else "esm2-35m"
     seed = parts[2] if len(parts) > 2 else "0"

@@ -86,10 +86,7 @@ class StoredTensor:
     def stored_as(self, dtype: str) -> StoredTensor:
         """The same numbers, rounded to nearest even, in another storage dtype.
 
-        Raises
-        ------
-        OverflowError
-            If a finite number becomes infinite (float16 ends at 65504).
+        OverflowError if a finite number becomes infinite (float16 ends at 65504).
         """
         if dtype == self.dtype:
             return self

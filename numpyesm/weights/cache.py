@@ -102,12 +102,11 @@ class RemoteModel:
 
     def cached_commit(self) -> str | None:
         """The commit, if it is known without asking the Hub: a full hash, or what `main` was when first fetched."""
-        if self.revision is not None:
-            return self.revision if is_commit(self.revision) else None
-        with suppress(OSError, ValueError):
-            commit = (self.folder / "main").read_text().strip()
-            return commit if is_commit(commit) else None
-        return None
+        commit = self.revision or ""
+        if self.revision is None:
+            with suppress(OSError, ValueError):
+                commit = (self.folder / "main").read_text().strip()
+        return commit if is_commit(commit) else None
 
     def remember(self, commit: str) -> None:
         """Note what `main` is, so that the next run needs no network."""

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
+from ..files import file_sha256
 from .cache import RemoteModel, is_commit
 from .canonical import check_dtype
 from .conversion import write
-from .hugging_face import ADAPTER_FILES, WEIGHT_FILES, adapter_file, files_of, weight_map
+from .hugging_face import ADAPTER_FILES, WEIGHT_FILES, adapter_file, files_of, weight_files, weight_map
 from .load import Opened, open_checkpoint
-from .official import check_download, hub_folder, is_whole, snapshot_folder, ways_out
+from .official import PINNED_SHA256, check_official, hub_folder, is_whole, snapshot_folder, ways_out
 
 _TIMEOUT = 10  # seconds to the first answer of the Hub
 _ABSENT = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}
@@ -149,8 +150,11 @@ def _wanted(model: RemoteModel, names: list[str]) -> list[str]:
 
 def _verify(model: RemoteModel, snapshot: Path) -> None:
     """Compare checksums; a download that is wrong is deleted, so that the next run does not find it."""
+    digest = PINNED_SHA256.get(model.name) if model.is_pinned else None
     try:
-        check_download(snapshot)
+        check_official(snapshot)
+        if digest is not None and [file_sha256(file) for file in weight_files(snapshot)] != [digest]:
+            raise CheckpointError(f"{snapshot} does not hold the published weights of {model.name}")
     except CheckpointError as error:
         for file in files_of(snapshot):
             for path in (Path(os.path.realpath(file)), file):

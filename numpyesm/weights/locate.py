@@ -14,12 +14,12 @@ from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import RemoteModel, cache_dir, file_name, is_hub_id
+from .cache import PINNED_COMMITS, RemoteModel, cache_dir, file_name, is_hub_id
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
 from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
-from .official import check_official, hub_snapshot, official_files, ways_out
+from .official import check_official, hub_snapshot, torch_hub_folder, ways_out
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 from .tensor import PRECISION_DTYPES
@@ -151,7 +151,9 @@ def find_local(name: str) -> Path | None:
     for folder in (Path.cwd() / "weights", *checkout_folders(), cache_dir()):
         if found := _in_folder(folder, preset):
             return found
-    return official_files(preset)
+    name = OFFICIAL_NAMES[preset]
+    path = torch_hub_folder() / f"{name}.pt"
+    return hub_snapshot(f"facebook/{name}", PINNED_COMMITS[preset]) or (path if path.is_file() else None)
 
 
 def _chosen(value: str, preset: str) -> Path:

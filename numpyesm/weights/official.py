@@ -14,27 +14,18 @@ from pathlib import Path
 from ..config import OFFICIAL_NAMES, preset_name
 from ..errors import CheckpointError
 from ..files import file_sha256
-from .cache import PINNED_COMMITS, user_cache
+from .cache import user_cache
 from .hugging_face import adapter_file, files_of, weight_files
 
 _FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Of fair-esm's files and of the Hub's; those of the other models were not available.
 _PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
-_PINNED = {  # of model.safetensors at the pinned commit
+PINNED_SHA256 = {  # of model.safetensors at the pinned commit
     "esm2-8m": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
     "esm2-150m": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566",
     "esm2-650m": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0",
 }
-
-
-def official_files(preset: str) -> Path | None:
-    """Return the official checkpoint of a preset, if another program has downloaded it."""
-    name = OFFICIAL_NAMES[preset]
-    found = hub_snapshot(f"facebook/{name}", PINNED_COMMITS[preset])
-    if found is None and (path := torch_hub_folder() / f"{name}.pt").is_file():
-        found = path
-    return found
 
 
 def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
@@ -88,34 +79,21 @@ def check_official(place: Path) -> None:
             raise CheckpointError(f"{file} is corrupted: its checksum is not the one that names it in the cache")
 
 
-def check_download(snapshot: Path) -> None:
-    """Do as `check_official`, and compare a published model with the SHA-256 that is written here, if one is."""
-    check_official(snapshot)
-    for preset, digest in _PINNED.items():
-        pinned = snapshot_folder(f"facebook/{OFFICIAL_NAMES[preset]}", PINNED_COMMITS[preset])
-        if snapshot == pinned and [file_sha256(file) for file in weight_files(snapshot)] != [digest]:
-            raise CheckpointError(f"{snapshot} does not hold the published weights of {preset}")
-
-
 def ways_out(name: str) -> str:
     """What a user without a network can do, as the end of a sentence."""
-    preset = preset_name(name)
-    official = OFFICIAL_NAMES.get(preset or "", "")
-    ways = [
-        f"run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point NUMPYESM_WEIGHTS to "
-        "it or put it into weights/",
-    ]
-    if official:
-        ways.append(
+    preset, download, synthetic = preset_name(name), "", "synthetic"
+    if preset is not None:
+        official, synthetic = OFFICIAL_NAMES[preset], f"synthetic:{preset}"
+        download = (
             f"or download {_FAIR_ESM_URL}/models/{official}.pt and "
             f"{_FAIR_ESM_URL}/regression/{official}-contact-regression.pt and run "
-            f"`numpyesm convert {official}.pt -o weights/{preset}.safetensors`"
+            f"`numpyesm convert {official}.pt -o weights/{preset}.safetensors`; "
         )
-    ways.append(
-        f"to try things out on random weights, ask for 'synthetic{f':{preset}' if preset else ''}' by name "
-        "(its numbers mean nothing)"
+    return (
+        f"what you can do: run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point "
+        f"NUMPYESM_WEIGHTS to it or put it into weights/; {download}"
+        f"to try things out on random weights, ask for '{synthetic}' by name (its numbers mean nothing)"
     )
-    return "what you can do: " + "; ".join(ways)
 
 
 def hub_folder() -> Path:

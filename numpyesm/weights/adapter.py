@@ -195,7 +195,9 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
     for name, tensor in adapter.tensors.items():
         if ".original_module." in name:
             continue  # the module before training
-        array = _array(name, tensor, adapter.origin)
+        if tensor.dtype not in STORAGE_DTYPES or not is_finite(tensor):
+            raise CheckpointError(f"{adapter.origin} has tensor {quoted(name)} whose numbers are not finite floats")
+        array = tensor.astype(np.float64)
         if low := _LORA.fullmatch(name):
             low_rank.setdefault(_plain(low[1]), {})["bias" if low[3] == "bias" else low[2]] = array
         elif "lora_" in name or not name.endswith((".weight", ".bias")):
@@ -221,12 +223,6 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
 def _plain(name: str) -> str:
     """A name without what peft and transformers' heads put around it."""
     return _WRAPPERS.sub("", name).removeprefix("esm.")
-
-
-def _array(name: str, tensor: StoredTensor, origin: str) -> Array:
-    if tensor.dtype not in STORAGE_DTYPES or not is_finite(tensor):
-        raise CheckpointError(f"{origin} has tensor {quoted(name)} whose numbers are not finite floats")
-    return tensor.astype(np.float64)
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:

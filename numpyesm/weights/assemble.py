@@ -17,7 +17,7 @@ from ..config import PRESETS, VOCAB_SIZE, ModelConfig
 from ..errors import CheckpointError
 from ..printable import quoted
 from .checkpoint import CLASSIFIER, DECODER, FREQUENCIES, Checkpoint, canonical_shapes, computed_frequencies
-from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, Model, quantised_sentence
+from .recognise import CONTACT_REGRESSION, LM_BIAS, LM_DENSE, QUANTISED_SENTENCE, Model
 from .tensor import FLOAT_DTYPES, STORAGE_DTYPES, DeferredTensor, StoredTensor
 
 _ALWAYS_FLOAT32 = ("contact_head", CLASSIFIER)  # small and sensitive
@@ -183,8 +183,8 @@ class _Assembler:
             raise CheckpointError(f"{self.origin} is incomplete: tensor {quoted(name)} is missing")
         tensor = self.tensors[name]
         if tensor.dtype.startswith("F8") or (len(tensor.shape) == 2 and tensor.dtype in ("I8", "U8")):
-            said = quantised_sentence(f"{quoted(name)} is stored as {tensor.dtype}")
-            raise CheckpointError(f"{self.origin} {said}")
+            stored = f"{quoted(name)} is stored as {tensor.dtype}"
+            raise CheckpointError(f"{self.origin} {QUANTISED_SENTENCE.format(stored)}")
         if tensor.shape != shape:
             raise CheckpointError(f"{self.origin} has tensor {quoted(name)} of shape {tensor.shape}, expected {shape}")
         if tensor.dtype not in STORAGE_DTYPES:

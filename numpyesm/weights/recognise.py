@@ -46,6 +46,15 @@ _QUANTISED = (
     (".weight_packed", "compressed-tensors"),
     (".zero_point", "torch.ao"),
 )
+# The ends of sentences about such files, by kind.
+_ADAPTER_SENTENCE = (
+    "holds {} that is not merged into its base model: name the folder of a LoRA adapter, or "
+    "merge it first (merge_and_unload of peft) and save the whole model"
+)
+QUANTISED_SENTENCE = (
+    "is quantised ({}), and numpyesm reads float32, float16 and bfloat16: "
+    "save the model that it was made from, and convert that with --dtype int8"
+)
 # Part of a name that only another family has, and that family. Looked for in files without an ESM-2 trunk only.
 _OTHER_MODELS = (
     ("row_self_attention", "an MSA Transformer"),
@@ -158,10 +167,10 @@ def find_model(tensors: Tensors, namings: tuple[Naming, ...], origin: str) -> Mo
 
     CheckpointError if there is none, in which case it says what there is instead, or if there are two that differ.
     """
-    for table, sentence in ((_ADAPTERS, _adapter_sentence), (_QUANTISED, quantised_sentence)):
+    for table, sentence in ((_ADAPTERS, _ADAPTER_SENTENCE), (_QUANTISED, QUANTISED_SENTENCE)):
         for part, kind in table:
             if any(part in name for name in tensors):
-                raise CheckpointError(f"{origin} {sentence(kind)}")
+                raise CheckpointError(f"{origin} {sentence.format(kind)}")
     trunks = [(naming, prefix) for naming in namings for prefix in naming.trunks(tensors)]
     fitting = [trunk for trunk in trunks if _vocabulary(tensors, *trunk) == VOCAB_SIZE]
     # Moments that an optimiser keeps by the names of parameters look like a model.
@@ -244,9 +253,9 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
     for part, family in _OTHER_MODELS:
         if any(part in name for name in tensors):
             return f"is {family}; numpyesm runs ESM-2 only"
-    if tensors and all(name.startswith("base_model.") for name in tensors):
-        return _adapter_sentence("an adapter of peft")
-    if tensors and all(CONTACT_REGRESSION in name for name in tensors):
+    if all(name.startswith("base_model.") for name in tensors):
+        return _ADAPTER_SENTENCE.format("an adapter of peft")
+    if all(CONTACT_REGRESSION in name for name in tensors):
         return "is only a contact regression; name the model's checkpoint instead"
     for trunk in trunks:
         rows = _vocabulary(tensors, *trunk)
@@ -255,25 +264,8 @@ def _what_else(tensors: Tensors, trunks: list[tuple[Naming, str]]) -> str:
         if rows is not None:
             return f"is not an ESM-2 checkpoint: it has {rows} tokens, ESM-2 has {VOCAB_SIZE}"
         return f"is incomplete: tensor {quoted(trunk[1] + trunk[0].embedding)} is missing"
-    if not tensors:
-        return "holds no named tensors"
     count, example = len(tensors), quoted(min(tensors))
     return f"is not an ESM-2 checkpoint: none of its {count} tensors ({example}) belongs to an ESM-2 layer"
-
-
-def _adapter_sentence(kind: str) -> str:
-    return (
-        f"holds {kind} that is not merged into its base model: name the folder of a LoRA adapter, or "
-        "merge it first (merge_and_unload of peft) and save the whole model"
-    )
-
-
-def quantised_sentence(kind: str) -> str:
-    """What to say of a checkpoint in integers or 8-bit floats, as the end of a sentence."""
-    return (
-        f"is quantised ({kind}), and numpyesm reads float32, float16 and bfloat16: "
-        "save the model that it was made from, and convert that with --dtype int8"
-    )
 
 
 def refuse_learned_positions(model: Model, position_type: object, origin: str) -> None:

@@ -110,6 +110,7 @@ class Dict(dict[Any, Any], metaclass=Name):
         """Drop attributes, such as the `_metadata` of a state dict."""
 
 
+Builders = Mapping[tuple[str, str], Name]  # by module and name
 _DICTS: dict[tuple[str, str], Name] = {("collections", "OrderedDict"): Dict, ("collections", "defaultdict"): Dict}
 
 
@@ -132,7 +133,7 @@ def read_pickle(
     data: bytes,
     *,
     origin: str = "the pickle",
-    builders: Mapping[tuple[str, str], Name] | None = None,
+    builders: Builders | None = None,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The object in a pickle, of plain containers and `Inert` records.
@@ -162,12 +163,7 @@ def read_pickle(
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self,
-        data: bytes,
-        builders: Mapping[tuple[str, str], Name],
-        persistent_load: Callable[[Any], Any] | None,
-    ) -> None:
+    def __init__(self, data: bytes, builders: Builders, persistent_load: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data), encoding="latin-1")
         self._known = _DICTS | dict(builders)
         self._persistent_load = persistent_load

@@ -59,8 +59,8 @@ def is_commit(revision: str) -> bool:
 class RemoteModel:
     """A repository at a revision, and where its conversions are kept."""
 
+    name: str  # of the preset, or the repository
     repository: str
-    preset: str | None
     revision: str | None
 
     @classmethod
@@ -68,21 +68,15 @@ class RemoteModel:
         """The model of a preset name or a Hub id."""
         preset = preset_name(name)
         if preset is not None:
-            pinned = PINNED_COMMITS[preset]
-            # Another commit of a published model is a model of its own: no pinned checksum, another place.
-            return cls(f"facebook/{OFFICIAL_NAMES[preset]}", preset, revision or pinned)
+            return cls(preset, f"facebook/{OFFICIAL_NAMES[preset]}", revision or PINNED_COMMITS[preset])
         if not is_hub_id(name):
             raise InvalidOption(f"{name!r} is neither one of {', '.join(PRESETS)} nor a Hub id 'organisation/name'")
-        return cls(name, None, revision)
-
-    @property
-    def name(self) -> str:
-        """What a user calls it."""
-        return self.preset or self.repository
+        return cls(name, name, revision)
 
     @property
     def is_pinned(self) -> bool:
-        return self.preset is not None and self.revision == PINNED_COMMITS[self.preset]
+        """Whether this is a published model. Another commit of one is a model of its own, with another file."""
+        return self.revision == PINNED_COMMITS.get(self.name, "")
 
     @property
     def folder(self) -> Path:

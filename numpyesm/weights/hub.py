@@ -83,9 +83,9 @@ def fetch(
         path = snapshot
     elif output is not None or not _opened(path):  # else a branch points to a known commit
         opened = open_checkpoint(snapshot)
-        if model.preset is not None and opened.checkpoint.config != PRESETS[model.preset]:
+        if opened.checkpoint.config != PRESETS.get(model.name, opened.checkpoint.config):
             raise CheckpointError(
-                f"{model.repository} on the Hub is not {model.preset} but {opened.checkpoint.config.name}"
+                f"{model.repository} on the Hub is not {model.name} but {opened.checkpoint.config.name}"
             )
         path = write(opened, output or path, dtype, progress)
     if output is None:

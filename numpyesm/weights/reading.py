@@ -37,13 +37,12 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file of plausible size."""
+    with reading(path):
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is implausibly large")
+        content = path.read_bytes()
     try:
-        with reading(path):
-            if path.stat().st_size > _MAX_JSON:
-                raise CheckpointError(f"{path} is implausibly large")
-            return json.loads(path.read_bytes())
-    except NumpyesmError:  # some are ValueErrors too
-        raise
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON") from error
 

@@ -120,10 +120,7 @@ def _stated_base(config: dict[str, Any]) -> str:
 def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoint:
     """Return the base, which the user calls `name`, with an adapter merged in; what it does not touch is shared.
 
-    Raises
-    ------
-    CheckpointError
-        The adapter is for another base, changes something that ESM-2 lacks, or is damaged.
+    CheckpointError if the adapter is for another base, changes something that ESM-2 lacks, or is damaged.
     """
     base = name or checkpoint.source
     _check_base(checkpoint, adapter, base)

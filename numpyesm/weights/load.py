@@ -120,12 +120,7 @@ def open_checkpoint(
 def find_in_folder(folder: Path) -> Path | None:
     """Return the one file in a folder that can be opened, or the folder itself if it is a Hugging Face one.
 
-    None if there is neither.
-
-    Raises
-    ------
-    CheckpointError
-        If there are several.
+    None if there is neither; CheckpointError if there are several.
     """
     if hugging_face.weight_files(folder):
         return folder

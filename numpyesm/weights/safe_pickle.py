@@ -140,16 +140,9 @@ def read_pickle(
 
     Containers may be nested deeply or contain themselves: walk them with a list of what is still to do, and neither
     hash, compare nor print values of unknown kind. CheckpointError for anything that is not a whole, well-formed pickle
-    of protocol 0 to 5, or builds what no checkpoint contains.
+    of protocol 0 to 5, or builds what no checkpoint contains; it calls the pickle `origin`.
 
-    Parameters
-    ----------
-    origin : str
-        What to call the pickle in errors.
-    builders : mapping of (module, name) to Name, optional
-        What the caller builds; see `builder`.
-    persistent_load : callable, optional
-        Takes a persistent id; without it such a pickle is refused.
+    `builders` are made by `builder`. `persistent_load` takes a persistent id; without it such a pickle is refused.
     """
     try:
         _inspect(data)

@@ -73,20 +73,9 @@ def write_safetensors(
 ) -> None:
     """Write tensors in the given order, whole or not at all; equal input gives equal bytes.
 
-    Parameters
-    ----------
-    path : str or path
-    tensors : mapping of str to StoredTensor
-        Each is asked for its numbers when it is written, and releases them.
-    metadata : mapping of str to str
-        Goes into the header, sorted by key. `data_sha256` is filled in if it is there.
-    progress : callable, optional
-        Called with the bytes of tensors that are written, and that there are.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    Each tensor is asked for its numbers when it is written, and releases them. Metadata go into the header, sorted by
+    key; `data_sha256` is filled in if it is there. `progress` is called with the bytes of tensors that are written, and
+    that there are. OSError if the file cannot be written.
     """
     import hashlib  # loads OpenSSL: not when a file is only opened
 

@@ -64,10 +64,7 @@ def _is_legacy(head: bytes) -> bool:
 def read_torch(path: str | os.PathLike[str]) -> Any:
     """The object in a `.pt`, `.pth` or `.bin` file: plain containers whose StoredTensors are views of the mapped file.
 
-    Raises
-    ------
-    CheckpointError
-        If it is truncated, corrupted, of an older format, or not written by torch.
+    CheckpointError if it is truncated, corrupted, of an older format, or not written by torch.
     """
     return _TorchArchive(Path(path)).load()
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACID_COLUMNS
 from .batch import Batch, Tile
-from .config import Classifier, ModelConfig
+from .config import ModelConfig
 from .kernels.base import AttentionMaps
+from .options import require_classifier
+from .results import EncodeResult, FullOutput
+from .weights.checkpoint import CLASSIFIER, Checkpoint
 
 Array = npt.NDArray[Any]
 
@@ -20,12 +22,16 @@ Array = npt.NDArray[Any]
 _CONTACT_ROWS = 128
 
 
-class AttentionReader(Protocol):
-    """Takes what it needs from the attention of a pass, tile by tile, layer by layer."""
+class AttentionReader:
+    """Takes what it needs from the attention of a pass, tile by tile, layer by layer; by default nothing.
 
-    @property
-    def last_layer(self) -> int:
-        """Number of layers that must run for it."""
+    Attributes
+    ----------
+    last_layer : int
+        Number of layers that must run for it.
+    """
+
+    last_layer: int
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         """Say in `maps` what the kernels must keep of this tile in layer `layer`, counted from 0."""
@@ -33,8 +39,11 @@ class AttentionReader(Protocol):
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         """Take what they kept; called in tile order, so that sums do not depend on threads."""
 
+    def store(self, results: Sequence[Any]) -> None:
+        """Put what was found into the results of the batch's sequences."""
 
-class ContactHead:
+
+class ContactHead(AttentionReader):
     """Contacts of a batch, accumulated head by head; never more than one map per sequence is held.
 
     fair-esm stacks the maps of all layers and heads, symmetrises, applies the average product correction (APC) to
@@ -45,23 +54,20 @@ class ContactHead:
     where only M (L×L) and the row and column sums of each head are kept. Heads with w_h = 0 are never looked at.
     """
 
-    def __init__(self, config: ModelConfig, weight: Array, bias: float, batch: Batch, dtype: npt.DTypeLike) -> None:
-        by_layer = weight.reshape(config.num_layers, config.num_heads)
-        self._heads = [np.flatnonzero(row) for row in by_layer]
-        self._coefficients = [row[heads].astype(np.float64) for row, heads in zip(by_layer, self._heads, strict=True)]
-        self._bias = bias
-        self._dtype = np.dtype(dtype)
+    def __init__(self, checkpoint: Checkpoint, batch: Batch, dtype: np.dtype[Any]) -> None:
+        weight = checkpoint.array("contact_head.weight", dtype)
+        self._bias = float(checkpoint.array("contact_head.bias", dtype)[0])
+        self._dtype = dtype
+        self._heads = [np.flatnonzero(row) for row in weight.reshape(checkpoint.config.num_layers, -1)]
+        self._coefficients = weight[weight != 0].astype(np.float64)
+        ends = np.cumsum([len(heads) for heads in self._heads])
+        # Which of these coefficients belong to each layer.
+        self._shares = [slice(end - len(heads), end) for heads, end in zip(self._heads, ends, strict=True)]
+        # The layers above have only zero coefficients.
+        self.last_layer = max((layer for layer, heads in enumerate(self._heads, 1) if len(heads)), default=0)
         residues = [last - first - 2 for first, last in batch.spans]
-        used = sum(len(heads) for heads in self._heads)
         self._weighted = [np.zeros((n, n)) for n in residues]
-        self._marginals = [np.zeros((used, n)) for n in residues]  # row sums + column sums of each head
-        self._used_before = np.cumsum([0, *(len(heads) for heads in self._heads)])
-
-    @property
-    def last_layer(self) -> int:
-        """The layers above have only zero coefficients."""
-        used = [layer for layer, heads in enumerate(self._heads) if len(heads)]
-        return used[-1] + 1 if used else 0
+        self._marginals = [np.zeros((len(self._coefficients), n)) for n in residues]  # row + column sums of each head
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         heads = self._heads[layer]
@@ -69,38 +75,36 @@ class ContactHead:
             return
         residues = _residues(tile, maps)
         length = tile.last - tile.first - 2
-        maps.heads, maps.coefficients = heads, self._coefficients[layer]
+        maps.heads, maps.coefficients = heads, self._coefficients[self._shares[layer]]
         # Transposed: kernels have queries as neighbours, and M + Mᵀ is all that counts.
         maps.weighted = self._weighted[tile.sequence].T[residues]
         maps.row_sums = np.empty((len(heads), residues.stop - residues.start))
         maps.column_sums = np.empty((len(heads), length))
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        if maps.heads is None or maps.row_sums is None or maps.column_sums is None:
+        if maps.row_sums is None or maps.column_sums is None:
             return
-        sums = self._marginals[tile.sequence][self._used_before[layer] : self._used_before[layer + 1]]
+        sums = self._marginals[tile.sequence][self._shares[layer]]
         sums[:, _residues(tile, maps)] += maps.row_sums
         sums += maps.column_sums
 
-    def results(self) -> Iterator[Array]:
-        """Yield the contact probabilities (L, L) of each sequence."""
-        for sequence in range(len(self._weighted)):
-            yield self._probabilities(sequence)
+    def store(self, results: Sequence[EncodeResult | FullOutput]) -> None:
+        for sequence, result in enumerate(results):
+            result.contacts = self._probabilities(self._weighted[sequence], self._marginals[sequence])
             self._weighted[sequence] = np.empty((0, 0))
 
-    def _probabilities(self, sequence: int) -> Array:
-        weighted, sums = self._weighted[sequence], self._marginals[sequence]
-        coefficients = np.concatenate([np.empty(0), *self._coefficients])
+    def _probabilities(self, weighted: Array, sums: Array) -> Array:
+        """Contacts of one sequence (L, L), from M (L, L) and R (heads, L)."""
         total = sums.sum(axis=1)
         # A head whose attention never falls on residues has t = 0: fair-esm divides 0 by 0 there, we leave it out.
-        factor = np.divide(coefficients, total, out=np.zeros_like(total), where=total > 0)
+        factor = np.divide(self._coefficients, total, out=np.zeros_like(total), where=total > 0)
         scaled = (sums * factor[:, None]).T
         length = len(weighted)
         contacts = np.empty((length, length), self._dtype)
         for i in range(0, length, _CONTACT_ROWS):
-            rows = slice(i, min(i + _CONTACT_ROWS, length))
+            rows = slice(i, i + _CONTACT_ROWS)
             for j in range(i, length, _CONTACT_ROWS):
-                columns = slice(j, min(j + _CONTACT_ROWS, length))
+                columns = slice(j, j + _CONTACT_ROWS)
                 block = weighted[rows, columns] + weighted[columns, rows].T
                 block -= scaled[rows] @ sums[:, columns]
                 block += self._bias
@@ -118,32 +122,28 @@ def _residues(tile: Tile, maps: AttentionMaps) -> slice:
     return slice(before + maps.rows.start, before + maps.rows.stop)
 
 
-class AttentionSummary:
-    """Attention on each residue in each layer, averaged over heads and over all query rows."""
+class AttentionSummary(AttentionReader):
+    """Attention on each residue in each layer, averaged over heads and over all query rows: (num_layers, L)."""
 
-    def __init__(self, config: ModelConfig, batch: Batch, dtype: npt.DTypeLike) -> None:
-        self._config = config
-        self._dtype = np.dtype(dtype)
-        self._sums = [np.zeros((config.num_layers, last - first), np.float64) for first, last in batch.spans]
-
-    @property
-    def last_layer(self) -> int:
-        return self._config.num_layers
+    def __init__(self, config: ModelConfig, batch: Batch, dtype: np.dtype[Any]) -> None:
+        self.last_layer = config.num_layers
+        self._num_heads = config.num_heads
+        self._dtype = dtype
+        self._sums = [np.zeros((config.num_layers, last - first)) for first, last in batch.spans]
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         maps.summary = np.empty(tile.last - tile.first, self._dtype)
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        if maps.summary is not None:
-            self._sums[tile.sequence][layer] += maps.summary
+        assert maps.summary is not None
+        self._sums[tile.sequence][layer] += maps.summary
 
-    def results(self) -> Iterator[Array]:
-        """Yield (num_layers, L) for each sequence."""
-        for sums in self._sums:
-            yield (sums[:, 1:-1] / (sums.shape[1] * self._config.num_heads)).astype(self._dtype)
+    def store(self, results: Sequence[EncodeResult]) -> None:
+        for result, sums in zip(results, self._sums, strict=True):
+            result.attentions = (sums[:, 1:-1] / (sums.shape[1] * self._num_heads)).astype(self._dtype)
 
 
-class FullAttention:
+class FullAttention(AttentionReader):
     """Every attention map of a batch, written by the kernels into the caller's arrays.
 
     Parameters
@@ -154,33 +154,21 @@ class FullAttention:
 
     def __init__(self, maps: Sequence[Array]) -> None:
         self._maps = maps
-
-    @property
-    def last_layer(self) -> int:
-        return max((len(maps) for maps in self._maps), default=0)
+        self.last_layer = len(maps[0])
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         maps.full = self._maps[tile.sequence][layer, :, tile.start - tile.first : tile.stop - tile.first]
 
-    def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        """Nothing: the kernels have written into the caller's arrays."""
 
-
-@dataclass(frozen=True)
 class ClassificationHead:
-    """The head of a fine-tuned classifier, for rows of the last layer.
+    """The head of a fine-tuned classifier, for rows of the last layer; MissingHead if the weights have none."""
 
-    Attributes
-    ----------
-    classifier : Classifier
-    dense : tuple of ndarray (D, D) and (D,), or None
-        Of sequences: the layer before the last, followed by tanh.
-    out_proj : tuple of ndarray (D, labels) and (labels,)
-    """
-
-    classifier: Classifier
-    dense: tuple[Array, Array] | None
-    out_proj: tuple[Array, Array]
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
+        self.classifier = require_classifier(checkpoint)
+        # Of sequences, a layer before the last one, followed by tanh.
+        names = ("dense", "out_proj") if self.classifier.head == "sequence" else ("out_proj",)
+        self._weights = [checkpoint.array(f"{CLASSIFIER}{name}.weight", dtype) for name in names]
+        self._biases = [checkpoint.array(f"{CLASSIFIER}{name}.bias", dtype) for name in names]
 
     def rows(self, tokens: int) -> npt.NDArray[np.intp]:
         """Return which rows of a sequence of this many tokens are classified: `<cls>`, or every residue."""
@@ -188,9 +176,9 @@ class ClassificationHead:
 
     def logits(self, x: Array) -> Array:
         """(R, D) -> (R, labels)."""
-        if self.dense is not None:
-            x = np.tanh(x @ self.dense[0] + self.dense[1])
-        logits: Array = x @ self.out_proj[0] + self.out_proj[1]
+        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
+            x = np.tanh(x @ weight + bias)
+        logits: Array = x @ self._weights[-1] + self._biases[-1]
         return logits
 
     def shaped(self, rows: Array) -> Array:

@@ -7,7 +7,6 @@ options that have been checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from .kernels.base import AttentionMaps, Kernels, Partition
 from .kernels.blas import blas_threads
 from .kernels.compiled.library import library_code
 from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
-from .options import Outputs, require_classifier
-from .results import ClassifyResult, EncodeResult, PredictResult
+from .options import Outputs
+from .results import ClassifyResult, EncodeResult, FullOutput, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
-from .weights.checkpoint import CLASSIFIER, Checkpoint
+from .weights.checkpoint import Checkpoint
 
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.uint8]
@@ -36,22 +35,6 @@ ROWS_PER_PASS = 4096
 _LARGE = 300_000_000
 # Rows that a thread passes to the LM head at a time, least and most.
 _LM_HEAD_ROWS = 32, 192
-
-
-@dataclass
-class FullOutput:
-    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included.
-
-    Attributes
-    ----------
-    representations : dict of int to ndarray (T, D)
-    logits : ndarray (T, 33) or None
-    contacts : ndarray (T - 2, T - 2) or None
-    """
-
-    representations: dict[int, Array] = field(default_factory=dict)
-    logits: Array | None = None
-    contacts: Array | None = None
 
 
 class Passes:
@@ -130,10 +113,8 @@ class Passes:
             The results, or a pass over the longest sequence, would exceed the limit.
         """
         sizes = self.sizes(tokens, outputs, rows_per_pass)
-        done = 0
-        for chunk in _cut(tokens, sizes.rows_per_pass):
-            yield from self._encode_pass(chunk, outputs, done, sizes)
-            done += len(chunk)
+        for part in _cut(tokens, sizes.rows_per_pass):
+            yield from self._encode_pass(tokens[part], outputs, part.start, sizes)
 
     def predict(self, tokens: Sequence[Tokens], positions: str = "all") -> Iterator[PredictResult]:
         """Yield the logits of each sequence, at all residues or at its masks (`positions="masked"`)."""
@@ -173,7 +154,7 @@ class Passes:
 
     def classify(self, tokens: Sequence[Tokens]) -> Iterator[ClassifyResult]:
         """Yield the classification of each sequence; the weights must have a classification head."""
-        head = self._classification_head()
+        head = ClassificationHead(self.checkpoint, self.kernels.dtype)
         rows = [head.rows(len(ids)) for ids in tokens]
         for index, found in enumerate(self._last_rows(tokens, rows, "classes", head.logits)):
             logits = head.shaped(found)
@@ -204,24 +185,23 @@ class Passes:
             One per sequence, to be filled.
         """
         wanted = {*layers, *([self.config.num_layers] if logits else [])}
-        done = 0
-        for chunk in _cut(tokens, sizes.rows_per_pass):
-            batch, outputs = Batch.pack(chunk), [FullOutput() for _ in chunk]
-            head = self._contact_head(batch) if contacts else None
-            maps = None if attentions is None else FullAttention(attentions[done : done + len(chunk)])
-            done += len(chunk)
-            readers = [reader for reader in (head, maps) if reader is not None]
+        for part in _cut(tokens, sizes.rows_per_pass):
+            batch = Batch.pack(tokens[part])
+            results = [FullOutput() for _ in batch.spans]
+            readers: list[AttentionReader] = []
+            if contacts:
+                readers.append(ContactHead(self.checkpoint, batch, self.kernels.dtype))
+            if attentions is not None:
+                readers.append(FullAttention(attentions[part]))
             for layer, x in self._layers(batch, wanted, sizes, readers):
                 if layer in layers:
-                    for output, rows in zip(outputs, _split(x, chunk), strict=True):
-                        output.representations[layer] = rows
+                    for result, rows in zip(results, _split(x, tokens[part]), strict=True):
+                        result.representations[layer] = rows
                 if layer == self.config.num_layers and logits:
-                    for output, rows in zip(outputs, _split(self._lm_head(x), chunk), strict=True):
-                        output.logits = rows
-            if head is not None:
-                for output, contact_map in zip(outputs, self._contacts(head), strict=True):
-                    output.contacts = contact_map
-            yield from outputs
+                    for result, rows in zip(results, _split(self._lm_head(x), tokens[part]), strict=True):
+                        result.logits = rows
+            self._store(readers, results)
+            yield from results
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -250,13 +230,11 @@ class Passes:
     ) -> Iterator[Array]:
         """Yield `compute` of some rows of each sequence's last layer; the other rows of that layer are not computed."""
         sizes = self.sizes(tokens, Outputs((output,)))
-        done = 0
-        for chunk in _cut(tokens, sizes.rows_per_pass):
-            batch, wanted = Batch.pack(chunk), rows[done : done + len(chunk)]
-            done += len(chunk)
-            flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, wanted, strict=True)])
+        for part in _cut(tokens, sizes.rows_per_pass):
+            batch = Batch.pack(tokens[part])
+            flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, rows[part], strict=True)])
             for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
-                yield from _split(compute(x[flat]), wanted)
+                yield from _split(compute(x[flat]), rows[part])
 
     def _encode_pass(
         self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes
@@ -264,9 +242,11 @@ class Passes:
         """Compute all outputs of the sequences of one pass."""
         batch, last, include = Batch.pack(tokens), self.config.num_layers, outputs.include
         results = [EncodeResult(first_index + i) for i in range(len(tokens))]
-        contacts = self._contact_head(batch) if "contacts" in include else None
-        summary = AttentionSummary(self.config, batch, self.kernels.dtype) if "attentions" in include else None
-        readers = [reader for reader in (contacts, summary) if reader is not None]
+        readers: list[AttentionReader] = []
+        if "contacts" in include:
+            readers.append(ContactHead(self.checkpoint, batch, self.kernels.dtype))
+        if "attentions" in include:
+            readers.append(AttentionSummary(self.config, batch, self.kernels.dtype))
         wanted = {*outputs.by_layer, *([last] if {"logits", "classes"} & set(include) else [])}
         for layer, x in self._layers(batch, wanted, sizes, readers):
             if layer in outputs.by_layer:
@@ -277,17 +257,12 @@ class Passes:
                 for result, rows in zip(results, _split(logits, residues), strict=True):
                     result.logits = rows
             if layer == last and "classes" in include:
-                classes = self._classification_head()
+                classes = ClassificationHead(self.checkpoint, self.kernels.dtype)
                 for result, (first, stop) in zip(results, batch.spans, strict=True):
                     found = classes.logits(x[first:stop][classes.rows(stop - first)])
                     result.classes = classes.shaped(classes.probabilities(found))
                     result.labels = list(classes.classifier.labels)
-        if contacts is not None:
-            for result, contact_map in zip(results, self._contacts(contacts), strict=True):
-                result.contacts = contact_map
-        if summary is not None:
-            for result, attention in zip(results, summary.results(), strict=True):
-                result.attentions = attention
+        self._store(readers, results)
         return results
 
     def _layers(
@@ -345,27 +320,10 @@ class Passes:
                 yield stop, forward.x
             layer = stop
 
-    def _contact_head(self, batch: Batch) -> ContactHead:
-        dtype = self.kernels.dtype
-        weight = self.checkpoint.array("contact_head.weight", dtype)
-        bias = float(self.checkpoint.array("contact_head.bias", dtype)[0])
-        return ContactHead(self.config, weight, bias, batch, dtype)
-
-    def _contacts(self, head: ContactHead) -> list[Array]:
-        with blas_threads(self.pool.threads):
-            return list(head.results())
-
-    def _classification_head(self) -> ClassificationHead:
-        classifier = require_classifier(self.checkpoint)
-
-        def linear(name: str) -> tuple[Array, Array]:
-            weight, bias = (self.checkpoint.array(f"{CLASSIFIER}{name}.{part}", dtype) for part in ("weight", "bias"))
-            return weight, bias
-
-        dtype = self.kernels.dtype
-        return ClassificationHead(
-            classifier, linear("dense") if classifier.head == "sequence" else None, linear("out_proj")
-        )
+    def _store(self, readers: Sequence[AttentionReader], results: Sequence[EncodeResult | FullOutput]) -> None:
+        for reader in readers:
+            with blas_threads(self.pool.threads):
+                reader.store(results)
 
     def _lm_head(self, x: Array) -> Array:
         """Logits of all tokens for rows of the last layer: (R, D) -> (R, 33)."""
@@ -381,16 +339,16 @@ class Passes:
         return logits
 
 
-def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[Sequence[Tokens]]:
+def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[slice]:
     """Cut a batch into passes of at most `most_rows` rows, or of one sequence, in order."""
     start = rows = 0
     for i, ids in enumerate(tokens):
         if i > start and rows + len(ids) > most_rows:
-            yield tokens[start:i]
+            yield slice(start, i)
             start, rows = i, 0
         rows += len(ids)
     if rows:
-        yield tokens[start:]
+        yield slice(start, len(tokens))
 
 
 def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,22 @@ class EncodeResult:
             for layer, values in (getattr(self, name) or {}).items()
         }
         return out | {name: getattr(self, name) for name in _WHOLE if getattr(self, name) is not None}
+
+
+@dataclass
+class FullOutput:
+    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included, for the fair-esm look-alike.
+
+    Attributes
+    ----------
+    representations : dict of int to ndarray (T, D)
+    logits : ndarray (T, 33) or None
+    contacts : ndarray (T - 2, T - 2) or None
+    """
+
+    representations: dict[int, FloatArray] = field(default_factory=dict)
+    logits: FloatArray | None = None
+    contacts: FloatArray | None = None
 
 
 @dataclass(eq=False)

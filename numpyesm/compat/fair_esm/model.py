@@ -18,8 +18,8 @@ from ...kernels.blas import blas_threads
 from ...memory import Sizes, format_memory
 from ...model import ESM2 as Core
 from ...options import require_head
-from ...passes import FullOutput
 from ...reference import contact_features, embed, language_model, layer_norm, nested, transformer_layer
+from ...results import FullOutput
 from ...weights.checkpoint import Checkpoint
 from .data import Alphabet, NotSupported, without_padding
 

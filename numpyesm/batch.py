@@ -34,6 +34,11 @@ class Tile:
     first: int
     last: int
 
+    @property
+    def residues(self) -> slice:
+        """Which of its rows are residues: all but `<cls>` and `<eos>`."""
+        return slice(int(self.start == self.first), self.stop - self.start - int(self.stop == self.last))
+
 
 @dataclass(frozen=True)
 class Block:

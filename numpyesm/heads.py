@@ -206,18 +206,9 @@ def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def log_prob(logits: Array, tokens: Array) -> float:
-    """Sum of log p(residue) over the canonical residues, softmax over the 20 amino acids.
+    """Sum log p(residue) over the 20 amino acids among these residues, with softmax over them: (L, 20), (L,) -> ().
 
-    Parameters
-    ----------
-    logits : ndarray (L, 20)
-    tokens : ndarray (L,)
-        Token ids. Residues other than the 20 amino acids do not count.
-
-    Returns
-    -------
-    float
-        NaN if there is no canonical residue: 0, the empty sum, would be the best score there is.
+    NaN if there is none: 0, the empty sum, would be the best score there is.
     """
     columns = tokens.astype(np.intp) - AMINO_ACID_COLUMNS.start
     canonical = np.flatnonzero((columns >= 0) & (columns < logits.shape[1]))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACID_COLUMNS, MASK, TOKENS
-from .batch import Batch, Tile
+from .batch import Batch
 from .config import VOCAB_SIZE, ModelConfig
 from .heads import AttentionReader, AttentionSummary, ClassificationHead, ContactHead, FullAttention, log_prob
 from .kernels import make_kernels
@@ -100,17 +100,8 @@ class Passes:
     ) -> Iterator[EncodeResult]:
         """Yield the outputs of each sequence, in order.
 
-        Parameters
-        ----------
-        tokens : sequence of ndarray (T,)
-        outputs : Outputs
-        rows_per_pass : int, optional
-            Most tokens that share a pass; a memory limit may reduce it.
-
-        Raises
-        ------
-        NotEnoughMemory
-            The results, or a pass over the longest sequence, would exceed the limit.
+        At most `rows_per_pass` tokens share a pass; a memory limit may reduce it. NotEnoughMemory if the results, or a
+        pass over the longest sequence, would exceed that limit.
         """
         sizes = self.sizes(tokens, outputs, rows_per_pass)
         for part in _cut(tokens, sizes.rows_per_pass):
@@ -136,19 +127,9 @@ class Passes:
     def logits(
         self, tokens: Sequence[Tokens], rows: Sequence[npt.NDArray[np.intp]], columns: slice = AMINO_ACID_COLUMNS
     ) -> Iterator[Array]:
-        """Yield the logits of some rows of each sequence.
+        """Yield the logits of some rows of each sequence, counted from its first token: (T,), (R,) -> (R, 20) float32.
 
-        Parameters
-        ----------
-        tokens : sequence of ndarray (T,)
-        rows : sequence of ndarray of int (R,)
-            Of each sequence, counted from its first token.
-        columns : slice
-            Which of the 33 tokens; by default the 20 amino acids.
-
-        Yields
-        ------
-        ndarray (R, 20) float32
+        `columns` says which of the 33 tokens; by default the 20 amino acids.
         """
         return self._last_rows(tokens, rows, "logits", lambda x: self._lm_head(x)[:, columns])
 
@@ -273,32 +254,16 @@ class Passes:
         readers: Sequence[AttentionReader] = (),
         final_rows: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[tuple[int, Array]]:
-        """Run as many layers as the wanted outputs need, and yield each wanted representation.
+        """Run as many layers as the wanted outputs need, and yield number and rows of each wanted representation.
 
-        Parameters
-        ----------
-        batch : Batch
-        wanted : collection of int
-            0 (the scaled embedding) to num_layers (after the final LayerNorm).
-        sizes : Sizes
-        readers : sequence of AttentionReader
-            They receive the attention maps of each layer up to their last.
-        final_rows : ndarray of int, optional
-            The only rows of the last layer that matter; others may be left as in the layer before. Not with readers.
-
-        Yields
-        ------
-        layer : int
-            Ascending.
-        x : ndarray (T, D)
-            Overwritten by the next layer.
+        Layer 0 is the scaled embedding, num_layers is after the final LayerNorm. The rows (T, D) are overwritten by the
+        next layer. Readers receive the attention maps of each layer up to their last. Without readers, `final_rows` are
+        the only rows of the last layer that matter; others may be left as in the layer before.
         """
         num_layers = self.config.num_layers
         map_layers = max((reader.last_layer for reader in readers), default=0)
         row_layers = max(wanted, default=0)
         last = max(row_layers, map_layers)
-        if not wanted and not last:
-            return
         partition = Partition(sizes.threads or self.pool.threads, sizes.block_rows, whole_tiles=map_layers > 0)
         forward = self.kernels.forward(self.pool, batch, last, partition)
         if 0 in wanted:
@@ -308,9 +273,13 @@ class Passes:
         while layer < last:
             if layer < map_layers:
                 stop = layer + 1
-                maps = [_request_maps(layer, tile, readers) for tile in tiles]
+                maps = [AttentionMaps(tile.residues) for tile in tiles]
+                handed = [(reader, tile, kept) for tile, kept in zip(tiles, maps, strict=True) for reader in readers]
+                for reader, tile, kept in handed:
+                    reader.request(layer, tile, kept)
                 forward.advance(stop, maps, maps_only=layer >= row_layers and stop == map_layers)
-                _collect_maps(layer, tiles, maps, readers)
+                for reader, tile, kept in handed:
+                    reader.collect(layer, tile, kept)
             else:
                 stop = min(number for number in wanted if number > layer)
                 if final_rows is not None and stop == num_layers and layer + 1 < num_layers:
@@ -366,22 +335,3 @@ def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, x: Arr
             result.bos_embeddings = (result.bos_embeddings or {}) | {layer: x[first].copy()}
         if "per_token" in include:
             result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
-
-
-def _request_maps(layer: int, tile: Tile, readers: Sequence[AttentionReader]) -> AttentionMaps | None:
-    """Say what the kernels must keep of this tile's attention in a layer; None if nothing."""
-    rows = slice(int(tile.start == tile.first), tile.stop - tile.start - int(tile.stop == tile.last))
-    maps = AttentionMaps(rows)
-    for reader in readers:
-        reader.request(layer, tile, maps)
-    return None if maps.heads is None and maps.summary is None and maps.full is None else maps
-
-
-def _collect_maps(
-    layer: int, tiles: Sequence[Tile], maps: Sequence[AttentionMaps | None], readers: Sequence[AttentionReader]
-) -> None:
-    """Hand what the layer kept to the readers, in the order of the tiles."""
-    for tile, left in zip(tiles, maps, strict=True):
-        if left is not None:
-            for reader in readers:
-                reader.collect(layer, tile, left)

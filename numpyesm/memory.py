@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .batch import BLOCK_ROWS
 from .config import ModelConfig
@@ -24,6 +25,12 @@ from .results import count_numbers
 from .weights.checkpoint import Checkpoint
 from .weights.rounding import LOW
 from .weights.tensor import GROUP, DeferredTensor
+
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows, Pyodide
+    resource = None
 
 # K, M, G and T are powers of 1024, as `ulimit`, Slurm and Docker read them, and so are KiB, MiB, …; KB, MB, … are
 # powers of 1000, as in SI.
@@ -44,6 +51,8 @@ _RESULT_OBJECT = 600
 # library of kernels.
 _NUMBA, _NUMBA_ADDRESS_SPACE = 330 << 20, 900 << 20
 _LIBRARY, _LIBRARY_ADDRESS_SPACE = 20 << 20, 150 << 20
+# A mapped file in /proc/self/smaps: first and last address, and what of it is in memory.
+_MAPPED_FILE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (?:\S+ ){3}[1-9].*\n(?:\w+:.*\n)*?Rss: +(\d+) kB", re.MULTILINE)
 
 
 # -- sizes as text -------------------------------------------------------------------------------------------------
@@ -82,27 +91,32 @@ def format_memory(size: float) -> str:
 
 def resident_memory() -> int:
     """Memory that this process uses now, in bytes; its peak, or a guess, where the system does not say."""
-    if (size := _status("VmRSS")) is not None:
+    if (size := _proc("self/status", "VmRSS")) is not None:
         return size
-    try:
-        import resource
-    except ImportError:  # Windows, Pyodide
+    if resource is None:
         return 60 << 20
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 
 
-def _status(field: str) -> int | None:
-    """Return a size of this process from /proc, in bytes; None if there is none."""
-    sizes = (int(line.split()[1]) << 10 for line in _lines("/proc/self/status") if line.startswith(f"{field}:"))
-    return next(sizes, None)
+def _proc(file: str, field: str) -> int | None:
+    """Return a size from a file in /proc, in bytes; None if it is not there."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _text(f"/proc/{file}"), re.MULTILINE)
+    return int(found[1]) << 10 if found else None
+
+
+def _text(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text()
+    return ""
 
 
 def available_memory() -> int:
     """Memory that can be used without swapping, in bytes, within the container's limit."""
     left = [limit - used for limit, used in _containers()]
-    left += [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    return max(0, min(left, default=(_machine_memory() or 8 << 30) // 2))
+    if (free := _proc("meminfo", "MemAvailable")) is not None:
+        left.append(free)
+    return max(0, min(left or [size // 2 for size in _machine_memory()], default=4 << 30))
 
 
 def memory_limit() -> int | None:
@@ -111,20 +125,21 @@ def memory_limit() -> int | None:
     The least of the machine's memory, the container's limit, and what `ulimit -v` and `ulimit -d` leave. Part of the
     address space is reserved but never used, so what is left of it is added to what is used now.
     """
-    limits = [limit for limit, _ in _containers()]
+    limits = _machine_memory() + [limit for limit, _ in _containers()]
     limits += [resident_memory() + limit - used for limit, used in _ulimits()]
-    return min(limits + [size for size in [_machine_memory()] if size is not None], default=None)
+    return min(limits, default=None)
 
 
-def _machine_memory() -> int | None:
+def _machine_memory() -> list[int]:
+    """One number of bytes; none where the system does not say."""
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+        return [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return []
 
 
 def _containers() -> Iterator[tuple[int, int]]:
     """Limit and use of each control group that this process is in and that has a limit."""
-    for line in _lines("/proc/self/cgroup"):
+    for line in _text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -138,22 +153,14 @@ def _containers() -> Iterator[tuple[int, int]]:
                 break
 
 
-def _lines(path: str) -> list[str]:
-    with suppress(OSError):
-        return Path(path).read_text().splitlines()
-    return []
-
-
 def _ulimits() -> Iterator[tuple[int, int]]:
     """Limit and use of address space (`ulimit -v`) and of data (`ulimit -d`), where they are limited."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return
     for name, field in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
         limit = resource.getrlimit(getattr(resource, name))[0]
         if limit != resource.RLIM_INFINITY:
-            yield limit, _status(field) or resident_memory()
+            yield limit, _proc("self/status", field) or resident_memory()
 
 
 def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> bool:
@@ -164,7 +171,7 @@ def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> boo
     """
     besides, addresses = (_LIBRARY, _LIBRARY_ADDRESS_SPACE) if ahead else (_NUMBA, _NUMBA_ADDRESS_SPACE)
     weights = 4 * checkpoint.num_parameters
-    limits = [size for size in (limit, _machine_memory()) if size is not None] + [size for size, _ in _containers()]
+    limits = _machine_memory() + [size for size, _ in _containers()] + ([] if limit is None else [limit])
     # Packing briefly holds more than its result; a mapped file leaves the memory while it is packed.
     if limits and resident_memory() + besides + weights * 5 // 4 >= min(limits):
         return False
@@ -174,21 +181,15 @@ def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> boo
 def unread_weights(checkpoint: Checkpoint) -> int:
     """Mapped weights that are not in memory yet and will be once the model has run, in bytes."""
     mapped = [tensor for tensor in checkpoint.tensors.values() if not isinstance(tensor, DeferredTensor)]
-    addresses = sorted(tensor.raw.__array_interface__["data"][0] for tensor in mapped)
-    unread = 0
-    try:
-        with open("/proc/self/smaps") as maps:
-            size = None
-            for line in maps:
-                if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9]\d*", line):
-                    first, last = int(header[1], 16), int(header[2], 16)
-                    size = last - first if any(first <= address < last for address in addresses) else None
-                elif size is not None and line.startswith("Rss:"):
-                    unread += max(0, size - (int(line.split()[1]) << 10))
-                elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):  # memory of no file
-                    size = None
-    except OSError:
+    addresses = [tensor.raw.__array_interface__["data"][0] for tensor in mapped]
+    maps = _text("/proc/self/smaps")
+    if not maps:
         return sum(tensor.raw.nbytes for tensor in mapped)
+    unread = 0
+    for start, stop, resident in _MAPPED_FILE.findall(maps):
+        first, last = int(start, 16), int(stop, 16)
+        if any(first <= address < last for address in addresses):
+            unread += max(0, last - first - (int(resident) << 10))
     return unread
 
 
@@ -236,14 +237,8 @@ def pass_bytes(
 ) -> int:
     """Memory of one pass through the layers, in bytes, without its results.
 
-    Parameters
-    ----------
-    rows, longest : int
-        Tokens of the pass, and of its longest sequence.
-    wanted : collection of str
-        Outputs, as in `include`.
-    threads, block_rows : int
-        Threads that share the pass, and rows that each takes at a time.
+    The pass has `rows` tokens, its longest sequence has `longest`. Outputs are `wanted` as in `include`. The threads
+    share the pass, and each takes `block_rows` at a time.
     """
     width, longest = config.embed_dim, min(longest, rows)
     # Rows of x, and of query, key and value twice; the rotary table has a complex number per channel and position, and
@@ -318,25 +313,10 @@ class MemoryBudget:
     def sizes(
         self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0
     ) -> Sizes:
-        """Choose sizes with which a call stays within the limit.
+        """Choose sizes with which a call stays within the limit, or raise NotEnoughMemory, which says what it takes.
 
-        Parameters
-        ----------
-        results : int
-            Bytes of all results.
-        lengths : sequence of int
-            Tokens of each sequence.
-        wanted : collection of str
-            Outputs, as in `include`.
-        most_rows : int
-            Rows of a pass if memory did not matter.
-        row_bytes : int
-            What each row of a pass takes in addition.
-
-        Raises
-        ------
-        NotEnoughMemory
-            The message says how much the call would take.
+        All results have `results` bytes, each sequence has one of `lengths` in tokens, and outputs are `wanted` as in
+        `include`. If memory did not matter, a pass would have `most_rows`; each row takes `row_bytes` in addition.
         """
         longest = max(lengths)
         # Fewer threads are the most expensive way to save memory, so they come last; shorter passes are the cheapest.

@@ -36,7 +36,6 @@ _RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
 # Letters as bytes to token ids; `<mask>` is written as one byte for it.
 _MASK_BYTE = "\0"
 _IDS = bytes([MASK, *(TOKEN_ID.get(chr(byte), 0) for byte in range(1, 256))])
-_LETTERS = bytes([ord(token) if len(token) == 1 else 0 for token in TOKENS]).ljust(256, b"\0")
 
 
 def tokenize(sequences: Sequences, *, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
@@ -120,11 +119,6 @@ def frame(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     framed = np.empty(len(ids) + 2, np.uint8)
     framed[0], framed[1:-1], framed[-1] = CLS, ids, EOS
     return framed
-
-
-def letters_of(tokens: npt.NDArray[np.uint8]) -> str:
-    """Return the letters of a framed sequence, (L + 2,) token ids; masks are left out."""
-    return tokens[1:-1].tobytes().translate(_LETTERS, bytes([MASK])).decode("ascii")
 
 
 def has_amino_acid(ids: npt.NDArray[np.uint8]) -> bool:

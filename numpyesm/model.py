@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import has_amino_acid, letters_of, nothing_to_score, tokenize, warn_of_odd_sequences
+from .alphabet import has_amino_acid, nothing_to_score, tokenize, warn_of_odd_sequences
 from .config import ModelConfig
 from .errors import InputWarning
-from .given import Sequences
+from .given import Sequences, texts
 from .options import POSITIONS, Outputs, one_of, require_head
 from .passes import Passes
 from .results import ClassifyResult, EncodeResult, PredictResult
@@ -447,6 +447,7 @@ class ESM2:
 
 def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.uint8]]:
     """Tokenize a batch, and warn of input that is allowed but rarely intended."""
-    tokens = tokenize(sequences, masks=masks)
-    warn_of_odd_sequences(map(letters_of, tokens), stacklevel=4)
+    items = texts(sequences)
+    tokens = tokenize(items or sequences, masks=masks)  # an empty generator has an error of its own
+    warn_of_odd_sequences(items, stacklevel=4)
     return tokens

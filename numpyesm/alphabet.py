@@ -154,12 +154,7 @@ _HINTS = {
 def letter_hint(text: str, *, masks: bool = False) -> str:
     """Guess, in brackets, what the user meant by the first letter of `text`; return an empty string if unclear.
 
-    Parameters
-    ----------
-    text : str
-        The letter that is not allowed, and a few letters after it.
-    masks : bool
-        Whether `<mask>` is allowed and `-` is not.
+    That letter is not allowed, and a few letters follow it. With `masks`, `<mask>` is allowed and `-` is not.
     """
     letter = text[0]
     if text.startswith(MASK_TOKEN):

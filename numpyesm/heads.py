@@ -146,10 +146,7 @@ class AttentionSummary(AttentionReader):
 class FullAttention(AttentionReader):
     """Every attention map of a batch, written by the kernels into the caller's arrays.
 
-    Parameters
-    ----------
-    maps : sequence of ndarray (num_layers, H, T, T)
-        One per sequence, `<cls>` and `<eos>` included.
+    `maps` has one (num_layers, H, T, T) for each sequence, `<cls>` and `<eos>` included.
     """
 
     def __init__(self, maps: Sequence[Array]) -> None:

@@ -62,12 +62,7 @@ def parse_memory(value: int | str, option: str = "max_memory") -> int:
     """Read a size: a number of bytes, or text such as `512M`, `400MB`, `1.5GiB`.
 
     K, M, G and T, also written KiB, MiB, GiB and TiB, are powers of 1024; KB, MB, GB and TB are powers of 1000. Case
-    does not matter.
-
-    Raises
-    ------
-    InvalidOption
-        The value is neither, or not positive; the message names `option`.
+    does not matter. InvalidOption, which names `option`, if the value is neither, or not positive.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         size = float(value)
@@ -194,12 +189,9 @@ def unread_weights(checkpoint: Checkpoint) -> int:
 
 
 def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str, ahead: bool) -> None:
-    """Refuse weights that do not fit a limit, before they are read or packed; `ahead` as in `compiled_fits`.
+    """Raise NotEnoughMemory for weights that do not fit a limit, before they are read or packed.
 
-    Raises
-    ------
-    NotEnoughMemory
-        The message says how much they would take.
+    `ahead` is as in `compiled_fits`.
     """
     if precision in LOW or backend in ("compiled", "numba"):
         weights = packed_bytes(checkpoint, precision)
@@ -272,16 +264,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What is left for a call in a process that must stay below `limit`.
+    """What is left for a call in a process that must stay below `limit`, in bytes.
 
-    Attributes
-    ----------
-    limit : int
-        Of the whole process, in bytes.
-    fixed : int
-        What it takes with the model loaded and all weights read.
-    config : ModelConfig
-    threads : int
+    The process takes `fixed` bytes with the model loaded and all weights read; a call uses at most `threads` threads.
     """
 
     limit: int
@@ -293,12 +278,7 @@ class MemoryBudget:
     def of(cls, limit: int, checkpoint: Checkpoint, threads: int, unread: int) -> MemoryBudget:
         """Make the budget of a process whose model has just been loaded, with at most `threads` threads.
 
-        `unread` is how many bytes of its weights are still to be read.
-
-        Raises
-        ------
-        NotEnoughMemory
-            Not even one short sequence would fit.
+        `unread` bytes of its weights are still to be read. NotEnoughMemory if not even one short sequence would fit.
         """
         config = checkpoint.config
         fixed = resident_memory() + unread + _MARGIN

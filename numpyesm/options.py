@@ -49,22 +49,11 @@ class Outputs:
     def check(
         cls, checkpoint: Checkpoint, repr_layers: Iterable[int], include: Iterable[str], *, allow_nothing: bool = False
     ) -> Outputs:
-        """Check a request against the model that will answer it.
+        """Check a request, as for `ESM2.encode`, against the model that will answer it.
 
-        Parameters
-        ----------
-        checkpoint : Checkpoint
-        repr_layers, include
-            As for `ESM2.encode`.
-        allow_nothing : bool
-            Accept an empty `include`, and leave out embeddings if `repr_layers` is empty, instead of refusing.
-
-        Raises
-        ------
-        InvalidOption
-            A layer out of range, an unknown include, or nothing asked for.
-        MissingHead
-            Logits, contacts or classes, and the weights have no such head.
+        With `allow_nothing`, `include` may be empty, and embeddings are left out if `repr_layers` is. InvalidOption for
+        a layer out of range, an unknown include, or nothing asked for; MissingHead for logits, contacts or classes of
+        weights that have no such head.
         """
         wanted = check_includes(include, allow_nothing=allow_nothing)
         layers = check_layers(repr_layers, checkpoint.config.num_layers)

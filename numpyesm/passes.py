@@ -40,21 +40,9 @@ _LM_HEAD_ROWS = 32, 192
 class Passes:
     """Kernels with a checkpoint's weights, the threads that run them, and the memory that they may use.
 
-    Calls from several threads are safe and share the worker threads. Sequences are given as token arrays (T,) uint8,
-    `<cls>` and `<eos>` included, none of them `<pad>`; results do not depend on which sequences share a pass.
-
-    Parameters
-    ----------
-    checkpoint, backend, precision, threads, max_memory
-        See `ESM2`.
-
-    Attributes
-    ----------
-    checkpoint : Checkpoint
-    kernels : Kernels
-    pool : WorkerPool
-    budget : MemoryBudget or None
-        None if memory is not limited.
+    Parameters are those of `ESM2`. Calls from several threads are safe and share the worker threads. Sequences are
+    token arrays (T,) uint8, `<cls>` and `<eos>` included, none of them `<pad>`; results do not depend on which of them
+    share a pass.
     """
 
     def __init__(
@@ -82,7 +70,7 @@ class Passes:
         self.kernels: Kernels = make_kernels(checkpoint, backend, precision, in_place=in_place, pool=packers)
         if too_large:
             self.kernels.origin = "the compiled backend needs more memory"
-        self.budget = None
+        self.budget: MemoryBudget | None = None  # if memory is not limited
         if limit is not None:
             unread = unread_weights(checkpoint) if self.kernels.name == "numpy" else 0  # packed weights are copies
             self.budget = MemoryBudget.of(limit, checkpoint, count, unread)

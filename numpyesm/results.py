@@ -19,15 +19,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Field:
-    """One array of a result: `mean_12`, `per_token_6`, `contacts`.
-
-    Attributes
-    ----------
-    kind : str
-        As in `include`.
-    layer : int or None
-        None if the array does not belong to a layer.
-    """
+    """One array of a result (`mean_12`, `contacts`): its kind, as in `include`, and its layer, if it belongs to one."""
 
     kind: str
     layer: int | None = None
@@ -229,9 +221,7 @@ class ClassifyResult:
         return {"logits": self.logits, "probabilities": self.probabilities}
 
 
-def stack_results(
-    results: Sequence[EncodeResult] | Sequence[PredictResult] | Sequence[ClassifyResult],
-) -> dict[str, npt.NDArray[Any]]:
+def stack_results(results: Sequence[EncodeResult | PredictResult | ClassifyResult]) -> dict[str, npt.NDArray[Any]]:
     """Collect the arrays of all sequences: vectors (`mean_12`) as (n, D), others one by one (`contacts_0`)."""
     arrays = [result.to_arrays() for result in results]
     stacked = {

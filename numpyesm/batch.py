@@ -76,16 +76,13 @@ class Batch:
     @classmethod
     def pack(cls, sequences: Sequence[npt.NDArray[np.uint8]]) -> Batch:
         """Pack tokenized sequences."""
-        lengths = [len(ids) for ids in sequences]
+        lengths = np.array([len(ids) for ids in sequences])
         tokens = np.concatenate(sequences)
         masked = tokens == MASK
         offsets = (0, *np.cumsum(lengths).tolist())
         # esm2.py: x * (1 - mask_ratio_train) / (1 - mask_ratio_observed), <cls> and <eos> counted as tokens.
-        per_sequence = [
-            (1 - _TRAINED_MASK_RATIO) / (1 - np.count_nonzero(masked[a:b]) / (b - a))
-            for a, b in itertools.pairwise(offsets)
-        ]
-        scale = np.repeat(np.array(per_sequence), lengths)
+        observed = np.add.reduceat(masked, offsets[:-1], dtype=np.intp) / lengths
+        scale = np.repeat((1 - _TRAINED_MASK_RATIO) / (1 - observed), lengths)
         scale[masked] = 0.0
         return cls(tokens, offsets, scale)
 

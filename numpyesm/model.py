@@ -352,10 +352,8 @@ class ESM2:
 
         Raises
         ------
-        InvalidSequence
+        InvalidSequence, MissingHead
             As for `encode`.
-        MissingHead
-            The weights have no classification head.
         """
         require_head(self.checkpoint, "classify")
         return list(self.passes.classify(_tokens(sequences)))

@@ -17,8 +17,7 @@ Item = TypeVar("Item")
 
 def default_threads() -> int:
     """Return `NUMPYESM_THREADS`, else the CPUs that this process may use (by affinity and container quota)."""
-    setting = os.environ.get("NUMPYESM_THREADS")
-    if setting:
+    if setting := os.environ.get("NUMPYESM_THREADS"):
         return check_threads(setting)
     try:
         available = len(os.sched_getaffinity(0))

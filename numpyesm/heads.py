@@ -23,15 +23,9 @@ _CONTACT_ROWS = 128
 
 
 class AttentionReader:
-    """Takes what it needs from the attention of a pass, tile by tile, layer by layer; by default nothing.
+    """Takes what it needs from the attention of a pass, tile by tile, layer by layer; by default nothing."""
 
-    Attributes
-    ----------
-    last_layer : int
-        Number of layers that must run for it.
-    """
-
-    last_layer: int
+    last_layer: int  # number of layers that must run for it
 
     def request(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
         """Say in `maps` what the kernels must keep of this tile in layer `layer`, counted from 0."""

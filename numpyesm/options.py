@@ -57,15 +57,15 @@ class Outputs:
         """
         wanted = check_includes(include, allow_nothing=allow_nothing)
         layers = check_layers(repr_layers, checkpoint.config.num_layers)
-        if not layers and wanted & BY_LAYER:
-            if not allow_nothing:
-                names = ", ".join(name for name in INCLUDES if name in wanted & BY_LAYER)
-                raise InvalidOption(f"repr_layers is empty, but include asks for {names}: name at least one layer")
+        if not layers and allow_nothing:
             wanted -= BY_LAYER
-        wanted_in_order = tuple(name for name in INCLUDES if name in wanted)
-        for name in wanted_in_order:
+        names = tuple(name for name in INCLUDES if name in wanted)
+        if not layers and wanted & BY_LAYER:
+            embeddings = ", ".join(name for name in names if name in BY_LAYER)
+            raise InvalidOption(f"repr_layers is empty, but include asks for {embeddings}: name at least one layer")
+        for name in names:
             require_head(checkpoint, name)
-        return cls(wanted_in_order, tuple(layers))
+        return cls(names, tuple(layers))
 
     @property
     def by_layer(self) -> tuple[int, ...]:

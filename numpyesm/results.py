@@ -133,18 +133,11 @@ class EncodeResult:
 
 @dataclass
 class FullOutput:
-    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included, for the fair-esm look-alike.
+    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included, for the fair-esm look-alike."""
 
-    Attributes
-    ----------
-    representations : dict of int to ndarray (T, D)
-    logits : ndarray (T, 33) or None
-    contacts : ndarray (T - 2, T - 2) or None
-    """
-
-    representations: dict[int, FloatArray] = field(default_factory=dict)
-    logits: FloatArray | None = None
-    contacts: FloatArray | None = None
+    representations: dict[int, FloatArray] = field(default_factory=dict)  # of each layer (T, D)
+    logits: FloatArray | None = None  # (T, 33)
+    contacts: FloatArray | None = None  # (T - 2, T - 2)
 
 
 @dataclass(eq=False)

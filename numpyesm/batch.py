@@ -57,21 +57,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed token rows.
+    """Token rows of n sequences, T in all, `<cls>` and `<eos>` included."""
 
-    Attributes
-    ----------
-    tokens : ndarray (T,) uint8
-        All sequences, `<cls>` and `<eos>` included.
-    offsets : tuple of int, (n + 1,)
-        Sequence i is at rows `offsets[i]:offsets[i + 1]`.
-    embedding_scale : ndarray (T,) float64
-        Factor of each row of the embedding (token dropout); 0 for `<mask>`.
-    """
-
-    tokens: npt.NDArray[np.uint8]
-    offsets: tuple[int, ...]
-    embedding_scale: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.uint8]  # (T,)
+    offsets: tuple[int, ...]  # (n + 1,): sequence i is at rows `offsets[i]:offsets[i + 1]`
+    embedding_scale: npt.NDArray[np.float64]  # (T,): factor of each embedded row (token dropout); 0 for `<mask>`
 
     @classmethod
     def pack(cls, sequences: Sequence[npt.NDArray[np.uint8]]) -> Batch:

@@ -20,21 +20,11 @@ _SIZES = ("num_layers", "embed_dim", "num_heads", "ffn_dim")
 
 @dataclass(frozen=True)
 class Classifier:
-    """What a classification head, added to the encoder by fine-tuning, means.
+    """What a classification head, added to the encoder by fine-tuning, means."""
 
-    Attributes
-    ----------
-    head : {"sequence", "token"}
-        One row of numbers per sequence, from the `<cls>` row, or one per residue.
-    labels : tuple of str
-        Name of each number.
-    problem_type : str
-        `single_label_classification` (softmax), `multi_label_classification` (sigmoid), `regression` (as they are).
-    """
-
-    head: str
-    labels: tuple[str, ...]
-    problem_type: str
+    head: str  # "sequence": one row of numbers, from the `<cls>` row; "token": one per residue
+    labels: tuple[str, ...]  # name of each number
+    problem_type: str  # of `PROBLEM_TYPES`: softmax, sigmoid, or the numbers as they are
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("head", self.head, HEADS), ("problem_type", self.problem_type, PROBLEM_TYPES)):

@@ -32,18 +32,10 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs that a request wants for each of its sequences.
+    """The outputs that a request wants for each of its sequences."""
 
-    Attributes
-    ----------
-    include : tuple of str
-        In the order of `INCLUDES`; empty if nothing is wanted.
-    layers : tuple of int
-        Layers of the embeddings, ascending, 0 to the number of layers.
-    """
-
-    include: tuple[str, ...]
-    layers: tuple[int, ...] = ()
+    include: tuple[str, ...]  # in the order of `INCLUDES`; empty if nothing is wanted
+    layers: tuple[int, ...] = ()  # of the embeddings, ascending, 0 to the number of layers
 
     @classmethod
     def check(

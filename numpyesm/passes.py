@@ -141,17 +141,9 @@ class Passes:
     ) -> Iterator[FullOutput]:
         """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm returns them.
 
-        Parameters
-        ----------
-        tokens : sequence of ndarray (T,)
-            At least three each if contacts are wanted: the map leaves out the first and the last, whatever they are.
-        layers : collection of int
-            0 to num_layers.
-        sizes : Sizes
-            As `full_sizes` gives them.
-        logits, contacts : bool
-        attentions : list of ndarray (num_layers, H, T, T), or None
-            One per sequence, to be filled.
+        Layers are 0 to num_layers, `sizes` is what `full_sizes` gives, and `attentions` holds an array
+        (num_layers, H, T, T) for each sequence, to be filled. For contacts, each sequence has at least three tokens:
+        the map leaves out the first and the last, whatever they are.
         """
         wanted = {*layers, *([self.config.num_layers] if logits else [])}
         for part in _cut(tokens, sizes.rows_per_pass):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import letters_of, tokenize, warn_of_odd_sequences
+from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead
 from .given import Sequences, texts
@@ -150,10 +150,11 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         InvalidSequence
             A ValueError that names the item, the position and what is allowed.
         """
-        tokens = self._checked(X)
+        sequences = as_sequences(X)
+        tokens = self._checked(sequences)
         model = self._model()
         outputs = Outputs.check(model.checkpoint, [self.layer], [self.pooling])
-        warn_of_odd_sequences(map(letters_of, tokens))
+        warn_of_odd_sequences(sequences)
         rows = np.empty((len(tokens), model.config.embed_dim), np.float32)
         results = chain.from_iterable(model.passes.encode(batch, outputs) for batch in self._batches(tokens))
         for row, result in zip(rows, results, strict=True):
@@ -209,8 +210,9 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
         MissingHead
             The weights have no classification head for sequences.
         """
-        tokens = self._checked(X)
-        warn_of_odd_sequences(map(letters_of, tokens))
+        sequences = as_sequences(X)
+        tokens = self._checked(sequences)
+        warn_of_odd_sequences(sequences)
         model, labels = self._model(), self.classes_
         rows = [result.probabilities for batch in self._batches(tokens) for result in model.passes.classify(batch)]
         return np.array(rows, np.float32).reshape(len(tokens), len(labels))

@@ -25,7 +25,7 @@ from .weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from .errors import InvalidSequence
     from .fasta import Record
-    from .scoring.scan import MutationScan
+    from .scoring.methods import MutationScan
     from .streaming.stream import Records
 
 
@@ -438,7 +438,7 @@ class ESM2:
         MutationScan
             `scores` (L, 20) with columns `amino_acids`, rows `positions`.
         """
-        from .scoring.scan import scan_mutations
+        from .scoring.methods import scan_mutations
 
         return scan_mutations(self.passes, wild_type, method, offset=offset, window=window, progress=progress)
 

@@ -17,8 +17,7 @@ from numpyesm.alphabet import AMINO_ACIDS, MASK, TOKEN_ID
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.passes import Passes
 from numpyesm.scoring import SCAN_LETTERS, parse_mutant
-from numpyesm.scoring.marginals import position_logits
-from numpyesm.scoring.windows import Window, optimal_window, window_around
+from numpyesm.scoring.marginals import Window, optimal_window, position_logits, window_around
 
 WILD_TYPE = random_sequence(41, 5)
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InvalidOption, MissingExtra
 from ..files import is_stream
 from ..formats import json_pieces
-from ..scoring.scan import MutationScan
+from ..scoring.methods import MutationScan
 from .inputs import check_output_is_another, load_model
 from .outputs import Destination, check_writable, csv_pieces, destination, names_folder, write
 from .pictures import figure_class, png_bytes

@@ -1,9 +1,8 @@
 """Scores of mutations: of a substitution, of several at once, of every one a protein can have."""
 
 from .correlation import spearman
-from .methods import score_mutations
+from .methods import SCAN_LETTERS, MutationScan, scan_mutations, score_mutations
 from .notation import Substitution, parse_mutant
-from .scan import SCAN_LETTERS, MutationScan, scan_mutations
 
 __all__ = [
     "SCAN_LETTERS",

@@ -1,71 +1,151 @@
-"""Logits of single positions, masked or not; many masked copies are packed into one pass."""
+"""Logits of single positions, masked or not, and how much of the protein the model sees around each."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..alphabet import MASK, TOKEN_ID, frame, residue_ids
+from ..config import MAX_RESIDUES
+from ..errors import InvalidOption, InvalidSequence
 from ..heads import log_softmax
-from .windows import TokenArray, Window, window_around
+from ..options import SCAN_METHODS, whole_number
 
 if TYPE_CHECKING:
     from ..passes import Passes
 
 FloatArray = npt.NDArray[np.float64]
+TokenArray = npt.NDArray[np.uint8]
+# Tokens of one pass, and the rows whose logits are wanted.
+Query: TypeAlias = tuple[TokenArray, npt.NDArray[np.intp]]
 # Called with what is done and how much there is.
 Progress = Callable[[int, int], None] | None
 
-ALL_TOKENS = slice(None)
-
+PROTEINGYM = "proteingym"
+_PROTEINGYM_TOKENS = 1024
+_ALL_TOKENS = slice(None)
 # Token rows given to the model at a time: enough for several full passes, few enough to take little memory.
 _ROWS_AT_A_TIME = 32768
 
 
-class _Query(NamedTuple):
-    """Tokens of one pass, and the rows whose logits are wanted."""
+@dataclass(frozen=True)
+class Window:
+    """What is seen around a residue.
 
-    tokens: TokenArray
-    rows: npt.NDArray[np.intp]
+    Attributes
+    ----------
+    size : int
+        At most the length of the protein.
+    of_tokens : bool
+        False: `size` residues, with `<cls>` in front and `<eos>` behind. True: `size` tokens of the framed protein, as
+        ProteinGym cuts them, so that a window inside of a long protein has neither.
+    """
+
+    size: int
+    of_tokens: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of a pass are seen, at most."""
+        return self.size if self.of_tokens else self.size + 2
+
+    def around(self, ids: TokenArray, index: int) -> tuple[TokenArray, int]:
+        """Return a new array of the tokens that are seen, and the row of residue `index` in it.
+
+        `ids` (L,) are the residues of the whole protein.
+        """
+        if self.of_tokens:
+            start, stop = optimal_window(index + 1, len(ids) + 2, self.size)
+            return frame(ids)[start:stop], index + 1 - start
+        start, stop = window_around(index, len(ids), self.size)
+        return frame(ids[start:stop]), index + 1 - start
+
+
+def window_around(index: int, length: int, window: int) -> tuple[int, int]:
+    """Return start and stop of the `window` residues around `index`, shifted inwards at the ends."""
+    start = min(max(0, index - window // 2), length - window)
+    return start, start + window
+
+
+def optimal_window(position: int, length: int, window: int) -> tuple[int, int]:
+    """Return start and stop of the tokens that ProteinGym gives the model around `position`.
+
+    Its `get_optimal_window`, which is called with tokens: `<cls>` is position 0, and `length` counts it and `<eos>`. An
+    odd window has one token less inside the protein than at its ends.
+    """
+    half = window // 2
+    if length <= window:
+        return 0, length
+    if position < half:
+        return 0, window
+    if position >= length - half:
+        return length - window, length
+    return position - half, position + half
+
+
+def check_window(window: object, length: int, method: str) -> Window:
+    """Return what the model sees of a wild type of `length` residues.
+
+    Raises
+    ------
+    InvalidOption
+        The window is neither a number, nor ProteinGym's where ProteinGym has one, nor None.
+    InvalidSequence
+        The whole wild type is to be seen at once, and the model cannot.
+    """
+    advice = "a window (window=1022, --window 1022) scores every position among that many residues around it"
+    if isinstance(window, str) and window == PROTEINGYM:
+        if method not in SCAN_METHODS:
+            raise InvalidOption(f"window={window!r} is for {' and '.join(SCAN_METHODS)}, not for {method!r}")
+        if method == "masked-marginals":
+            return Window(min(_PROTEINGYM_TOKENS, length + 2), of_tokens=True)
+        window, advice = None, "ProteinGym's wt-marginals see the whole wild type"
+    if window is None:
+        if length > MAX_RESIDUES:
+            raise InvalidSequence(
+                f"the wild type has {length} residues, at most {MAX_RESIDUES} are allowed at once; {advice}"
+            )
+        return Window(length)
+    number = whole_number(window)
+    if number is None or not 1 <= number <= MAX_RESIDUES:
+        raise InvalidOption(
+            f"window={window!r}: expected a whole number from 1 to {MAX_RESIDUES}, {PROTEINGYM!r}, or None"
+        )
+    return Window(min(number, length))
 
 
 def position_logits(
     passes: Passes, sequence: str, indices: Sequence[int], method: str, window: Window, progress: Progress = None
 ) -> FloatArray:
-    """Compute the logits of all 33 tokens at each index, as a marginal method needs them: (n, 33).
+    """Compute the logits of all 33 tokens at each index, as a marginal method needs them: ascending (n,) -> (n, 33).
 
     `masked-marginals` take one masked copy of its window for each index; copies are packed, and the LM head sees one
     row of each. `wt-marginals`, with nothing masked, take one pass for each distinct window.
     """
+    ids = residue_ids(sequence)
     if method == "masked-marginals":
-        order, queries = list(range(len(indices))), _masked_queries(sequence, indices, window)
+        queries = _masked_queries(ids, indices, window)
     else:
-        ids = residue_ids(sequence)
-        by_window: dict[tuple[int, int], list[int]] = {}
-        for place, index in enumerate(indices):
-            by_window.setdefault(window_around(index, len(ids), window.size), []).append(place)
-        order = [place for places in by_window.values() for place in places]
-        queries = (
-            _Query(frame(ids[start:stop]), np.array([indices[place] - start + 1 for place in places]))
-            for (start, stop), places in by_window.items()
-        )
-    found = np.concatenate([np.empty((0, len(TOKEN_ID))), *_chunks(passes, queries, len(indices), progress)])
-    return found[np.argsort(order)]
+        windows = itertools.groupby(indices, lambda index: window_around(index, len(ids), window.size))
+        queries = ((frame(ids[start:stop]), np.array(list(seen)) - start + 1) for (start, stop), seen in windows)
+    return np.concatenate([np.empty((0, len(TOKEN_ID))), *_chunks(passes, queries, window, len(indices), progress)])
 
 
 def pseudo_log_likelihoods(
     passes: Passes, sequences: Sequence[str], window: Window, progress: Progress = None
 ) -> FloatArray:
     """Sum log p(residue | all others) over the residues of each sequence: (n,). Over 33 tokens, as fair-esm."""
-    queries = (query for sequence in sequences for query in _masked_queries(sequence, range(len(sequence)), window))
-    right = np.concatenate([np.empty(0, np.uint8), *map(residue_ids, sequences)])
+    residues = [residue_ids(sequence) for sequence in sequences]
+    queries = (query for ids in residues for query in _masked_queries(ids, range(len(ids)), window))
+    right = np.concatenate([np.empty(0, np.uint8), *residues])
     found = np.empty(len(right))
     done = 0
-    for logits in _chunks(passes, queries, len(right), progress):
+    for logits in _chunks(passes, queries, window, len(right), progress):
         rows = slice(done, done + len(logits))
         found[rows] = log_softmax(logits)[np.arange(len(logits)), right[rows]]
         done += len(logits)
@@ -73,35 +153,22 @@ def pseudo_log_likelihoods(
     return np.array([found[a:b].sum() for a, b in itertools.pairwise(ends)])
 
 
-def _masked_queries(sequence: str, indices: Iterable[int], window: Window) -> Iterator[_Query]:
-    ids = residue_ids(sequence)
+def _masked_queries(ids: TokenArray, indices: Iterable[int], window: Window) -> Iterator[Query]:
     for index in indices:
         tokens, row = window.around(ids, index)
         tokens[row] = MASK
-        yield _Query(tokens, np.array([row]))
+        yield tokens, np.array([row])
 
 
-def _chunks(passes: Passes, queries: Iterable[_Query], total: int, progress: Progress) -> Iterator[FloatArray]:
+def _chunks(
+    passes: Passes, queries: Iterator[Query], window: Window, total: int, progress: Progress
+) -> Iterator[FloatArray]:
     """Yield logits (n, 33) of as many queries as run at a time; `total` is the sum of all n."""
     done = 0
-    for batch in _batches(queries):
+    while batch := list(itertools.islice(queries, max(1, _ROWS_AT_A_TIME // window.tokens))):
         tokens, rows = zip(*batch, strict=True)
-        found = np.concatenate(list(passes.logits(tokens, rows, ALL_TOKENS))).astype(np.float64)
+        found = np.concatenate(list(passes.logits(tokens, rows, _ALL_TOKENS))).astype(np.float64)
         done += len(found)
         if progress is not None:
             progress(done, total)
         yield found
-
-
-def _batches(queries: Iterable[_Query]) -> Iterator[list[_Query]]:
-    """Cut queries into batches of at most `_ROWS_AT_A_TIME` tokens, or one query."""
-    batch: list[_Query] = []
-    rows = 0
-    for query in queries:
-        if batch and rows + len(query.tokens) > _ROWS_AT_A_TIME:
-            yield batch
-            batch, rows = [], 0
-        batch.append(query)
-        rows += len(query.tokens)
-    if batch:
-        yield batch

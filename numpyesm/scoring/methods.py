@@ -1,28 +1,59 @@
-"""The four ways to score a mutant, as fair-esm and ProteinGym define them, where they do."""
+"""Score mutants in four ways, as fair-esm and ProteinGym define them, where they do; or every substitution."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ..alphabet import TOKEN_ID, tokenize, warn_of_odd_sequences
 from ..config import MAX_RESIDUES
 from ..errors import InvalidSequence
+from ..given import texts
 from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_head
-from .marginals import Progress, position_logits, pseudo_log_likelihoods
-from .notation import Substitution, check_offset, check_same_terms, check_wild_type, mutated, read_mutants
-from .windows import Window, check_window
+from .marginals import FloatArray, Progress, Window, check_window, position_logits, pseudo_log_likelihoods
+from .notation import Substitution, check_fit, check_offset, check_same_terms, check_wild_type, mutated, parse_mutant
 
 if TYPE_CHECKING:
     from ..passes import Passes
 
-FloatArray = npt.NDArray[np.float64]
-
+# Columns of a scan: the alphabet's order, not the model's.
+SCAN_LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 # Sequences whose logits are held at a time by `log-prob`.
 _SEQUENCES_AT_A_TIME = 256
+
+
+@dataclass(eq=False)
+class MutationScan:
+    """Scores of all single substitutions of one protein.
+
+    Attributes
+    ----------
+    wild_type : str
+        L residues.
+    offset : int
+        Position of the first of them.
+    method : str
+    scores : ndarray (L, 20) float64
+        log p(column's amino acid) - log p(wild type's), 0 for the wild type's own letter; columns as `amino_acids`.
+    """
+
+    wild_type: str
+    offset: int
+    method: str
+    scores: FloatArray
+
+    @property
+    def amino_acids(self) -> str:
+        """The columns: `ACDEFGHIKLMNPQRSTVWY`."""
+        return SCAN_LETTERS
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the rows, counted from `offset`."""
+        return list(range(self.offset, self.offset + len(self.wild_type)))
 
 
 def score_mutations(
@@ -39,7 +70,9 @@ def score_mutations(
     one_of("method", method, SCORING_METHODS)
     wild_type = check_wild_type(wild_type)
     offset = check_offset(offset)
-    mutants = read_mutants(wild_type, mutations, offset)
+    mutants = [parse_mutant(mutation, item) for item, mutation in enumerate(texts(mutations, "mutation"))]
+    for item, mutant in enumerate(mutants):
+        check_fit(wild_type, mutant, offset, item, mutants)
     seen = check_window(window, len(wild_type), method)
     if method == "log-prob":
         length = len(wild_type)
@@ -63,6 +96,29 @@ def score_mutations(
     distinct = [wild_type, *(sequence for sequence in distinct if sequence != wild_type)]
     found = dict(zip(distinct, _log_probs(passes, distinct, progress), strict=True)) if mutants else {}
     return np.array([found[one] - found[wild_type] if one != wild_type else 0.0 for one in sequences], np.float64)
+
+
+def scan_mutations(
+    passes: Passes,
+    wild_type: str,
+    method: str = "masked-marginals",
+    *,
+    offset: int = 1,
+    window: int | str | None = None,
+    progress: Progress = None,
+) -> MutationScan:
+    """Score all single substitutions; see `ESM2.scan_mutations`."""
+    one_of("method", method, SCAN_METHODS)
+    wild_type = check_wild_type(wild_type)
+    offset = check_offset(offset)
+    seen = check_window(window, len(wild_type), method)
+    require_head(passes.checkpoint, "scan_mutations")
+    warn_of_odd_sequences([wild_type], stacklevel=4)
+    length = len(wild_type)
+    logits = position_logits(passes, wild_type, range(length), method, seen, progress)
+    own = logits[np.arange(length), [TOKEN_ID[letter] for letter in wild_type]]
+    scores = logits[:, [TOKEN_ID[letter] for letter in SCAN_LETTERS]] - own[:, None]
+    return MutationScan(wild_type, offset, method, scores)
 
 
 def _marginals(

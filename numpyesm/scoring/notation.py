@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from ..alphabet import AMINO_ACIDS, check_letters, letter_hint
 from ..errors import InvalidMutation, InvalidOption, InvalidSequence
-from ..given import texts
 from ..options import whole_number
 
 _SUBSTITUTION = re.compile(r"([A-Z])(-?[0-9]{1,9})([A-Z=])")
@@ -148,21 +147,6 @@ def check_offset(offset: object) -> int:
     if number is None:
         raise InvalidOption(f"offset={offset!r}: expected a whole number, the position of the first residue")
     return number
-
-
-def read_mutants(wild_type: str, mutations: Iterable[object], offset: int) -> list[tuple[Substitution, ...]]:
-    """Parse all mutants, and check that they fit the wild type.
-
-    Raises
-    ------
-    InvalidMutation
-        Names the item, the mutation and the position.
-    """
-    given = texts(mutations, "mutation")
-    parsed = [parse_mutant(mutation, item) for item, mutation in enumerate(given)]
-    for item, mutant in enumerate(parsed):
-        check_fit(wild_type, mutant, offset, item, parsed)
-    return parsed
 
 
 def check_fit(

@@ -7,15 +7,16 @@ import io
 import os
 import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import NumpyesmError
+from ..errors import InputWarning, MissingExtra, NumpyesmError
 from ..text_input import encoding_of, open_unpacked
-from .spreadsheet import as_csv, is_spreadsheet
 
 _BOM = "\ufeff"
 _DELIMITERS = (",", "\t", ";")
@@ -128,7 +129,8 @@ def parse_table(data: bytes, name: str, wanted: Collection[str]) -> VariantTable
 
     CSV or TSV, compressed or not, in UTF-8, UTF-16 or Windows' cp1252, with comment lines (`#`) and Excel's `sep=;`
     line; or an Excel workbook or a Parquet file, which become CSV. The delimiter is Excel's, or the one that makes one
-    of the `wanted` columns appear in the header. InvalidTable names the line; UnreadableFile: not text, or damaged.
+    of the `wanted` columns appear in the header. InvalidTable names the line; UnreadableFile: not text, or damaged;
+    MissingExtra: pandas, or a library that it needs for this format, is not installed.
     """
     wanted = {column.casefold() for column in wanted}
     text, encoding = _text_of(data, name, wanted)
@@ -162,11 +164,8 @@ def parse_table(data: bytes, name: str, wanted: Collection[str]) -> VariantTable
 
 def _text_of(data: bytes, name: str, wanted: Collection[str]) -> tuple[str, str]:
     """Return the text with its byte order mark, and the encoding that gives back the same bytes."""
-    if is_spreadsheet(data):
-        try:
-            return as_csv(data, name, wanted).decode(), "utf-8"
-        except ValueError as error:
-            raise InvalidTable(str(error)) from error
+    if _is_spreadsheet(data):
+        return _as_csv(data, name, wanted), "utf-8"
     with open_unpacked(io.BytesIO(data), name) as stream:
         data = stream.read()
     encoding = encoding_of(data[:512], name)
@@ -225,3 +224,57 @@ def _is_comment(line: str, delimiter: str, header: Sequence[str], wanted: Collec
     if not header or header[0].strip().casefold() in wanted:
         return True
     return len(next(csv.reader([line], delimiter=delimiter))) != len(header)
+
+
+def _is_spreadsheet(data: bytes) -> bool:
+    """Whether a file is an Excel workbook (.xlsx, .xlsm) or Parquet, by its contents."""
+    if data.startswith(b"PAR1"):
+        return True
+    if not data.startswith(b"PK\x03\x04"):
+        return False
+    try:
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except zipfile.BadZipFile:
+        return False
+    return "[Content_Types].xml" in names and any(name.startswith("xl/") for name in names)
+
+
+def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
+    """Return the table as CSV; of a workbook, the first sheet that has one of the `wanted` columns, else the first."""
+    parquet = data.startswith(b"PAR1")
+    try:
+        import pandas
+
+        if parquet:
+            sheets = {"": _rows_of_parquet(pandas.read_parquet(io.BytesIO(data)))}
+        else:
+            frames = pandas.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object, na_filter=False)
+            sheets = {str(title): frame.to_numpy(object).tolist() for title, frame in frames.items()}
+    except ImportError as error:
+        raise MissingExtra(
+            f"{name}: Excel and Parquet files need more packages ({error}): pip install 'numpyesm[tables]', "
+            "or save the table as CSV"
+        ) from error
+    except Exception as error:  # each library has its own errors for damaged files
+        raise InvalidTable(f"{name}: the {'Parquet' if parquet else 'Excel'} file cannot be read ({error})") from error
+    written = {title: [row for row in map(_texts, rows) if any(row)] for title, rows in sheets.items()}
+    chosen = next((title for title, rows in written.items() if _has_column(rows, wanted)), next(iter(written)))
+    if len(written) > 1:
+        warnings.warn(f"{name}: reading sheet {chosen!r} of {len(written)}", InputWarning, stacklevel=2)
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(written[chosen])
+    return buffer.getvalue()
+
+
+def _rows_of_parquet(frame: Any) -> list[list[object]]:
+    if frame.index.names != [None]:
+        frame = frame.reset_index()
+    return [list(frame.columns), *frame.astype(object).where(frame.notna(), "").to_numpy(object).tolist()]
+
+
+def _texts(row: Sequence[object]) -> list[str]:
+    return ["" if value is None else str(value) for value in row]
+
+
+def _has_column(rows: Sequence[Sequence[str]], wanted: Collection[str]) -> bool:
+    return bool(rows) and any(name.strip().casefold() in wanted for name in rows[0])

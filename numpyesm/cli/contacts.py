@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from ..errors import InvalidOption
 from ..fasta import Record
 from ..files import is_stream, safe_stem
-from ..model import ESM2
 from .inputs import compute, read_records
 from .outputs import (
     DELIMITERS,
@@ -23,11 +23,12 @@ from .outputs import (
     check_writable,
     csv_pieces,
     destination,
+    figure_class,
     names_folder,
+    png_bytes,
     result_pieces,
     write,
 )
-from .pictures import figure_class, png_bytes
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "map"}
 _ONE_FILE_EACH = {"png": ".png", "tsv": ".tsv", "csv": ".csv", "map": ".txt"}
@@ -56,26 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     if target.form in ("json", "npz"):
         target.write(result_pieces(target.form, results, [record.id for record in records]))
         return 0
-
-    def listed(record: Record, contacts: Contacts) -> bytes:
-        rows = contact_list(record, contacts, arguments.threshold, arguments.min_separation)
-        return b"".join(csv_pieces(_COLUMNS, rows, target.form))
-
-    render: dict[str, Callable[[Record, Contacts], bytes]] = {
-        "tsv": listed,
-        "csv": listed,
-        "map": lambda record, contacts: contact_text(titled(record, model), contacts).encode(),
-        "png": lambda record, contacts: contact_png(titled(record, model), contacts),
-    }
-    maps = [result.contacts for result in results if result.contacts is not None]
-    pages = [render[target.form](record, contacts) for record, contacts in zip(records, maps, strict=True)]
+    maps = [(record, one.contacts) for record, one in zip(records, results, strict=True) if one.contacts is not None]
+    synthetic = model.checkpoint.synthetic
     if folder is None:
-        if target.form in DELIMITERS:  # one header for all
-            pages[1:] = [page.partition(b"\n")[2] for page in pages[1:]]
-        target.write(pages)
+        target.write(_pieces(maps, target.form, arguments, synthetic))
         return 0
-    for number, (record, page) in enumerate(zip(records, pages, strict=True), start=1):
-        write(page, folder / f"{number:03d}_{safe_stem(record.id)}{_ONE_FILE_EACH[target.form]}")
+    for number, (record, contacts) in enumerate(maps, start=1):
+        path = folder / f"{number:03d}_{safe_stem(record.id)}{_ONE_FILE_EACH[target.form]}"
+        write(_pieces([(record, contacts)], target.form, arguments, synthetic), path)
     return 0
 
 
@@ -92,9 +81,20 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     return Path(output)
 
 
-def titled(record: Record, model: ESM2) -> Record:
-    """Return the record with the title of its map as id; the title says so if the weights are synthetic."""
-    return record._replace(id=f"{record.id} (SYNTHETIC WEIGHTS)") if model.checkpoint.synthetic else record
+def _pieces(
+    maps: Iterable[tuple[Record, Contacts]], form: str, arguments: argparse.Namespace, synthetic: bool
+) -> Iterable[bytes]:
+    """Write maps into one file: as one table, or one behind the other."""
+    if form in DELIMITERS:
+        listed = (contact_list(*one, arguments.threshold, arguments.min_separation) for one in maps)
+        return csv_pieces(_COLUMNS, chain.from_iterable(listed), form)
+    titled = [(map_title(record.id, synthetic), contacts) for record, contacts in maps]
+    return (contact_png(*one) if form == "png" else contact_text(*one).encode() for one in titled)
+
+
+def map_title(name: str, synthetic: bool) -> str:
+    """Return the title of a map, which says so if the weights are synthetic."""
+    return f"{name} (SYNTHETIC WEIGHTS)" if synthetic else name
 
 
 def contact_list(
@@ -111,7 +111,7 @@ def contact_list(
     ]
 
 
-def contact_text(record: Record, contacts: Contacts, width: int | None = None) -> str:
+def contact_text(title: str, contacts: Contacts, width: int | None = None) -> str:
     """Draw the map in characters, shrunk to the terminal; a cell shows its highest probability."""
     columns = width or min(120, shutil.get_terminal_size((80, 24)).columns) - 2
     cells = min(len(contacts), max(10, columns // 2))
@@ -119,24 +119,19 @@ def contact_text(record: Record, contacts: Contacts, width: int | None = None) -
     shrunk = np.maximum.reduceat(np.maximum.reduceat(contacts, edges[:-1], axis=0), edges[:-1], axis=1)
     shade = np.minimum((shrunk * len(_SHADES)).astype(int), len(_SHADES) - 1)
     rows = ("".join(_SHADES[value] * 2 for value in row) for row in shade)
-    title = f"{record.id}: {len(contacts)} residues, contacts 0 to 1 as {_SHADES!r}"
-    return "\n".join([title, *(f"|{row}|" for row in rows)]) + "\n"
+    head = f"{title}: {len(contacts)} residues, contacts 0 to 1 as {_SHADES!r}"
+    return "\n".join([head, *(f"|{row}|" for row in rows)]) + "\n"
 
 
-def contact_png(record: Record, contacts: Contacts) -> bytes:
+def contact_png(title: str, contacts: Contacts) -> bytes:
     """Draw the map as a PNG."""
     figure = figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     length = len(contacts)
+    ends, smoothing = (0.5, length + 0.5), "nearest" if length > 400 else "none"
     image = axes.imshow(
-        contacts,
-        vmin=0,
-        vmax=1,
-        cmap="Blues",
-        origin="lower",
-        extent=(0.5, length + 0.5, 0.5, length + 0.5),
-        interpolation="nearest" if length > 400 else "none",
+        contacts, vmin=0, vmax=1, cmap="Blues", origin="lower", extent=ends + ends, interpolation=smoothing
     )
-    axes.set(xlabel="residue", ylabel="residue", title=f"{record.id}: {length} residues")
+    axes.set(xlabel="residue", ylabel="residue", title=f"{title}: {length} residues")
     figure.colorbar(image, label="contact probability")
     return png_bytes(figure)

@@ -12,7 +12,7 @@ from ..errors import MissingExtra, WeightsNotFound
 from ..fasta import packaged
 from ..formats import npz_results
 from ..model import ESM2
-from .contacts import contact_png, contact_text, titled
+from .contacts import contact_png, contact_text, map_title
 from .inference import most_probable
 from .inputs import load_model
 from .outputs import table, write
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     contacts = model.encode([shortest.sequence], include=["contacts"])[0].contacts
     assert contacts is not None
     print(f"Contact map of {shortest.id}, {len(contacts)} residues: {time.perf_counter() - start:.3f} s")
-    title = titled(shortest, model)
+    title = map_title(shortest.id, model.checkpoint.synthetic)
     print(contact_text(title, contacts, width=64))
     try:
         write(contact_png(title, contacts), output / "contacts.png")

@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import formats
 from ..errors import InvalidOption
+from ..extras import require
 from ..files import WriteError, atomic_write, is_stream
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
@@ -138,3 +139,15 @@ def _compressed(file: BinaryIO, compression: str) -> Any:
     if compression:
         return import_module({".bz2": "bz2", ".xz": "lzma"}[compression]).open(file, "wb")
     return nullcontext(file)
+
+
+def figure_class() -> Any:
+    """Return matplotlib's `Figure`, or raise MissingExtra. No pyplot, as nothing here needs a screen."""
+    return require("matplotlib.figure", "a picture", "plot").Figure
+
+
+def png_bytes(figure: Any) -> bytes:
+    """Return the figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -15,8 +15,7 @@ from ..files import is_stream
 from ..formats import json_pieces
 from ..scoring.methods import MutationScan
 from .inputs import check_output_is_another, load_model
-from .outputs import Destination, check_writable, csv_pieces, destination, names_folder, write
-from .pictures import figure_class, png_bytes
+from .outputs import Destination, check_writable, csv_pieces, destination, figure_class, names_folder, png_bytes, write
 from .score import progress_line, read_wild_type
 
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json"}
@@ -47,12 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         window=arguments.window,
         progress=progress_line("positions"),
     )
-    if target.form == "json":
-        target.write(chain(json_pieces(_document(scan)), [b"\n"]))
-    else:
-        target.write(scan_table(scan, target.form))
+    target.write(_pieces(scan, target.form))
     if picture is not None:
-        write(scan_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
+        write(_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
     return 0
 
 
@@ -75,24 +71,23 @@ def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
     return target, Path(target.path.removesuffix(target.compression)).with_suffix(".png")
 
 
-def _document(scan: MutationScan) -> dict[str, object]:
-    return {
-        "method": scan.method,
-        "wild_type": scan.wild_type,
-        "positions": list(scan.positions),
-        "amino_acids": list(scan.amino_acids),
-        "scores": scan.scores,
-    }
-
-
-def scan_table(scan: MutationScan, form: str) -> Iterator[bytes]:
-    """Write `position,wild_type,A,C,…,Y`, one row per position."""
+def _pieces(scan: MutationScan, form: str) -> Iterator[bytes]:
+    """Write `position,wild_type,A,C,…,Y`, one row per position, or all of it as JSON."""
+    if form == "json":
+        document = {
+            "method": scan.method,
+            "wild_type": scan.wild_type,
+            "positions": scan.positions,
+            "amino_acids": list(scan.amino_acids),
+            "scores": scan.scores,
+        }
+        return chain(json_pieces(document), [b"\n"])
     rows = zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True)
     header = ["position", "wild_type", *scan.amino_acids]
     return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
 
 
-def scan_png(scan: MutationScan, note: str) -> bytes:
+def _png(scan: MutationScan, note: str) -> bytes:
     """Draw amino acids against positions, in strips; red is worse than the wild type, which is marked by dots."""
     length = len(scan.wild_type)
     strip = max(_STRIP, -(-length // _MOST_STRIPS))

@@ -33,7 +33,7 @@ _USUAL_WIDTHS = frozenset({40, 50, 60, 70, 72, 75, 76, 80, 100, 120})
 _LEAST_WIDTH = 30  # of any other
 
 # What the first line of a file in another format looks like.
-_FORMATS = (
+_OTHER_FORMATS = (
     ("SAM", r"@(HD|SQ|RG|PG|CO)\t"),
     ("FASTQ", "@"),
     ("GenBank or GenPept", r"LOCUS\s"),
@@ -58,7 +58,6 @@ _FORMATS = (
     ("RTF", r"\{\\RTF"),
     ("a Git LFS pointer", "version https://git-lfs"),
 )
-_OTHER_FORMAT = [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _FORMATS]
 _PIR_HEADER = re.compile(r">(P1|F1|D[LC1]|R[LC1]|N[13]|XX);")
 # In capitals only SEQUENCE: PEPTIDE and ID are peptides, too.
 _TITLE = re.compile(
@@ -168,13 +167,13 @@ def record_name(name: str, ids: str) -> str:
     return match[1] if match else name
 
 
+@dataclass
 class _Source:
     """The text being read: its name, whether a record that is too long is an error, and the warnings given so far."""
 
-    def __init__(self, name: str, strict: bool) -> None:
-        self.name = name
-        self.strict = strict
-        self._warned_of: set[str] = set()
+    name: str
+    strict: bool
+    warned_of: set[str] = field(default_factory=set)
 
     def error(self, number: int, what: str) -> InvalidSequence:
         """Return an error that names file and line."""
@@ -182,9 +181,9 @@ class _Source:
 
     def warn(self, what: str, number: int) -> None:
         """Warn once per kind."""
-        if what not in self._warned_of:
+        if what not in self.warned_of:
             warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
-        self._warned_of.add(what)
+        self.warned_of.add(what)
 
     def is_comment(self, number: int, text: str) -> bool:
         """Whether a line is dropped: a comment or, with a warning, the `--` that `grep -A` puts between groups."""
@@ -238,17 +237,16 @@ class Draft:
         sequence = clean_sequence("".join(self.parts))
         words = self.header.split(maxsplit=1)
         record = Record(words[0] if words else nameless(place), self.header.strip(), sequence)
-        line, problem = self.problem or (self.line, self._no_residues(sequence))
-        if problem is None and len(sequence) > MAX_LETTERS:
-            problem = _TOO_LONG
+        line, problem = self.problem or (self.line, self._amiss(sequence))
         return record, None if problem is None else f"line {line}: {problem}"
 
-    def _no_residues(self, sequence: str) -> str | None:
+    def _amiss(self, sequence: str) -> str | None:
+        """Say why the whole is not a sequence, although each line looks like one."""
         text = "".join(self.parts)
         if text in _MISSING:
             return f"no sequence: {text} stands for a missing value"
         if sequence.strip("-.*"):
-            return None
+            return _TOO_LONG if len(sequence) > MAX_LETTERS else None
         if sequence:
             return "no residue, only gaps"
         return "no sequence" + (" (is it in the header's line?)" if "\t" in self.header else "")
@@ -266,7 +264,8 @@ def split_records(lines: Iterable[str], name: str, strict: bool, *, verbatim: bo
         if text.startswith(">"):
             if _PIR_HEADER.match(text):
                 raise source.error(number, "this is NBRF/PIR, whose second line is a title")
-            yield from _headed(number, text, numbered, source, alignments=verbatim)
+            drafts = _headed(number, text, numbered, source)
+            yield from drafts if verbatim else _without_insertions(drafts)
         elif text and not source.is_comment(number, text):
             _check_format(number, text, source)
             if verbatim:
@@ -274,48 +273,37 @@ def split_records(lines: Iterable[str], name: str, strict: bool, *, verbatim: bo
             yield from _headerless((number, text), numbered, source)
 
 
-def _headed(
-    number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source, alignments: bool
-) -> Iterator[Draft]:
+def _headed(number: int, text: str, rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
     draft = Draft(source, text[1:], number)
-    alignment = _InsertionsInLowerCase(refuse=not alignments)
     for number, text in rest:
         if text.isalpha():  # as nearly all are
             draft.add(text)
         elif text.startswith(">"):
-            alignment.check(draft)
             yield draft
             draft = Draft(source, text[1:], number)
         elif text and not source.is_comment(number, text):
             draft.add_checked(number, text, headed=True)
-    alignment.check(draft)
     yield draft
 
 
-class _InsertionsInLowerCase:
-    """Recognises A3M and A2M: without insertions (lower case or `.`), every record is as long as the first."""
-
-    def __init__(self, refuse: bool) -> None:
-        self._columns: int | None = None
-        self._aligned = refuse
-
-    def check(self, draft: Draft) -> None:
-        """Look at a record; InvalidSequence at the first that has insertions."""
-        if not self._aligned:
-            return
-        text = "".join(draft.parts)
-        columns = len(text) - sum(map(text.count, ascii_lowercase + "."))
-        if self._columns is None:
-            self._columns = columns
-            self._aligned = columns == len(text)
-        elif columns != self._columns:
-            self._aligned = False
-        elif columns < len(text):
-            raise draft.source.error(
-                draft.line,
-                f"this is an A3M or A2M alignment (record {draft.header[:80]!r} has insertions in lower case); "
-                "take gaps and insertions out, or write it in upper case",
-            )
+def _without_insertions(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """Refuse A3M and A2M: without insertions (lower case or `.`), every record is as long as the first."""
+    columns, aligned = None, True
+    for draft in drafts:
+        if aligned:
+            text = "".join(draft.parts)
+            insertions = sum(map(text.count, ascii_lowercase + "."))
+            if columns is None:
+                columns, aligned = len(text), not insertions
+            elif len(text) - insertions != columns:
+                aligned = False
+            elif insertions:
+                raise draft.source.error(
+                    draft.line,
+                    f"this is an A3M or A2M alignment (record {draft.header[:80]!r} has insertions in lower case); "
+                    "take gaps and insertions out, or write it in upper case",
+                )
+        yield draft
 
 
 def _headerless(first: tuple[int, str], rest: Iterator[tuple[int, str]], source: _Source) -> Iterator[Draft]:
@@ -338,28 +326,25 @@ def _headerless(first: tuple[int, str], rest: Iterator[tuple[int, str]], source:
         width = len(held[0][1])
         if one_per_line or len(held[-2:][0][1]) != width or len(held) * width > MAX_LETTERS:
             one_per_line = True
-            yield from _singly(held, source)
+            yield from (_headless([line], source) for line in held)
             held = []
     yield from _paragraph(held, source)
 
 
 def _paragraph(lines: list[tuple[int, str]], source: _Source) -> Iterator[Draft]:
     """Yield the sequence that is wrapped in these lines, or else a sequence per line."""
-    if not _is_wrapped([len(text) for _, text in lines]):
-        yield from _singly(lines, source)
-        return
+    if _is_wrapped([len(text) for _, text in lines]):
+        source.warn("lines of equal width without a header are read as one sequence, from", lines[0][0])
+        yield _headless(lines, source)
+    else:
+        yield from (_headless([line], source) for line in lines)
+
+
+def _headless(lines: list[tuple[int, str]], source: _Source) -> Draft:
     draft = Draft(source, "", lines[0][0])
     for number, text in lines:
         draft.add_checked(number, text, headed=False)
-    source.warn("lines of equal width without a header are read as one sequence, from", lines[0][0])
-    yield draft
-
-
-def _singly(lines: list[tuple[int, str]], source: _Source) -> Iterator[Draft]:
-    for number, text in lines:
-        draft = Draft(source, "", number)
-        draft.add_checked(number, text, headed=False)
-        yield draft
+    return draft
 
 
 def _is_wrapped(widths: list[int]) -> bool:
@@ -373,12 +358,10 @@ def _is_wrapped(widths: list[int]) -> bool:
 
 def _check_format(number: int, text: str, source: _Source) -> None:
     """Raise InvalidSequence if the first line of a text without a header shows that it is not FASTA."""
-    what = next((f"this is {format}" for format, pattern in _OTHER_FORMAT if pattern.match(text)), None)
+    what = next((f"this is {format}" for format, pattern in _OTHER_FORMATS if re.match(pattern, text, re.I)), None)
     if what is None and _TITLE.fullmatch(text.strip("\"'")):
         what = f"{text[:40]!r} is a column's title"
-    if what is None:
-        what = _unlike_sequence(text, headed=False)
-    if what is not None:
+    if what := what or _unlike_sequence(text, headed=False):
         raise source.error(number, f"{what}; {_EXPECTED}")
 
 

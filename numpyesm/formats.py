@@ -13,16 +13,13 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACIDS
 from .results import ClassifyResult, EncodeResult, PredictResult, stack_results
-
-if TYPE_CHECKING:
-    import zipfile
 
 orjson: Any
 try:
@@ -139,40 +136,29 @@ def _zip(arrays: Mapping[str, Array], ids: Sequence[str] | None) -> Iterator[byt
 
     written = _Written()
     with zipfile.ZipFile(written, "w") as archive:
+
+        def entry(
+            name: str, values: Any, kind: np.dtype[Any], shape: tuple[int, ...], compression: int
+        ) -> Iterator[bytes]:
+            """Write one array; not by NumPy's `write_array`, which hands over 16 MB at a time."""
+            info = zipfile.ZipInfo(f"{name}.npy")
+            info.compress_type = compression
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+            step = max(1, _PIECE_BYTES // kind.itemsize)
+            with archive.open(info, "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(values), step):
+                    file.write(np.asarray(values[start : start + step], kind).tobytes())
+                    yield written.take()
+
         if ids is not None:
             # NumPy pads strings to the longest. Compressed, a header of a megabyte does not cost as much per record.
-            kind = np.dtype(f"U{max(1, *map(len, ids))}") if len(ids) else np.dtype("U1")
-            rows = max(1, _PIECE_BYTES // kind.itemsize)
-            pieces = (np.array(ids[start : start + rows], kind).tobytes() for start in range(0, len(ids), rows))
-            yield from _entry(archive, written, "ids", kind, (len(ids),), pieces, zipfile.ZIP_DEFLATED)
+            kind = np.dtype(f"U{max([1, *map(len, ids)])}")
+            yield from entry("ids", ids, kind, (len(ids),), zipfile.ZIP_DEFLATED)
         for name, array in arrays.items():
             flat = np.ascontiguousarray(array).reshape(-1)
-            step = max(1, _PIECE_BYTES // array.itemsize)
-            pieces = (flat[start : start + step].tobytes() for start in range(0, flat.size, step))
-            yield from _entry(archive, written, name, array.dtype, array.shape, pieces, zipfile.ZIP_STORED)
+            yield from entry(name, flat, array.dtype, array.shape, zipfile.ZIP_STORED)
     yield written.take()
-
-
-def _entry(
-    archive: zipfile.ZipFile,
-    written: _Written,
-    name: str,
-    kind: np.dtype[Any],
-    shape: tuple[int, ...],
-    pieces: Iterable[bytes],
-    compression: int,
-) -> Iterator[bytes]:
-    """Write one array; not by NumPy's `write_array`, which hands over 16 MB at a time."""
-    import zipfile
-
-    info = zipfile.ZipInfo(f"{name}.npy")
-    info.compress_type = compression
-    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-    with archive.open(info, "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            file.write(piece)
-            yield written.take()
 
 
 class _Written(io.RawIOBase):
@@ -180,9 +166,6 @@ class _Written(io.RawIOBase):
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         self._pieces.append(bytes(data))

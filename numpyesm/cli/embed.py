@@ -7,7 +7,6 @@ import io
 import sys
 import warnings
 from contextlib import redirect_stdout, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
@@ -51,7 +50,10 @@ def _run_in_json(arguments: argparse.Namespace) -> int:
     warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
     stderr, sys.stderr = sys.stderr, _Notes(lines)
     try:
-        return _summarise(lines, _embed(arguments, lines))
+        summary = _embed(arguments, lines)
+        files = {name: str(value) for name, value in vars(summary).items() if isinstance(value, Path)}
+        lines.emit("done", **vars(summary) | {"seconds": round(summary.seconds, 3)} | files)
+        return 1 if summary.rejected else 0
     except (NumpyesmError, OSError, MemoryError) as error:
         if arguments.debug:
             raise
@@ -79,12 +81,6 @@ class _Notes(io.TextIOBase):
         for line in filter(str.strip, whole):
             self._lines.note(line)
         return len(text)
-
-
-def _summarise(lines: JsonProgress, summary: Summary) -> int:
-    values = asdict(summary) | {"seconds": round(summary.seconds, 3)}
-    lines.emit("done", **{name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
-    return 1 if summary.rejected else 0
 
 
 def _embed(arguments: argparse.Namespace, progress: Progress) -> Summary:

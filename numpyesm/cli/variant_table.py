@@ -8,8 +8,7 @@ import os
 import re
 import sys
 import warnings
-import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,19 +85,18 @@ class VariantTable:
         change a table with semicolons, as both are CSV.
         """
         same = delimiter in (None, self.delimiter) or (delimiter == "," and self.delimiter == ";")
-        if not same:
-            texts = iter([name, *values])
-            buffer = io.StringIO()
-            writer = csv.writer(buffer, delimiter=str(delimiter), lineterminator="\n")
-            writer.writerows([*record.fields, next(texts)] for record in self.records if record.fields)
-            return buffer.getvalue().encode()  # UTF-8, whatever the table was in
         remaining = iter([name, *values])
+        if not same:
+            rows = ([*record.fields, next(remaining)] for record in self.records if record.fields)
+            return _csv(rows, str(delimiter)).encode()  # UTF-8, whatever the table was in
         parts = []
         for record in self.records:
             text = record.text
             if record.fields:
                 body = text.rstrip("\r\n")
-                text = f"{body}{self.delimiter}{self._quoted(next(remaining))}{text[len(body) :]}"
+                value = next(remaining)
+                quoted = _csv([[value]], self.delimiter, end="") if value else ""
+                text = f"{body}{self.delimiter}{quoted}{text[len(body) :]}"
             parts.append(text)
         text = "".join(parts)
         try:
@@ -106,10 +104,11 @@ class VariantTable:
         except UnicodeEncodeError:  # for the new column's name
             return text.encode()
 
-    def _quoted(self, value: str) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, delimiter=self.delimiter, lineterminator="").writerow([value])
-        return buffer.getvalue() if value else ""
+
+def _csv(rows: Iterable[Sequence[str]], delimiter: str = ",", end: str = "\n") -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter, lineterminator=end).writerows(rows)
+    return buffer.getvalue()
 
 
 def read_table(source: str, wanted: Collection[str]) -> VariantTable:
@@ -227,16 +226,9 @@ def _is_comment(line: str, delimiter: str, header: Sequence[str], wanted: Collec
 
 
 def _is_spreadsheet(data: bytes) -> bool:
-    """Whether a file is an Excel workbook (.xlsx, .xlsm) or Parquet, by its contents."""
-    if data.startswith(b"PAR1"):
-        return True
-    if not data.startswith(b"PK\x03\x04"):
-        return False
-    try:
-        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except zipfile.BadZipFile:
-        return False
-    return "[Content_Types].xml" in names and any(name.startswith("xl/") for name in names)
+    """Whether a file is Parquet or an Excel workbook (.xlsx, .xlsm): a zip archive, whose names are not compressed."""
+    workbook = data.startswith(b"PK\x03\x04") and b"[Content_Types].xml" in data and b"xl/" in data
+    return workbook or data.startswith(b"PAR1")
 
 
 def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
@@ -261,9 +253,7 @@ def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
     chosen = next((title for title, rows in written.items() if _has_column(rows, wanted)), next(iter(written)))
     if len(written) > 1:
         warnings.warn(f"{name}: reading sheet {chosen!r} of {len(written)}", InputWarning, stacklevel=2)
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(written[chosen])
-    return buffer.getvalue()
+    return _csv(written[chosen])
 
 
 def _rows_of_parquet(frame: Any) -> list[list[object]]:

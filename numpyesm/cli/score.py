@@ -100,9 +100,9 @@ def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
 def _mutants(table: VariantTable, arguments: argparse.Namespace, wild_type: str) -> list[str | None]:
     """Return a mutation for each row; None for those that `--skip-invalid` leaves out."""
     name = arguments.mutation_col or _MUTANT
-    column, sequences = table.column(name, _MUTATION_COL), table.column(_SEQUENCE, _MUTATION_COL)
-    if column is None and (arguments.mutation_col or sequences is None):
-        column = table.require(name, _MUTATION_COL)
+    sequences = table.column(_SEQUENCE, _MUTATION_COL)
+    find = table.require if arguments.mutation_col or sequences is None else table.column
+    column = find(name, _MUTATION_COL)
     if column is not None:
         parsed = [_attempt(parse_mutant, text) for text in column]
     else:

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 from ..errors import InputWarning, MissingExtra, NumpyesmError
 from ..text_input import encoding_of, open_unpacked
 
-_BOM = "\ufeff"
 _DELIMITERS = (",", "\t", ";")
-# A first line that tells Excel the delimiter.
-_EXCEL_HINT = re.compile(r"\s*\"?sep=([^\r\n\"])\"?[,;\t]*(\r\n|\r|\n)", re.IGNORECASE)
+# A byte order mark, and a first line that tells Excel the delimiter.
+_HEAD = re.compile(r"\ufeff?(?:\s*\"?sep=([^\r\n\"])\"?[,;\t]*(?:\r\n|\r|\n))?", re.IGNORECASE)
 # csv's own limit is 131,072 characters per field. This is the largest that works on every system.
 _LONGEST_FIELD = 2**31 - 1
 
@@ -43,7 +42,7 @@ class VariantTable:
 
     name: str  # for messages
     delimiter: str
-    records: list[Row]  # header, rows, blank lines and comments in the order of the file; the last two have no fields
+    records: list[Row]  # all that is in the file, in its order: header and rows, and the rest, which has no fields
     encoding: str = "utf-8"
 
     @cached_property
@@ -133,22 +132,17 @@ def parse_table(data: bytes, name: str, wanted: Collection[str]) -> VariantTable
     """
     wanted = {column.casefold() for column in wanted}
     text, encoding = _text_of(data, name, wanted)
-    bom = text.startswith(_BOM)
-    text = text.removeprefix(_BOM)
-    hint = _EXCEL_HINT.match(text)
-    head, text = (hint[0], text[hint.end() :]) if hint else ("", text)
+    head = _HEAD.match(text)
+    assert head is not None  # it may be empty
+    text = text[head.end() :]
     if not text.strip():
         raise InvalidTable(f"{name} is empty: expected a header line and rows")
-    delimiter = hint[1] if hint else _delimiter(text, wanted)
+    delimiter = head[1] or _delimiter(text, wanted)
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        records = list(_records(text, delimiter, name, wanted, first=2 if hint else 1))
+        records = [Row(1, [], head[0]), *_records(text, delimiter, name, wanted, first=2 if head[1] else 1)]
     finally:
         csv.field_size_limit(limit)
-    if head:
-        records.insert(0, Row(1, [], head))
-    if bom:  # it is written again before everything else
-        records[0] = records[0]._replace(text=_BOM + records[0].text)
     filled = [record for record in records if record.fields]
     if not filled:
         raise InvalidTable(f"{name} holds comments only: expected a header line and rows")

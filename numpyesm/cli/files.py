@@ -89,11 +89,8 @@ def verify(arguments: argparse.Namespace) -> int:
     print(table(("sequence", "output", "expected", "found", "deviation", "allowed", ""), rows), end="")
     failed = sum(not c.passed for c in comparisons)
     if failed:
-        print(
-            f"numpyesm: {failed} of {len(comparisons)} reference values differ: "
-            + ("synthetic weights cannot reproduce them" if model.checkpoint.synthetic else "not the official weights"),
-            file=sys.stderr,
-        )
+        why = "synthetic weights cannot reproduce them" if model.checkpoint.synthetic else "not the official weights"
+        print(f"numpyesm: {failed} of {len(comparisons)} reference values differ: {why}", file=sys.stderr)
         return 1
     print(f"all {len(comparisons)} reference values are reproduced by {model!r}")
     return 0

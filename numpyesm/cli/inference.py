@@ -173,17 +173,11 @@ def _digits(row: np.ndarray) -> list[str]:
 
 def _summary(records: Sequence[Record], results: Sequence[EncodeResult]) -> Table:
     """Return a line per sequence and output: its shape and first values."""
-    rows = [
-        (
-            record.id,
-            len(record.sequence),
-            name,
-            "×".join(map(str, array.shape)),
-            " ".join(f"{v:9.5f}" for v in array.flat[:5]),
-        )
-        for record, result in zip(records, results, strict=True)
-        for name, array in result.to_arrays().items()
-    ]
+    rows = []
+    for record, result in zip(records, results, strict=True):
+        for name, array in result.to_arrays().items():
+            shape, first = "×".join(map(str, array.shape)), " ".join(f"{v:9.5f}" for v in array.flat[:5])
+            rows.append((record.id, len(record.sequence), name, shape, first))
     return ("id", "length", "output", "shape", "first values"), rows
 
 

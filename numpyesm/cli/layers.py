@@ -63,14 +63,9 @@ def _labels(
     task = arguments.task or ("regression" if sum(map(math.isfinite, numbers)) * 2 > len(fields) else "classification")
     for row, field, number in zip(found.rows, fields, numbers, strict=True):
         if not field or (task == "regression" and not math.isfinite(number)):
-            raise InvalidTable(
-                f"{found.name}, line {row.line}: {arguments.target} is {field[:40]!r}, "
-                + (
-                    "expected a number (--task classification takes names)"
-                    if task == "regression"
-                    else "expected a name"
-                )
-            )
+            expected = "a number (--task classification takes names)" if task == "regression" else "a name"
+            place = f"{found.name}, line {row.line}"
+            raise InvalidTable(f"{place}: {arguments.target} is {field[:40]!r}, expected {expected}")
     smallest, what = len(set(groups)), "different sequences"
     if task == "classification":
         pairs = set(zip(fields, groups, strict=True))
@@ -131,17 +126,14 @@ def _scores(X: npt.NDArray[np.float32], y: npt.NDArray[Any], task: str, splits: 
 def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> None:
     """Write a line per layer: mean and standard deviation over the folds and, in a table for reading, a bar."""
     name = "accuracy" if task == "classification" else "spearman"
-    means, spread = scores.mean(axis=1), scores.std(axis=1)
+    means = scores.mean(axis=1)
+    rows = list(zip(range(len(means)), means.tolist(), scores.std(axis=1).tolist(), strict=True))
     if target.form != "table":
-        rows = [(layer, float(mean), float(std)) for layer, (mean, std) in enumerate(zip(means, spread, strict=True))]
         target.write(csv_pieces(("layer", name, "std"), rows, target.form))
         return
     best, most = int(means.argmax()), max(float(means.max()), 1e-9)
-    bars = ["█" * round(_BAR * max(0.0, float(mean)) / most) for mean in means]
-    lines = [
-        (layer, float(mean), f"±{std:.4f}", bar + (" best" if layer == best else ""))
-        for layer, (mean, std, bar) in enumerate(zip(means, spread, bars, strict=True))
-    ]
+    bars = ["█" * round(_BAR * max(0.0, mean) / most) + " best" * (layer == best) for layer, mean, _ in rows]
+    lines = [(layer, mean, f"±{std:.4f}", bar) for (layer, mean, std), bar in zip(rows, bars, strict=True)]
     target.write(table(("layer", name, "std", ""), lines))
 
 

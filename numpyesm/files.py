@@ -31,24 +31,11 @@ class WriteError(OSError):
 
 @contextmanager
 def atomic_write(path: _AnyPath) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, and rename it to `path` if the block ends without an error.
+    """Open a temporary file beside `path` for bytes, and rename it to `path` if the block ends without an error.
 
     Missing parent folders are made. A symbolic link stays: the file that it points to is replaced. Pipes, devices and
-    `/dev/stdout` are written directly.
-
-    Parameters
-    ----------
-    path : str or path
-
-    Yields
-    ------
-    file
-        Open for writing bytes.
-
-    Raises
-    ------
-    WriteError
-        If the file cannot be written. `BrokenPipeError`, and errors about other files, pass unchanged.
+    `/dev/stdout` are written directly. WriteError: the file cannot be written. `BrokenPipeError`, and errors about
+    other files, pass unchanged.
     """
     name = os.fspath(path)
     target = Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)

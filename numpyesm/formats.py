@@ -2,8 +2,7 @@
 
 Everything is written in pieces of a few hundred kilobytes, so that a large answer is never held in memory as text.
 Numbers have the fewest digits that give back the same float32 (or float64); NaN and infinity, which JSON cannot
-express, become `null`.
-orjson, if installed, writes numbers about fifteen times as fast; their values are the same.
+express, become `null`. orjson, if installed, writes numbers about fifteen times as fast; their values are the same.
 """
 
 from __future__ import annotations
@@ -37,14 +36,9 @@ _PIECE_BYTES = 1 << 18
 
 
 def json_results(results: Sequence[Result], ids: Sequence[str] | None = None) -> Iterator[bytes]:
-    """Write `{"results": [...]}`, each result as its `to_dict()` has it.
+    """Write `{"results": [...]}`, each result as its `to_dict()` has it, or a float as `{"log_prob": ...}`.
 
-    Parameters
-    ----------
-    results : sequence of EncodeResult, PredictResult, ClassifyResult or float
-        Floats are written as `{"log_prob": ...}`.
-    ids : sequence of str, optional
-        One per result, the first key of each: `"id"`.
+    `ids`, one per result, are the first key of each: `"id"`.
     """
     documents = [{"log_prob": one} if isinstance(one, float) else one.to_dict(arrays=True) for one in results]
     if ids is not None:

@@ -25,12 +25,8 @@ def labelled(given: Any, what: str = "sequence") -> Iterator[tuple[str | None, A
 
     `given` is a mapping from ids to texts; a Series, whose labels are ids if they are strings; an array or a frame of
     one column; or any iterable that has an order. `what` is "sequence" or "mutation". Nothing is read ahead: a
-    generator may be endless, and items are not looked at.
-
-    Raises
-    ------
-    InvalidSequence or InvalidMutation
-        At once, if `given` is a single text, has no order, has several columns, or cannot be iterated over.
+    generator may be endless, and items are not looked at. InvalidSequence or InvalidMutation: at once, if `given` is a
+    single text, has no order, has several columns, or cannot be iterated over.
     """
     kind, error = type(given).__name__, _ERRORS[what]
     if isinstance(given, str | bytes | bytearray):

@@ -20,23 +20,13 @@ _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 2e-1}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The worst deviation in one group of reference numbers.
-
-    Attributes
-    ----------
-    sequence, output : str
-        Which numbers, for example `mean, layer 6`.
-    expected, found : float
-        The reference number that deviates most, and what the model computes instead.
-    tolerance : float
-        Largest `deviation` allowed.
-    """
+    """The worst deviation in one group of reference numbers."""
 
     sequence: str
-    output: str
-    expected: float
-    found: float
-    tolerance: float
+    output: str  # of the model, for example `mean, layer 6`
+    expected: float  # the reference number that deviates most
+    found: float  # what the model computes instead
+    tolerance: float  # the largest `deviation` allowed
 
     @property
     def deviation(self) -> float:
@@ -51,12 +41,8 @@ class Comparison:
 def published_numbers(name: str) -> dict[str, Any]:
     """Return the published reference numbers of a model, as `compare_with_reference` takes them.
 
-    Those of 35M come from the hosted API, those of 8M from the tests of transformers.
-
-    Raises
-    ------
-    InvalidOption
-        If there are none for this model.
+    Those of 35M come from the hosted API, those of 8M from the tests of transformers. InvalidOption: there are none for
+    this model.
     """
     known = json.loads(files(__package__).joinpath("data", "reference_numbers.json").read_text())
     if name not in known:
@@ -66,14 +52,10 @@ def published_numbers(name: str) -> dict[str, Any]:
 
 
 def compare_with_reference(model: ESM2, reference: Mapping[str, Any] | None = None) -> list[Comparison]:
-    """Run the reference requests on `model` and compare the numbers.
+    """Run the reference requests on `model` and compare the numbers, by default with those published for this model.
 
-    Parameters
-    ----------
-    model : ESM2
-    reference : mapping, optional
-        `encode` and `predict`: lists of cases with a `sequence` and, by output, the first numbers of each row:
-        `mean`, `bos` and `per_token` by layer, `contacts`, `logits`. By default those published for this model.
+    `reference` has `encode` and `predict`: lists of cases with a `sequence` and, by output, the first numbers of each
+    row: `mean`, `bos` and `per_token` by layer, `contacts`, `logits`.
     """
     if model.config.whole_layers is not None:
         raise InvalidOption(

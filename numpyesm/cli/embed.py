@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 import warnings
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
@@ -48,9 +48,9 @@ def _run_in_json(arguments: argparse.Namespace) -> int:
     """Turn every line on stderr into JSON: warnings, errors, and anything else that is printed there."""
     lines = JsonProgress()
     warnings.showwarning = lambda message, *_, **__: lines.emit("warning", message=str(message))
-    stderr, sys.stderr = sys.stderr, _Notes(lines)
     try:
-        summary = _embed(arguments, lines)
+        with redirect_stderr(_Notes(lines)):
+            summary = _embed(arguments, lines)
         files = {name: str(value) for name, value in vars(summary).items() if isinstance(value, Path)}
         lines.emit("done", **vars(summary) | {"seconds": round(summary.seconds, 3)} | files)
         return 1 if summary.rejected else 0
@@ -62,8 +62,6 @@ def _run_in_json(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         lines.emit("error", message="interrupted")
         return 130
-    finally:
-        sys.stderr = stderr
 
 
 class _Notes(io.TextIOBase):
@@ -72,9 +70,6 @@ class _Notes(io.TextIOBase):
     def __init__(self, lines: JsonProgress) -> None:
         self._lines = lines
         self._begun = ""
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, text: str) -> int:
         *whole, self._begun = (self._begun + text).split("\n")

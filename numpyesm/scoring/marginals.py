@@ -35,15 +35,10 @@ _ROWS_AT_A_TIME = 32768
 
 @dataclass(frozen=True)
 class Window:
-    """What is seen around a residue.
+    """What is seen around a residue, at most the whole protein.
 
-    Attributes
-    ----------
-    size : int
-        At most the length of the protein.
-    of_tokens : bool
-        False: `size` residues, with `<cls>` in front and `<eos>` behind. True: `size` tokens of the framed protein, as
-        ProteinGym cuts them, so that a window inside of a long protein has neither.
+    `size` residues, with `<cls>` in front and `<eos>` behind; or, with `of_tokens`, as ProteinGym cuts them: `size`
+    tokens of the framed protein, so that a window inside of a long protein has neither.
     """
 
     size: int
@@ -91,12 +86,8 @@ def optimal_window(position: int, length: int, window: int) -> tuple[int, int]:
 def check_window(window: object, length: int, method: str) -> Window:
     """Return what the model sees of a wild type of `length` residues.
 
-    Raises
-    ------
-    InvalidOption
-        The window is neither a number, nor ProteinGym's where ProteinGym has one, nor None.
-    InvalidSequence
-        The whole wild type is to be seen at once, and the model cannot.
+    InvalidOption: the window is neither a number, nor ProteinGym's where ProteinGym has one, nor None. InvalidSequence:
+    the whole wild type is to be seen at once, and the model cannot.
     """
     advice = "a window (window=1022, --window 1022) scores every position among that many residues around it"
     if isinstance(window, str) and window == PROTEINGYM:

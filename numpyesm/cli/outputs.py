@@ -89,9 +89,7 @@ def check_writable(output: str | Path) -> None:
     path = Path(output).absolute()
     if path.is_dir():
         raise WriteError(None, "it is a folder", str(output))
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = next((parent for parent in path.parents if parent.exists()), path.parent)
     if not folder.is_dir():
         raise WriteError(None, f"{folder} is not a folder", str(output))
     if not os.access(folder, os.W_OK | os.X_OK):

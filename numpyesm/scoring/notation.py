@@ -99,12 +99,9 @@ def _parts(text: str) -> list[str]:
     for part in text.split(":"):
         inner = re.sub(r"^\s*[pP]\.", "", part).strip()
         several = None if "(;)" in inner else re.fullmatch(r"\(?\[([^][]*)\]\)?", inner)
-        parts += [_without_brackets(change.strip()) for change in (several[1].split(";") if several else [inner])]
+        changes = several[1].split(";") if several else [inner]
+        parts += [re.sub(r"\A\(([^(]*)\)\Z", r"\1", change.strip()) for change in changes]
     return parts
-
-
-def _without_brackets(part: str) -> str:
-    return part[1:-1] if part.startswith("(") and part.endswith(")") and part.count("(") == 1 else part
 
 
 def _meant(part: str) -> str:
@@ -203,12 +200,9 @@ def _offset_hint(wild_type: str, mutants: Sequence[Sequence[Substitution]]) -> s
     letters = {position: wild for mutant in mutants for wild, position, _ in mutant}
     if len(letters) < 3:  # a letter or two fit somewhere by chance
         return ""
-    first, last = min(letters), max(letters)
-    if last - first >= len(wild_type):
-        return ""
     fitting = [
         offset
-        for offset in range(last - len(wild_type) + 1, first + 1)
+        for offset in range(max(letters) - len(wild_type) + 1, min(letters) + 1)
         if all(wild_type[position - offset] == wild for position, wild in letters.items())
     ]
     return f" (all mutations fit with offset {fitting[0]})" if len(fitting) == 1 else ""

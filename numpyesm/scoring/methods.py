@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ..config import MAX_RESIDUES
 from ..errors import InvalidSequence
 from ..given import texts
 from ..options import SCAN_METHODS, SCORING_METHODS, one_of, require_head
-from .marginals import FloatArray, Progress, Window, check_window, position_logits, pseudo_log_likelihoods
+from .marginals import FloatArray, Progress, check_window, position_logits, pseudo_log_likelihoods
 from .notation import Substitution, check_fit, check_offset, check_same_terms, check_wild_type, mutated, parse_mutant
 
 if TYPE_CHECKING:
@@ -86,14 +86,18 @@ def score_mutations(
     require_head(passes.checkpoint, "score_mutations")
     warn_of_odd_sequences([wild_type], stacklevel=4)
     if method in SCAN_METHODS:
-        return _marginals(passes, wild_type, mutants, offset, method, seen, progress)
+        # A42A is worth 0 and needs no pass.
+        positions = sorted({one.position for mutant in mutants for one in mutant if one.mutant != one.wild})
+        indices = [position - offset for position in positions]
+        logits = position_logits(passes, wild_type, indices, method, seen, progress)
+        return _marginals(mutants, dict(zip(positions, logits, strict=True)))
     sequences = [mutated(wild_type, mutant, offset) for mutant in mutants]
-    distinct = list(dict.fromkeys(sequences))
     if method == "pseudo-ppl":
+        distinct = list(dict.fromkeys(sequences))
         found = dict(zip(distinct, pseudo_log_likelihoods(passes, distinct, seen, progress), strict=True))
         return np.array([found[sequence] for sequence in sequences], np.float64)
     # The wild type is worth 0 even where it has no amino acid that counts.
-    distinct = [wild_type, *(sequence for sequence in distinct if sequence != wild_type)]
+    distinct = list(dict.fromkeys([wild_type, *sequences]))
     found = dict(zip(distinct, _log_probs(passes, distinct, progress), strict=True)) if mutants else {}
     return np.array([found[one] - found[wild_type] if one != wild_type else 0.0 for one in sequences], np.float64)
 
@@ -121,20 +125,8 @@ def scan_mutations(
     return MutationScan(wild_type, offset, method, scores)
 
 
-def _marginals(
-    passes: Passes,
-    wild_type: str,
-    mutants: Sequence[Sequence[Substitution]],
-    offset: int,
-    method: str,
-    window: Window,
-    progress: Progress,
-) -> FloatArray:
+def _marginals(mutants: Sequence[Sequence[Substitution]], logits: Mapping[int, FloatArray]) -> FloatArray:
     """Σ log p(mutant letter) - log p(wild letter): a difference of logits, whatever the softmax covers."""
-    # A42A is worth 0 and needs no pass.
-    positions = sorted({one.position for mutant in mutants for one in mutant if one.mutant != one.wild})
-    indices = [position - offset for position in positions]
-    logits = dict(zip(positions, position_logits(passes, wild_type, indices, method, window, progress), strict=True))
     scores = np.zeros(len(mutants))
     for i, mutant in enumerate(mutants):
         for wild, position, letter in mutant:

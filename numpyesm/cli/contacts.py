@@ -16,19 +16,8 @@ import numpy.typing as npt
 from ..errors import InvalidOption
 from ..fasta import Record
 from ..files import is_stream, safe_stem
+from . import outputs
 from .inputs import compute, read_records
-from .outputs import (
-    DELIMITERS,
-    Destination,
-    check_writable,
-    csv_pieces,
-    destination,
-    figure_class,
-    names_folder,
-    png_bytes,
-    result_pieces,
-    write,
-)
 
 _ENDINGS = {".png": "png", ".npz": "npz", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "map"}
 _ONE_FILE_EACH = {"png": ".png", "tsv": ".tsv", "csv": ".csv", "map": ".txt"}
@@ -42,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Write one map per sequence: into one file, or into a folder with a file for each."""
     folder = _folder(arguments)
     if folder is None:
-        target = destination(arguments, _ENDINGS, terminal="map", otherwise="tsv")
+        target = outputs.destination(arguments, _ENDINGS, terminal="map", otherwise="tsv")
     else:
-        target = Destination(arguments.format or "tsv", str(folder))
-        check_writable(folder / "map")
+        target = outputs.Destination(arguments.format or "tsv", str(folder))
+        outputs.check_writable(folder / "map")
     if target.form == "png":
-        figure_class()  # before the model runs, so that a missing extra costs no time
+        outputs.figure_class()  # before the model runs, so that a missing extra costs no time
         if target.path is None:
             raise InvalidOption("a picture needs a file: -o map.png")
     records = read_records(arguments.input, target.path, arguments.ids)
@@ -55,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidOption(f"{len(records)} sequences give {len(records)} pictures: -o FOLDER/ --format png")
     model, results = compute(arguments, records, lambda model, s: model.encode(s, include=["contacts"]))
     if target.form in ("json", "npz"):
-        target.write(result_pieces(target.form, results, [record.id for record in records]))
+        target.write(outputs.result_pieces(target.form, results, [record.id for record in records]))
         return 0
     maps = [(record, one.contacts) for record, one in zip(records, results, strict=True) if one.contacts is not None]
     synthetic = model.checkpoint.synthetic
@@ -64,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for number, (record, contacts) in enumerate(maps, start=1):
         path = folder / f"{number:03d}_{safe_stem(record.id)}{_ONE_FILE_EACH[target.form]}"
-        write(_pieces([(record, contacts)], target.form, arguments, synthetic), path)
+        outputs.write(_pieces([(record, contacts)], target.form, arguments, synthetic), path)
     return 0
 
 
@@ -74,7 +63,7 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     if not output or output == "-" or is_stream(output):
         return None
     bare = not Path(output).suffix and arguments.format in _ONE_FILE_EACH and not os.path.exists(output)
-    if not (bare or names_folder(output)):
+    if not (bare or outputs.names_folder(output)):
         return None
     if arguments.format in ("npz", "json"):
         raise InvalidOption(f"-o {output} is a folder, and {arguments.format} holds all maps in one file")
@@ -85,9 +74,9 @@ def _pieces(
     maps: Iterable[tuple[Record, Contacts]], form: str, arguments: argparse.Namespace, synthetic: bool
 ) -> Iterable[bytes]:
     """Write maps into one file: as one table, or one behind the other."""
-    if form in DELIMITERS:
+    if form in outputs.DELIMITERS:
         listed = (contact_list(*one, arguments.threshold, arguments.min_separation) for one in maps)
-        return csv_pieces(_COLUMNS, chain.from_iterable(listed), form)
+        return outputs.csv_pieces(_COLUMNS, chain.from_iterable(listed), form)
     titled = [(map_title(record.id, synthetic), contacts) for record, contacts in maps]
     return (contact_png(*one) if form == "png" else contact_text(*one).encode() for one in titled)
 
@@ -125,7 +114,7 @@ def contact_text(title: str, contacts: Contacts, width: int | None = None) -> st
 
 def contact_png(title: str, contacts: Contacts) -> bytes:
     """Draw the map as a PNG."""
-    figure = figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
+    figure = outputs.figure_class()(figsize=(6.4, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     length = len(contacts)
     ends, smoothing = (0.5, length + 0.5), "nearest" if length > 400 else "none"
@@ -134,4 +123,4 @@ def contact_png(title: str, contacts: Contacts) -> bytes:
     )
     axes.set(xlabel="residue", ylabel="residue", title=f"{title}: {length} residues")
     figure.colorbar(image, label="contact probability")
-    return png_bytes(figure)
+    return outputs.png_bytes(figure)

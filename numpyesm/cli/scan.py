@@ -14,8 +14,8 @@ from ..errors import InvalidOption, MissingExtra
 from ..files import is_stream
 from ..formats import json_pieces
 from ..scoring.methods import MutationScan
+from . import outputs
 from .inputs import check_output_is_another, load_model
-from .outputs import Destination, check_writable, csv_pieces, destination, figure_class, names_folder, png_bytes, write
 from .score import progress_line, read_wild_type
 
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json"}
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if picture is not None:
         check_output_is_another(arguments.input, picture, "--heatmap")
         try:
-            figure_class()  # before the model runs, so that a missing extra costs no time
+            outputs.figure_class()  # before the model runs, so that a missing extra costs no time
         except MissingExtra as error:
             if arguments.heatmap:
                 raise
@@ -48,23 +48,23 @@ def run(arguments: argparse.Namespace) -> int:
     )
     target.write(_pieces(scan, target.form))
     if picture is not None:
-        write(_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
+        outputs.write(_png(scan, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
     return 0
 
 
-def _outputs(arguments: argparse.Namespace) -> tuple[Destination, Path | None]:
+def _outputs(arguments: argparse.Namespace) -> tuple[outputs.Destination, Path | None]:
     """Return where the table and the heat map go; by default the picture is next to the table."""
     output = arguments.output
-    if output and output != "-" and names_folder(output):
+    if output and output != "-" and outputs.names_folder(output):
         arguments.output = str(Path(output) / "scan.csv")
-    target = destination(arguments, _ENDINGS, terminal="csv", otherwise="csv")
+    target = outputs.destination(arguments, _ENDINGS, terminal="csv", otherwise="csv")
     if arguments.no_heatmap and arguments.heatmap:
         raise InvalidOption("--heatmap and --no-heatmap contradict each other")
     if arguments.heatmap:
         picture = Path(arguments.heatmap)
         if picture.suffix.lower() != ".png":
             raise InvalidOption(f"--heatmap {picture}: expected a name that ends in .png")
-        check_writable(picture)
+        outputs.check_writable(picture)
         return target, picture
     if arguments.no_heatmap or target.path is None or is_stream(target.path):
         return target, None
@@ -84,7 +84,7 @@ def _pieces(scan: MutationScan, form: str) -> Iterator[bytes]:
         return chain(json_pieces(document), [b"\n"])
     rows = zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True)
     header = ["position", "wild_type", *scan.amino_acids]
-    return csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
+    return outputs.csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
 
 
 def _png(scan: MutationScan, note: str) -> bytes:
@@ -92,7 +92,7 @@ def _png(scan: MutationScan, note: str) -> bytes:
     length = len(scan.wild_type)
     strip = max(_STRIP, -(-length // _MOST_STRIPS))
     strips = range(0, length, strip)
-    figure = figure_class()(figsize=(14, 0.8 + 3.0 * len(strips)), dpi=110, layout="constrained")
+    figure = outputs.figure_class()(figsize=(14, 0.8 + 3.0 * len(strips)), dpi=110, layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     limit = max(float(np.abs(scan.scores).max()), 1e-6)
     letters = scan.amino_acids
@@ -107,4 +107,4 @@ def _png(scan: MutationScan, note: str) -> bytes:
         ax.set_xticks(ticks, [f"{scan.wild_type[start + i]}{scan.positions[start + i]}" for i in ticks], fontsize=8)
     axes[0].set_title(f"{scan.method}, {length} residues{f' ({note})' if note else ''}; dots: the wild type")
     figure.colorbar(image, ax=list(axes), label="log p(mutant) − log p(wild type)", shrink=min(1.0, 2 / len(strips)))
-    return png_bytes(figure)
+    return outputs.png_bytes(figure)

@@ -125,7 +125,7 @@ def _add_embeddings(argument: Argument, default: list[str] | None, shown: str) -
 
 def _add_scoring_commands(add: Add) -> None:
     wild_type = "FASTA file with one sequence, or the sequence itself"
-    argument = add("score", "score:run", "score the variants of a CSV or TSV file")
+    argument = add("score", "mutations:score", "score the variants of a CSV or TSV file")
     argument("wild_type", nargs="?", metavar="WILD_TYPE", help=wild_type)
     argument("variants", nargs="?", metavar="VARIANTS", help="CSV, TSV, .xlsx or .parquet with a header, or -")
     argument("-o", "--output", "--dms-output", help="file (stdout); the table and one column")
@@ -140,7 +140,7 @@ def _add_scoring_commands(add: Add) -> None:
     argument("--column", metavar="NAME", help="name of the new column (the method)")
     argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")
 
-    argument = add("scan", "scan:run", "score every substitution of a protein")
+    argument = add("scan", "mutations:scan", "score every substitution of a protein")
     argument("input", metavar="WILD_TYPE", help=wild_type)
     argument("-o", "--output", help=".csv, .tsv, .json or a folder (stdout); a heat map .png is written next to it")
     _add_scoring(argument, SCAN_METHODS)

@@ -1,35 +1,47 @@
-"""`numpyesm score`: add a column of scores to a table of variants, and correlate it with what was measured."""
+"""`numpyesm score` and `scan`: mutations of one protein, those of a table or all of them."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidMutation, InvalidOption, InvalidSequence
+import numpy as np
+
+from ..errors import InvalidMutation, InvalidOption, InvalidSequence, MissingExtra
+from ..files import is_stream
+from ..formats import json_pieces
 from ..options import SCORING_METHODS
 from ..printable import listed
 from ..scoring.correlation import spearman
+from ..scoring.methods import MutationScan
 from ..scoring.notation import Substitution, check_fit, check_same_terms, check_wild_type, mutated, parse_mutant
+from . import outputs
 from .inputs import check_output_is_another, load_model, read_records
-from .outputs import DELIMITERS, destination
 from .variant_table import VariantTable, read_table
 
 # ProteinGym's names; fair-esm's example uses the first, too.
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
-_ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "as it was"}
+_ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _MUTATION_COL, _MEASURED_COL = "--mutation-col", "--measured-col"
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
+# Positions in one strip of the heat map.
+_STRIP = 100
+# A picture cannot be higher.
+_MOST_STRIPS = 150
 
 
-def run(arguments: argparse.Namespace) -> int:
+def score(arguments: argparse.Namespace) -> int:
     """Check the whole table, then load the model, score, and write the table with its new column."""
     wild_text, table_text = _inputs(arguments)
-    target = destination(arguments, _ENDINGS, terminal="as it was", otherwise="as it was")
+    endings = _ENDINGS | {".txt": "as it was"}
+    target = outputs.destination(arguments, endings, terminal="as it was", otherwise="as it was")
     check_output_is_another(table_text, target.path)
-    wild_type = read_wild_type(wild_text, target.path)
+    wild_type = _read_wild_type(wild_text, target.path)
     column = arguments.column or arguments.method
     table = read_table(table_text, [arguments.mutation_col or _MUTANT, _SEQUENCE])
     if column in table.columns:
@@ -41,42 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     good = [mutant for mutant in mutants if mutant is not None]
     model = load_model(arguments)
-    scores = iter(
-        model.score_mutations(
-            wild_type,
-            good,
-            arguments.method,
-            offset=arguments.offset,
-            window=arguments.window,
-            progress=progress_line("residues" if arguments.method == "pseudo-ppl" else "passes"),
-        ).tolist()
-    )
+    unit = "residues" if arguments.method == "pseudo-ppl" else "passes"
+    scores = iter(model.score_mutations(wild_type, good, **_options(arguments, unit)).tolist())
     values = [math.nan if mutant is None else next(scores) for mutant in mutants]
     texts = ["" if math.isnan(value) else repr(value) for value in values]
-    target.write(table.with_column(column, texts, DELIMITERS.get(target.form)))
+    target.write(table.with_column(column, texts, outputs.DELIMITERS.get(target.form)))
     if measured is not None:
         _report(column, values, *measured)
     return 0
-
-
-def read_wild_type(text: str, output: str | None) -> str:
-    """Read the one sequence of a FASTA file or of standard input, or take the text itself."""
-    records = read_records([text], output)
-    if len(records) != 1:
-        names = listed(record.id for record in records)
-        raise InvalidSequence(f"{text}: {len(records)} sequences ({names}), expected one wild type")
-    return check_wild_type(records[0].sequence)
-
-
-def progress_line(unit: str) -> Callable[[int, int], None] | None:
-    """Return a function that shows progress on the terminal; None if stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        print(f"\r{done} of {total} {unit}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -202,3 +186,101 @@ def _report(column: str, scores: Sequence[float], name: str, measured: Sequence[
     rho = spearman(scores, measured)
     said = "not defined: fewer than two values, or all equal" if math.isnan(rho) else f"{rho:.4f}"
     print(f"Spearman of {column} and {name}: {said} ({used} of {len(scores)} rows)", file=sys.stderr)
+
+
+def scan(arguments: argparse.Namespace) -> int:
+    """Write the matrix of every substitution, and the picture next to it."""
+    target, picture = _scan_outputs(arguments)
+    wild_type = _read_wild_type(arguments.input, target.path)
+    if picture is not None:
+        check_output_is_another(arguments.input, picture, "--heatmap")
+        try:
+            outputs.figure_class()  # before the model runs, so that a missing extra costs no time
+        except MissingExtra as error:
+            if arguments.heatmap:
+                raise
+            print(f"numpyesm: no heat map: {error}", file=sys.stderr)
+            picture = None
+    model = load_model(arguments)
+    found = model.scan_mutations(wild_type, **_options(arguments, "positions"))
+    target.write(_matrix(found, target.form))
+    if picture is not None:
+        outputs.write(_heat_map(found, "SYNTHETIC WEIGHTS" if model.checkpoint.synthetic else ""), picture)
+    return 0
+
+
+def _scan_outputs(arguments: argparse.Namespace) -> tuple[outputs.Destination, Path | None]:
+    """Return where the table and the heat map go; by default the picture is next to the table."""
+    output = arguments.output
+    if output and output != "-" and outputs.names_folder(output):
+        arguments.output = str(Path(output) / "scan.csv")
+    target = outputs.destination(arguments, _ENDINGS | {".json": "json"}, terminal="csv", otherwise="csv")
+    if arguments.no_heatmap and arguments.heatmap:
+        raise InvalidOption("--heatmap and --no-heatmap contradict each other")
+    if arguments.heatmap:
+        picture = Path(arguments.heatmap)
+        if picture.suffix.lower() != ".png":
+            raise InvalidOption(f"--heatmap {picture}: expected a name that ends in .png")
+        outputs.check_writable(picture)
+        return target, picture
+    if arguments.no_heatmap or target.path is None or is_stream(target.path):
+        return target, None
+    return target, Path(target.path.removesuffix(target.compression)).with_suffix(".png")
+
+
+def _matrix(scan: MutationScan, form: str) -> Iterator[bytes]:
+    """Write `position,wild_type,A,C,…,Y`, one row per position, or all of it as JSON."""
+    if form == "json":
+        document = {
+            "method": scan.method,
+            "wild_type": scan.wild_type,
+            "positions": scan.positions,
+            "amino_acids": list(scan.amino_acids),
+            "scores": scan.scores,
+        }
+        return chain(json_pieces(document), [b"\n"])
+    rows = zip(scan.positions, scan.wild_type, scan.scores.tolist(), strict=True)
+    header = ["position", "wild_type", *scan.amino_acids]
+    return outputs.csv_pieces(header, ([position, letter, *row] for position, letter, row in rows), form)
+
+
+def _heat_map(scan: MutationScan, note: str) -> bytes:
+    """Draw amino acids against positions, in strips; red is worse than the wild type, which is marked by dots."""
+    length = len(scan.wild_type)
+    strip = max(_STRIP, -(-length // _MOST_STRIPS))
+    strips = range(0, length, strip)
+    figure = outputs.figure_class()(figsize=(14, 0.8 + 3.0 * len(strips)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    limit = max(float(np.abs(scan.scores).max()), 1e-6)
+    letters = scan.amino_acids
+    for ax, start in zip(axes, strips, strict=True):
+        part = scan.scores[start : start + strip]
+        image = ax.imshow(part.T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
+        own = [(i, letters.index(w)) for i, w in enumerate(scan.wild_type[start : start + strip]) if w in letters]
+        ax.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
+        ax.set_xlim(-0.5, min(strip, length) - 0.5)
+        ax.set_yticks(range(len(letters)), letters, fontsize=7)
+        ticks = [i for i in range(len(part)) if (scan.positions[start + i]) % 10 == 0] or [0]
+        ax.set_xticks(ticks, [f"{scan.wild_type[start + i]}{scan.positions[start + i]}" for i in ticks], fontsize=8)
+    axes[0].set_title(f"{scan.method}, {length} residues{f' ({note})' if note else ''}; dots: the wild type")
+    figure.colorbar(image, ax=list(axes), label="log p(mutant) − log p(wild type)", shrink=min(1.0, 2 / len(strips)))
+    return outputs.png_bytes(figure)
+
+
+def _read_wild_type(text: str, output: str | None) -> str:
+    """Read the one sequence of a FASTA file or of standard input, or take the text itself."""
+    records = read_records([text], output)
+    if len(records) != 1:
+        names = listed(record.id for record in records)
+        raise InvalidSequence(f"{text}: {len(records)} sequences ({names}), expected one wild type")
+    return check_wild_type(records[0].sequence)
+
+
+def _options(arguments: argparse.Namespace, unit: str) -> dict[str, Any]:
+    """Return the options of both commands as the model takes them; with progress, in units, if stderr is a terminal."""
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done} of {total} {unit}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    options = {name: getattr(arguments, name) for name in ("method", "offset", "window")}
+    return options | {"progress": show if sys.stderr.isatty() else None}

@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from .config import MAX_RESIDUES
 from .errors import InputWarning, InvalidSequence
-from .text_input import UnreadableFile, decoded, open_unpacked
+from .text_input import UnreadableFile, decoded, unpacked
 
 # In a line or a record. The longest known protein has 46,000 residues; chromosomes and gzip bombs are refused.
 MAX_LETTERS = 1_000_000
@@ -135,9 +136,12 @@ def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim
     `verbatim` is for fair-esm's readers: every record has a header, and lower case may mean insertions (A3M).
     """
     name = _name_of(source)
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        raise InvalidSequence(f"{name} is a folder, expected a file")
     try:
-        with open_unpacked(source, name) as stream:
-            yield from split_records(_lines(decoded(stream, name), name, strict), name, strict, verbatim=verbatim)
+        with open(source, "rb") if isinstance(source, str | Path) else nullcontext(source) as file:
+            text = decoded(unpacked(file, name), name)
+            yield from split_records(_lines(text, name, strict), name, strict, verbatim=verbatim)
     except UnreadableFile as error:
         raise InvalidSequence(str(error)) from error
 

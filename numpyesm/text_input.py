@@ -5,10 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from .errors import NumpyesmError
@@ -47,22 +44,6 @@ class UnreadableFile(NumpyesmError, ValueError):
     """A file that is not text, or whose compressed data are damaged; the message names it."""
 
 
-@contextmanager
-def open_unpacked(source: str | Path | BinaryIO, name: str) -> Iterator[io.BufferedReader]:
-    """Open a file, or take an open binary stream, and decompress gzip, bzip2, xz or a zip archive of one file.
-
-    UnreadableFile, on opening or on any later read: a folder, an archive of several files, or compressed data that are
-    damaged or end early.
-    """
-    if isinstance(source, str | Path):
-        if Path(source).is_dir():
-            raise UnreadableFile(f"{name} is a folder, expected a file")
-        with open(source, "rb") as file:
-            yield _unpacked(file, name)
-    else:
-        yield _unpacked(source, name)
-
-
 def encoding_of(head: bytes, name: str) -> str:
     """Recognise the encoding of a text by its beginning (by default UTF-8), or raise UnreadableFile."""
     for mark, encoding in _BYTE_ORDER_MARKS:
@@ -88,7 +69,12 @@ def decoded(stream: io.BufferedReader, name: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors)
 
 
-def _unpacked(stream: BinaryIO, name: str) -> io.BufferedReader:
+def unpacked(stream: BinaryIO, name: str) -> io.BufferedReader:
+    """Decompress an open stream: gzip, bzip2, xz or a zip archive of one file.
+
+    UnreadableFile, at once or on any later read: an archive of several files, or compressed data that are damaged or
+    end early.
+    """
     plain = stream if hasattr(stream, "peek") else io.BufferedReader(cast(io.RawIOBase, stream))
     buffered = cast(io.BufferedReader, plain)
     head = buffered.peek(16)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputWarning, MissingExtra, NumpyesmError
-from ..text_input import encoding_of, open_unpacked
+from ..text_input import encoding_of, unpacked
 
 _DELIMITERS = (",", "\t", ";")
 # A byte order mark, and a first line that tells Excel the delimiter.
@@ -159,8 +159,7 @@ def _text_of(data: bytes, name: str, wanted: Collection[str]) -> tuple[str, str]
     """Return the text with its byte order mark, and the encoding that gives back the same bytes."""
     if _is_spreadsheet(data):
         return _as_csv(data, name, wanted), "utf-8"
-    with open_unpacked(io.BytesIO(data), name) as stream:
-        data = stream.read()
+    data = unpacked(io.BytesIO(data), name).read()
     encoding = encoding_of(data[:512], name)
     if encoding in ("utf-16", "utf-32"):  # decoding by these names would drop the byte order mark
         encoding += "-le" if data[:1] == b"\xff" else "-be"

@@ -156,7 +156,7 @@ def _chunks(
 ) -> Iterator[FloatArray]:
     """Yield logits (n, 33) of as many queries as run at a time; `total` is the sum of all n."""
     done = 0
-    while batch := list(itertools.islice(queries, max(1, _ROWS_AT_A_TIME // window.tokens))):
+    while batch := list(itertools.islice(queries, _ROWS_AT_A_TIME // window.tokens)):
         tokens, rows = zip(*batch, strict=True)
         found = np.concatenate(list(passes.logits(tokens, rows, _ALL_TOKENS))).astype(np.float64)
         done += len(found)

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,17 +42,9 @@ class VariantTable:
     name: str  # for messages
     delimiter: str
     records: list[Row]  # all that is in the file, in its order: header and rows, and the rest, which has no fields
-    encoding: str = "utf-8"
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """The rows below the header."""
-        return [record for record in self.records if record.fields][1:]
-
-    @property
-    def columns(self) -> list[str]:
-        """The names as written, without surrounding blanks."""
-        return [name.strip() for name in next(record.fields for record in self.records if record.fields)]
+    columns: list[str]  # the names as written, without surrounding blanks
+    rows: list[Row]  # those below the header
+    encoding: str
 
     def column(self, name: str, option: str) -> list[str] | None:
         """Return the fields of a column, or None if there is none; case matters only if it tells names apart.
@@ -152,7 +143,7 @@ def parse_table(data: bytes, name: str, wanted: Collection[str]) -> VariantTable
             raise InvalidTable(
                 f"{name}, line {row.line}: {len(row.fields)} fields, but the header has {len(header.fields)} columns"
             )
-    return VariantTable(name, delimiter, records, encoding)
+    return VariantTable(name, delimiter, records, [column.strip() for column in header.fields], rows, encoding)
 
 
 def _text_of(data: bytes, name: str, wanted: Collection[str]) -> tuple[str, str]:

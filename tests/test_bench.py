@@ -24,7 +24,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
     from bench import report, run
     from bench.engines import select
 
-    engines = select(["numpyesm-numpy-fp32", "fair-esm", "openvino-bf16"])
+    engines = select(["numpyesm-numpy-fp32", "fair-esm", "esm-cpp-int8"])
     limits = measure.Limits(repeats=1, cell_seconds=5, warm_up_seconds=5, skip_seconds=60)
     plan = run.Plan(
         mode="quick",
@@ -32,7 +32,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
         names=("1x20", "2x16"),
         threads=1,
         limits=limits,
-        parts=("timings", "growth", "contacts", "scan", "cold", "import", "accuracy"),
+        parts=("timings", "growth", "contacts", "scan", "import", "accuracy"),
         growth=("1x18",),
         model="esm2-8m",
         contact_lengths=(24,),
@@ -47,7 +47,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
     result = json.loads((tmp_path / "latest.json").read_text())
 
     status = {name: engine["status"] for name, engine in result["engines"].items()}
-    assert status == {"numpyesm-numpy-fp32": "ok", "fair-esm-fp32": "ok", "openvino-bf16": "missing"}
+    assert status == {"numpyesm-numpy-fp32": "ok", "fair-esm-fp32": "ok", "esm-cpp-int8": "missing"}
     assert result["engines"]["numpyesm-numpy-fp32"]["agreement"]["max_difference"] < 1e-4
     assert result["accuracy"]["numpyesm-numpy-fp32"]["residue_min"] > 0.999999
     assert set(result["timings"]) == {"numpyesm-numpy-fp32", "numpyesm-numpy-fp32:mean", "fair-esm-fp32"}
@@ -57,7 +57,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
     page = (tmp_path / "latest.md").read_text()
     assert page == report.markdown(result)
     assert "| **numpyesm-numpy-fp32** |" in page
-    assert "- openvino-bf16 missing: " in page
+    assert "- esm-cpp-int8 missing: " in page
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
         names=("1x20", "2x16"),
         threads=1,
         limits=limits,
-        parts=("timings", "growth", "contacts", "scan", "import", "accuracy"),
+        parts=("timings", "growth", "contacts", "scan", "accuracy"),
         growth=("1x18",),
         model="esm2-8m",
         contact_lengths=(24,),

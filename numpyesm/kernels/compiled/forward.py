@@ -46,7 +46,7 @@ class CompiledForward(Forward):
                 for block in batch.blocks(partition.threads, self._most_rows)
             ]
         else:
-            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows, code.isa.columns)
+            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows, code.isa.strip_columns)
         self._spans = batch.spans
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
@@ -109,7 +109,9 @@ class CompiledForward(Forward):
     ) -> None:
         if rows is not None:
             self._use_blocks(
-                cut_blocks(self._spans, self._partition.threads, self._most_rows, self._code.isa.columns, np.sort(rows))
+                cut_blocks(
+                    self._spans, self._partition.threads, self._most_rows, self._code.isa.strip_columns, np.sort(rows)
+                )
             )
         if maps is None:
             self._table[Pass.MAPS] = 0

@@ -34,6 +34,8 @@ class Isa:
         Registers across a tile; a tile has `lanes * vectors` columns.
     rows : int
         Rows of a tile: `rows * vectors` accumulators and what a step needs beside them fill the register file.
+    strip_rows : int
+        Rows of attention's tiles, which are two registers wide: exponentials find registers beside them.
     fused : bool
         Whether multiplication and addition are one instruction.
     bf16 : bool
@@ -49,6 +51,7 @@ class Isa:
     lanes: int
     vectors: int
     rows: int
+    strip_rows: int
     fused: bool = True
     bf16: bool = False
     spelled_out: bool = False
@@ -58,6 +61,11 @@ class Isa:
     def columns(self) -> int:
         """Columns of a register tile."""
         return self.lanes * self.vectors
+
+    @property
+    def strip_columns(self) -> int:
+        """Queries that attention takes at a time."""
+        return 2 * self.lanes
 
     @property
     def narrow_rows(self) -> int:
@@ -74,17 +82,17 @@ _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl")
 _LEVELS = {
     "x86_64": (
-        Isa("amx", (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"), 16, 2, 12, bf16=True, tiles=True),
-        Isa("avx512-bf16", (*_AVX512, "avx512bf16"), 16, 2, 12, bf16=True),
-        Isa("avx512", _AVX512, 16, 2, 12),
-        Isa("avx2", _AVX2, 8, 2, 6),
-        Isa("avx2-bf16", _AVX2, 8, 2, 6, bf16=True, spelled_out=True),
-        Isa("plain", (), 4, 2, 4, fused=False),
+        Isa("amx", (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"), 16, 2, 12, 12, bf16=True, tiles=True),
+        Isa("avx512-bf16", (*_AVX512, "avx512bf16"), 16, 2, 12, 12, bf16=True),
+        Isa("avx512", _AVX512, 16, 2, 12, 12),
+        Isa("avx2", _AVX2, 8, 3, 4, 6),
+        Isa("avx2-bf16", _AVX2, 8, 3, 4, 6, bf16=True, spelled_out=True),
+        Isa("plain", (), 4, 2, 4, 4, fused=False),
     ),
     "aarch64": (  # all of which have NEON
-        Isa("neon-bf16", ("bf16",), 4, 2, 8, bf16=True),
-        Isa("neon", (), 4, 2, 8),
-        Isa("plain", (), 4, 2, 4, fused=False),
+        Isa("neon-bf16", ("bf16",), 4, 2, 8, 8, bf16=True),
+        Isa("neon", (), 4, 2, 8, 8),
+        Isa("plain", (), 4, 2, 4, 4, fused=False),
     ),
 }
 

@@ -223,16 +223,16 @@ class PackedModel:
         buffers: dict[Room, Array] = self._rooms.__dict__.setdefault("buffers", {})
         width, rows = self.config.embed_dim, self.group_rows
         spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
-        lanes, context = self.isa.columns, self.config.num_heads * self.head_dim
+        columns, lanes, context = self.isa.columns, self.isa.strip_columns, self.config.num_heads * self.head_dim
         number, parts = (np.uint16, 2) if self.narrow else (np.float32, 1)
         # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
         widest = max(width, context) + 32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
             Room.LEFT: (parts * (rows + spare) * widest, number),
             Room.HIDDEN: (parts * (rows + spare) * self.ffn_columns, number),
-            Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * lanes, np.float32),
-            Room.WIDE: (max(widest, self.ffn_columns) * lanes, np.float32),
-            Room.ZEROS: (lanes, np.float32),
+            Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * columns, np.float32),
+            Room.WIDE: (max(widest, self.ffn_columns) * columns, np.float32),
+            Room.ZEROS: (columns, np.float32),
             Room.CONTEXT: (block_rows * context, np.float32),
             Room.QUERIES: (self.head_dim * lanes, np.float32),
             Room.SCORES: (strip_size(self.isa, length, with_maps), np.float32),

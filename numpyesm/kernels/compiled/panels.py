@@ -106,13 +106,13 @@ def pack_scales(isa: Isa, scale: Array, inner: int, narrow: bool) -> Array:
 
 def chunk_keys(isa: Isa) -> int:
     """Keys whose scores are held at a time: 16 kB of them, half of a small first cache."""
-    return max(32, 16384 // (4 * isa.columns) // isa.rows * isa.rows)
+    return max(32, 16384 // (4 * isa.strip_columns) // isa.strip_rows * isa.strip_rows)
 
 
 def strip_size(isa: Isa, length: int, with_maps: bool) -> int:
     """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
     rows = -(-length // ROWS) * ROWS if isa.tiles else length + 1
-    return (rows if with_maps else chunk_keys(isa)) * isa.columns
+    return (rows if with_maps else chunk_keys(isa)) * isa.strip_columns
 
 
 def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
@@ -124,7 +124,7 @@ def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tu
         Room.SHIFTS: (2 * head_dim, np.float32),
     }
     if not isa.tiles:
-        pairs = chunk_keys(isa) * isa.columns
+        pairs = chunk_keys(isa) * isa.strip_columns
         return sizes | {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
     channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
     # Rows of pairs that the queries of a strip fill, zeros included.
@@ -132,7 +132,7 @@ def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tu
     return sizes | {
         # With what a tile may read behind the values of one head.
         Room.VALUES: ((-(-length // ROWS) * head_dim + HALF_ROWS) * ROWS, np.uint16),
-        Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * isa.columns, np.uint32),
-        Room.QUERIES: (max(head_dim, query_rows) * isa.columns, np.float32),
-        Room.STRIP_CONTEXT: (channels * isa.columns, np.float32),
+        Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * isa.strip_columns, np.uint32),
+        Room.QUERIES: (max(head_dim, query_rows) * isa.strip_columns, np.float32),
+        Room.STRIP_CONTEXT: (channels * isa.strip_columns, np.float32),
     }

@@ -21,8 +21,8 @@ from .cache import helper, kernel
 from .emitter import (
     ISA,
     LANES,
-    TILE_COLUMNS,
-    TILE_ROWS,
+    STRIP_COLUMNS,
+    STRIP_ROWS,
     VECTOR_BYTES,
     context_bf16,
     context_fp32,
@@ -82,9 +82,9 @@ _FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RE
 @helper
 def _tile_height(rows):
     """The tallest tile that is compiled for attention and not taller than `rows`."""
-    if rows >= TILE_ROWS:
-        return TILE_ROWS
-    height = 8 if TILE_ROWS > 8 else 4
+    if rows >= STRIP_ROWS:
+        return STRIP_ROWS
+    height = 8 if STRIP_ROWS > 8 else 4
     while height > rows:
         height //= 2
     return height
@@ -431,9 +431,9 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
                 _pair_values(values, length, head_dim, value_pairs)
             values = value_pairs
         # All queries before the next head: its keys and values are in the second cache.
-        for start in range(0, rows, TILE_COLUMNS):
-            count = min(TILE_COLUMNS, rows - start)
-            lanes = LANES if count <= LANES else TILE_COLUMNS
+        for start in range(0, rows, STRIP_COLUMNS):
+            count = min(STRIP_COLUMNS, rows - start)
+            lanes = LANES if count <= LANES else STRIP_COLUMNS
             _gather_queries(head_queries + start * step, step, count, items, lanes, strip)
             if narrow and _TILES:
                 fill_queries(items, lanes, strip)

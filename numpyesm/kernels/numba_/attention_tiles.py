@@ -12,7 +12,7 @@ import numpy as np
 from ..compiled.isa import HALF_ROWS, ROWS, STEPS
 from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
-from .emitter import LANES, TILE_COLUMNS
+from .emitter import STRIP_COLUMNS
 from .tiles import context_product, tile_scores
 from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
 
@@ -74,7 +74,7 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, s
     sums = carray(float32_at(total), (lanes,))
     for lane in range(lanes):
         sums[lane] = _ZERO
-    wide = 1 if lanes == TILE_COLUMNS else 0
+    wide = 1 if lanes == STRIP_COLUMNS else 0
     blocks = (length + ROWS - 1) // ROWS
     chunks = (length + CHUNK_KEYS_ON_TILES - 1) // CHUNK_KEYS_ON_TILES
     tiles_of_k = (head_dim // 2 + STEPS - 1) // STEPS
@@ -93,7 +93,3 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, s
             target = context + 4 * channel * lanes
             context_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
         first = last
-
-
-# A strip of scores is either as wide as a product of two by two tiles, or as one tile.
-assert TILE_COLUMNS in (2 * LANES, LANES)

@@ -32,6 +32,7 @@ VECTOR_BYTES = 4 * LANES
 TILE_ROWS = ISA.rows
 TILE_COLUMNS = ISA.columns
 TILE_BYTES = 4 * TILE_COLUMNS
+STRIP_ROWS, STRIP_COLUMNS = ISA.strip_rows, ISA.strip_columns
 
 I32, I64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -470,12 +471,12 @@ def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], Non
 
     Rows that are left over are taken in powers of two: fewer kernels to compile, and attention's rows are many.
     """
-    heights = sorted({1, 2, 4, *([8] if TILE_ROWS > 8 else []), TILE_ROWS})
+    heights = sorted({1, 2, 4, *([8] if STRIP_ROWS > 8 else []), STRIP_ROWS})
 
     def columns(lanes: int) -> None:
         e.switch(rows, heights, lambda height: tile(height, lanes // LANES))
 
-    e.switch(lanes, [LANES, TILE_COLUMNS], columns)
+    e.switch(lanes, [LANES, STRIP_COLUMNS], columns)
 
 
 multiply_fp32, multiply_bf16 = _product("fp32", fetch=True), _product("bf16", fetch=True)

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from ..compiled.isa import HALF_ROWS, STEPS
-from .emitter import I64, LANES, TILE_BYTES, TILE_COLUMNS, VECTOR_BYTES, Emitter, function, on_addresses
+from .emitter import I64, LANES, STRIP_COLUMNS, TILE_BYTES, VECTOR_BYTES, Emitter, function, on_addresses
 
 BYTE = ir.IntType(8)
 _POINTER = BYTE.as_pointer()
@@ -199,7 +199,7 @@ def _scores() -> Any:
 
     def emit(plain: Emitter, lanes: Any, *arguments: Any) -> None:
         e = TileEmitter(plain.b)
-        e.switch(lanes, [LANES, TILE_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
+        e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
 
     return function("numpyesm_tiles_scores", 11, emit)
 

@@ -39,7 +39,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
         scan_residues=20,
         cache=tmp_path / "cache",
     )
-    short = [">" + record for record in accuracy.REAL_PROTEINS.read_text().split(">")[1:] if len(record) < 150]
+    short = [">" + record for record in accuracy.REAL_PROTEINS.read_text().split(">")[1:] if len(record) < 100]
     (tmp_path / "short.fasta").write_text("".join(short))
     monkeypatch.setattr(accuracy, "REAL_PROTEINS", tmp_path / "short.fasta")
     here = dict.fromkeys(("own", "peers", "esm-cpp"), Path(sys.executable))

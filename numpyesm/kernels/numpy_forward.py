@@ -184,7 +184,7 @@ class NumpyForward(Forward):
     def advance(
         self,
         stop: int,
-        maps: Sequence[AttentionMaps | None] | None = None,
+        maps: Sequence[AttentionMaps] | None = None,
         maps_only: bool = False,
         rows: Array | None = None,
     ) -> None:
@@ -195,7 +195,7 @@ class NumpyForward(Forward):
                 self._qkv, self._next_qkv = self._next_qkv, self._qkv
                 self._done += 1
 
-    def _run_layer(self, block: Block, maps: Sequence[AttentionMaps | None] | None, maps_only: bool) -> None:
+    def _run_layer(self, block: Block, maps: Sequence[AttentionMaps] | None, maps_only: bool) -> None:
         """The next layer of one block, and what the layer after it needs."""
         kernels, layer = self._kernels, self._done
         rows = self.x[block.start : block.stop]

@@ -114,13 +114,12 @@ class Function:
         route = request.route()
         if "health" not in route:  # without keys, AWS decides who may call
             self._keys.identify(request.headers.get("authorization", "").encode("utf-8", "surrogatepass"))
-        catalog = self.load()
-        if "action" in route:
-            served = catalog.find(route["slug"], route["action"])
-            _check_method(request, "POST")
-            return _act(request, served, route["action"], context, facts)
-        _check_method(request, "GET", "HEAD")
-        return write_answer(json_bytes(_document(route, catalog)), {"content-type": JSON_TYPE})
+        if "action" not in route:
+            _check_method(request, "GET", "HEAD")
+            return write_answer(json_bytes(_document(route, self.load())), {"content-type": JSON_TYPE})
+        served = self.load().find(route["slug"], route["action"])
+        _check_method(request, "POST")
+        return _act(request, served, route["action"], context, facts)
 
 
 def _act(request: Request, served: ServedModel, action: str, context: Any, facts: dict[str, Any]) -> dict[str, Any]:

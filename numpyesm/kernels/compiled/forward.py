@@ -103,7 +103,7 @@ class CompiledForward(Forward):
     def advance(
         self,
         stop: int,
-        maps: Sequence[AttentionMaps | None] | None = None,
+        maps: Sequence[AttentionMaps] | None = None,
         maps_only: bool = False,
         rows: Array | None = None,
     ) -> None:
@@ -123,7 +123,7 @@ class CompiledForward(Forward):
         self._run(stop + 1)
         del kept  # until here, compiled code reads them
         for left, summary in zip(maps, summaries, strict=True):
-            if left is not None and left.summary is not None and summary is not None:
+            if left.summary is not None:
                 left.summary[...] = summary
 
     def _run(self, stop: int) -> None:
@@ -142,7 +142,7 @@ class CompiledForward(Forward):
 
 
 def map_table(
-    maps: Sequence[AttentionMaps | None], lengths: Sequence[int], heads: int, maps_only: bool
+    maps: Sequence[AttentionMaps], lengths: Sequence[int], heads: int, maps_only: bool
 ) -> tuple[npt.NDArray[np.int64], list[Array | None], list[Array]]:
     """`layout.Maps` of each piece, its summary (summed in float64), and the arrays that the table points at besides."""
     rows = np.zeros((len(maps), Maps.ENTRIES), np.int64)
@@ -150,14 +150,14 @@ def map_table(
     kept: list[Array] = []
     for row, wanted, length in zip(rows, maps, lengths, strict=True):
         row[Maps.ONLY] = maps_only
-        summary = np.zeros(length) if wanted is not None and wanted.summary is not None else None
+        summary = None if wanted.summary is None else np.zeros(length)
         row[Maps.SUMMARY] = address(summary)
-        if wanted is not None and wanted.full is not None:
+        if wanted.full is not None:
             assert wanted.full.strides[2] == 4
             row[Maps.FULL] = address(wanted.full)
             row[Maps.FULL_HEAD_STEP], row[Maps.FULL_ROW_STEP] = wanted.full.strides[:2]
         summaries.append(summary)
-        if wanted is None or wanted.heads is None:
+        if wanted.heads is None:
             continue
         assert wanted.coefficients is not None
         assert wanted.weighted is not None

@@ -370,20 +370,20 @@ def _step(
     return step
 
 
-def _product(kind: str, transposed: bool = False, fetch: bool = False) -> Any:
-    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, c_step, add)`, with `fetch` also of `ahead, ahead_step`.
+def _product(kind: str, transposed: bool = False) -> Callable[..., None]:
+    """Make `emit(emitter, height, vectors, a, a_step, b, k, c, c_step, add)`: one tile of that many rows and registers.
 
     `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
-    `b` (k, lanes) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one float32, two
+    `b` (k, columns) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one float32, two
     bf16. With `add` the product is added to C.
-    With `fetch`, each step along k also brings a line from `ahead` on, `ahead_step` bytes further each time, into the
-    second cache; `rows` is any number up to TILE_ROWS and `lanes` TILE_COLUMNS. Else they are as attention has them.
+    Two more arguments, `ahead, ahead_step`: each step along k also brings a line from `ahead` on, `ahead_step` bytes
+    further each time, into the second cache.
     """
 
     def emit(
         e: Emitter,
-        rows: Any,
-        lanes: Any,
+        height: int,
+        vectors: int,
         a: Any,
         a_step: Any,
         b: Any,
@@ -393,33 +393,42 @@ def _product(kind: str, transposed: bool = False, fetch: bool = False) -> Any:
         add: Any,
         *ahead: Any,
     ) -> None:
-        builder = e.b
-        zero = ir.Constant(e.vector, None)
-        add = builder.icmp_signed("!=", add, e.number(0))
+        step = _step(e, kind, height, vectors, a, a_step, b, transposed, ahead or None)
+        totals = e.unrolled(k, [ir.Constant(e.vector, None)] * (height * vectors), step)
+        addresses = [
+            e.offset(e.offset(c, c_step, row), e.number(j), VECTOR_BYTES)
+            for row in range(height)
+            for j in range(vectors)
+        ]
+        with e.b.if_else(e.b.icmp_signed("!=", add, e.number(0))) as (yes, no):
+            with yes:
+                for value, address in zip(totals, addresses, strict=True):
+                    e.store(e.b.fadd(e.load(address, e.vector), value), address)
+            with no:
+                for value, address in zip(totals, addresses, strict=True):
+                    e.store(value, address)
 
-        def tile(height: int, vectors: int) -> None:
-            step = _step(e, kind, height, vectors, a, a_step, b, transposed, ahead or None)
-            totals = e.unrolled(k, [zero] * (height * vectors), step)
-            addresses = [
-                e.offset(e.offset(c, c_step, row), e.number(j), VECTOR_BYTES)
-                for row in range(height)
-                for j in range(vectors)
-            ]
-            with builder.if_else(add) as (yes, no):
-                with yes:
-                    for value, address in zip(totals, addresses, strict=True):
-                        e.store(builder.fadd(e.load(address, e.vector), value), address)
-                with no:
-                    for value, address in zip(totals, addresses, strict=True):
-                        e.store(value, address)
+    return emit
 
-        if fetch:
-            e.switch(rows, list(range(1, TILE_ROWS + 1)), lambda height: tile(height, e.isa.vectors))
-        else:
-            _each_tile(e, rows, lanes, tile)
 
-    name = f"numpyesm_product_{kind}_{'transposed' if transposed else 'ahead' if fetch else 'plain'}"
-    return function(name, 11 if fetch else 9, emit)
+def _linear_product(kind: str) -> Any:
+    """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add, ahead, ahead_step)` for up to TILE_ROWS rows."""
+    product = _product(kind)
+
+    def emit(e: Emitter, rows: Any, *arguments: Any) -> None:
+        e.switch(rows, list(range(1, TILE_ROWS + 1)), lambda height: product(e, height, e.isa.vectors, *arguments))
+
+    return function(f"numpyesm_product_{kind}", 10, emit)
+
+
+def _attention_product(kind: str, transposed: bool = False) -> Any:
+    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, c_step, add)` for the tiles of attention."""
+    product = _product(kind, transposed)
+
+    def emit(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
+        _each_tile(e, rows, lanes, lambda height, vectors: product(e, height, vectors, *arguments))
+
+    return function(f"numpyesm_attention_{kind}_{'context' if transposed else 'scores'}", 9, emit)
 
 
 def _scores(kind: str, pairs: bool = False) -> Any:
@@ -479,8 +488,8 @@ def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], Non
     e.switch(lanes, [LANES, STRIP_COLUMNS], columns)
 
 
-multiply_fp32, multiply_bf16 = _product("fp32", fetch=True), _product("bf16", fetch=True)
+multiply_fp32, multiply_bf16 = _linear_product("fp32"), _linear_product("bf16")
 # Attention's.
-product_fp32, product_bf16 = _product("fp32"), _product("bf16")
-context_fp32, context_bf16 = _product("fp32", transposed=True), _product("bf16", transposed=True)
+product_fp32, product_bf16 = _attention_product("fp32"), _attention_product("bf16")
+context_fp32, context_bf16 = _attention_product("fp32", transposed=True), _attention_product("bf16", transposed=True)
 scores_fp32, scores_bf16, score_pairs_bf16 = _scores("fp32"), _scores("bf16"), _scores("bf16", pairs=True)

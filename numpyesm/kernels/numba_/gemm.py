@@ -138,7 +138,6 @@ def _tile_fp32(height, left, step, panel, inner, tile, ahead, ahead_step):
     for k in range(0, inner, _CHAIN):
         multiply_fp32(
             height,
-            TILE_COLUMNS,
             left + 4 * k,
             step,
             panel + k * TILE_BYTES,
@@ -239,7 +238,7 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
         if _TILES:
             multiply_tiles(half, here, x_step, panel, steps, ahead, ahead_step, part)
         else:
-            multiply_bf16(height, TILE_COLUMNS, here, x_step, panel, steps, tile, TILE_BYTES, part, ahead, ahead_step)
+            multiply_bf16(height, here, x_step, panel, steps, tile, TILE_BYTES, part, ahead, ahead_step)
         here += low
 
 

@@ -106,12 +106,20 @@ class Emitter:
     def offset(self, address: Any, count: Any, step: int) -> Any:
         return self.b.add(address, self.b.mul(count, self.number(step)))
 
+    def at(self, address: Any, number: int) -> Any:
+        """Where vector `number` of those from `address` on lies."""
+        return self.offset(address, self.number(number), VECTOR_BYTES)
+
+    def whole(self, value: int) -> Any:
+        """This integer in every lane."""
+        return ir.Constant(self.integers, [value] * self.isa.lanes)
+
     def splat(self, scalar: Any) -> Any:
         """A vector with `scalar` in every lane."""
         kind = ir.VectorType(scalar.type, self.isa.lanes)
         undefined = ir.Constant(kind, ir.Undefined)
         one = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, undefined, ir.Constant(self.integers, [0] * self.isa.lanes))
+        return self.b.shuffle_vector(one, undefined, self.whole(0))
 
     def call(self, name: str, result: Any, *arguments: Any) -> Any:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -150,22 +158,20 @@ class Emitter:
             current_rounding = ir.Constant(I32, 4)
             name = "llvm.x86.avx512.mask.scalef.ps.512"
             return self.call(name, self.vector, p, whole, p, every, current_rounding)
-        power = b.shl(b.bitcast(shifted, self.integers), ir.Constant(self.integers, [23] * self.isa.lanes))
+        power = b.shl(b.bitcast(shifted, self.integers), self.whole(23))
         return b.bitcast(b.add(b.bitcast(p, self.integers), power), self.vector)
 
     def narrow(self, x: Any) -> Any:
         """float32 rounded to bf16, as the bits that memory holds."""
         if not self.isa.bf16 or self.isa.spelled_out:  # it would be a call into a library for every lane
-            bits = self.b.add(self.b.bitcast(x, self.integers), ir.Constant(self.integers, [0x8000] * self.isa.lanes))
-            high = self.b.lshr(bits, ir.Constant(self.integers, [16] * self.isa.lanes))
-            return self.b.trunc(high, ir.VectorType(ir.IntType(16), self.isa.lanes))
+            bits = self.b.add(self.b.bitcast(x, self.integers), self.whole(0x8000))
+            return self.b.trunc(self.b.lshr(bits, self.whole(16)), ir.VectorType(ir.IntType(16), self.isa.lanes))
         kind = ir.VectorType(_BFloat(), self.isa.lanes)
         return self.b.bitcast(self.b.fptrunc(x, kind), ir.VectorType(ir.IntType(16), self.isa.lanes))
 
     def widen(self, bits: Any) -> Any:
         """bf16, as the bits that memory holds, as float32."""
-        sixteen = ir.Constant(self.integers, [16] * self.isa.lanes)
-        return self.b.bitcast(self.b.shl(self.b.zext(bits, self.integers), sixteen), self.vector)
+        return self.b.bitcast(self.b.shl(self.b.zext(bits, self.integers), self.whole(16)), self.vector)
 
     def split(self, x: Any) -> tuple[Any, Any]:
         """float32 as the sum of two numbers in bf16, good to 16 bits."""
@@ -180,13 +186,8 @@ class Emitter:
     def narrow_pair(self, low: Any, high: Any) -> Any:
         """Two float32 vectors rounded to bf16, lane by lane one beside the other."""
         b = self.b
-
-        def every(value: int) -> Any:
-            return ir.Constant(self.integers, [value] * self.isa.lanes)
-
-        half = every(0x8000)
-        low, high = (b.add(b.bitcast(x, self.integers), half) for x in (low, high))
-        return b.or_(b.lshr(low, every(16)), b.and_(high, every(0xFFFF0000)))
+        low, high = (b.add(b.bitcast(x, self.integers), self.whole(0x8000)) for x in (low, high))
+        return b.or_(b.lshr(low, self.whole(16)), b.and_(high, self.whole(0xFFFF0000)))
 
     def gelu(self, x: Any, coarse: bool = False) -> Any:
         """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `constants.py`."""
@@ -280,9 +281,8 @@ def _multiply_fp32(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 def _multiply_bf16(e: Emitter, a: Any, b: Any, total: Any) -> Any:
     """Two neighbours in k at a time, summed in float32."""
     if e.isa.spelled_out:
-        sixteen, upper = (ir.Constant(e.integers, [value] * e.isa.lanes) for value in (16, 0xFFFF0000))
-        low = [e.b.bitcast(e.b.shl(x, sixteen), e.vector) for x in (a, b)]
-        high = [e.b.bitcast(e.b.and_(x, upper), e.vector) for x in (a, b)]
+        low = [e.b.bitcast(e.b.shl(x, e.whole(16)), e.vector) for x in (a, b)]
+        high = [e.b.bitcast(e.b.and_(x, e.whole(0xFFFF0000)), e.vector) for x in (a, b)]
         return e.fma(high[0], high[1], e.fma(low[0], low[1], total))
     pairs = ir.VectorType(_BFloat(), 2 * e.isa.lanes)
     name = "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if e.isa.lanes == 4 else "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -317,45 +317,40 @@ def on_addresses(count: int) -> Callable[[Callable[..., Any]], Any]:
     return intrinsic(types.void, *[types.int64] * count)
 
 
-def function(name: str, count: int, emit: Callable[..., None]) -> Any:
-    """An intrinsic that calls what `emit(emitter, *integers)` writes.
+def function(name: str, count: int) -> Callable[[Callable[..., None]], Any]:
+    """Make an intrinsic that calls what `emit(emitter, *integers)` writes.
 
     One copy in a module however often it is called: inlined, it would be optimised anew at each place.
     """
 
-    @on_addresses(count)
-    def call(e: Emitter, *arguments: Any) -> None:
-        made = e.b.module.globals.get(name)
-        if made is None:
-            made = ir.Function(e.b.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
-            made.attributes.add("noinline")
-            made.linkage = "internal"
-            inner = ir.IRBuilder(made.append_basic_block("entry"))
-            emit(Emitter(inner), *made.args)
-            inner.ret_void()
-        e.b.call(made, arguments)
+    def decorate(emit: Callable[..., None]) -> Any:
+        @on_addresses(count)
+        def call(e: Emitter, *arguments: Any) -> None:
+            made = e.b.module.globals.get(name)
+            if made is None:
+                made = ir.Function(e.b.module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+                made.attributes.add("noinline")
+                made.linkage = "internal"
+                inner = ir.IRBuilder(made.append_basic_block("entry"))
+                emit(Emitter(inner), *made.args)
+                inner.ret_void()
+            e.b.call(made, arguments)
 
-    return call
+        return call
+
+    return decorate
 
 
 def _step(
-    e: Emitter,
-    kind: str,
-    height: int,
-    vectors: int,
-    a: Any,
-    a_step: Any,
-    b: Any,
-    transposed: bool = False,
-    ahead: tuple[Any, Any] | None = None,
+    e: Emitter, kind: str, height: int, vectors: int, a: Any, a_step: Any, b: Any, transposed: bool, *ahead: Any
 ) -> Callable[[Any, list[Any]], list[Any]]:
     """Step i along k of a tile of height · vectors accumulators, row by row; see `_product`."""
 
     def step(i: Any, totals: list[Any]) -> list[Any]:
-        if ahead is not None:
+        if ahead:
             e.fetch(e.b.add(ahead[0], e.b.mul(i, ahead[1])))
         here = e.offset(b, i, vectors * VECTOR_BYTES)
-        right = [e.load(e.offset(here, e.number(j), VECTOR_BYTES), e.integers) for j in range(vectors)]
+        right = [e.load(e.at(here, j), e.integers) for j in range(vectors)]
         new = []
         for row in range(height):
             if transposed:
@@ -370,8 +365,8 @@ def _step(
     return step
 
 
-def _product(kind: str, transposed: bool = False) -> Callable[..., None]:
-    """Make `emit(emitter, height, vectors, a, a_step, b, k, c, c_step, add)`: one tile of that many rows and registers.
+def _product(e: Emitter, kind: str, transposed: bool, height: int, vectors: int, *arguments: Any) -> None:
+    """C of one tile of that many rows and registers; `arguments` are a, a_step, b, k, c, c_step, add.
 
     `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
     `b` (k, columns) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one float32, two
@@ -379,56 +374,38 @@ def _product(kind: str, transposed: bool = False) -> Callable[..., None]:
     Two more arguments, `ahead, ahead_step`: each step along k also brings a line from `ahead` on, `ahead_step` bytes
     further each time, into the second cache.
     """
-
-    def emit(
-        e: Emitter,
-        height: int,
-        vectors: int,
-        a: Any,
-        a_step: Any,
-        b: Any,
-        k: Any,
-        c: Any,
-        c_step: Any,
-        add: Any,
-        *ahead: Any,
-    ) -> None:
-        step = _step(e, kind, height, vectors, a, a_step, b, transposed, ahead or None)
-        totals = e.unrolled(k, [ir.Constant(e.vector, None)] * (height * vectors), step)
-        addresses = [
-            e.offset(e.offset(c, c_step, row), e.number(j), VECTOR_BYTES)
-            for row in range(height)
-            for j in range(vectors)
-        ]
-        with e.b.if_else(e.b.icmp_signed("!=", add, e.number(0))) as (yes, no):
-            with yes:
-                for value, address in zip(totals, addresses, strict=True):
-                    e.store(e.b.fadd(e.load(address, e.vector), value), address)
-            with no:
-                for value, address in zip(totals, addresses, strict=True):
-                    e.store(value, address)
-
-    return emit
+    a, a_step, b, k, c, c_step, add, *ahead = arguments
+    step = _step(e, kind, height, vectors, a, a_step, b, transposed, *ahead)
+    totals = e.unrolled(k, [ir.Constant(e.vector, None)] * (height * vectors), step)
+    addresses = [e.at(e.offset(c, c_step, row), j) for row in range(height) for j in range(vectors)]
+    with e.b.if_else(e.b.icmp_signed("!=", add, e.number(0))) as (yes, no):
+        with yes:
+            for value, address in zip(totals, addresses, strict=True):
+                e.store(e.b.fadd(e.load(address, e.vector), value), address)
+        with no:
+            for value, address in zip(totals, addresses, strict=True):
+                e.store(value, address)
 
 
 def _linear_product(kind: str) -> Any:
     """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add, ahead, ahead_step)` for up to TILE_ROWS rows."""
-    product = _product(kind)
 
-    def emit(e: Emitter, rows: Any, *arguments: Any) -> None:
-        e.switch(rows, list(range(1, TILE_ROWS + 1)), lambda height: product(e, height, e.isa.vectors, *arguments))
+    @function(f"numpyesm_product_{kind}", 10)
+    def multiply(e: Emitter, rows: Any, *arguments: Any) -> None:
+        heights = list(range(1, TILE_ROWS + 1))
+        e.switch(rows, heights, lambda height: _product(e, kind, False, height, e.isa.vectors, *arguments))
 
-    return function(f"numpyesm_product_{kind}", 10, emit)
+    return multiply
 
 
 def _attention_product(kind: str, transposed: bool = False) -> Any:
     """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, c_step, add)` for the tiles of attention."""
-    product = _product(kind, transposed)
 
-    def emit(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
-        _each_tile(e, rows, lanes, lambda height, vectors: product(e, height, vectors, *arguments))
+    @function(f"numpyesm_attention_{kind}_{'context' if transposed else 'scores'}", 9)
+    def multiply(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
+        _each_tile(e, rows, lanes, lambda *shape: _product(e, kind, transposed, *shape, *arguments))
 
-    return function(f"numpyesm_attention_{kind}_{'context' if transposed else 'scores'}", 9, emit)
+    return multiply
 
 
 def _scores(kind: str, pairs: bool = False) -> Any:
@@ -438,41 +415,39 @@ def _scores(kind: str, pairs: bool = False) -> Any:
     with neighbours of a column beside each other, as the next product takes them; the other of a single row is zero.
     """
 
-    def emit(
+    @function(f"numpyesm_scores_{kind}_{'pairs' if pairs else 'rows'}", 9)
+    def exponentials(
         e: Emitter, rows: Any, lanes: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, shift: Any, total: Any
     ) -> None:
         builder = e.b
         coarse = kind != "fp32"
 
         def tile(height: int, vectors: int) -> None:
-            start = [
-                builder.fsub(ir.Constant(e.vector, None), e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector))
-                for j in range(vectors)
-            ]
-
-            step = _step(e, kind, height, vectors, a, a_step, b)
+            zero = ir.Constant(e.vector, None)
+            start = [builder.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
+            step = _step(e, kind, height, vectors, a, a_step, b, False)
             scores = e.unrolled(k, start * height, step)
             for j in range(vectors):
-                at = e.offset(total, e.number(j), VECTOR_BYTES)
+                at = e.at(total, j)
                 whole = e.load(at, e.vector)
-                before = ir.Constant(e.vector, None)
+                before = zero
                 for row in range(height):
                     value = e.exp2(scores[row * vectors + j], coarse)
                     whole = builder.fadd(whole, value)
                     if not pairs:
-                        e.store(value, e.offset(c, e.number(row * vectors + j), VECTOR_BYTES))
+                        e.store(value, e.at(c, row * vectors + j))
                     elif row % 2:
-                        target = e.offset(c, e.number(row // 2 * vectors + j), VECTOR_BYTES)
+                        target = e.at(c, row // 2 * vectors + j)
                         e.store(e.narrow_pair(before, value), target)
                     before = value
                 if pairs and height % 2:
-                    target = e.offset(c, e.number(height // 2 * vectors + j), VECTOR_BYTES)
-                    e.store(e.narrow_pair(before, ir.Constant(e.vector, None)), target)
+                    target = e.at(c, height // 2 * vectors + j)
+                    e.store(e.narrow_pair(before, zero), target)
                 e.store(whole, at)
 
         _each_tile(e, rows, lanes, tile)
 
-    return function(f"numpyesm_scores_{kind}_{'pairs' if pairs else 'rows'}", 9, emit)
+    return exponentials
 
 
 def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], None]) -> None:

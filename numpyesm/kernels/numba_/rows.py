@@ -14,10 +14,6 @@ from numba import types
 from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter, intrinsic
 
 
-def _at(e: Emitter, address: Any, i: Any, size: int = VECTOR_BYTES) -> Any:
-    return e.offset(address, i, size)
-
-
 def _across(e: Emitter, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """One number from all lanes, by halves."""
     lanes = e.isa.lanes
@@ -51,7 +47,7 @@ def row_sum(e: Emitter, x: Any, count: Any) -> Any:
     """Sum of the vectors at x."""
 
     def step(i: Any, value: Any) -> Any:
-        return e.b.fadd(value, e.load(_at(e, x, i), e.vector))
+        return e.b.fadd(value, e.load(e.offset(x, i, VECTOR_BYTES), e.vector))
 
     return _across(e, _halves(e, count, e.constant(0.0), step, e.b.fadd), e.b.fadd)
 
@@ -62,7 +58,7 @@ def row_squares(e: Emitter, x: Any, count: Any, mean: Any) -> Any:
     middle = e.splat(mean)
 
     def step(i: Any, value: Any) -> Any:
-        difference = e.b.fsub(e.load(_at(e, x, i), e.vector), middle)
+        difference = e.b.fsub(e.load(e.offset(x, i, VECTOR_BYTES), e.vector), middle)
         return e.fma(difference, difference, value)
 
     return _across(e, _halves(e, count, e.constant(0.0), step, e.b.fadd), e.b.fadd)
@@ -82,15 +78,19 @@ def _normalise(narrow: bool, split: bool = False) -> Any:
         middle, factor = e.splat(mean), e.splat(scale)
 
         def body(i: Any, _: list[Any]) -> list[Any]:
-            value = e.b.fmul(e.b.fsub(e.load(_at(e, x, i), e.vector), middle), factor)
-            value = e.fma(value, e.load(_at(e, gain, i), e.vector), e.load(_at(e, shift, i), e.vector))
-            at = _at(e, out, i, VECTOR_BYTES // 2)
+            value = e.b.fmul(e.b.fsub(e.load(e.offset(x, i, VECTOR_BYTES), e.vector), middle), factor)
+            value = e.fma(
+                value,
+                e.load(e.offset(gain, i, VECTOR_BYTES), e.vector),
+                e.load(e.offset(shift, i, VECTOR_BYTES), e.vector),
+            )
+            at = e.offset(out, i, VECTOR_BYTES // 2)
             if split:
                 e.store_split(value, at, e.b.add(at, low[0]))
             elif narrow:
                 e.store(e.narrow(value), at, align=2)
             else:
-                e.store(value, _at(e, out, i))
+                e.store(value, e.offset(out, i, VECTOR_BYTES))
             return []
 
         e.fold(count, [], body)

@@ -24,24 +24,21 @@ _PALETTE = 1
 _C, _A, _B = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
 
-class TileEmitter(Emitter):
-    """IR on the eight tile registers."""
+def _zero(e: Emitter, tile: int) -> None:
+    e.call("llvm.x86.tilezero", ir.VoidType(), BYTE(tile))
 
-    def _tile(self, name: str, *arguments: Any) -> None:
-        self.call(f"llvm.x86.{name}", ir.VoidType(), *arguments)
 
-    def zero(self, tile: int) -> None:
-        self._tile("tilezero", BYTE(tile))
+def _load(e: Emitter, tile: int, address: Any, step: Any, hint: str = "") -> None:
+    """Rows that lie `step` bytes apart."""
+    e.call(f"llvm.x86.tileloadd{hint}64", ir.VoidType(), BYTE(tile), e.b.inttoptr(address, _POINTER), step)
 
-    def load_tile(self, tile: int, address: Any, step: Any, hint: str = "") -> None:
-        """Rows that lie `step` bytes apart."""
-        self._tile(f"tileloadd{hint}64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
 
-    def store_tile(self, tile: int, address: Any, step: Any) -> None:
-        self._tile("tilestored64", BYTE(tile), self.b.inttoptr(address, _POINTER), step)
+def _store(e: Emitter, tile: int, address: Any, step: Any) -> None:
+    e.call("llvm.x86.tilestored64", ir.VoidType(), BYTE(tile), e.b.inttoptr(address, _POINTER), step)
 
-    def multiply(self, total: int, a: int, b: int) -> None:
-        self.call("llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
+
+def _multiply(e: Emitter, total: int, a: int, b: int) -> None:
+    e.call("llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
 
 
 @on_addresses(1)
@@ -62,13 +59,12 @@ def configure_tiles(e: Emitter, half: Any) -> None:
 
 
 @on_addresses(3)
-def store_tiles(plain: Emitter, half: Any, c: Any, c_step: Any) -> None:
+def store_tiles(e: Emitter, half: Any, c: Any, c_step: Any) -> None:
     """C, two by two tiles of `half` rows, to memory; rows are `c_step` bytes apart."""
-    e = TileEmitter(plain.b)
     for row in range(2):
         start = e.b.add(c, e.b.mul(half, c_step)) if row else c
         for column in range(2):
-            e.store_tile(_C[row][column], e.b.add(start, e.number(column * _ROW_BYTES)), c_step)
+            _store(e, _C[row][column], e.b.add(start, e.number(column * _ROW_BYTES)), c_step)
 
 
 @on_addresses(0)
@@ -78,7 +74,7 @@ def release_tiles(e: Emitter) -> None:
 
 
 def _steps_of_k(
-    e: TileEmitter,
+    e: Emitter,
     rows: int,
     columns: int,
     steps: Any,
@@ -92,138 +88,115 @@ def _steps_of_k(
         if beside is not None:
             beside(i)
         for column in range(columns):
-            e.load_tile(_B[column], *b(i, column))
+            _load(e, _B[column], *b(i, column))
         for row in range(rows):
-            e.load_tile(_A[row], *a(i, row), hint="t1")
+            _load(e, _A[row], *a(i, row), hint="t1")
             for column in range(columns):
-                e.multiply(_C[row][column], _A[row], _B[column])
+                _multiply(e, _C[row][column], _A[row], _B[column])
         return []
 
     e.loop(steps, [], body)
 
 
-def _linear() -> Any:
-    """Make `f(half, a, a_step, b, k, ahead, ahead_step, add)`: two tiles of `half` rows by a packed panel.
+@function("numpyesm_tiles", 8)
+def multiply_tiles(
+    e: Emitter, half: Any, a: Any, a_step: Any, b: Any, k: Any, ahead: Any, ahead_step: Any, add: Any
+) -> None:
+    """Two tiles of `half` rows, as configured, by a packed panel, with what the next one fetches.
 
-    As `emitter._product` with `fetch`, and `half` as configured; `k` is a multiple of STEPS. C stays in its registers
-    until `store_tiles`, and beyond it for what is added next.
+    As `emitter._product`; `k` is a multiple of STEPS. C stays in its registers until `store_tiles`, and beyond it for
+    what is added next.
     """
+    builder = e.b
+    second = builder.mul(half, a_step)
+    with builder.if_then(builder.icmp_signed("==", add, e.number(0))):
+        for tiles in _C:
+            for tile in tiles:
+                _zero(e, tile)
 
-    def emit(
-        plain: Emitter, half: Any, a: Any, a_step: Any, b: Any, k: Any, ahead: Any, ahead_step: Any, add: Any
-    ) -> None:
-        e = TileEmitter(plain.b)
-        builder = e.b
-        second = builder.mul(half, a_step)
-        with builder.if_then(builder.icmp_signed("==", add, e.number(0))):
-            for tiles in _C:
-                for tile in tiles:
-                    e.zero(tile)
+    def left(i: Any, row: int) -> tuple[Any, Any]:
+        start = builder.add(a, second) if row else a
+        return e.offset(start, i, _ROW_BYTES), a_step
 
-        def left(i: Any, row: int) -> tuple[Any, Any]:
-            start = builder.add(a, second) if row else a
-            return e.offset(start, i, _ROW_BYTES), a_step
+    def right(i: Any, column: int) -> tuple[Any, Any]:
+        here = e.offset(b, i, STEPS * TILE_BYTES)
+        return builder.add(here, e.number(column * _ROW_BYTES)), e.number(TILE_BYTES)
 
-        def right(i: Any, column: int) -> tuple[Any, Any]:
-            here = e.offset(b, i, STEPS * TILE_BYTES)
-            return builder.add(here, e.number(column * _ROW_BYTES)), e.number(TILE_BYTES)
+    fetched = builder.mul(ahead_step, e.number(STEPS))
+    lines = builder.add(builder.sdiv(builder.sub(fetched, e.number(1)), e.number(64)), e.number(1))
 
-        fetched = builder.mul(ahead_step, e.number(STEPS))
-        lines = builder.add(builder.sdiv(builder.sub(fetched, e.number(1)), e.number(64)), e.number(1))
+    def fetch(i: Any) -> None:
+        here = builder.add(ahead, builder.mul(i, fetched))
 
-        def fetch(i: Any) -> None:
-            here = builder.add(ahead, builder.mul(i, fetched))
+        def line(j: Any, _: list[Any]) -> list[Any]:
+            e.fetch(e.offset(here, j, 64))
+            return []
 
-            def line(j: Any, _: list[Any]) -> list[Any]:
-                e.fetch(e.offset(here, j, 64))
-                return []
+        e.loop(lines, [], line)
 
-            e.loop(lines, [], line)
-
-        _steps_of_k(e, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
-
-    return function("numpyesm_tiles", 8, emit)
+    _steps_of_k(e, 2, 2, builder.sdiv(k, e.number(STEPS)), left, right, fetch)
 
 
-def _context_product() -> Any:
-    """Make `f(shape, a, a_step, a_next, b, b_step, k, c)` of bf16, with 16 rows configured.
+@function("numpyesm_tiles_context", 8)
+def context_product(
+    e: Emitter, shape: Any, a: Any, a_step: Any, a_next: Any, b: Any, b_step: Any, k: Any, c: Any
+) -> None:
+    """C = A · B in bf16, with 16 rows configured.
 
     `shape` is 2 · (two tiles of rows?) + (two of columns?), plus 4 to add to C. Rows of B and C are `b_step` bytes
     apart; tile i of A begins `i · a_next` bytes on; `k` counts tiles.
     """
+    builder = e.b
+    one_row_of_tiles = builder.mul(b_step, e.number(HALF_ROWS))
 
-    def emit(plain: Emitter, shape: Any, a: Any, a_step: Any, a_next: Any, b: Any, b_step: Any, k: Any, c: Any) -> None:
-        e = TileEmitter(plain.b)
-        builder = e.b
-        one_row_of_tiles = builder.mul(b_step, e.number(HALF_ROWS))
+    def left(i: Any, row: int) -> tuple[Any, Any]:
+        start = e.offset(a, a_step, HALF_ROWS) if row else a
+        return builder.add(start, builder.mul(i, a_next)), a_step
 
-        def left(i: Any, row: int) -> tuple[Any, Any]:
-            start = e.offset(a, a_step, HALF_ROWS) if row else a
-            return builder.add(start, builder.mul(i, a_next)), a_step
+    def right(i: Any, column: int) -> tuple[Any, Any]:
+        here = builder.add(b, builder.mul(i, one_row_of_tiles))
+        return builder.add(here, e.number(column * _ROW_BYTES)), b_step
 
-        def right(i: Any, column: int) -> tuple[Any, Any]:
-            here = builder.add(b, builder.mul(i, one_row_of_tiles))
-            return builder.add(here, e.number(column * _ROW_BYTES)), b_step
+    def case(choice: int) -> None:
+        rows, columns = 1 + (choice >> 1 & 1), 1 + (choice & 1)
+        tiles = [
+            (_C[row][column], builder.add(c, e.offset(e.number(column * _ROW_BYTES), one_row_of_tiles, row)))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        for tile, address in tiles:
+            if choice & 4:
+                _load(e, tile, address, b_step)
+            else:
+                _zero(e, tile)
+        _steps_of_k(e, rows, columns, k, left, right)
+        for tile, address in tiles:
+            _store(e, tile, address, b_step)
 
-        def case(choice: int) -> None:
-            rows, columns = 1 + (choice >> 1 & 1), 1 + (choice & 1)
-            tiles = [
-                (_C[row][column], builder.add(c, e.offset(e.number(column * _ROW_BYTES), one_row_of_tiles, row)))
-                for row in range(rows)
-                for column in range(columns)
-            ]
-            for tile, address in tiles:
-                if choice & 4:
-                    e.load_tile(tile, address, b_step)
-                else:
-                    e.zero(tile)
-            _steps_of_k(e, rows, columns, k, left, right)
-            for tile, address in tiles:
-                e.store_tile(tile, address, b_step)
-
-        e.switch(shape, list(range(8)), case)
-
-    return function("numpyesm_tiles_context", 8, emit)
+    e.switch(shape, list(range(8)), case)
 
 
-def _scores() -> Any:
-    """Make `f(lanes, count, keys, step, queries, k, scores, shift, total, pairs, keep)`, with 16 rows configured.
+@function("numpyesm_tiles_scores", 11)
+def tile_scores(e: Emitter, lanes: Any, *arguments: Any) -> None:
+    """2^(keys · queries - shift) of `lanes` queries, with 16 rows configured; see `_score_blocks`."""
+    e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
 
-    2^(keys · queries - shift) for `count` keys, which lie `step` bytes apart, and `lanes` queries in `k` tiles of
-    pairs. Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one; total +=
-    their sum over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
+
+def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
+    """Exponentials for `count` keys, which lie `step` bytes apart, and some vectors of queries in `k` tiles of pairs.
+
+    Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one; total += their sum
+    over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
 
     Exponentials are taken two blocks of 16 keys behind the products: a tile that was just stored cannot be read at
     once, and a load waits for an earlier store to where it reads, 4 kB apart or not.
     """
-
-    def emit(plain: Emitter, lanes: Any, *arguments: Any) -> None:
-        e = TileEmitter(plain.b)
-        e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
-
-    return function("numpyesm_tiles_scores", 11, emit)
-
-
-def _score_blocks(
-    e: TileEmitter,
-    vectors: int,
-    count: Any,
-    keys: Any,
-    step: Any,
-    queries: Any,
-    k: Any,
-    scores: Any,
-    shift: Any,
-    total: Any,
-    pairs: Any,
-    keep: Any,
-) -> None:
-    """See `_scores`; of one or two vectors of queries."""
+    count, keys, step, queries, k, scores, shift, total, pairs, keep = arguments
     b = e.b
     row_bytes = vectors * VECTOR_BYTES
     block_bytes = HALF_ROWS * row_bytes
-    shifts = [e.load(e.offset(shift, e.number(j), VECTOR_BYTES), e.vector) for j in range(vectors)]
-    ends = [e.offset(total, e.number(j), VECTOR_BYTES) for j in range(vectors)]
+    shifts = [e.load(e.at(shift, j), e.vector) for j in range(vectors)]
+    ends = [e.at(total, j) for j in range(vectors)]
     keep = b.icmp_signed("!=", keep, e.number(0))
     # Where a block lies: all of them behind each other, or two that take turns.
     mask = b.select(keep, e.number(-1), e.number(1))
@@ -232,24 +205,24 @@ def _score_blocks(
     def load_queries(i: Any, tiles: tuple[int, int]) -> None:
         start = e.offset(queries, i, STEPS * row_bytes)
         for column in range(vectors):
-            e.load_tile(tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
+            _load(e, tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
 
     def place(block: Any) -> Any:
         return e.offset(scores, b.and_(block, mask), block_bytes)
 
     def product(block: Any) -> None:
         here = b.add(keys, b.mul(step, b.mul(block, e.number(HALF_ROWS))))
-        e.load_tile(_A[0], here, step)
+        _load(e, _A[0], here, step)
         for column in range(vectors):
-            e.zero(_C[0][column])
-            e.multiply(_C[0][column], _A[0], _B[column])
+            _zero(e, _C[0][column])
+            _multiply(e, _C[0][column], _A[0], _B[column])
 
         def further(i: Any, _: list[Any]) -> list[Any]:
             i = b.add(i, e.number(1))
             load_queries(i, _C[1])
-            e.load_tile(_A[1], e.offset(here, i, _ROW_BYTES), step)
+            _load(e, _A[1], e.offset(here, i, _ROW_BYTES), step)
             for column in range(vectors):
-                e.multiply(_C[0][column], _A[1], _C[1][column])
+                _multiply(e, _C[0][column], _A[1], _C[1][column])
             return []
 
         with b.if_then(b.icmp_signed(">", k, e.number(1))):
@@ -258,7 +231,7 @@ def _score_blocks(
     def store(block: Any) -> None:
         for column in range(vectors):
             at = b.add(place(block), e.number(column * _ROW_BYTES))
-            e.store_tile(_C[0][column], at, e.number(row_bytes))
+            _store(e, _C[0][column], at, e.number(row_bytes))
 
     def exponential(address: Any, j: int) -> Any:
         address = b.add(address, e.number(j * VECTOR_BYTES))
@@ -322,6 +295,3 @@ def _score_blocks(
     with b.if_then(several):
         add(b.sub(last, one), e.number(HALF_ROWS))
     add(last, b.sub(count, b.mul(last, e.number(HALF_ROWS))))
-
-
-multiply_tiles, context_product, tile_scores = _linear(), _context_product(), _scores()

@@ -15,6 +15,7 @@ from .emitter import FLOAT, I32, I64, LANES, TILE_BYTES, VECTOR_BYTES, Emitter, 
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
 
+_PIECE = ir.VectorType(FLOAT, PIECE)
 _HALF = ir.IntType(16)
 
 # Numba's declarations describe what its decorators take, not what they make of it.
@@ -56,38 +57,29 @@ def add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     e.store(e.b.fadd(e.load(out, e.vector), e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector))), out)
 
 
-def _rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any) -> Any:
-    """PIECE channels, neighbours in pairs: (x + iy) turned by (cosine + i sine); `sine` comes as (-sine, sine)."""
-    piece = ir.VectorType(FLOAT, PIECE)
-    value = e.b.fadd(e.load(source, piece), e.load(bias, piece))
-    swap = ir.Constant(ir.VectorType(I32, PIECE), [lane ^ 1 for lane in range(PIECE)])
-    swapped = e.b.shuffle_vector(value, ir.Constant(piece, ir.Undefined), swap)
-    turned = e.b.fmul(swapped, e.load(sine, piece))
-    return e.fma(value, e.load(cosine, piece), turned)
-
-
-def _piece_bf16(e: Emitter, value: Any) -> Any:
-    """float32 rounded to bf16, by integers: PIECE of them need not fill a register."""
-    wide = ir.VectorType(I32, PIECE)
-    rounded = e.b.add(e.b.bitcast(value, wide), ir.Constant(wide, [0x8000] * PIECE))
-    return e.b.trunc(e.b.lshr(rounded, ir.Constant(wide, [16] * PIECE)), ir.VectorType(_HALF, PIECE))
-
-
 @on_addresses(5)
 def store_rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, out: Any) -> None:
-    e.store(_rotated(e, source, bias, cosine, sine), out)
+    """PIECE channels, neighbours in pairs: (x + iy) turned by (cosine + i sine); `sine` comes as (-sine, sine)."""
+    value = e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE))
+    swap = ir.Constant(ir.VectorType(I32, PIECE), [lane ^ 1 for lane in range(PIECE)])
+    swapped = e.b.shuffle_vector(value, ir.Constant(_PIECE, ir.Undefined), swap)
+    turned = e.b.fmul(swapped, e.load(sine, _PIECE))
+    e.store(e.fma(value, e.load(cosine, _PIECE), turned), out)
 
 
 @on_addresses(3)
 def store_piece(e: Emitter, source: Any, bias: Any, out: Any) -> None:
-    piece = ir.VectorType(FLOAT, PIECE)
-    e.store(e.b.fadd(e.load(source, piece), e.load(bias, piece)), out)
+    """PIECE numbers: out = source + bias"""
+    e.store(e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE)), out)
 
 
 @on_addresses(3)
 def store_piece_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
-    piece = ir.VectorType(FLOAT, PIECE)
-    e.store(_piece_bf16(e, e.b.fadd(e.load(source, piece), e.load(bias, piece))), out, align=2)
+    """The same rounded to bf16, by integers: PIECE of them need not fill a register."""
+    value, wide = e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE)), ir.VectorType(I32, PIECE)
+    rounded = e.b.add(e.b.bitcast(value, wide), ir.Constant(wide, [0x8000] * PIECE))
+    half = e.b.trunc(e.b.lshr(rounded, ir.Constant(wide, [16] * PIECE)), ir.VectorType(_HALF, PIECE))
+    e.store(half, out, align=2)
 
 
 # -- narrow weights -------------------------------------------------------------------------------------------------
@@ -100,9 +92,8 @@ def widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
 
     def step(i: Any, _: list[Any]) -> list[Any]:
         for j in range(e.isa.vectors):
-            at = e.number(j)
-            bits = e.load(e.offset(e.offset(source, i, TILE_BYTES // 2), at, VECTOR_BYTES // 2), half, align=2)
-            e.store(e.widen(bits), e.offset(e.offset(out, i, TILE_BYTES), at, VECTOR_BYTES))
+            here = e.offset(e.offset(source, i, TILE_BYTES // 2), e.number(j), VECTOR_BYTES // 2)
+            e.store(e.widen(e.load(here, half, align=2)), e.at(e.offset(out, i, TILE_BYTES), j))
         return []
 
     e.loop(steps, [], step)
@@ -112,7 +103,7 @@ def widen_bf16(e: Emitter, source: Any, steps: Any, out: Any) -> None:
 def widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out: Any) -> None:
     """`steps` of k of a panel: int8, with a scale for each column -> float32, or bf16 in `pairs`"""
     lanes = e.isa.lanes
-    factors = [e.load(e.offset(scales, e.number(j), VECTOR_BYTES), e.vector) for j in range(e.isa.vectors)]
+    factors = [e.load(e.at(scales, j), e.vector) for j in range(e.isa.vectors)]
 
     def widened(address: Any, factor: Any) -> Any:
         levels = e.load(address, ir.VectorType(ir.IntType(8), lanes), align=1)
@@ -126,7 +117,7 @@ def widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out
         def step(i: Any, _: list[Any]) -> list[Any]:
             here, there = e.offset(source, i, TILE_BYTES // (2 if choice else 4)), e.offset(out, i, TILE_BYTES)
             for j in range(e.isa.vectors):
-                target = e.offset(there, e.number(j), VECTOR_BYTES)
+                target = e.at(there, j)
                 if not choice:
                     e.store(widened(e.offset(here, e.number(j), lanes), factors[j]), target)
                     continue
@@ -227,17 +218,19 @@ def transpose_eight(e: Emitter, source: Any, source_step: Any, out: Any, out_ste
         e.store(rows[j], e.offset(out, out_step, j))
 
 
-def _array_at(dtype: Any) -> Any:
+def _array_at(dtype: Any, kind: Any) -> Any:
     """An intrinsic that makes an address a pointer for `numba.carray`."""
 
-    @_intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(dtype)(types.int64), codegen
+    @intrinsic(types.CPointer(dtype), types.int64)
+    def pointer(e: Emitter, address: Any) -> Any:
+        return e.b.inttoptr(address, kind.as_pointer())
 
     return pointer
+
+
+float32_at, float64_at = _array_at(types.float32, FLOAT), _array_at(types.float64, ir.DoubleType())
+int64_at, uint32_at = _array_at(types.int64, I64), _array_at(types.uint32, I32)
+uint8_at, uint16_at = _array_at(types.uint8, ir.IntType(8)), _array_at(types.uint16, _HALF)
 
 
 # -- between threads ------------------------------------------------------------------------------------------------
@@ -279,9 +272,3 @@ def call_kernel(typingctx, entry, arguments):
         return context.get_dummy_value()
 
     return types.void(entry, arguments), codegen
-
-
-float32_at, float64_at = _array_at(types.float32), _array_at(types.float64)
-int64_at, uint8_at, uint16_at, uint32_at = (
-    _array_at(kind) for kind in (types.int64, types.uint8, types.uint16, types.uint32)
-)

@@ -25,9 +25,8 @@ import numba
 from numpyesm.config import ModelConfig
 from numpyesm.kernels.base import AttentionMaps
 from numpyesm.kernels.compiled.code import needed
-from numpyesm.kernels.compiled.forward import cut_blocks, map_table
+from numpyesm.kernels.compiled.forward import CompiledKernels, cut_blocks, map_table
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
-from numpyesm.kernels.compiled.kernels import CompiledKernels
 from numpyesm.kernels.compiled.layout import Matrix, Room, address
 from numpyesm.kernels.compiled.library import library_code
 from numpyesm.kernels.compiled.panels import aligned, pack_panels, padded_columns

@@ -41,8 +41,8 @@ import sys, warnings
 warnings.simplefilter("ignore")
 backend, precision, features, out = sys.argv[1:]
 if features:
-    from numpyesm.kernels.compiled import cpu
-    cpu.host_features = lambda: frozenset(features.split(","))
+    from numpyesm.kernels.compiled import isa
+    isa.host_features = lambda: frozenset(features.split(","))
 import platform
 import numpy as np
 from numpyesm import ESM2

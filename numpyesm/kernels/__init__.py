@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from typing import TYPE_CHECKING
 
 from ..errors import InvalidOption, MissingExtra
 from ..options import PRECISIONS, check_backend, check_precision
 from ..threads import WorkerPool
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
+from .compiled.code import Code
 from .compiled.library import library_code
-
-if TYPE_CHECKING:
-    from .compiled.code import Code
 
 _HOW = "pip install './packaging/kernels' from a clone (compiled ahead of time) or 'numpyesm[fast]' (Numba)"
 
@@ -51,7 +48,7 @@ def make_kernels(
     if backend != "numpy" and precision in PRECISIONS:
         code, reason = _compiled(precision, must=backend == "compiled" or precision != "fp32")
     if code is not None:
-        from .compiled.kernels import CompiledKernels
+        from .compiled.forward import CompiledKernels
 
         return CompiledKernels(checkpoint, precision, code, pool or WorkerPool(1))
     if precision in ("bf16", "int8"):

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
-from .compiled.isa import host_levels, levels, wanted_levels
+from .compiled.isa import BUILD_FOR, host_levels, levels, portable_cpu, wanted_levels
 from .compiled.library import abi, library_name
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +103,6 @@ def build(folder: Path, names: Sequence[str]) -> Path:
 
 def _compile(name: str, room: Path) -> Path:
     """One level in a process of its own: its shapes are constants of the modules that emit code."""
-    from .numba_.target import BUILD_FOR, portable_cpu
-
     cpu, features = portable_cpu(levels()[name])
     output = room / f"{name}.o"
     environment = child_environment(
@@ -113,7 +111,7 @@ def _compile(name: str, room: Path) -> Path:
         NUMBA_CACHE_DIR=str(room / f"numba-{name}"),
         **{BUILD_FOR: name},
     )
-    command = [sys.executable, "-m", "numpyesm.kernels.numba_.objects", str(output)]
+    command = [sys.executable, "-m", "numpyesm.kernels.numba_.code", str(output)]
     _run(command, f"compiling for {name}", environment)
     return output
 

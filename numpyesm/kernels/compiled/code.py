@@ -1,13 +1,22 @@
-"""Compiled kernels as this process calls them: functions at addresses, that take integers."""
+"""Compiled kernels as this process calls them: functions at addresses, that take integers; and what they are made from.
+
+Code from other sources has other tables and is not called.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...weights.tensor import GROUP
 from .isa import Isa
+
+# The package of both, and what decides what compiled code does beside what writes it.
+_ROOM = Path(__file__).parents[1]
+_BESIDE = ("compiled/code.py", "compiled/isa.py", "compiled/layout.py", "compiled/panels.py", "constants.py")
 
 # How many integers each takes; `numba_/` says which.
 ARGUMENTS = {
@@ -72,3 +81,13 @@ class Code:
             function = functools.partial(function, ctypes.c_void_p(), ctypes.c_void_p())
             self._functions[name] = function
         function(*numbers)
+
+
+@functools.cache
+def kernel_sources() -> str:
+    """SHA-256 of all that decides what compiled code does."""
+    digest = hashlib.sha256(f"int8 in groups of {GROUP}".encode())
+    for path in [*sorted((_ROOM / "numba_").glob("*.py")), *(_ROOM / name for name in _BESIDE)]:
+        # As in the repository, whatever a checkout on Windows made of the ends of lines.
+        digest.update(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()

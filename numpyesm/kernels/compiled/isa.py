@@ -1,4 +1,7 @@
-"""SIMD levels: what each needs of a CPU, the shape of its register tiles, and which one this process uses."""
+"""SIMD levels: what each needs of a CPU, the shape of its register tiles, and which one this process uses.
+
+Features of CPUs have LLVM's names.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,26 @@ from dataclasses import dataclass
 from functools import cache
 
 from ...errors import InvalidOption
-from .cpu import host_features
 
+# As Linux lists features in /proc/cpuinfo, where LLVM writes a hyphen or nothing.
+_RENAMED = {"avx512_bf16": "avx512bf16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16"}
+# Names of macOS's sysctl.
+_DARWIN = {
+    "hw.optional.avx2_0": ("avx2",),
+    "hw.optional.fma": ("fma",),
+    "hw.optional.avx512f": ("avx512f",),
+    "hw.optional.avx512bw": ("avx512bw",),
+    "hw.optional.avx512vl": ("avx512vl",),
+    "hw.optional.arm.FEAT_BF16": ("bf16",),
+}
+# Numbers of Windows' IsProcessorFeaturePresent: it knows no bf16. Every CPU with AVX2 has FMA; all with AVX-512 but
+# Knights Landing have its byte, word and length parts.
+_WINDOWS = {40: ("avx2", "fma"), 41: ("avx512f", "avx512bw", "avx512vl")}
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), see Linux's Documentation/arch/x86/xstate.rst.
 _ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18
+
+# Set in the processes of `kernels/build.py` only: what they compile may not run on this machine.
+BUILD_FOR = "NUMPYESM_BUILD_FOR"
 
 # Rows of one tile register and of a product of two by two; steps of k (4 bytes of a row) that one instruction takes.
 HALF_ROWS, ROWS, STEPS = 16, 32, 16
@@ -27,7 +46,7 @@ class Isa:
     name : str
         As `NUMPYESM_ISA` spells it.
     needs : tuple of str
-        Features of the CPU, as LLVM spells them. Code of this level uses nothing else.
+        Features of the CPU. Code of this level uses nothing else.
     lanes : int
         float32 numbers in a register.
     vectors : int
@@ -109,6 +128,40 @@ def levels() -> dict[str, Isa]:
 
 
 @cache
+def host_features() -> frozenset[str]:
+    """Features of this CPU; empty where the system does not tell."""
+    try:
+        if sys.platform == "win32":
+            import ctypes
+
+            present = ctypes.windll.kernel32.IsProcessorFeaturePresent
+            return frozenset(name for number, names in _WINDOWS.items() if present(number) for name in names)
+        if sys.platform == "darwin":
+            return frozenset(name for key, names in _DARWIN.items() if _sysctl(key) for name in names)
+        return _proc_cpuinfo()
+    except OSError:
+        return frozenset()
+
+
+def _proc_cpuinfo() -> frozenset[str]:
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return frozenset(_RENAMED.get(flag, flag) for flag in flags.split())
+    return frozenset()
+
+
+def _sysctl(key: str) -> int:
+    import ctypes
+
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    libc = ctypes.CDLL(None)
+    failed = libc.sysctlbyname(key.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    return 0 if failed else value.value
+
+
+@cache
 def tiles_granted() -> bool:
     """Whether the system lets this process use tile registers: Linux wants to be asked, as they are 8 kB a thread."""
     if not sys.platform.startswith("linux") or architecture() != "x86_64":
@@ -151,3 +204,14 @@ def wanted_levels() -> dict[str, Isa]:
 def host_isa() -> Isa:
     """The best of `wanted_levels`."""
     return next(iter(wanted_levels().values()))
+
+
+def target_isa() -> Isa:
+    """The level that this process compiles for: `host_isa`, or what `kernels/build.py` asks for."""
+    wanted = os.environ.get(BUILD_FOR)
+    return levels()[wanted] if wanted else host_isa()
+
+
+def portable_cpu(isa: Isa) -> tuple[str, str]:
+    """LLVM's CPU and features for code that every machine of this level runs."""
+    return ("x86-64" if architecture() == "x86_64" else "generic"), ",".join(f"+{name}" for name in isa.needs)

@@ -13,15 +13,11 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import InvalidOption
 from ...weights.cache import cache_dir
+from .code import ARGUMENTS, Code, kernel_sources, symbol
 from .isa import architecture, host_isa, wanted_levels
-from .sources import kernel_sources
-
-if TYPE_CHECKING:
-    from .code import Code
 
 # Changes when functions are called in another way; what is in the tables, the hash of the sources tells.
 ABI = 1
@@ -92,8 +88,6 @@ def _open(path: Path) -> Code | str:
         import ctypes
     except ImportError:
         return "this Python has no ctypes"
-    from .code import ARGUMENTS, Code, symbol
-
     try:
         library = ctypes.CDLL(str(path))
         found = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(library, "numpyesm_abi"))).value

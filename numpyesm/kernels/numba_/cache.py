@@ -26,11 +26,8 @@ from numba.core import inline_closurecall as _inliner
 from numba.core.compiler_lock import global_compiler_lock
 
 from ..._version import __version__
-from ..compiled.code import ARGUMENTS
-from ..compiled.sources import kernel_sources
-from .target import target_isa
-
-ISA = target_isa()
+from ..compiled.code import ARGUMENTS, kernel_sources
+from .emitter import ISA
 
 numba_config: Any = _config  # its settings are not declared
 _njit: Any = vars(numba)["njit"]  # nor are all its options
@@ -116,15 +113,14 @@ def _copy_whole(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _numba_writes_to(folder: Path) -> Iterator[None]:
-    """Numba takes the folder from its configuration at the moment a function is decorated."""
-    with _lock:
-        before = numba_config.CACHE_DIR
-        numba_config.CACHE_DIR = str(folder)
-        try:
-            yield
-        finally:
-            numba_config.CACHE_DIR = before
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for an attribute meanwhile."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -133,8 +129,8 @@ def kernel(function: Callable[..., None]) -> Any:
     dispatcher = _njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     folder = cache_folder()
     if folder is not None:
-        # A folder that became read-only: the code stays in memory.
-        with suppress(RuntimeError), _numba_writes_to(folder):
+        # Numba reads its configuration now; a folder that became read-only: the code stays in memory.
+        with suppress(RuntimeError), _lock, _replaced(numba_config, "CACHE_DIR", str(folder)):
             dispatcher.enable_caching()
     _kernels[function.__name__] = dispatcher
     return dispatcher
@@ -150,35 +146,22 @@ def helper(function: Callable[..., Any]) -> Any:
 
 
 class _NoCopies:
-    """In place of the module `copy` in Numba's inliner."""
+    """In place of the module `copy` in Numba's inliner, which copies each block twice, with all variables each time.
+
+    That takes two thirds of the time that our kernels need to compile, for the same machine code: a helper's IR was
+    made for the caller alone.
+    """
 
     @staticmethod
     def deepcopy(block: Any) -> Any:
         return block
 
 
-@contextmanager
-def _inlining_without_copies() -> Iterator[None]:
-    """Compile a helper into its caller from the IR that was made for that, not from copies of it.
-
-    Numba copies each block twice, every time with all variables of the function: two thirds of the time that our
-    kernels take to compile, for the same machine code. Others who compile meanwhile wait.
-    """
-    inliner: Any = _inliner
-    with global_compiler_lock:
-        before = inliner.copy
-        inliner.copy = _NoCopies
-        try:
-            yield
-        finally:
-            inliner.copy = before
-
-
 def compile_kernel(name: str) -> Any:
-    """Numba's result for one kernel, compiled or loaded now if need be."""
+    """Numba's result for one kernel, compiled or loaded now if need be; others who compile meanwhile wait."""
     dispatcher = _kernels[name]
     if not dispatcher.signatures:
-        with _inlining_without_copies():
+        with global_compiler_lock, _replaced(_inliner, "copy", _NoCopies):
             dispatcher.compile((types.int64,) * ARGUMENTS[name])
     (compiled,) = dispatcher.overloads.values()
     return compiled

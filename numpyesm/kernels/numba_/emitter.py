@@ -2,7 +2,7 @@
 
 What it makes are Numba intrinsics that take addresses as integers: products here, arithmetic on a vector in
 `vectors.py`; `gemm.py` and `attention.py` build on them.
-The IR names vector widths and, for bf16, instructions; which ones comes from `target.target_isa()`.
+The IR names vector widths and, for bf16, instructions; which ones comes from `isa.target_isa()`.
 
 A product intrinsic computes one tile, C (rows × columns) = A (rows × k) · B (k × columns), with all of C in registers.
 Every element of C is one chain of multiply-adds in ascending k, whatever the height of the tile: a row's result does
@@ -22,9 +22,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from ..compiled.isa import Isa
+from ..compiled.isa import Isa, target_isa
 from ..constants import GELU_POLYNOMIAL
-from .target import target_isa
 
 ISA = target_isa()
 LANES = ISA.lanes

@@ -76,7 +76,7 @@ class ContactHead(AttentionReader):
         maps.column_sums = np.empty((len(heads), length))
 
     def collect(self, layer: int, tile: Tile, maps: AttentionMaps) -> None:
-        if maps.row_sums is None or maps.column_sums is None:
+        if len(maps.heads) == 0:
             return
         sums = self._marginals[tile.sequence][self._shares[layer]]
         sums[:, _residues(tile, maps)] += maps.row_sums

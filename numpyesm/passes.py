@@ -17,7 +17,7 @@ from .batch import Batch
 from .config import VOCAB_SIZE, ModelConfig
 from .heads import AttentionReader, AttentionSummary, ClassificationHead, ContactHead, FullAttention, log_prob
 from .kernels import make_kernels
-from .kernels.base import AttentionMaps, Kernels, Partition
+from .kernels.base import AttentionMaps, Kernels
 from .kernels.blas import blas_threads
 from .kernels.compiled.library import library_code
 from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
@@ -244,8 +244,8 @@ class Passes:
         map_layers = max((reader.last_layer for reader in readers), default=0)
         row_layers = max(wanted, default=0)
         last = max(row_layers, map_layers)
-        partition = Partition(sizes.threads or self.pool.threads, sizes.block_rows, whole_tiles=map_layers > 0)
-        forward = self.kernels.forward(self.pool, batch, last, partition)
+        threads = sizes.threads or self.pool.threads
+        forward = self.kernels.forward(self.pool, batch, last, threads, sizes.block_rows, whole_tiles=map_layers > 0)
         if 0 in wanted:
             yield 0, forward.x
         tiles = batch.tiles() if map_layers else []

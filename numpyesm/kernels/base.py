@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from ..threads import WorkerPool
 Array = npt.NDArray[Any]
 
 
+_nothing = partial(np.empty, 0, np.intp)
+
+
 @dataclass
 class AttentionMaps:
-    """What one tile of one layer adds to contact maps and attention summaries; None for what is not wanted.
+    """What one tile of one layer adds to contact maps and attention summaries; no heads or None if it is not wanted.
 
     Attributes
     ----------
@@ -46,32 +50,13 @@ class AttentionMaps:
     """
 
     rows: slice
-    heads: Array | None = None
-    coefficients: Array | None = None
-    weighted: Array | None = None
-    row_sums: Array | None = None
-    column_sums: Array | None = None
+    heads: Array = field(default_factory=_nothing)
+    coefficients: Array = field(default_factory=_nothing)
+    weighted: Array = field(default_factory=_nothing)
+    row_sums: Array = field(default_factory=_nothing)
+    column_sums: Array = field(default_factory=_nothing)
     summary: Array | None = None
     full: Array | None = None
-
-
-@dataclass(frozen=True)
-class Partition:
-    """How a batch is divided among threads.
-
-    Attributes
-    ----------
-    threads : int
-        At most so many work on it.
-    block_rows : int or None
-        Rows that a thread takes at a time; None leaves it to the backend.
-    whole_tiles : bool
-        Tiles are neither cut nor merged: each leaves maps of its own.
-    """
-
-    threads: int
-    block_rows: int | None = None
-    whole_tiles: bool = False
 
 
 class Forward(ABC):
@@ -87,11 +72,7 @@ class Forward(ABC):
 
     @abstractmethod
     def advance(
-        self,
-        stop: int,
-        maps: Sequence[AttentionMaps] | None = None,
-        maps_only: bool = False,
-        rows: Array | None = None,
+        self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
         """Run the layers that follow, up to number `stop`.
 
@@ -121,8 +102,14 @@ class Kernels(ABC):
     dtype: np.dtype[Any]
 
     @abstractmethod
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
-        """Begin a pass of `layers` layers over `batch`."""
+    def forward(
+        self, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int | None, whole_tiles: bool
+    ) -> Forward:
+        """Begin a pass of `layers` layers over `batch`, on at most `threads` threads.
+
+        Each takes `block_rows` rows at a time; None leaves that to the backend. `whole_tiles` neither cuts nor merges
+        tiles, which leave maps one by one.
+        """
 
     @abstractmethod
     def lm_head(self, x: Array) -> Array:

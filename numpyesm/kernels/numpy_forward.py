@@ -18,7 +18,7 @@ import numpy as np
 from ..batch import BLOCK_ROWS, Batch, Block, Tile
 from ..threads import WorkerPool
 from ..weights.checkpoint import FREQUENCIES, Checkpoint
-from .base import Array, AttentionMaps, Forward, Kernels, Partition
+from .base import Array, AttentionMaps, Forward, Kernels
 from .blas import blas_threads
 from .narrow import NarrowMatrix
 from .numpy_steps import attend, gelu, layer_norm, linear
@@ -75,8 +75,10 @@ class NumpyKernels(Kernels):
             return NarrowMatrix(tensor)
         return shared(tensor, self.dtype, lambda: tensor.astype(self.dtype))
 
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
-        return NumpyForward(self, pool, batch, layers, partition)
+    def forward(
+        self, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int | None, whole_tiles: bool
+    ) -> Forward:
+        return NumpyForward(self, pool, batch, layers, threads, block_rows or BLOCK_ROWS)
 
     def embed(self, tokens: Array, scale: Array) -> Array:
         """Rows of the embedding times their scale: (T,), (T,) -> (T, D)."""
@@ -166,13 +168,12 @@ class NumpyForward(Forward):
     """See `Forward`."""
 
     def __init__(
-        self, kernels: NumpyKernels, pool: WorkerPool, batch: Batch, layers: int, partition: Partition
+        self, kernels: NumpyKernels, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int
     ) -> None:
         self._kernels, self._pool, self._layers, self._done = kernels, pool, layers, 0
-        self._threads = partition.threads
-        one_block = batch.num_rows <= _SINGLE_BLOCK_ROWS
-        block_threads, self._step_threads = (1, partition.threads) if one_block else (partition.threads, 1)
-        self._blocks = batch.blocks(block_threads, partition.block_rows or BLOCK_ROWS)
+        self._threads = threads
+        block_threads, self._step_threads = (1, threads) if batch.num_rows <= _SINGLE_BLOCK_ROWS else (threads, 1)
+        self._blocks = batch.blocks(block_threads, block_rows)
         self.x = kernels.embed(batch.tokens, batch.embedding_scale)  # (T, D)
         if layers == 0:
             return
@@ -182,11 +183,7 @@ class NumpyForward(Forward):
             pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks, self._threads)
 
     def advance(
-        self,
-        stop: int,
-        maps: Sequence[AttentionMaps] | None = None,
-        maps_only: bool = False,
-        rows: Array | None = None,
+        self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
         blocks = self._blocks if rows is None else _blocks_with(self._blocks, rows)
         with blas_threads(self._step_threads):
@@ -195,7 +192,7 @@ class NumpyForward(Forward):
                 self._qkv, self._next_qkv = self._next_qkv, self._qkv
                 self._done += 1
 
-    def _run_layer(self, block: Block, maps: Sequence[AttentionMaps] | None, maps_only: bool) -> None:
+    def _run_layer(self, block: Block, maps: Sequence[AttentionMaps], maps_only: bool) -> None:
         """The next layer of one block, and what the layer after it needs."""
         kernels, layer = self._kernels, self._done
         rows = self.x[block.start : block.stop]

@@ -127,14 +127,7 @@ def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) ->
         maps.summary += np.matmul(norm[:, None, :], scores)[:, 0].sum(axis=0)
     if maps.full is not None:
         np.multiply(scores, norm[:, :, None], out=maps.full[first : first + len(scores)])
-    if maps.heads is None:
-        return
-    assert maps.coefficients is not None
-    assert maps.weighted is not None
-    assert maps.row_sums is not None
-    assert maps.column_sums is not None
-    here = np.flatnonzero((maps.heads >= first) & (maps.heads < first + len(scores)))
-    for index in here:
+    for index in np.flatnonzero((maps.heads >= first) & (maps.heads < first + len(scores))):
         head = maps.heads[index] - first
         unnormalised = scores[head][maps.rows, 1:-1]  # (r, L - 2)
         # In float64: where attention is spread evenly, the map and its average product cancel to a few digits.

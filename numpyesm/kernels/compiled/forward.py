@@ -12,7 +12,7 @@ from ...batch import Batch
 from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
-from ..base import Array, AttentionMaps, Forward, Kernels, Partition
+from ..base import Array, AttentionMaps, Forward, Kernels
 from .code import Code
 from .layout import SHORT, Maps, Pass, address, table
 from .packing import PackedModel
@@ -33,8 +33,11 @@ class CompiledKernels(Kernels):
         self.origin = str(code)
         self.packed = PackedModel(checkpoint, precision, code, pool)
 
-    def forward(self, pool: WorkerPool, batch: Batch, layers: int, partition: Partition) -> Forward:
-        return CompiledForward(self.code, self.packed, pool, batch, layers, partition)
+    def forward(
+        self, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int | None, whole_tiles: bool
+    ) -> Forward:
+        block_rows = block_rows or self.packed.block_rows
+        return CompiledForward(self, pool, batch, layers, threads, block_rows, whole_tiles)
 
     def lm_head(self, x: Array) -> Array:
         assert self.packed.lm_head is not None
@@ -55,70 +58,60 @@ class CompiledForward(Forward):
 
     def __init__(
         self,
-        code: Code,
-        packed: PackedModel,
+        kernels: CompiledKernels,
         pool: WorkerPool,
         batch: Batch,
         layers: int,
-        partition: Partition,
+        threads: int,
+        block_rows: int,
+        whole_tiles: bool,
     ) -> None:
-        self._code, self._packed, self._pool, self._partition, self._phase = code, packed, pool, partition, 0
-        rows, config = batch.num_rows, packed.config
-        self._most_rows = partition.block_rows or packed.block_rows
-        self._length = max(last - first for first, last in batch.spans)
-        if partition.whole_tiles:
-            blocks = [
-                [(t.start, t.stop, t.first, t.last) for t in block.tiles]
-                for block in batch.blocks(partition.threads, self._most_rows)
-            ]
-        else:
-            blocks = cut_blocks(batch.spans, partition.threads, self._most_rows, code.isa.strip_columns)
-        self._spans = batch.spans
+        self._code, self._packed, self._pool, self._phase = kernels.code, kernels.packed, pool, 0
+        self._batch, self._threads, self._most_rows, self._whole_tiles = batch, threads, block_rows, whole_tiles
+        packed, rows, config = kernels.packed, batch.num_rows, kernels.config
+        lengths = [last - first for first, last in batch.spans]
+        self._length = max(lengths)
         self.x = aligned(rows * config.embed_dim).reshape(rows, config.embed_dim)
         self._stop = np.zeros(1, np.int64)
         self._model, rotary = packed.model_table(self._length)
+        counters = aligned(16 * (layers + 1), np.int64)  # a line of the cache for each
+        counters[:] = 0
         qkv_size = 3 * rows * config.num_heads * packed.head_dim
-        entries = {
+        entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
-            Pass.BLOCKS: 0,
-            Pass.BLOCK_TABLE: 0,
-            Pass.PIECE_TABLE: 0,
-            Pass.LAST: layers,
-            Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
-            Pass.MAPS: 0,
-            Pass.SHORT_ROWS: 0,
-            Pass.QKV_STEP: packed.entries[0],
-            Pass.ATTEND: packed.entries[1],
-            Pass.REST: packed.entries[2],
-        }
-        arrays: dict[Pass, Array] = {
-            Pass.POSITIONS: np.concatenate([np.arange(last - first) for first, last in batch.spans]),
+            Pass.POSITIONS: np.concatenate([np.arange(length) for length in lengths]),
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
             Pass.X: self.x,
             Pass.QKV: aligned(qkv_size),
             Pass.QKV_ODD: aligned(qkv_size),
             Pass.LAYERS: packed.layers,
-            # A line of the cache for each counter.
-            Pass.COUNTERS: aligned(16 * (layers + 1), np.int64),
+            Pass.COUNTERS: counters,
             Pass.STOP: self._stop,
+            Pass.LAST: layers,
+            Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
+            Pass.QKV_STEP: packed.entries[0],
+            Pass.ATTEND: packed.entries[1],
+            Pass.REST: packed.entries[2],
         }
-        arrays[Pass.COUNTERS][:] = 0
         if packed.narrow:
-            lengths = [last - first for first, last in batch.spans]
             short = np.repeat([length <= SHORT for length in lengths], lengths)
-            arrays[Pass.SHORT_ROWS] = np.concatenate([[0], np.cumsum(short)])
-        self._kept = [rotary, *arrays.values()]  # what the table points at
-        entries |= {name: address(array) for name, array in arrays.items()}
-        self._table = table([entries[Pass(entry)] for entry in range(Pass.ENTRIES)])
-        self._use_blocks(blocks)
+            entries[Pass.SHORT_ROWS] = np.concatenate([[0], np.cumsum(short)])
+        self._table, self._kept = table(Pass, entries), (rotary, entries)  # what the tables point at
+        self._use_blocks()
         self._run(1)
 
-    def _use_blocks(self, blocks: list[list[Piece]]) -> None:
-        """What the phases that follow work on."""
+    def _use_blocks(self, wanted: Array | None = None) -> None:
+        """Cut the batch into what the phases that follow work on; with `wanted`, sorted, they need those rows only."""
+        if self._whole_tiles:
+            parts = self._batch.blocks(self._threads, self._most_rows)
+            blocks = [[(tile.start, tile.stop, tile.first, tile.last) for tile in part.tiles] for part in parts]
+        else:
+            columns = self._code.isa.strip_columns
+            blocks = cut_blocks(self._batch.spans, self._threads, self._most_rows, columns, wanted)
         self._pieces = list(itertools.chain.from_iterable(blocks))
         self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = min(self._partition.threads, len(blocks))
+        self._workers = min(self._threads, len(blocks))
         counts = [0, *itertools.accumulate(map(len, blocks))]
         block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
         self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
@@ -127,20 +120,12 @@ class CompiledForward(Forward):
         self._table[Pass.PIECE_TABLE] = address(self._piece_table)
 
     def advance(
-        self,
-        stop: int,
-        maps: Sequence[AttentionMaps] | None = None,
-        maps_only: bool = False,
-        rows: Array | None = None,
+        self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
         if rows is not None:
-            self._use_blocks(
-                cut_blocks(
-                    self._spans, self._partition.threads, self._most_rows, self._code.isa.strip_columns, np.sort(rows)
-                )
-            )
-        if maps is None:
-            self._table[Pass.MAPS] = 0
+            self._use_blocks(np.sort(rows))
+        self._table[Pass.MAPS] = 0
+        if not maps:
             self._run(stop + 1)
             return
         lengths = [last - first for _, _, first, last in self._pieces]
@@ -157,7 +142,7 @@ class CompiledForward(Forward):
         arguments = address(self._table), address(self._model)
 
         def work(_: int) -> None:
-            room = self._packed.room(self._block_rows, self._length, self._partition.whole_tiles)
+            room = self._packed.room(self._block_rows, self._length, self._whole_tiles)
             self._code.call("run_phases", *arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
@@ -183,12 +168,8 @@ def map_table(
             row[Maps.FULL] = address(wanted.full)
             row[Maps.FULL_HEAD_STEP], row[Maps.FULL_ROW_STEP] = wanted.full.strides[:2]
         summaries.append(summary)
-        if wanted.heads is None:
+        if len(wanted.heads) == 0:
             continue
-        assert wanted.coefficients is not None
-        assert wanted.weighted is not None
-        assert wanted.row_sums is not None
-        assert wanted.column_sums is not None
         map_of_head = np.full(heads, -1, np.int64)
         map_of_head[wanted.heads] = np.arange(len(wanted.heads))
         coefficients = np.ascontiguousarray(wanted.coefficients, np.float64)

@@ -6,8 +6,9 @@ through its address.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +31,15 @@ class Model(IntEnum):
     FFN_COLUMNS = 5  # hidden channels that the feed-forward step takes at a time
     ROTARY = 6  # (positions, 4 · HEAD_DIM): cosine and (-sine, sine) for keys, then both scaled for queries
     EMBEDDING = 7  # (33, D)
-    FINAL_GAIN = 8
-    FINAL_SHIFT = 9
+    FINAL_NORM = 8
+    ENTRIES = 10
 
 
 class Layer(IntEnum):
-    """Weights of one layer; a matrix takes five entries, see `Matrix`."""
+    """Weights of one layer; a `Norm` takes two entries, a `Matrix` five."""
 
-    ATTENTION_GAIN = 0
-    ATTENTION_SHIFT = 1
-    FFN_GAIN = 2
-    FFN_SHIFT = 3
+    ATTENTION_NORM = 0
+    FFN_NORM = 2
     QKV = 4
     OUT_PROJ = 9
     FC1 = 14
@@ -49,12 +48,18 @@ class Layer(IntEnum):
 
 
 class LmHead(IntEnum):
-    """Weights of the LM head; a matrix takes five entries."""
+    """Weights of the LM head."""
 
     DENSE = 0
-    GAIN = 5
-    SHIFT = 6
+    NORM = 5
     VOCABULARY = 7
+
+
+class Norm(IntEnum):
+    """A LayerNorm."""
+
+    GAIN = 0
+    SHIFT = 1
 
 
 class Matrix(IntEnum):
@@ -147,6 +152,9 @@ def address(array: Array | None) -> int:
     return found
 
 
-def table(entries: Sequence[int]) -> npt.NDArray[np.int64]:
-    """A table of these numbers."""
-    return np.array(entries, np.int64)
+def table(kind: type[IntEnum], entries: Mapping[Any, int | Array | None]) -> npt.NDArray[np.int64]:
+    """A table of this kind: numbers, and addresses of arrays, which must outlive it; zeros elsewhere."""
+    found = np.zeros(kind["ENTRIES"], np.int64)
+    for place, value in entries.items():
+        found[place] = value if isinstance(value, int) else address(value)
+    return found

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from ..base import Array
 from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
 from .code import Code, needed
-from .layout import Layer, Matrix, Model, Room, address, table
+from .layout import Layer, Matrix, Model, Norm, Room, address, table
 from .panels import Blocks, aligned, bf16_sizes, pack_panels, pack_scales, padded_columns, panels, strip_size
 
 # What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
@@ -75,17 +75,10 @@ class PackedModel:
         self.group_rows = max(self.isa.narrow_rows, min(most, room // (4 * (config.embed_dim + _FFN_COLUMNS))))
         self.block_rows = _MOST_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         self.ffn_columns = min(at_a_time, panels(self.isa, config.ffn_dim) * self.isa.columns)
-        whole = config.whole_layers is None
-        self._final_norm = [
-            self._vector(checkpoint, f"final_norm.{name}") if whole else 0 for name in ("weight", "bias")
-        ]
-        self.layers = table(
-            [
-                entry
-                for number, changed in enumerate(rounded_layers(checkpoint, precision))
-                for entry in self._pack_layer(checkpoint.tensors, changed, number, pool)
-            ]
-        ).reshape(config.num_layers, Layer.ENTRIES)
+        self._final_norm = self._norm(checkpoint.array, "final_norm") if config.whole_layers is None else [0, 0]
+        changes = enumerate(rounded_layers(checkpoint, precision))
+        rows = [self._pack_layer(checkpoint.tensors, changed, number, pool) for number, changed in changes]
+        self.layers = np.array(rows, np.int64).reshape(config.num_layers, Layer.ENTRIES)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
         self.entries = [code.addresses[name] for name in needed(self.isa, precision)[:3]]
 
@@ -95,9 +88,9 @@ class PackedModel:
         self._kept.append(array)
         return array
 
-    def _vector(self, checkpoint: Checkpoint, name: str) -> int:
-        """Address of a vector."""
-        return address(self._keep(np.array(checkpoint.array(name), np.float32)))
+    def _norm(self, vector: Callable[[str], Array], name: str) -> list[int]:
+        """A row of `layout.Norm`."""
+        return [address(self._keep(np.array(vector(f"{name}.{kind}"), np.float32))) for kind in ("weight", "bias")]
 
     def _pack_layer(
         self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int, pool: WorkerPool
@@ -119,11 +112,7 @@ class PackedModel:
                     vectors["qkv.bias"][-len(mean) :] -= mean  # of the values
                 else:
                     vectors["attention_norm.bias" if name == "qkv" else "ffn_norm.bias"] -= mean
-        norms = [
-            address(self._keep(vectors[f"{n}.{kind}"]))
-            for n in ("attention_norm", "ffn_norm")
-            for kind in ("weight", "bias")
-        ]
+        norms = [*self._norm(vectors.__getitem__, "attention_norm"), *self._norm(vectors.__getitem__, "ffn_norm")]
         rows: dict[str, list[int]] = {}
 
         def pack(name: str) -> None:
@@ -180,9 +169,9 @@ class PackedModel:
         def matrix(weight: Array, bias: str) -> list[int]:
             return self._matrix(pack_panels(self.isa, weight), padded_columns(self.isa, checkpoint.array(bias)))
 
-        norm = (self._vector(checkpoint, f"lm_head.norm.{kind}") for kind in ("weight", "bias"))
         dense = matrix(checkpoint.array("lm_head.dense.weight"), "lm_head.dense.bias")
-        return table([*dense, *norm, *matrix(checkpoint.vocabulary(), "lm_head.bias")])
+        norm = self._norm(checkpoint.array, "lm_head.norm")
+        return np.array([*dense, *norm, *matrix(checkpoint.vocabulary(), "lm_head.bias")], np.int64)
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -193,19 +182,19 @@ class PackedModel:
             if len(self._rotary) < length:
                 self._rotary = self._rotary_table(max(length, min(2 * len(self._rotary), 2050)))
             rotary = self._rotary
-        entries = {
+        entries: dict[int, int | Array] = {
             Model.WIDTH: config.embed_dim,
             Model.HEADS: config.num_heads,
             Model.HEAD_DIM: self.head_dim,
             Model.FFN: config.ffn_dim,
             Model.GROUP_ROWS: self.group_rows,
             Model.FFN_COLUMNS: self.ffn_columns,
-            Model.ROTARY: address(rotary),
-            Model.EMBEDDING: address(self.embedding),
-            Model.FINAL_GAIN: self._final_norm[0],
-            Model.FINAL_SHIFT: self._final_norm[1],
+            Model.ROTARY: rotary,
+            Model.EMBEDDING: self.embedding,
+            Model.FINAL_NORM + Norm.GAIN: self._final_norm[0],
+            Model.FINAL_NORM + Norm.SHIFT: self._final_norm[1],
         }
-        return table([entries[entry] for entry in Model]), rotary
+        return table(Model, entries), rotary
 
     def _rotary_table(self, length: int) -> Array:
         """Return the table that `layout.Model.ROTARY` describes."""
@@ -247,4 +236,4 @@ class PackedModel:
             if name not in buffers or buffers[name].size < size:
                 buffers[name] = aligned(size, dtype)
                 buffers[name][:] = 0
-        return table([address(buffers.get(Room(entry))) for entry in range(Room.ENTRIES)])
+        return table(Room, buffers)

@@ -11,7 +11,7 @@ from ...weights.tensor import GROUP
 from ..compiled.layout import Matrix, Room
 from .cache import helper
 from .emitter import ISA, LANES, TILE_BYTES, TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, multiply_bf16, multiply_fp32
-from .steps import any_short, clear_bf16
+from .steps import any_short, clear_bf16, steps_of
 from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
     PIECE,
@@ -36,17 +36,8 @@ STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
 _VECTORS = TILE_COLUMNS // LANES
 # Terms that float32 sums in one chain: in shorter ones additions round less, and each costs a pass over the tile.
 _CHAIN = 480
-# Where bf16 is multiplied on tile registers, its products take more rows, and steps of k by the tile.
-_TILES = ISA.tiles
-_NARROW_ROWS, _MULTIPLE = ISA.narrow_rows, ISA.narrow_steps
-_WEIGHT, _BIAS, _SCALES, _CENTRE, _STEP_BYTES = (int(entry) for entry in Matrix)
-_TILE, _WIDE, _ZEROS = int(Room.TILE), int(Room.WIDE), int(Room.ZEROS)
-
-
-@helper
-def steps_of(inner, narrow):
-    """`panels.product_steps` for compiled code."""
-    return (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE if narrow else inner
+# Where bf16 is multiplied on tile registers, its products take more rows.
+_TILES, _NARROW_ROWS = ISA.tiles, ISA.narrow_rows
 
 
 # -- the end of a tile ----------------------------------------------------------------------------------------------
@@ -67,7 +58,7 @@ def low_part(narrow, short, rows, most, step):
 def _finish(step, height, width, tile, bias, centre, out, out_step, low, short):
     """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it.
 
-    GELU_BF16 also takes off `centre`; `low` and `short` are those of `layer_norm_bf16`.
+    GELU_BF16 also takes off `centre`; `low` and `short` are those of `layer_norm`.
     """
     for row in range(height):
         source, target = tile + row * TILE_BYTES, out + row * out_step
@@ -215,15 +206,15 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
     x, x_step, rows, low, short = left
     first, start, height = _place(i, tiles, rows)
     first += column
-    per_step, step_bytes = 2 if narrow else 1, load_integer(matrix, _STEP_BYTES)
+    per_step, step_bytes = 2 if narrow else 1, load_integer(matrix, Matrix.STEP_BYTES)
     steps, all_steps = steps_of(inner, narrow), steps_of(all_inner, narrow)
-    panel = load_integer(matrix, _WEIGHT) + (first // TILE_COLUMNS * all_steps + k // per_step) * step_bytes
-    here, tile = x + start * x_step, load_integer(room, _TILE)
+    panel = load_integer(matrix, Matrix.WEIGHT) + (first // TILE_COLUMNS * all_steps + k // per_step) * step_bytes
+    here, tile = x + start * x_step, load_integer(room, Room.TILE)
     # The next panel comes nearer while this one is multiplied, a part of it by every tile.
     ahead_step = (step_bytes + tiles - 1) // tiles
     ahead = panel + all_steps * step_bytes + (i % tiles) * steps * ahead_step
     if step_bytes != TILE_BYTES:
-        wide, scales = load_integer(room, _WIDE), load_integer(matrix, _SCALES)
+        wide, scales = load_integer(room, Room.WIDE), load_integer(matrix, Matrix.SCALES)
         if start == 0:
             if scales != 0:
                 groups = (all_steps * per_step + GROUP - 1) // GROUP
@@ -252,14 +243,14 @@ def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out
     Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
     begin at whole tiles and groups. The bias goes with row 0. `narrow` multiplies bf16, else float32.
 
-    `left` is x, its step, R, and what `layer_norm_bf16` calls `low` and `short`; `out_low` is the next product's `low`.
+    `left` is x, its step, R, and what `layer_norm` calls `low` and `short`; `out_low` is the next product's `low`.
     """
     _, _, rows, _, short = left
     tiles, half = _begin(narrow, rows)
-    tile = load_integer(room, _TILE)
-    bias, centre = load_integer(matrix, _BIAS) + 4 * column, load_integer(matrix, _CENTRE) + 4 * column
+    tile = load_integer(room, Room.TILE)
+    bias, centre = load_integer(matrix, Matrix.BIAS) + 4 * column, load_integer(matrix, Matrix.CENTRE) + 4 * column
     if k > 0:
-        bias = load_integer(room, _ZEROS)
+        bias = load_integer(room, Room.ZEROS)
     number = 2 if step == GELU_BF16 else 4
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
@@ -279,7 +270,7 @@ def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim,
     """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
     rows = left[2]
     tiles, half = _begin(narrow, rows)
-    tile, bias = load_integer(room, _TILE), load_integer(matrix, _BIAS)
+    tile, bias = load_integer(room, Room.TILE), load_integer(matrix, Matrix.BIAS)
     products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + _late(narrow)):
         if i < products:

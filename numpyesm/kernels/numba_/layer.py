@@ -9,61 +9,38 @@ from __future__ import annotations
 
 from ..compiled.layout import Layer, LmHead, Model, Room
 from .cache import helper, kernel
-from .gemm import ADD, GELU, GELU_BF16, STORE, linear, linear_heads, low_part, steps_of
-from .steps import layer_norm, layer_norm_bf16, narrow_rows
+from .gemm import ADD, GELU, GELU_BF16, STORE, linear, linear_heads, low_part
+from .steps import layer_norm, load_norm, narrow_rows, row_bytes
 from .vectors import load_integer
 
-# Compiled code knows no enumerations.
-_WIDTH, _HEADS, _HEAD_DIM, _FFN = int(Model.WIDTH), int(Model.HEADS), int(Model.HEAD_DIM), int(Model.FFN)
-_GROUP_ROWS, _FFN_COLUMNS, _ROTARY = int(Model.GROUP_ROWS), int(Model.FFN_COLUMNS), int(Model.ROTARY)
-_ATTENTION_GAIN, _ATTENTION_SHIFT = int(Layer.ATTENTION_GAIN), int(Layer.ATTENTION_SHIFT)
-_FFN_GAIN, _FFN_SHIFT = int(Layer.FFN_GAIN), int(Layer.FFN_SHIFT)
-_QKV, _OUT_PROJ, _FC1, _FC2 = 8 * Layer.QKV, 8 * Layer.OUT_PROJ, 8 * Layer.FC1, 8 * Layer.FC2
-_DENSE, _VOCABULARY = 8 * LmHead.DENSE, 8 * LmHead.VOCABULARY
-_HEAD_GAIN, _HEAD_SHIFT = int(LmHead.GAIN), int(LmHead.SHIFT)
-_LEFT, _HIDDEN = int(Room.LEFT), int(Room.HIDDEN)
-
 
 @helper
-def _row_bytes(narrow, width):
-    """Bytes of a row of `width` numbers as a product takes it."""
-    return 4 * steps_of(width, narrow)
-
-
-@helper
-def _normalised(narrow, x, step, rows, width, gain, shift, out, out_step, low, short):
-    """LayerNorm, ready for a product."""
-    if narrow:
-        layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step, low, short)
-    else:
-        layer_norm(x, step, rows, width, gain, shift, out, out_step)
+def _normalised(narrow, x, rows, width, norm, out, step, most, short):
+    """LayerNorm of a group of rows, as `gemm.linear` takes them."""
+    low = low_part(narrow, short, rows, most, step)
+    layer_norm(narrow, x, rows, width, norm, out, step, low, short)
+    return out, step, rows, low, short
 
 
 @helper
 def _project_qkv(narrow, model, layer, room, x, rows, positions, short, all_rows, out):
-    width, head_dim = load_integer(model, _WIDTH), load_integer(model, _HEAD_DIM)
-    gain, shift, left = (
-        load_integer(layer, _ATTENTION_GAIN),
-        load_integer(layer, _ATTENTION_SHIFT),
-        load_integer(room, _LEFT),
-    )
-    step, left_step = 4 * width, _row_bytes(narrow, width)
-    most = load_integer(model, _GROUP_ROWS)
+    width, head_dim = load_integer(model, Model.WIDTH), load_integer(model, Model.HEAD_DIM)
+    norm, left = load_norm(layer + 8 * Layer.ATTENTION_NORM), load_integer(room, Room.LEFT)
+    step, left_step = 4 * width, row_bytes(narrow, width)
+    most = load_integer(model, Model.GROUP_ROWS)
     groups = (rows + most - 1) // most
     for group in range(groups):
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
-        here = short + 8 * start
-        low = low_part(narrow, here, count, most, left_step)
-        _normalised(narrow, x + start * step, step, count, width, gain, shift, left, left_step, low, here)
+        lines = _normalised(narrow, x + start * step, count, width, norm, left, left_step, most, short + 8 * start)
         linear_heads(
             narrow,
-            (left, left_step, count, low, here),
-            layer + _QKV,
+            lines,
+            layer + 8 * Layer.QKV,
             width,
-            load_integer(model, _ROTARY),
+            load_integer(model, Model.ROTARY),
             positions + 8 * start,
-            load_integer(model, _HEADS),
+            load_integer(model, Model.HEADS),
             head_dim,
             all_rows,
             out + start * head_dim * 4,
@@ -73,15 +50,16 @@ def _project_qkv(narrow, model, layer, room, x, rows, positions, short, all_rows
 
 @helper
 def _project_and_feed_forward(narrow, model, layer, room, context, x, rows, short):
-    width, ffn, at_a_time = load_integer(model, _WIDTH), load_integer(model, _FFN), load_integer(model, _FFN_COLUMNS)
-    inner = load_integer(model, _HEADS) * load_integer(model, _HEAD_DIM)
-    gain, shift = load_integer(layer, _FFN_GAIN), load_integer(layer, _FFN_SHIFT)
-    left, hidden = load_integer(room, _LEFT), load_integer(room, _HIDDEN)
-    step, left_step, inner_step = 4 * width, _row_bytes(narrow, width), _row_bytes(narrow, inner)
+    width, ffn = load_integer(model, Model.WIDTH), load_integer(model, Model.FFN)
+    at_a_time = load_integer(model, Model.FFN_COLUMNS)
+    inner = load_integer(model, Model.HEADS) * load_integer(model, Model.HEAD_DIM)
+    norm = load_norm(layer + 8 * Layer.FFN_NORM)
+    left, hidden = load_integer(room, Room.LEFT), load_integer(room, Room.HIDDEN)
+    most = load_integer(model, Model.GROUP_ROWS)
+    step, left_step, inner_step = 4 * width, row_bytes(narrow, width), row_bytes(narrow, inner)
     hidden_step = (2 if narrow else 4) * at_a_time
     gelu = GELU_BF16 if narrow else GELU
-    out_proj, fc1, fc2 = layer + _OUT_PROJ, layer + _FC1, layer + _FC2
-    most = load_integer(model, _GROUP_ROWS)
+    out_proj, fc1, fc2 = layer + 8 * Layer.OUT_PROJ, layer + 8 * Layer.FC1, layer + 8 * Layer.FC2
     groups = (rows + most - 1) // most
     for group in range(groups):
         start = rows * group // groups
@@ -89,13 +67,11 @@ def _project_and_feed_forward(narrow, model, layer, room, context, x, rows, shor
         y, attended, here = x + start * step, context + start * 4 * inner, short + 8 * start
         low = low_part(narrow, here, count, most, inner_step)
         if narrow:
-            narrow_rows(attended, 4 * inner, count, inner, left, inner_step, low, here)
+            narrow_rows(attended, count, inner, left, inner_step, low, here)
             attended = left
         lines = attended, inner_step, count, low, here
         linear(narrow, ADD, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
-        low = low_part(narrow, here, count, most, left_step)
-        _normalised(narrow, y, step, count, width, gain, shift, left, left_step, low, here)
-        lines = left, left_step, count, low, here
+        lines = _normalised(narrow, y, count, width, norm, left, left_step, most, here)
         low = low_part(narrow, here, count, most, hidden_step)
         hidden_lines = hidden, hidden_step, count, low, here
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
@@ -142,9 +118,9 @@ def lm_head(head, room, x, rows, width, columns, hidden, out):
 
     `head` is a table of `layout.LmHead`.
     """
-    step, gain, shift = 4 * width, load_integer(head, _HEAD_GAIN), load_integer(head, _HEAD_SHIFT)
-    dense, vocabulary = head + _DENSE, head + _VOCABULARY
+    step, norm = 4 * width, load_norm(head + 8 * LmHead.NORM)
+    dense, vocabulary = head + 8 * LmHead.DENSE, head + 8 * LmHead.VOCABULARY
     linear(False, GELU, (x, step, rows, 0, 0), dense, width, 0, width, 0, width, hidden, step, 0, room)
-    layer_norm(hidden, step, rows, width, gain, shift, hidden, step)
+    layer_norm(False, hidden, rows, width, norm, hidden, step, 0, 0)
     lines = hidden, step, rows, 0, 0
     linear(False, STORE, lines, vocabulary, width, 0, width, 0, columns, out, 4 * columns, 0, room)

@@ -6,14 +6,37 @@ import math
 
 import numpy as np
 
+from ..compiled.layout import Norm
 from ..constants import LAYER_NORM_EPSILON
 from .cache import helper
-from .emitter import LANES
+from .emitter import ISA, LANES
 from .rows import row_normalise, row_normalise_bf16, row_normalise_split, row_squares, row_sum
-from .vectors import carray, float32_at, load_integer, load_number, split_number, store_bf16, store_split, uint16_at
+from .vectors import (
+    carray,
+    float32_at,
+    load_integer,
+    load_number,
+    split_number,
+    store_bf16,
+    store_split,
+    uint16_at,
+)
 
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
+_MULTIPLE = ISA.narrow_steps
+
+
+@helper
+def steps_of(inner, narrow):
+    """`panels.product_steps` for compiled code."""
+    return (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE if narrow else inner
+
+
+@helper
+def row_bytes(narrow, width):
+    """Bytes of a row of `width` numbers as a product takes it."""
+    return 4 * steps_of(width, narrow)
 
 
 @helper
@@ -33,23 +56,6 @@ def _moments(row, width):
 
 
 @helper
-def layer_norm(x, step, rows, width, gain, shift, out, out_step):
-    """(x - mean) / sqrt(variance + 1e-5) · gain + shift for each row: (R, D), (D,), (D,) -> out (R, D).
-
-    All are addresses; rows are `step` and `out_step` bytes apart.
-    """
-    weight, bias = carray(float32_at(gain), (width,)), carray(float32_at(shift), (width,))
-    whole = width // LANES
-    for i in range(rows):
-        row, target = x + i * step, out + i * out_step
-        mean, scale = _moments(row, width)
-        row_normalise(row, whole, mean, scale, gain, shift, target)
-        numbers, normal = carray(float32_at(row), (width,)), carray(float32_at(target), (width,))
-        for j in range(whole * LANES, width):
-            normal[j] = (numbers[j] - mean) * scale * weight[j] + bias[j]
-
-
-@helper
 def any_short(short, first, last):
     """Whether any of the rows from `first` to `last` is of a short sequence, by `Pass.SHORT_ROWS`."""
     return load_integer(short, last) != load_integer(short, first)
@@ -64,7 +70,7 @@ def clear_bf16(start, count):
 
 @helper
 def _begin_row(target, width, step, low, short, row):
-    """Zeros behind a row and for its low part: -> `low` if the row is of a short sequence, else 0."""
+    """Zeros behind a row in bf16 and for its low part: -> `low` if the row is of a short sequence, else 0."""
     clear_bf16(target + 2 * width, step // 2 - width)
     if low == 0:
         return 0
@@ -73,36 +79,50 @@ def _begin_row(target, width, step, low, short, row):
 
 
 @helper
-def layer_norm_bf16(x, step, rows, width, gain, shift, out, out_step, low, short):
-    """`layer_norm`, rounded to bf16, and zeros up to the next row.
-
-    If `low` is not 0, what rounding takes off the rows of `short` sequences goes so many bytes further, rounded to bf16
-    too, and zeros for the others.
-    """
-    weight, bias = carray(float32_at(gain), (width,)), carray(float32_at(shift), (width,))
-    whole = width // LANES
-    for i in range(rows):
-        row, target = x + i * step, out + i * out_step
-        mean, scale = _moments(row, width)
-        split = _begin_row(target, width, out_step, low, short, i)
-        if split != 0:
-            row_normalise_split(row, whole, mean, scale, gain, shift, target, split)
-        else:
-            row_normalise_bf16(row, whole, mean, scale, gain, shift, target)
-        numbers = carray(float32_at(row), (width,))
-        for j in range(whole * LANES, width):
-            split_number((numbers[j] - mean) * scale * weight[j] + bias[j], target + 2 * j, split)
+def load_norm(norm):
+    """Addresses of gain and shift (D,), of a `layout.Norm`."""
+    return load_integer(norm, Norm.GAIN), load_integer(norm, Norm.SHIFT)
 
 
 @helper
-def narrow_rows(x, step, rows, width, out, out_step, low, short):
+def layer_norm(narrow, x, rows, width, norm, out, out_step, low, short):
+    """(x - mean) / sqrt(variance + 1e-5) · gain + shift for each row: (R, D) -> out (R, D) as a product takes it.
+
+    `norm` is what `load_norm` returns; the others are addresses, and rows of `out` are `out_step` bytes apart. With
+    `narrow` they are rounded to bf16, with zeros up to the next row. Then, if `low` is not 0, what rounding takes off
+    the rows of `short` sequences goes so many bytes further, rounded to bf16 too, and zeros for the others.
+    """
+    gain, shift = norm
+    weight, bias = carray(float32_at(gain), (width,)), carray(float32_at(shift), (width,))
+    whole = width // LANES
+    for i in range(rows):
+        row, target = x + i * (4 * width), out + i * out_step
+        mean, scale = _moments(row, width)
+        split = _begin_row(target, width, out_step, low, short, i) if narrow else 0
+        if split != 0:
+            row_normalise_split(row, whole, mean, scale, gain, shift, target, split)
+        elif narrow:
+            row_normalise_bf16(row, whole, mean, scale, gain, shift, target)
+        else:
+            row_normalise(row, whole, mean, scale, gain, shift, target)
+        numbers, normal = carray(float32_at(row), (width,)), carray(float32_at(target), (width,))
+        for j in range(whole * LANES, width):
+            value = (numbers[j] - mean) * scale * weight[j] + bias[j]
+            if narrow:
+                split_number(value, target + 2 * j, split)
+            else:
+                normal[j] = value
+
+
+@helper
+def narrow_rows(x, rows, width, out, out_step, low, short):
     """Rows rounded to bf16, and zeros up to the next row: address of float32 (R, D) -> address of uint16 (R, ≥ D)
 
-    `low` and `short` are those of `layer_norm_bf16`.
+    `low` and `short` are those of `layer_norm`.
     """
     whole = width // LANES * LANES
     for i in range(rows):
-        source, target = x + i * step, out + i * out_step
+        source, target = x + i * (4 * width), out + i * out_step
         split = _begin_row(target, width, out_step, low, short, i)
         if split != 0:
             for j in range(0, whole, LANES):

@@ -232,19 +232,16 @@ def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool,
 
 def write_zip(staging: Path, output: Path) -> None:
     """The same bytes for the same files: fixed order, dates and permissions."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-            for path in files(staging):
-                entry = zipfile.ZipInfo(path.relative_to(staging).as_posix(), _EPOCH)
-                entry.external_attr = (0o755 if ".so" in path.name else 0o644) << 16
-                entry.create_system = 3  # Unix, wherever this runs
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                with open(path, "rb") as source, archive.open(entry, "w") as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from numpyesm.files import atomic_write
+
+    with atomic_write(output) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for path in files(staging):
+            entry = zipfile.ZipInfo(path.relative_to(staging).as_posix(), _EPOCH)
+            entry.external_attr = (0o755 if ".so" in path.name else 0o644) << 16
+            entry.create_system = 3  # Unix, wherever this runs
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with open(path, "rb") as source, archive.open(entry, "w") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
 
 
 if __name__ == "__main__":

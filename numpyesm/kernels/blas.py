@@ -15,13 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    import ctypes
-
-    _HAS_CTYPES = True
-except ImportError:  # a Python built without it
-    _HAS_CTYPES = False
-
 # (get, set) pairs: NumPy's bundled OpenBLAS with its prefix and suffixes, plain OpenBLAS, MKL, BLIS.
 _SYMBOLS = [
     (f"{prefix}openblas_get_num_threads{suffix}", f"{prefix}openblas_set_num_threads{suffix}")
@@ -51,9 +44,11 @@ def _candidate_libraries() -> Iterator[str]:
 @functools.cache
 def _controls() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
     """(get, set) functions of the loaded BLAS libraries."""
-    found: dict[str, tuple[Callable[[], int], Callable[[int], None]]] = {}
-    if not _HAS_CTYPES:
+    try:
+        import ctypes
+    except ImportError:  # a Python built without it
         return []
+    found: dict[str, tuple[Callable[[], int], Callable[[int], None]]] = {}
     for path in _candidate_libraries():
         key = os.path.realpath(path)
         if key in found:

@@ -26,7 +26,7 @@ _FLOAT32 = np.dtype(np.float32)
 # sign-extended on the way, so what the mask leaves is its sign bit and the 15 bits of magnitude.
 _FLOAT16_BITS = np.int32(0x8FFFE000 - (1 << 32))
 _FLOAT16_FACTOR = np.float32(2.0**112)
-_FLOAT16_NOT_FINITE = np.int16(0x7C00)
+_FLOAT16_EXPONENT = np.int16(0x7C00)  # all ones in NaN and infinity
 
 
 class NarrowMatrix:
@@ -42,7 +42,7 @@ class NarrowMatrix:
         self._scale = tensor.scale
         self._raw = tensor.raw
         self._dtype = tensor.dtype
-        if self._dtype == "F16" and _has_non_finite(self._raw):
+        if self._dtype == "F16" and ((self._raw.view(np.int16) & _FLOAT16_EXPONENT) == _FLOAT16_EXPONENT).any():
             self._dtype = "F16 with NaN or infinity"  # which the quick way would turn into plain numbers
 
     @staticmethod
@@ -53,7 +53,7 @@ class NarrowMatrix:
     def __getitem__(self, rows: slice) -> Array:
         """Rows as float32 (r, N), valid until the calling thread takes the next slice of any matrix."""
         raw = self._raw[rows]
-        out = scratch.room("widened", raw.shape, _FLOAT32)
+        out = scratch("widened", raw.shape, _FLOAT32)
         if self._dtype == "BF16":
             bits = out.view(np.uint32)
             np.copyto(bits, raw)
@@ -73,8 +73,3 @@ class NarrowMatrix:
                 part = slice(max(0, group * GROUP - first), (group + 1) * GROUP - first)
                 np.multiply(raw[part], self._scale[group], out=out[part])
         return out
-
-
-def _has_non_finite(half: Array) -> bool:
-    """Whether an array of float16 has NaN or infinity: an exponent of all ones."""
-    return bool(((half.view(np.int16) & _FLOAT16_NOT_FINITE) == _FLOAT16_NOT_FINITE).any())

@@ -54,16 +54,14 @@ class NumpyKernels(Kernels):
         w: dict[str, Any] = {name: self._laid_out(name, checkpoint) for name in checkpoint.tensors}
         self._w = w
         order = rotary_pair_order(self.config)
-        self._reorders_rows: list[bool] = []
-        for layer in range(self.config.num_layers):
-            prefix = f"layers.{layer}.qkv."
-            reorders_rows = in_place or isinstance(w[prefix + "weight"], NarrowMatrix)
-            if not reorders_rows:
-                plain = w[prefix + "weight"]
-                tensor = checkpoint.tensors[prefix + "weight"]
-                w[prefix + "weight"] = shared(tensor, (self.dtype, "pairs"), partial(np.take, plain, order, axis=-1))
-                w[prefix + "bias"] = w[prefix + "bias"][order]
-            self._reorders_rows.append(reorders_rows)
+        names = [f"layers.{layer}.qkv." for layer in range(self.config.num_layers)]
+        self._reorders_rows = [in_place or isinstance(w[name + "weight"], NarrowMatrix) for name in names]
+        for name, reorders_rows in zip(names, self._reorders_rows, strict=True):
+            if reorders_rows:
+                continue
+            tensor, plain = checkpoint.tensors[name + "weight"], w[name + "weight"]
+            w[name + "weight"] = shared(tensor, (self.dtype, "pairs"), partial(np.take, plain, order, axis=-1))
+            w[name + "bias"] = w[name + "bias"][order]
         if checkpoint.has_lm_head:
             w["lm_head.vocabulary"] = checkpoint.vocabulary(self.dtype)
 
@@ -107,9 +105,9 @@ class NumpyKernels(Kernels):
         `rotary` holds consecutive parts of the rotary table that together cover the R rows.
         """
         name = f"layers.{layer}"
-        y = self._norm(f"{name}.attention_norm", x, scratch.room("norm", x.shape, self.dtype))
+        y = self._norm(f"{name}.attention_norm", x, scratch("norm", x.shape, self.dtype))
         if self._reorders_rows[layer]:
-            self._pair_up(self._linear(f"{name}.qkv", y, scratch.room("qkv", out.shape, self.dtype)), out)
+            self._pair_up(self._linear(f"{name}.qkv", y, scratch("qkv", out.shape, self.dtype)), out)
         else:
             self._linear(f"{name}.qkv", y, out)
         pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
@@ -140,10 +138,10 @@ class NumpyKernels(Kernels):
     def project_and_feed_forward(self, layer: int, context: Array, x: Array) -> None:
         """x += out_proj(context); x += fc2(gelu(fc1(LayerNorm(x)))), in place: (R, D), (R, D)."""
         name = f"layers.{layer}"
-        y = scratch.room("norm", x.shape, self.dtype)
+        y = scratch("norm", x.shape, self.dtype)
         x += self._linear(f"{name}.out_proj", context, y)
         self._norm(f"{name}.ffn_norm", x, y)
-        h = self._linear(f"{name}.fc1", y, scratch.room("hidden", (len(x), self.config.ffn_dim), self.dtype))
+        h = self._linear(f"{name}.fc1", y, scratch("hidden", (len(x), self.config.ffn_dim), self.dtype))
         gelu(h)
         x += self._linear(f"{name}.fc2", h, y)
 

@@ -51,8 +51,8 @@ def gelu(x: Array) -> None:
 
 def _gelu_float32(x: Array) -> None:
     """gelu(x) in place, for a piece that fits the cache."""
-    square = np.multiply(x, x, out=scratch.room("gelu square", x.shape, x.dtype))
-    p = np.multiply(square, np.float32(-GELU_POLYNOMIAL[0]), out=scratch.room("gelu p", x.shape, x.dtype))
+    square = np.multiply(x, x, out=scratch("gelu square", x.shape, x.dtype))
+    p = np.multiply(square, np.float32(-GELU_POLYNOMIAL[0]), out=scratch("gelu p", x.shape, x.dtype))
     p += np.float32(-GELU_POLYNOMIAL[1])
     for coefficient in GELU_POLYNOMIAL[2:]:
         p *= square
@@ -77,7 +77,7 @@ def linear(x: Array, weight: Array | NarrowMatrix, bias: Array, out: Array | Non
     _product(x[:, :step], weight[:step], out)
     for start in range(step, weight.shape[0], step):
         rows = slice(start, start + step)
-        out += _product(x[:, rows], weight[rows], scratch.room("part", out.shape, out.dtype))
+        out += _product(x[:, rows], weight[rows], scratch("part", out.shape, out.dtype))
     out += bias
     return out
 
@@ -105,7 +105,7 @@ def attend(q: Array, k: Array, v: Array, out: Array | None, maps: AttentionMaps 
     """Attention of one tile, and what it leaves for `maps`: (H, R, C), (H, L, C), (H, L, C) -> out (R, H, C)."""
     rows, length = q.shape[1], k.shape[1]
     group = max(1, _SCORE_BYTES // (rows * length * q.dtype.itemsize))
-    room = scratch.room("scores", (min(group, len(q)), rows, length), q.dtype)
+    room = scratch("scores", (min(group, len(q)), rows, length), q.dtype)
     if maps is not None and maps.summary is not None:
         maps.summary[...] = 0
     for first in range(0, len(q), group):
@@ -131,7 +131,7 @@ def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) ->
         head = maps.heads[index] - first
         unnormalised = scores[head][maps.rows, 1:-1]  # (r, L - 2)
         # In float64: where attention is spread evenly, the map and its average product cancel to a few digits.
-        attention = scratch.room("attention", unnormalised.shape, np.dtype(np.float64))
+        attention = scratch("attention", unnormalised.shape, np.dtype(np.float64))
         np.multiply(unnormalised, norm[head][maps.rows, None], out=attention)
         maps.row_sums[index] = attention.sum(axis=1)
         maps.column_sums[index] = attention.sum(axis=0)

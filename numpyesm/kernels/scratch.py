@@ -10,21 +10,14 @@ import numpy as np
 
 from .base import Array
 
-
-class Scratch(threading.local):
-    """Buffers of the calling thread, reused from block to block."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-
-    def room(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array of this shape with undefined contents, valid until the same name is asked for again."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size or buffer.dtype != dtype:
-            buffer = self._buffers[name] = np.empty(size, dtype)
-        piece: Array = buffer[:size].reshape(shape)
-        return piece
+_buffers = threading.local()
 
 
-scratch = Scratch()
+def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array of this shape with undefined contents, valid until the thread asks for the same name again."""
+    size = math.prod(shape)
+    buffer: Array | None = getattr(_buffers, name, None)
+    if buffer is None or buffer.size < size or buffer.dtype != dtype:
+        buffer = np.empty(size, dtype)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].reshape(shape)

@@ -124,24 +124,6 @@ def _finish_heads(height, first_column, tile, bias, table, positions, heads, hea
 
 
 @helper
-def _tile_fp32(height, left, step, panel, inner, tile, ahead, ahead_step):
-    """A tile in float32."""
-    for k in range(0, inner, _CHAIN):
-        multiply_fp32(
-            height,
-            left + 4 * k,
-            step,
-            panel + k * TILE_BYTES,
-            min(_CHAIN, inner - k),
-            tile,
-            TILE_BYTES,
-            k,
-            ahead + k * ahead_step,
-            ahead_step,
-        )
-
-
-@helper
 def _begin(narrow, rows):
     """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register."""
     highest = _NARROW_ROWS if narrow else TILE_ROWS
@@ -222,7 +204,10 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
             _widen(narrow, panel, step_bytes, scales, steps, wide)
         panel = wide
     if not narrow:
-        _tile_fp32(height, here, x_step, panel, inner, tile, ahead, ahead_step)
+        for chain in range(0, inner, _CHAIN):
+            left_part, right_part = here + 4 * chain, panel + chain * TILE_BYTES
+            count, near = min(_CHAIN, inner - chain), ahead + chain * ahead_step
+            multiply_fp32(height, left_part, x_step, right_part, count, tile, TILE_BYTES, chain, near, ahead_step)
         return
     parts = 2 if low != 0 and any_short(short, start, start + height) else 1
     for part in range(parts):

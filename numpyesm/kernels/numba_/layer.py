@@ -33,19 +33,9 @@ def _project_qkv(narrow, model, layer, room, x, rows, positions, short, all_rows
         start = rows * group // groups
         count = rows * (group + 1) // groups - start
         lines = _normalised(narrow, x + start * step, count, width, norm, left, left_step, most, short + 8 * start)
-        linear_heads(
-            narrow,
-            lines,
-            layer + 8 * Layer.QKV,
-            width,
-            load_integer(model, Model.ROTARY),
-            positions + 8 * start,
-            load_integer(model, Model.HEADS),
-            head_dim,
-            all_rows,
-            out + start * head_dim * 4,
-            room,
-        )
+        table, heads = load_integer(model, Model.ROTARY), load_integer(model, Model.HEADS)
+        at, to = positions + 8 * start, out + start * head_dim * 4
+        linear_heads(narrow, lines, layer + 8 * Layer.QKV, width, table, at, heads, head_dim, all_rows, to, room)
 
 
 @helper

@@ -69,21 +69,10 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
         if maps != 0:
             maps += 8 * Maps.ENTRIES * index
             wanted = load_integer(maps, Maps.ONLY) == 0
-        out = context + (start - first_row) * out_step
-        call_kernel(
-            load_integer(run, Pass.ATTEND),
-            (
-                model,
-                room,
-                source + start * row_bytes,
-                stop - start,
-                source + first * row_bytes,
-                last - first,
-                rows,
-                out,
-                maps,
-            ),
-        )
+        out, attend = context + (start - first_row) * out_step, load_integer(run, Pass.ATTEND)
+        queries, count = source + start * row_bytes, stop - start
+        keys, length = source + first * row_bytes, last - first
+        call_kernel(attend, (model, room, queries, count, keys, length, rows, out, maps))
     return wanted
 
 
@@ -91,20 +80,11 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
 def _project(run, model, room, layer, first, last):
     """Query, key and value of `layer` for one block."""
     out = load_integer(run, Pass.QKV if layer % 2 == 0 else Pass.QKV_ODD)
-    call_kernel(
-        load_integer(run, Pass.QKV_STEP),
-        (
-            model,
-            load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES,
-            room,
-            load_integer(run, Pass.X) + 4 * first * load_integer(model, Model.WIDTH),
-            last - first,
-            load_integer(run, Pass.POSITIONS) + 8 * first,
-            load_integer(run, Pass.SHORT_ROWS) + 8 * first,
-            load_integer(run, Pass.ROWS),
-            out + 4 * first * load_integer(model, Model.HEAD_DIM),
-        ),
-    )
+    step, weights = load_integer(run, Pass.QKV_STEP), load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES
+    x, count = load_integer(run, Pass.X) + 4 * first * load_integer(model, Model.WIDTH), last - first
+    positions, short = load_integer(run, Pass.POSITIONS) + 8 * first, load_integer(run, Pass.SHORT_ROWS) + 8 * first
+    rows, out = load_integer(run, Pass.ROWS), out + 4 * first * load_integer(model, Model.HEAD_DIM)
+    call_kernel(step, (model, weights, room, x, count, positions, short, rows, out))
 
 
 @helper

@@ -125,36 +125,17 @@ def _finish_heads(height, first_column, tile, bias, table, positions, heads, hea
 
 @helper
 def _begin(narrow, rows):
-    """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register."""
+    """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register, `late`.
+
+    So many products is what follows one behind: on tile registers it runs beside the next one, in other parts of the
+    core.
+    """
     highest = _NARROW_ROWS if narrow else TILE_ROWS
     tiles = (rows + highest - 1) // highest
     half = (rows + 2 * tiles - 1) // (2 * tiles)
     if narrow and _TILES:
         configure_tiles(half)
-    return tiles, half
-
-
-@helper
-def _end(narrow):
-    """After a group of rows was multiplied."""
-    if narrow and _TILES:
-        release_tiles()
-
-
-@helper
-def _late(narrow):
-    """How many products what follows one is behind: on tile registers it runs beside the next one.
-
-    That takes other parts of the core.
-    """
-    return 1 if narrow and _TILES else 0
-
-
-@helper
-def _leave(narrow, half, tile):
-    """Tile registers to memory."""
-    if narrow and _TILES:
-        store_tiles(half, tile, TILE_BYTES)
+    return tiles, half, 1 if narrow and _TILES else 0
 
 
 @helper
@@ -231,38 +212,42 @@ def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out
     `left` is x, its step, R, and what `layer_norm` calls `low` and `short`; `out_low` is the next product's `low`.
     """
     _, _, rows, _, short = left
-    tiles, half = _begin(narrow, rows)
+    tiles, half, late = _begin(narrow, rows)
     tile = load_integer(room, Room.TILE)
     bias, centre = load_integer(matrix, Matrix.BIAS) + 4 * column, load_integer(matrix, Matrix.CENTRE) + 4 * column
     if k > 0:
         bias = load_integer(room, Room.ZEROS)
     number = 2 if step == GELU_BF16 else 4
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _late(narrow)):
+    for i in range(products + late):
         if i < products:
             _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
-        if i >= _late(narrow):
-            first, start, height = _place(i - _late(narrow), tiles, rows)
+        if i >= late:
+            first, start, height = _place(i - late, tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
             here = bias if k > 0 else bias + 4 * first
             _finish(step, height, width, tile, here, centre + 4 * first, target, out_step, out_low, short + 8 * start)
-        _leave(narrow, half, tile)
-    _end(narrow)
+        if narrow and _TILES:
+            store_tiles(half, tile, TILE_BYTES)
+    if narrow and _TILES:
+        release_tiles()
 
 
 @helper
 def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
     """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
     rows = left[2]
-    tiles, half = _begin(narrow, rows)
+    tiles, half, late = _begin(narrow, rows)
     tile, bias = load_integer(room, Room.TILE), load_integer(matrix, Matrix.BIAS)
     products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + _late(narrow)):
+    for i in range(products + late):
         if i < products:
             _multiply(narrow, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
-        if i >= _late(narrow):
-            first, start, height = _place(i - _late(narrow), tiles, rows)
+        if i >= late:
+            first, start, height = _place(i - late, tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 4
             _finish_heads(height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
-        _leave(narrow, half, tile)
-    _end(narrow)
+        if narrow and _TILES:
+            store_tiles(half, tile, TILE_BYTES)
+    if narrow and _TILES:
+        release_tiles()

@@ -26,9 +26,6 @@ from .emitter import (
     VECTOR_BYTES,
     context_bf16,
     context_fp32,
-    product_bf16,
-    product_fp32,
-    score_pairs_bf16,
     scores_bf16,
     scores_fp32,
 )
@@ -38,13 +35,14 @@ from .vectors import (
     PIECE,
     carray,
     column_maximum,
+    exponentials,
+    exponentials_bf16,
     float32_at,
     float64_at,
     int64_at,
     load_integer,
     load_number,
     store_number,
-    store_pair,
     store_piece_bf16,
     store_scaled,
     transpose_eight,
@@ -63,18 +61,6 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _LOWEST = np.float32(-np.inf)
 
-_HEADS, _HEAD_DIM = int(Model.HEADS), int(Model.HEAD_DIM)
-_QUERIES, _SCORES, _STATE, _CONTEXT = int(Room.QUERIES), int(Room.SCORES), int(Room.STATE), int(Room.STRIP_CONTEXT)
-_KEPT, _VALUES, _PAIRS, _FACTORS = int(Room.KEPT), int(Room.VALUES), int(Room.PAIRS), int(Room.FACTORS)
-_NARROW_QUERIES, _NARROW_KEYS = int(Room.NARROW_QUERIES), int(Room.NARROW_KEYS)
-_NARROW_VALUES, _SHIFTS = int(Room.NARROW_VALUES), int(Room.SHIFTS)
-_MAP_OF_HEAD, _COEFFICIENTS, _SUMMARY = int(Maps.MAP_OF_HEAD), int(Maps.COEFFICIENTS), int(Maps.SUMMARY)
-_WEIGHTED, _WEIGHTED_STEP = int(Maps.WEIGHTED), int(Maps.WEIGHTED_STEP)
-_ROW_SUMS, _ROW_SUMS_STEP = int(Maps.ROW_SUMS), int(Maps.ROW_SUMS_STEP)
-_COLUMN_SUMS, _COLUMN_SUMS_STEP = int(Maps.COLUMN_SUMS), int(Maps.COLUMN_SUMS_STEP)
-_FULL, _FULL_HEAD_STEP, _FULL_ROW_STEP = int(Maps.FULL), int(Maps.FULL_HEAD_STEP), int(Maps.FULL_ROW_STEP)
-_FIRST_RESIDUE, _LAST_RESIDUE, _ONLY = int(Maps.FIRST_RESIDUE), int(Maps.LAST_RESIDUE), int(Maps.ONLY)
-
 
 # -- products of one strip ------------------------------------------------------------------------------------------
 
@@ -91,41 +77,33 @@ def _tile_height(rows):
 
 
 @helper
-def _exponentials(narrow, keep, queries, keys, step, count, head_dim, lanes, scores, shift, total):
-    """2^(keys (count, C) · queries (C, lanes) - shift) and their sums; bf16 leaves pairs unless they are to `keep`."""
+def _scores(narrow, queries, keys, step, count, head_dim, lanes, scores, shift):
+    """scores (count, lanes) = keys (count, C) · queries (C, lanes) - shift (lanes,)"""
     done = 0
     while done < count:
         height = _tile_height(count - done)
         left, target = keys + done * step, scores + 4 * done * lanes
-        if not narrow:
-            scores_fp32(height, lanes, left, step, queries, head_dim, target, shift, total)
-        elif keep:
-            scores_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift, total)
+        if narrow:
+            scores_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift)
         else:
-            target = scores + 2 * done * lanes
-            score_pairs_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift, total)
+            scores_fp32(height, lanes, left, step, queries, head_dim, target, shift)
         done += height
 
 
 @helper
-def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, highest):
-    """Each query's largest score over all keys."""
-    best = carray(float32_at(highest), (lanes,))
+def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, state):
+    """Set row 0 of `state`, which is zeros, to each query's largest score over all keys; row 2 is room."""
+    highest = state + 8 * lanes
+    best, shift = carray(float32_at(highest), (lanes,)), carray(float32_at(state), (lanes,))
     for lane in range(lanes):
         best[lane] = _LOWEST
     for first in range(0, length, CHUNK_KEYS):
         count = min(CHUNK_KEYS, length - first)
-        done = 0
-        while done < count:
-            height = _tile_height(count - done)
-            left, target = keys + (first + done) * step, scores + 4 * done * lanes
-            if narrow:
-                product_bf16(height, lanes, left, step, queries, head_dim // 2, target, 4 * lanes, 0)
-            else:
-                product_fp32(height, lanes, left, step, queries, head_dim, target, 4 * lanes, 0)
-            done += height
+        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, scores, state)
         for at in range(0, 4 * lanes, VECTOR_BYTES):
             column_maximum(scores + at, 4 * lanes, count, highest + at)
+    for lane in range(lanes):
+        shift[lane] = best[lane]
 
 
 @helper
@@ -139,9 +117,9 @@ def _add_context(narrow, scores, values, step, count, head_dim, lanes, context, 
         height = _tile_height(head_dim - done)
         left, target = values + 4 * done, context + 4 * done * lanes
         if narrow:
-            context_bf16(height, lanes, left, step, scores, count, target, 4 * lanes, add)
+            context_bf16(height, lanes, left, step, scores, count, target, add)
         else:
-            context_fp32(height, lanes, left, step, scores, count, target, 4 * lanes, add)
+            context_fp32(height, lanes, left, step, scores, count, target, add)
         done += height
 
 
@@ -160,7 +138,7 @@ def _narrow(source, rows, head_dim, shift, out):
 @helper
 def _narrow_head(queries, rows, keys, values, length, head_dim, room):
     """One head's queries, keys less their mean, and values, as bf16 in this thread's buffers."""
-    shifts = load_integer(room, _SHIFTS)
+    shifts = load_integer(room, Room.SHIFTS)
     sums, key_rows = carray(float32_at(shifts), (2 * head_dim,)), carray(float32_at(keys), (length, head_dim))
     sums[:] = _ZERO
     for key in range(length):
@@ -169,10 +147,10 @@ def _narrow_head(queries, rows, keys, values, length, head_dim, room):
     for channel in range(head_dim):
         sums[channel] /= np.float32(length)
     zeros = shifts + 4 * head_dim
-    narrow_keys = load_integer(room, _NARROW_KEYS)
-    _narrow(queries, rows, head_dim, zeros, load_integer(room, _NARROW_QUERIES))
+    narrow_keys = load_integer(room, Room.NARROW_KEYS)
+    _narrow(queries, rows, head_dim, zeros, load_integer(room, Room.NARROW_QUERIES))
     _narrow(keys, length, head_dim, shifts, narrow_keys)
-    _narrow(values, length, head_dim, zeros, load_integer(room, _NARROW_VALUES))
+    _narrow(values, length, head_dim, zeros, load_integer(room, Room.NARROW_VALUES))
     if _TILES:  # they read behind the last key
         rest = carray(uint16_at(narrow_keys + 2 * length * head_dim), (ROWS * head_dim,))
         rest[:] = np.uint16(0)
@@ -230,18 +208,6 @@ def _pair_values(values, length, head_dim, out):
 
 
 @helper
-def _pair_scores(scores, count, lanes, out):
-    """Neighbouring rows of float32 rounded to bf16, side by side: (count, lanes) -> (count / 2, lanes) pairs.
-
-    After an odd number of rows the next one must be zero.
-    """
-    for pair in range((count + 1) // 2):
-        low = scores + 8 * pair * lanes
-        for at in range(0, 4 * lanes, VECTOR_BYTES):
-            store_pair(low + at, low + 4 * lanes + at, out + 4 * pair * lanes + at)
-
-
-@helper
 def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
     """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
@@ -257,20 +223,16 @@ def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, s
         chunk = scores + (4 * first * lanes if keep else 0)
         for lane in range(lanes):
             parts[lane] = _ZERO
-        _exponentials(narrow, keep, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift, part)
+        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift)
+        if narrow:
+            exponentials_bf16(lanes, count, chunk, part, pairs)
+            here, count = values + 2 * first * head_dim, (count + 1) // 2
+            _add_context(narrow, pairs, here, 4 * head_dim, count, head_dim, lanes, context, first)
+        else:
+            exponentials(lanes, count, chunk, part)
+            _add_context(narrow, chunk, values + first * step, step, count, head_dim, lanes, context, first)
         for lane in range(lanes):
             sums[lane] += parts[lane]
-        if not narrow:
-            _add_context(narrow, chunk, values + first * step, step, count, head_dim, lanes, context, first)
-            continue
-        if keep:
-            if count % 2:
-                after = carray(float32_at(chunk + 4 * count * lanes), (lanes,))
-                after[:] = _ZERO
-            _pair_scores(chunk, count, lanes, pairs)
-            chunk = pairs
-        here = values + 2 * first * head_dim
-        _add_context(narrow, chunk, here, 4 * head_dim, (count + 1) // 2, head_dim, lanes, context, first)
 
 
 @helper
@@ -366,16 +328,16 @@ def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, f
     factor, totals = carray(float64_at(factors), (lanes,)), carray(float32_at(state + 4 * lanes), (lanes,))
     for lane in range(lanes):
         factor[lane] = 1.0 / np.float64(totals[lane]) if lane < count else 0.0
-    if load_integer(maps, _SUMMARY) != 0:
-        _add_summary(scores, factors, length, lanes, load_integer(maps, _SUMMARY))
-    if load_integer(maps, _FULL) != 0:
-        step = load_integer(maps, _FULL_ROW_STEP)
-        out = load_integer(maps, _FULL) + head * load_integer(maps, _FULL_HEAD_STEP) + start * step
+    if load_integer(maps, Maps.SUMMARY) != 0:
+        _add_summary(scores, factors, length, lanes, load_integer(maps, Maps.SUMMARY))
+    if load_integer(maps, Maps.FULL) != 0:
+        step = load_integer(maps, Maps.FULL_ROW_STEP)
+        out = load_integer(maps, Maps.FULL) + head * load_integer(maps, Maps.FULL_HEAD_STEP) + start * step
         _write_map(scores, factors, length, lanes, count, out, step)
     if index < 0:
         return
-    first_residue = load_integer(maps, _FIRST_RESIDUE)
-    first, last = max(0, first_residue - start), min(count, load_integer(maps, _LAST_RESIDUE) - start)
+    first_residue = load_integer(maps, Maps.FIRST_RESIDUE)
+    first, last = max(0, first_residue - start), min(count, load_integer(maps, Maps.LAST_RESIDUE) - start)
     if first >= last:
         return
     residue = start + first - first_residue
@@ -386,36 +348,44 @@ def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, f
         lanes,
         first,
         last,
-        carray(float64_at(load_integer(maps, _COEFFICIENTS)), (index + 1,))[index],
-        load_integer(maps, _WEIGHTED) + 8 * residue,
-        load_integer(maps, _WEIGHTED_STEP),
-        load_integer(maps, _ROW_SUMS) + index * load_integer(maps, _ROW_SUMS_STEP) + 8 * residue,
-        load_integer(maps, _COLUMN_SUMS) + index * load_integer(maps, _COLUMN_SUMS_STEP),
+        carray(float64_at(load_integer(maps, Maps.COEFFICIENTS)), (index + 1,))[index],
+        load_integer(maps, Maps.WEIGHTED) + 8 * residue,
+        load_integer(maps, Maps.WEIGHTED_STEP),
+        load_integer(maps, Maps.ROW_SUMS) + index * load_integer(maps, Maps.ROW_SUMS_STEP) + 8 * residue,
+        load_integer(maps, Maps.COLUMN_SUMS) + index * load_integer(maps, Maps.COLUMN_SUMS_STEP),
     )
 
 
 @helper
 def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, maps):
     """See `attend`."""
-    heads, head_dim = load_integer(model, _HEADS), load_integer(model, _HEAD_DIM)
+    heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
     step, out_step = (2 if narrow else 4) * head_dim, 4 * heads * head_dim
     head_step = 4 * all_rows * head_dim
     part_step = heads * head_step
     items = head_dim // 2 if narrow else head_dim
-    strip, scores, state = load_integer(room, _QUERIES), load_integer(room, _SCORES), load_integer(room, _STATE)
-    context, kept, factors = load_integer(room, _CONTEXT), load_integer(room, _KEPT), load_integer(room, _FACTORS)
-    pairs, value_pairs = load_integer(room, _PAIRS), load_integer(room, _VALUES)
+    strip, scores, state = (
+        load_integer(room, Room.QUERIES),
+        load_integer(room, Room.SCORES),
+        load_integer(room, Room.STATE),
+    )
+    context, kept, factors = (
+        load_integer(room, Room.STRIP_CONTEXT),
+        load_integer(room, Room.KEPT),
+        load_integer(room, Room.FACTORS),
+    )
+    pairs, value_pairs = load_integer(room, Room.PAIRS), load_integer(room, Room.VALUES)
     with_contacts = with_others = maps_only = False
     if maps != 0:
-        with_contacts = load_integer(maps, _MAP_OF_HEAD) != 0
-        with_others = load_integer(maps, _SUMMARY) != 0 or load_integer(maps, _FULL) != 0
-        maps_only = load_integer(maps, _ONLY) != 0
+        with_contacts = load_integer(maps, Maps.MAP_OF_HEAD) != 0
+        with_others = load_integer(maps, Maps.SUMMARY) != 0 or load_integer(maps, Maps.FULL) != 0
+        maps_only = load_integer(maps, Maps.ONLY) != 0
     if narrow and _TILES:
         configure_tiles(HALF_ROWS)
     for head in range(heads):
         index = -1
         if with_contacts:
-            index = carray(int64_at(load_integer(maps, _MAP_OF_HEAD)), (heads,))[head]
+            index = carray(int64_at(load_integer(maps, Maps.MAP_OF_HEAD)), (heads,))[head]
         keep = with_others or index >= 0
         if maps_only and not keep:
             continue
@@ -423,8 +393,8 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         head_queries, head_keys, values = queries + at, keys + part_step + at, keys + 2 * part_step + at
         if narrow:
             _narrow_head(head_queries, rows, head_keys, values, length, head_dim, room)
-            head_queries, head_keys = load_integer(room, _NARROW_QUERIES), load_integer(room, _NARROW_KEYS)
-            values = load_integer(room, _NARROW_VALUES)
+            head_queries, head_keys = load_integer(room, Room.NARROW_QUERIES), load_integer(room, Room.NARROW_KEYS)
+            values = load_integer(room, Room.NARROW_VALUES)
             if _TILES:
                 transpose_values(values, length, head_dim, scores, value_pairs)
             else:

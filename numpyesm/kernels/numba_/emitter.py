@@ -340,10 +340,16 @@ def function(name: str, count: int) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
-def _step(
-    e: Emitter, kind: str, height: int, vectors: int, a: Any, a_step: Any, b: Any, transposed: bool, *ahead: Any
-) -> Callable[[Any, list[Any]], list[Any]]:
-    """Step i along k of a tile of height · vectors accumulators, row by row; see `_product`."""
+def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, start: list[Any], *arguments: Any) -> list[Any]:
+    """One tile, A · B added to each row's `start`, a register for each of its vectors: -> the registers, row by row.
+
+    `arguments` are a, a_step, b, k. `a` (height, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is
+    `a_step` apart and rows contiguous. `b` (k, columns) is contiguous. `k` counts steps of 4 bytes: one float32, two
+    bf16. Two more arguments, `ahead, ahead_step`: each step along k also brings a line from `ahead` on, `ahead_step`
+    bytes further each time, into the second cache.
+    """
+    a, a_step, b, k, *ahead = arguments
+    vectors = len(start)
 
     def step(i: Any, totals: list[Any]) -> list[Any]:
         if ahead:
@@ -361,21 +367,12 @@ def _step(
                 new.append(_MULTIPLY[kind](e, left, right[j], totals[row * vectors + j]))
         return new
 
-    return step
+    return e.unrolled(k, start * height, step)
 
 
-def _product(e: Emitter, kind: str, transposed: bool, height: int, vectors: int, *arguments: Any) -> None:
-    """C of one tile of that many rows and registers; `arguments` are a, a_step, b, k, c, c_step, add.
-
-    `a` (rows, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is `a_step` apart and rows contiguous.
-    `b` (k, columns) is contiguous, `c` has its rows `c_step` bytes apart. `k` counts steps of 4 bytes: one float32, two
-    bf16. With `add` the product is added to C.
-    Two more arguments, `ahead, ahead_step`: each step along k also brings a line from `ahead` on, `ahead_step` bytes
-    further each time, into the second cache.
-    """
-    a, a_step, b, k, c, c_step, add, *ahead = arguments
-    step = _step(e, kind, height, vectors, a, a_step, b, transposed, *ahead)
-    totals = e.unrolled(k, [ir.Constant(e.vector, None)] * (height * vectors), step)
+def _store_tile(e: Emitter, height: int, totals: list[Any], c: Any, c_step: Any, add: Any) -> None:
+    """Put a tile at C, whose rows are `c_step` bytes apart, or add it to what is there if `add` is not 0."""
+    vectors = len(totals) // height
     addresses = [e.at(e.offset(c, c_step, row), j) for row in range(height) for j in range(vectors)]
     with e.b.if_else(e.b.icmp_signed("!=", add, e.number(0))) as (yes, no):
         with yes:
@@ -390,63 +387,53 @@ def _linear_product(kind: str) -> Any:
     """Make the intrinsic `f(rows, a, a_step, b, k, c, c_step, add, ahead, ahead_step)` for up to TILE_ROWS rows."""
 
     @function(f"numpyesm_product_{kind}", 10)
-    def multiply(e: Emitter, rows: Any, *arguments: Any) -> None:
-        heights = list(range(1, TILE_ROWS + 1))
-        e.switch(rows, heights, lambda height: _product(e, kind, False, height, e.isa.vectors, *arguments))
-
-    return multiply
-
-
-def _attention_product(kind: str, transposed: bool = False) -> Any:
-    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, c_step, add)` for the tiles of attention."""
-
-    @function(f"numpyesm_attention_{kind}_{'context' if transposed else 'scores'}", 9)
-    def multiply(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
-        _each_tile(e, rows, lanes, lambda *shape: _product(e, kind, transposed, *shape, *arguments))
-
-    return multiply
-
-
-def _scores(kind: str, pairs: bool = False) -> Any:
-    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, c, shift, total)`: a product that goes into an exponential.
-
-    c = 2^(a · b - shift) and total += its sum over rows, where `shift` and `total` are one row. `pairs` leaves bf16
-    with neighbours of a column beside each other, as the next product takes them; the other of a single row is zero.
-    """
-
-    @function(f"numpyesm_scores_{kind}_{'pairs' if pairs else 'rows'}", 9)
-    def exponentials(
-        e: Emitter, rows: Any, lanes: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, shift: Any, total: Any
+    def multiply(
+        e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any, *ahead: Any
     ) -> None:
-        builder = e.b
-        coarse = kind != "fp32"
+        zeros = [ir.Constant(e.vector, None)] * e.isa.vectors
 
+        def tile(height: int) -> None:
+            totals = _multiplied(e, kind, False, height, zeros, a, a_step, b, k, *ahead)
+            _store_tile(e, height, totals, c, c_step, add)
+
+        e.switch(rows, list(range(1, TILE_ROWS + 1)), tile)
+
+    return multiply
+
+
+def _scores(kind: str) -> Any:
+    """Make the intrinsic `f(rows, lanes, keys, step, queries, k, scores, shift)`: scores = keys · queries - shift."""
+
+    @function(f"numpyesm_scores_{kind}", 8)
+    def scores(
+        e: Emitter, rows: Any, lanes: Any, keys: Any, step: Any, queries: Any, k: Any, out: Any, shift: Any
+    ) -> None:
         def tile(height: int, vectors: int) -> None:
             zero = ir.Constant(e.vector, None)
-            start = [builder.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
-            step = _step(e, kind, height, vectors, a, a_step, b, False)
-            scores = e.unrolled(k, start * height, step)
-            for j in range(vectors):
-                at = e.at(total, j)
-                whole = e.load(at, e.vector)
-                before = zero
-                for row in range(height):
-                    value = e.exp2(scores[row * vectors + j], coarse)
-                    whole = builder.fadd(whole, value)
-                    if not pairs:
-                        e.store(value, e.at(c, row * vectors + j))
-                    elif row % 2:
-                        target = e.at(c, row // 2 * vectors + j)
-                        e.store(e.narrow_pair(before, value), target)
-                    before = value
-                if pairs and height % 2:
-                    target = e.at(c, height // 2 * vectors + j)
-                    e.store(e.narrow_pair(before, zero), target)
-                e.store(whole, at)
+            start = [e.b.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
+            totals = _multiplied(e, kind, False, height, start, keys, step, queries, k)
+            _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), e.number(0))
 
         _each_tile(e, rows, lanes, tile)
 
-    return exponentials
+    return scores
+
+
+def _context(kind: str) -> Any:
+    """Make the intrinsic `f(rows, lanes, values, step, scores, k, context, add)`: values transposed · scores."""
+
+    @function(f"numpyesm_context_{kind}", 8)
+    def context(
+        e: Emitter, rows: Any, lanes: Any, values: Any, step: Any, scores: Any, k: Any, out: Any, add: Any
+    ) -> None:
+        def tile(height: int, vectors: int) -> None:
+            zeros = [ir.Constant(e.vector, None)] * vectors
+            totals = _multiplied(e, kind, True, height, zeros, values, step, scores, k)
+            _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), add)
+
+        _each_tile(e, rows, lanes, tile)
+
+    return context
 
 
 def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], None]) -> None:
@@ -464,6 +451,5 @@ def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], Non
 
 multiply_fp32, multiply_bf16 = _linear_product("fp32"), _linear_product("bf16")
 # Attention's.
-product_fp32, product_bf16 = _attention_product("fp32"), _attention_product("bf16")
-context_fp32, context_bf16 = _attention_product("fp32", transposed=True), _attention_product("bf16", transposed=True)
-scores_fp32, scores_bf16, score_pairs_bf16 = _scores("fp32"), _scores("bf16"), _scores("bf16", pairs=True)
+scores_fp32, scores_bf16 = _scores("fp32"), _scores("bf16")
+context_fp32, context_bf16 = _context("fp32"), _context("bf16")

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .emitter import FLOAT, I32, I64, LANES, TILE_BYTES, VECTOR_BYTES, Emitter, intrinsic, on_addresses
+from .emitter import FLOAT, I32, I64, LANES, STRIP_COLUMNS, TILE_BYTES, VECTOR_BYTES, Emitter, intrinsic, on_addresses
 
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
@@ -151,10 +151,48 @@ def column_maximum(e: Emitter, scores: Any, step: Any, count: Any, highest: Any)
     e.store(result, highest)
 
 
-@on_addresses(3)
-def store_pair(e: Emitter, low: Any, high: Any, out: Any) -> None:
-    """out = low and high rounded to bf16, side by side"""
-    e.store(e.narrow_pair(e.load(low, e.vector), e.load(high, e.vector)), out)
+def _exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any, *pairs: Any) -> None:
+    """See `exponentials`, and with `pairs` `exponentials_bf16`."""
+    together = 2 if pairs else 1
+
+    def strip(lanes: int) -> None:
+        vectors = range(lanes // LANES)
+
+        def rows(i: Any, sums: list[Any], there: int = together) -> list[Any]:
+            sums = list(sums)
+            for j in vectors:
+                values = []
+                for row in range(there):
+                    address = e.at(e.offset(scores, i, 4 * lanes * together), row * len(vectors) + j)
+                    values.append(e.exp2(e.load(address, e.vector), coarse=bool(pairs)))
+                    e.store(values[-1], address)
+                    sums[j] = e.b.fadd(sums[j], values[-1])
+                if pairs:
+                    low, high = [*values, ir.Constant(e.vector, None)][:2]
+                    e.store(e.narrow_pair(low, high), e.at(e.offset(pairs[0], i, 4 * lanes), j))
+            return sums
+
+        sums = [e.load(e.at(total, j), e.vector) for j in vectors]
+        whole = e.b.sdiv(count, e.number(together))
+        sums = e.fold(whole, sums, rows)
+        if pairs:
+            sums = e.fold(e.b.and_(count, e.number(1)), sums, lambda _, sums: rows(whole, sums, 1))
+        for j in vectors:
+            e.store(sums[j], e.at(total, j))
+
+    e.switch(lanes, [LANES, STRIP_COLUMNS], strip)
+
+
+@on_addresses(4)
+def exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any) -> None:
+    """scores (count, lanes) = 2^scores; total (lanes,) += their sum over rows."""
+    _exponentials(e, lanes, count, scores, total)
+
+
+@on_addresses(5)
+def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any, pairs: Any) -> None:
+    """`exponentials` to 4 digits; pairs = neighbouring rows in bf16, side by side, zeros beside an odd last one."""
+    _exponentials(e, lanes, count, scores, total, pairs)
 
 
 # -- numbers at an address ------------------------------------------------------------------------------------------

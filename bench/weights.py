@@ -96,7 +96,7 @@ def fair_esm(folder: Path, model: str) -> None:
     tensors: dict[str, Any] = import_module("safetensors.torch").load_file(folder / "hf" / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     del tensors["lm_head.decoder.weight"]
-    state = trained_weights.fair_esm_tensors(tensors, config["num_layers"])
+    state = trained_weights.fair_esm_tensors(tensors)
     torch.save({"config": config, "model": state}, folder / "fair-esm.pt")
 
 

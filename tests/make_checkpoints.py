@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from trained_weights import HUGGING_FACE_NAMES, renamed
 
 from numpyesm.config import ModelConfig
 
@@ -17,17 +19,26 @@ esm = pytest.importorskip("esm")
 
 TINY = ModelConfig(num_layers=2, embed_dim=40, num_heads=20, ffn_dim=160)
 
-# Hugging Face's name for each part of fair-esm's, within a layer.
-HF_LAYER = {
-    "self_attn.q_proj": "attention.self.query",
-    "self_attn.k_proj": "attention.self.key",
-    "self_attn.v_proj": "attention.self.value",
-    "self_attn.out_proj": "attention.output.dense",
-    "self_attn_layer_norm": "attention.LayerNorm",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-    "final_layer_norm": "LayerNorm",
+# numpyesm's name for each part of fair-esm's.
+CANONICAL_NAMES = {
+    "emb_layer_norm_after": "final_norm",
+    "self_attn_layer_norm": "attention_norm",
+    "final_layer_norm": "ffn_norm",
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "self_attn.out_proj": "out_proj",
+    "lm_head.layer_norm": "lm_head.norm",
+    "contact_head.regression": "contact_head",
 }
+
+
+def with_half_precision_frequencies(model: Any) -> Any:
+    """`model`, its rotary buffers rounded to half precision as those of the official checkpoints are."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.half())
+    return model
 
 
 def fair_esm_model(config: ModelConfig = TINY, seed: int = 0) -> Any:
@@ -41,43 +52,32 @@ def fair_esm_model(config: ModelConfig = TINY, seed: int = 0) -> Any:
     return with_half_precision_frequencies(model)
 
 
-def with_half_precision_frequencies(model: Any) -> Any:
-    """`model`, its rotary buffers rounded to half precision as those of the official checkpoints are."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.copy_(buffer.half())
-    return model
+MODEL = fair_esm_model()  # for tests that only read it
 
 
-def fair_esm_content(model: Any, *, prefix: str = "encoder.sentence_encoder.", **arguments: Any) -> dict[str, Any]:
+def fair_esm_content(model: Any) -> dict[str, Any]:
     """What the official `.pt` holds: names with prefixes, no contact head, a Namespace."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("contact_head"):
-            head = prefix.replace("sentence_encoder.", "") if name.startswith("lm_head") else prefix
-            state[head + name] = tensor
     namespace = Namespace(
         arch="esm2",
         encoder_layers=model.num_layers,
         encoder_embed_dim=model.embed_dim,
         encoder_attention_heads=model.attention_heads,
         token_dropout=True,
-        **arguments,
     )
+    state = {
+        ("encoder." if name.startswith("lm_head") else "encoder.sentence_encoder.") + name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("contact_head")
+    }
     return {"cfg": {"model": namespace, "task": Namespace(mask_idx=32)}, "model": state}
 
 
-def write_fair_esm(path: Path, model: Any, *, regression: bool = True, **options: Any) -> Path:
+def write_fair_esm(path: Path, model: Any, *, regression: bool = True) -> Path:
     """An official-looking `.pt`, with its regression beside it."""
-    torch.save(fair_esm_content(model, **options), path)
+    torch.save(fair_esm_content(model), path)
     if regression:
-        write_regression(path.with_name(f"{path.stem}-contact-regression.pt"), model)
-    return path
-
-
-def write_regression(path: Path, model: Any) -> Path:
-    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("contact_head")}
-    torch.save({"model": state}, path)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("contact_head")}
+        torch.save({"model": state}, path.with_name(f"{path.stem}-contact-regression.pt"))
     return path
 
 
@@ -85,26 +85,14 @@ def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False,
     """The tensors of a fair-esm model under the names that transformers 4 or 5 gives them."""
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
-        if name == "embed_tokens.weight":
-            state[prefix + "embeddings.word_embeddings.weight"] = tensor
-        elif name.startswith("layers."):
-            _, index, rest = name.split(".", 2)
-            part, kind = rest.rsplit(".", 1)
-            if "inv_freq" in rest:
-                layer = f"encoder.layer.{index}.attention.self." if writer == 4 else ""
-                key = f"{prefix}{layer}rotary_embeddings.inv_freq"
-            else:
-                if gamma and "norm" in part:
-                    kind = {"weight": "gamma", "bias": "beta"}[kind]
-                key = f"{prefix}encoder.layer.{index}.{HF_LAYER[part]}.{kind}"
-            state[key] = tensor
-        elif name.startswith("emb_layer_norm_after"):
-            state[f"{prefix}encoder.{name}"] = tensor
-        elif name.startswith("contact_head"):
-            state[prefix + name] = tensor
-        elif name != "lm_head.weight":
-            state[name] = tensor
-    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        theirs = renamed(name, HUGGING_FACE_NAMES)
+        if gamma:
+            theirs = theirs.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if writer == 5:  # once, not in each layer
+            theirs = re.sub(r"encoder\.layer\.\d+\.attention\.self\.(?=rotary)", "", theirs)
+        if name != "lm_head.weight":
+            state[theirs if name.startswith("lm_head") else prefix + theirs] = tensor.clone().contiguous()
+    return state
 
 
 def hugging_face_config(config: ModelConfig = TINY, **changes: Any) -> dict[str, Any]:
@@ -127,48 +115,34 @@ def hugging_face_config(config: ModelConfig = TINY, **changes: Any) -> dict[str,
 
 
 def write_hugging_face(
-    folder: Path, state: dict[str, Any], config: dict[str, Any] | None = None, *, binary: bool = False
+    folder: Path,
+    state: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    *,
+    binary: bool = False,
+    shard_size: int | str = "5GB",
 ) -> Path:
     """A Hugging Face folder."""
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config or hugging_face_config()))
-    if binary:
-        torch.save(state, folder / "pytorch_model.bin")
-    else:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(state, folder, safe_serialization=not binary, max_shard_size=shard_size)
     return folder
 
 
 def expect_same_model(checkpoint: Any, model: Any, *, lm_head: bool = True, contact_head: bool = True) -> None:
     """Every tensor of the canonical checkpoint is, bit for bit, the one of the fair-esm model."""
-    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    parts = {"final_norm": ["emb_layer_norm_after"]}
-    for layer in range(model.num_layers):
-        ours = theirs = f"layers.{layer}."
-        parts |= {
-            f"{ours}qkv": [f"{theirs}self_attn.{name}_proj" for name in "qkv"],
-            f"{ours}attention_norm": [f"{theirs}self_attn_layer_norm"],
-            f"{ours}ffn_norm": [f"{theirs}final_layer_norm"],
-            f"{ours}out_proj": [f"{theirs}self_attn.out_proj"],
-            f"{ours}fc1": [f"{theirs}fc1"],
-            f"{ours}fc2": [f"{theirs}fc2"],
-        }
-    if lm_head:
-        parts |= {"lm_head.dense": ["lm_head.dense"], "lm_head.norm": ["lm_head.layer_norm"]}
-    expected = {
-        f"{ours}.{kind}": np.concatenate([state[f"{name}.{kind}"] for name in theirs]).T
-        for ours, theirs in parts.items()
-        for kind in ("weight", "bias")
-    }
-    expected["embed_tokens.weight"] = state["embed_tokens.weight"]
-    expected["rotary.frequencies"] = state["layers.0.self_attn.rot_emb.inv_freq"]
-    if lm_head:
-        expected["lm_head.bias"] = state["lm_head.bias"]
+    parts: dict[str, list[Any]] = {}
+    state = model.state_dict()
+    for name in sorted(state, key=lambda name: name.replace("q_proj", "")):  # query, key, value
+        parts.setdefault(renamed(name, CANONICAL_NAMES), []).append(state[name].detach().numpy())
+    frequencies = [parts.pop(f"layers.{layer}.self_attn.rot_emb.inv_freq")[0] for layer in range(model.num_layers)]
+    absent = ("lm_head.weight", *(() if lm_head else ("lm_head.",)), *(() if contact_head else ("contact_head.",)))
+    expected = {name: np.concatenate(values).T for name, values in parts.items() if not name.startswith(absent)}
+    expected |= {"embed_tokens.weight": expected["embed_tokens.weight"].T, "rotary.frequencies": frequencies[0]}
     if contact_head:
-        expected["contact_head.weight"] = state["contact_head.regression.weight"][0]
-        expected["contact_head.bias"] = state["contact_head.regression.bias"]
+        expected["contact_head.weight"] = expected["contact_head.weight"][:, 0]
     found = {name for name in checkpoint.tensors if not name.startswith(("input_means.", "classifier."))}
     assert found == expected.keys()
     for name, values in expected.items():

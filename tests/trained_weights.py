@@ -32,6 +32,21 @@ HOW_TO_GET = "the trained test weights are missing: run `python tests/trained_we
 
 LAYERS, WIDTH = 6, 320
 PREFIX = "esm.encoder.layer."
+# Hugging Face's name for each part of fair-esm's: parts of others come behind them.
+HUGGING_FACE_NAMES = {
+    "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value",
+    "self_attn.out_proj": "attention.output.dense",
+    "self_attn.rot_emb": "attention.self.rotary_embeddings",
+    "self_attn_layer_norm": "attention.LayerNorm",
+    "final_layer_norm": "LayerNorm",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "emb_layer_norm_after": "encoder.emb_layer_norm_after",
+    "embed_tokens": "embeddings.word_embeddings",
+    "layers.": "encoder.layer.",
+}
 
 
 def folder() -> Path | None:
@@ -128,46 +143,16 @@ def transformers_model(dtype: torch.dtype | None = None, random_contacts: bool =
     return model.to(dtype or torch.float64)
 
 
-def fair_esm_model(dtype: torch.dtype | None = None, random_contacts: bool = False) -> Any:
-    """fair-esm's ESM2 with the same numbers, in float64 by default; see `fair_esm_models.float64_softmax`."""
-    import esm
-    import torch
-
-    model = esm.model.esm2.ESM2(LAYERS, WIDTH, 20, esm.data.Alphabet.from_architecture("ESM-1b"), True).eval()
-    state = fair_esm_tensors(hugging_face_tensors(random_contacts), LAYERS)
-    missing = model.load_state_dict(state, strict=False)
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    return model.to(dtype or torch.float64)
+def renamed(name: str, names: dict[str, str]) -> str:
+    """A tensor's name, with each part that `names` has replaced."""
+    return functools.reduce(lambda text, pair: text.replace(*pair), names.items(), name)
 
 
-def fair_esm_tensors(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+def fair_esm_tensors(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of an EsmForMaskedLM under fair-esm's names."""
-    state = {
-        "embed_tokens.weight": theirs["esm.embeddings.word_embeddings.weight"],
-        "emb_layer_norm_after.weight": theirs["esm.encoder.emb_layer_norm_after.weight"],
-        "emb_layer_norm_after.bias": theirs["esm.encoder.emb_layer_norm_after.bias"],
-        "lm_head.weight": theirs["esm.embeddings.word_embeddings.weight"],
-    }
-    state |= {name: tensor for name, tensor in theirs.items() if name.startswith("lm_head.")}
-    state |= {name[4:]: tensor for name, tensor in theirs.items() if name.startswith("esm.contact_head.")}
-    parts = {
-        "attention.self.query": "self_attn.q_proj",
-        "attention.self.key": "self_attn.k_proj",
-        "attention.self.value": "self_attn.v_proj",
-        "attention.output.dense": "self_attn.out_proj",
-        "attention.LayerNorm": "self_attn_layer_norm",
-        "LayerNorm": "final_layer_norm",
-        "intermediate.dense": "fc1",
-        "output.dense": "fc2",
-    }
-    for layer in range(layers):
-        name = f"{PREFIX}{layer}.attention.self.rotary_embeddings.inv_freq"
-        state[f"layers.{layer}.self_attn.rot_emb.inv_freq"] = theirs[name]
-        for part, ours in parts.items():
-            for kind in ("weight", "bias"):
-                state[f"layers.{layer}.{ours}.{kind}"] = theirs[f"{PREFIX}{layer}.{part}.{kind}"]
-    return state
+    names = {theirs: ours for ours, theirs in HUGGING_FACE_NAMES.items()}
+    state = {renamed(name, names).removeprefix("esm."): t for name, t in theirs.items() if "position" not in name}
+    return state | {"lm_head.weight": state["embed_tokens.weight"]}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ mk = pytest.importorskip("make_checkpoints")
 torch = mk.torch
 pytestmark = pytest.mark.usefixtures("quick_calibration")
 
-MODEL = mk.fair_esm_model()
+MODEL = mk.MODEL
 OTHER = mk.fair_esm_model(seed=1)
 State = dict[str, Any]
 
@@ -52,7 +53,10 @@ def training(state: State, key: str = "state_dict") -> dict[str, Any]:
         "global_step": torch.tensor(7),
         "optimizer_states": [{"state": steps, "param_groups": [{"params": [0, 1]}]}],
         "optimizer": {"state": steps, "names": {"a": torch.ones(2, 2)}},
-        "hyper_parameters": Namespace(arch="roberta_large", encoder_layers=99),
+        "hyper_parameters": Namespace(arch="roberta_large", encoder_layers=99, device=torch.device("cpu")),
+        "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {"best": np.float64(1.5), "path": Path("a/b.ckpt")}},
+        "rng": torch.get_rng_state(),
+        "loops": {("fit", 0): {"seen": {1, 2}, "counts": Counter("aab")}},
         key: state,
     }
 
@@ -85,18 +89,25 @@ def within(state: State, old: str, new: str) -> State:
     return {name.replace(old, new): tensor for name, tensor in state.items()}
 
 
+def without(state: State, part: str) -> State:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+LOOP: State = {"state_dict": fair_esm()}
+LOOP["again"] = LOOP
 ALIASES: dict[str, Any] = {
     "compiled layers": within(fair_esm(), "layers.0.", "layers.0._orig_mod."),
     "sharded layers": within(hugging_face(), "encoder.layer.1.", "encoder.layer.1._fsdp_wrapped_module."),
     "the same trunk twice": fair_esm("model.esm.") | fair_esm("esm."),
     "a trunk beside its language model": hugging_face("model.") | hugging_face("", trunk="backbone."),
-    "tied, saved once": {name: t for name, t in fair_esm("encoder.").items() if "embed_tokens" not in name},
+    "tied, saved once": without(fair_esm("encoder."), "embed_tokens"),
     "moments by name": {"model": fair_esm(), "optimizer": {"exp_avg": fair_esm("", OTHER)}},
     "in a tuple": (3, {"state": hugging_face("net.")}),
     "bias of the decoder": within(hugging_face(), "lm_head.bias", "lm_head.decoder.bias"),
     "a text model beside it": hugging_face("protein.")
     | within(hugging_face("text."), "contact_head", "head")
     | {"text.esm.embeddings.word_embeddings.weight": torch.ones(99, 40)},
+    "a dict that contains itself": LOOP,
     "keys that are no strings": {**fair_esm(), 5: torch.ones(2), b"x": torch.ones(2), None: {"y": torch.ones(2)}},
 }
 
@@ -105,12 +116,6 @@ ALIASES: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*holds more than ESM-2")
 def test_the_same_numbers_under_other_names(tmp_path: Path, name: str) -> None:
     mk.expect_same_model(load_checkpoint(save(tmp_path / "a.pt", ALIASES[name])), MODEL)
-
-
-def test_a_state_dict_that_contains_itself(tmp_path: Path) -> None:
-    content: dict[str, Any] = {"state_dict": fair_esm()}
-    content["again"] = content
-    mk.expect_same_model(load_checkpoint(save(tmp_path / "a.pt", content)), MODEL)
 
 
 HEADS = {
@@ -158,103 +163,90 @@ def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("heads", [1, 5, 20])
 def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
     model = mk.fair_esm_model(ModelConfig(2, 40, heads, 160))
-    assert load_checkpoint(save(tmp_path / "m.pt", fair_esm("", model))).config.num_heads == heads
-    without = {name: tensor for name, tensor in fair_esm("", model).items() if "inv_freq" not in name}
-    assert load_checkpoint(save(tmp_path / "m.pt", without)).config.num_heads == heads
-    without = {name: tensor for name, tensor in without.items() if "contact" not in name}
+    state = fair_esm("", model)
+    for known in (state, without(state, "inv_freq")):
+        assert load_checkpoint(save(tmp_path / "m.pt", known)).config.num_heads == heads
     with pytest.raises(CheckpointError, match="how many attention heads"):
-        load_checkpoint(save(tmp_path / "m.pt", without))
+        load_checkpoint(save(tmp_path / "m.pt", without(known, "contact")))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_untied_decoder_is_used(tmp_path: Path, backend: str) -> None:
-    transformers = pytest.importorskip("transformers")
     shape = ModelConfig(2, 64, 4, 256)
-    config = mk.hugging_face_config(shape, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    theirs = transformers.EsmForMaskedLM(transformers.EsmConfig(**config)).eval()
+    model = mk.fair_esm_model(shape)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(33, 64))
+    state = mk.hugging_face_state(model) | {"lm_head.decoder.weight": model.lm_head.weight.detach()}
+    mk.write_hugging_face(tmp_path / "hf", state, mk.hugging_face_config(shape, tie_word_embeddings=False))
     with torch.no_grad():
-        mk.with_half_precision_frequencies(theirs).lm_head.decoder.weight.normal_()
-    theirs.save_pretrained(tmp_path / "hf")
-    with torch.no_grad():
-        tokens = torch.tensor([[0, 20, 15, 11, 2]])  # MKT
-        expected = theirs(tokens).logits[0, 1:-1, 4:24].numpy()
+        expected = model(torch.tensor([[0, 20, 15, 11, 2]]))["logits"][0, 1:-1, 4:24].numpy()  # MKT
     untied = load_checkpoint(tmp_path / "hf").array("lm_head.decoder.weight")
-    np.testing.assert_array_equal(untied, theirs.lm_head.decoder.weight.detach().numpy().T)
+    np.testing.assert_array_equal(untied, model.lm_head.weight.detach().numpy().T)
     for dtype, within in (("fp32", 1e-4), ("bf16", 0.2), ("int8", 0.2)):
         path = convert(tmp_path / "hf", tmp_path / f"{dtype}.safetensors", dtype=dtype).path
         found = ESM2.from_pretrained(path, backend=backend).encode(["MKT"], include=["logits"])[0].logits
         np.testing.assert_allclose(found, expected, atol=within * float(np.abs(expected).max()))
 
 
-P, H = "encoder.sentence_encoder.", "esm.encoder.layer.0."
-LORA = {"base_model.model.esm.encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 40)}
-IA3 = {"base_model.model.esm.encoder.layer.0.attention.self.key.ia3_l": torch.ones(40, 1)}
+FAIR, HF, ONE = fair_esm(), hugging_face(), torch.ones(1)
+LAYER = "esm.encoder.layer.0."
+FC2, WORDS = LAYER + "output.dense.weight", "esm.embeddings.word_embeddings.weight"
 ESM_C = {"embed.weight": torch.ones(64, 40), "transformer.blocks.0.attn.layernorm_qkv.1.weight": torch.ones(120, 40)}
-WORDS = "esm.embeddings.word_embeddings.weight"
-LEARNED = {k: v for k, v in fair_esm().items() if "inv_freq" not in k} | {"embed_positions.weight": torch.ones(9, 40)}
 ANGLES = [f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq" for layer in (0, 1)]
+LEARNED = without(FAIR, "inv_freq") | {"embed_positions.weight": torch.ones(9, 40)}
+ESM_1B = Namespace(
+    arch="roberta_large", layers=1, embed_dim=40, ffn_embed_dim=80, attention_heads=2, max_positions=64,
+    emb_layer_norm_before=True, logit_bias=True, token_dropout=True, final_bias=True, max_tokens=64,
+)  # fmt: skip
+ESM_1B_MODEL = mk.esm.ProteinBertModel(ESM_1B, mk.esm.Alphabet.from_architecture("roberta_large"))
 REFUSED: dict[str, tuple[State, str]] = {
     "two trunks": (fair_esm("student.") | fair_esm("teacher.", OTHER), r"two ESM-2 .*'student\.' and 'teacher\.'"),
     "two families": (fair_esm("a.") | hugging_face("b.", OTHER), r"two ESM-2 .*'a\.' and 'b\.esm\.'"),
     "the same name twice": (fair_esm("m.") | fair_esm("_orig_mod.m."), "twice"),
-    "LoRA alone": (LORA, "a LoRA adapter that is not merged.*merge it first"),
-    "LoRA inside": (hugging_face() | {H + "attention.self.query.lora_A.default.weight": torch.ones(2, 40)}, "LoRA"),
-    "another adapter": ({"base_model.model.esm.x.hada_w1_a": torch.ones(2)}, "an adapter of peft that is not merged"),
-    "IA3": (IA3, "an IA3 adapter that is not merged"),
-    "bitsandbytes 8": (hugging_face() | {H + "output.dense.SCB": torch.ones(40)}, r"quantised \(bitsandbytes, 8 bits"),
-    "bitsandbytes 4": (hugging_face() | {H + "output.dense.weight.absmax": torch.ones(40)}, "bitsandbytes, 4 bits"),
-    "float8": (
-        hugging_face() | {H + "output.dense.weight": torch.ones(40, 160).to(torch.float8_e4m3fn)},
-        "quantised .*F8_E4M3",
+    "LoRA alone": (
+        {f"base_model.model.{LAYER}attention.self.query.lora_A.weight": torch.ones(2, 40)},
+        "a LoRA adapter that is not merged.*merge it first",
     ),
-    "int8": (hugging_face() | {H + "output.dense.weight": torch.ones(40, 160, dtype=torch.int8)}, "quantised .*I8"),
+    "LoRA inside": (HF | {LAYER + "attention.self.query.lora_A.default.weight": torch.ones(2, 40)}, "LoRA"),
+    "another adapter": ({"base_model.model.esm.x.hada_w1_a": ONE}, "an adapter of peft that is not merged"),
+    "IA3": ({f"base_model.model.{LAYER}attention.self.key.ia3_l": ONE}, "an IA3 adapter that is not merged"),
+    "bitsandbytes 8": (HF | {LAYER + "output.dense.SCB": torch.ones(40)}, r"quantised \(bitsandbytes, 8 bits"),
+    "bitsandbytes 4": (HF | {LAYER + "output.dense.weight.absmax": torch.ones(40)}, "bitsandbytes, 4 bits"),
+    "float8": (HF | {FC2: torch.ones(40, 160).to(torch.float8_e4m3fn)}, "quantised .*F8_E4M3"),
+    "int8": (HF | {FC2: torch.ones(40, 160, dtype=torch.int8)}, "quantised .*I8"),
     "ESM C": (ESM_C, "an ESM C checkpoint"),
-    "ESM3": (ESM_C | {"transformer.blocks.0.geom_attn.proj.weight": torch.ones(2)}, "an ESM3 checkpoint"),
-    "ESMFold": (hugging_face() | {"trunk.blocks.0.x.weight": torch.ones(2)}, "an ESMFold checkpoint"),
-    "MSA": ({P + "layers.0.row_self_attention.layer.q_proj.weight": torch.ones(2)}, "an MSA Transformer"),
-    "SaProt": (hugging_face() | {WORDS: torch.ones(446, 40)}, "SaProt checkpoint.*446 tokens"),
-    "padded": (hugging_face() | {WORDS: torch.ones(64, 40)}, "padded to 64 tokens.*NVIDIA"),
-    "Transformer Engine": ({"esm.encoder.layers.0.self_attention.layernorm_qkv.weight": torch.ones(2)}, "NVIDIA"),
-    "another vocabulary": (fair_esm() | {"embed_tokens.weight": torch.ones(30, 40)}, "has 30 tokens"),
-    "no embedding": (
-        within(within(hugging_face(), "word_e", "e"), "lm_h", "h"),
-        r"word_embeddings\.weight' is missing",
-    ),
-    "ESM-1b": (
-        LEARNED | {"emb_layer_norm_before.weight": torch.ones(40)},
-        r"an ESM-1b checkpoint \(learned positions\)",
-    ),
+    "ESM3": (ESM_C | {"transformer.blocks.0.geom_attn.proj.weight": ONE}, "an ESM3 checkpoint"),
+    "ESMFold": (HF | {"trunk.blocks.0.x.weight": ONE}, "an ESMFold checkpoint"),
+    "MSA": ({"encoder.layers.0.row_self_attention.layer.q_proj.weight": ONE}, "an MSA Transformer"),
+    "SaProt": (HF | {WORDS: torch.ones(446, 40)}, "SaProt checkpoint.*446 tokens"),
+    "padded": (HF | {WORDS: torch.ones(64, 40)}, "padded to 64 tokens.*NVIDIA"),
+    "Transformer Engine": ({"esm.encoder.layers.0.self_attention.layernorm_qkv.weight": ONE}, "NVIDIA"),
+    "another vocabulary": (FAIR | {"embed_tokens.weight": torch.ones(30, 40)}, "has 30 tokens"),
+    "no embedding": (without(without(HF, WORDS), "lm_head"), r"word_embeddings\.weight' is missing"),
+    "ESM-1b": (ESM_1B_MODEL.state_dict(), r"an ESM-1b checkpoint \(learned positions\)"),
     "ESM-1v": (LEARNED, r"an ESM-1v checkpoint \(learned positions\)"),
-    "a part that ESM-2 lacks": (fair_esm() | {"layers.0.adapter.weight": torch.ones(2)}, "'layers.0.adapter.weight'"),
-    "no model": ({"a.weight": torch.ones(2, 2)}, r"none of its 1 tensors \('a.weight'\) belongs to an ESM-2 layer"),
-    "no names": ({1: torch.ones(2), 2: torch.ones(3)}, "holds no named tensors"),
-    "missing layer": ({k: v for k, v in fair_esm().items() if "layers.0." not in k}, "layer 0 is missing"),
-    "layers without bound": (fair_esm() | {"layers.999999.fc1.bias": torch.ones(1)}, "layer 2 is missing"),
-    "missing tensor": ({k: v for k, v in fair_esm().items() if k != "layers.1.fc2.bias"}, r"1\.fc2\.bias' is missing"),
-    "missing half of a head": ({k: v for k, v in fair_esm().items() if k != "lm_head.dense.bias"}, "dense.bias"),
-    "wrong shape": (fair_esm() | {"layers.1.fc2.bias": torch.ones(41)}, r"shape \(41,\), expected \(40,\)"),
-    "infinite": (fair_esm() | {"layers.0.fc1.bias": torch.full((160,), float("inf"))}, "NaN or infinite"),
-    "integers": (fair_esm() | {"layers.0.fc1.bias": torch.ones(160, dtype=torch.long)}, "stored as I64"),
-    "frequencies that disagree": (hugging_face() | {ANGLES[1]: torch.full((1,), 0.5)}, "different rotary frequencies"),
-    "frequencies of a wrong length": (hugging_face() | {ANGLES[1]: torch.ones(2)}, r"shape \(2,\), expected \(1,\)"),
-    "frequencies that are not finite": (
-        hugging_face() | {ANGLES[1]: torch.full((1,), float("nan"))},
-        "NaN or infinite",
+    "learned positions": (
+        without(HF, "inv_freq") | {"esm.embeddings.position_embeddings.weight": torch.ones(9, 40)},
+        "learned positions",
     ),
-    "frequencies in integers": (hugging_face() | {ANGLES[1]: torch.ones(1, dtype=torch.long)}, "stored as I64"),
-    "a layer without frequencies": (
-        {k: v for k, v in hugging_face().items() if k != ANGLES[1]},
-        r"but none under 'encoder\.layer\.1\.'",
-    ),
-    **{
-        f"a frequency of {value}": (
-            hugging_face() | dict.fromkeys(ANGLES, torch.full((1,), float(value))),
-            rf"frequency of {value} .*expected \(0, 1\]",
-        )
-        for value in ("0", "-0.5", "1.5")
-    },
-    "two biases": (hugging_face() | {"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
+    "a part that ESM-2 lacks": (FAIR | {"layers.0.adapter.weight": ONE}, "'layers.0.adapter.weight'"),
+    "no model": ({"a.weight": ONE}, r"none of its 1 tensors \('a.weight'\) belongs to an ESM-2 layer"),
+    "no names": ({1: ONE, 2: ONE}, "holds no named tensors"),
+    "missing layer": (without(FAIR, "layers.0."), "layer 0 is missing"),
+    "layers without bound": (FAIR | {"layers.999999.fc1.bias": ONE}, "layer 2 is missing"),
+    "missing tensor": (without(FAIR, "layers.1.fc2.bias"), r"1\.fc2\.bias' is missing"),
+    "missing half of a head": (without(FAIR, "lm_head.dense.bias"), "dense.bias"),
+    "wrong shape": (FAIR | {"layers.1.fc2.bias": torch.ones(41)}, r"shape \(41,\), expected \(40,\)"),
+    "infinite": (FAIR | {"layers.0.fc1.bias": torch.full((160,), float("inf"))}, "NaN or infinite"),
+    "integers": (FAIR | {"layers.0.fc1.bias": torch.ones(160, dtype=torch.long)}, "stored as I64"),
+    "frequencies that disagree": (HF | {ANGLES[1]: ONE / 2}, "different rotary frequencies"),
+    "frequencies of a wrong length": (HF | {ANGLES[1]: torch.ones(2)}, r"shape \(2,\), expected \(1,\)"),
+    "frequencies that are not finite": (HF | {ANGLES[1]: ONE * float("nan")}, "NaN or infinite"),
+    "frequencies in integers": (HF | {ANGLES[1]: ONE.long()}, "stored as I64"),
+    "a layer without frequencies": (without(HF, ANGLES[1]), r"but none under 'encoder\.layer\.1\.'"),
+    "a frequency of 0": (HF | dict.fromkeys(ANGLES, 0 * ONE), r"frequency of 0 .*expected \(0, 1\]"),
+    "a negative frequency": (HF | dict.fromkeys(ANGLES, -ONE / 2), r"frequency of -0.5 .*expected \(0, 1\]"),
+    "a frequency above 1": (HF | dict.fromkeys(ANGLES, 1.5 * ONE), r"frequency of 1.5 .*expected \(0, 1\]"),
+    "two biases": (HF | {"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
 }
 
 

@@ -46,19 +46,13 @@ PLAIN = {
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_data(protocol: int) -> None:
-    inner: list[Any] = []
-    inner.append(inner)
-    value = PLAIN | {
-        "ordered": collections.OrderedDict(b=1, a=[2]),
-        "default": collections.defaultdict(list, x=[1]),
-        "circular": [inner, inner],
-    }
-    result = read_pickle(pickle.dumps(value, protocol))
-    circular = result.pop("circular")
-    assert circular[0] is circular[1] is circular[0][0]
-    del value["circular"]
+    circular: list[Any] = []
+    circular.append(circular)
+    value = PLAIN | {"ordered": collections.OrderedDict(b=1, a=[2]), "default": collections.defaultdict(list, x=[1])}
+    result, inner = read_pickle(pickle.dumps([value, circular], protocol))
     assert result == value
     assert list(result["ordered"]) == ["b", "a"]
+    assert inner[0] is inner
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -192,33 +186,21 @@ BILLION_LAUGHS = b"\x80\x02)" + b"q\x00h\x00\x86" * 64
 COLLIDING = [((2**61 - 1) * i).to_bytes(11, "little") for i in range(50_000)]  # all of hash 0
 LONG = b"X\x00\x00\x10\x00" + b"a" * (1 << 20)
 KEYWORDS = b"".join(b"X\x04\x00\x00\x00%04dN" % i for i in range(9999))
+UNUSUAL = [b"\x82\1", b"\x83\1\0", b"\x84\1\0\0\0", b"\x97", b"\x98"]  # a registry of the writer, buffers out of band
 
 HOSTILE = {
     "empty": b"",
     "no stop": b"\x80\x02}",
     "empty stack": b".",
+    **{f"opcode {code[0]}": b"\x80\x05N" + code + b"." for code in UNUSUAL},
     "text": b"hello world, this is no pickle",
-    "unknown protocol": b"\x80\x63N.",
-    "unknown opcode": b"\xff.",
-    "extension registry": b"\x80\x02\x82\x01.",
-    "extension registry 2": b"\x80\x02\x83\x01\x00.",
-    "extension registry 4": b"\x80\x02\x84\x01\x00\x00\x00.",
-    "out-of-band buffer": b"\x80\x05\x97.",
-    "read-only buffer": b"\x80\x05N\x98.",
-    "memo index without entry": b"h\x05.",
-    "memo get text": b"g99999999\n.",
     "memo of nothing": b"q\x00.",
-    "memo of a mark": b"(q\x00.",
     "negative memo": b"Np-1\n.",
     "absurd memo index": b"Np" + b"9" * 5000 + b"\n.",
     "memo of 2**31": b"\x80\x02Nr\x00\x00\x00\x80.",
     "huge string": b"X\xff\xff\xff\xff.",
-    "huge string 8": b"\x8d" + b"\xff" * 8 + b".",
-    "huge bytes": b"B\xff\xff\xff\x7f.",
     "huge bytes 8": b"\x8e" + b"\xff" * 7 + b"\x7f.",
     "huge bytearray": b"\x96" + b"\xff" * 7 + b"\x7f.",
-    "negative string": b"T\xff\xff\xff\xff.",
-    "negative long": b"\x8b\xff\xff\xff\xff.",
     "huge long": b"\x8b\x00\x00\x01\x00" + b"\x01" * 65536 + b".",
     "huge number text": b"I" + b"9" * 100_000 + b"\n.",
     "huge frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7fN.",
@@ -230,31 +212,13 @@ HOSTILE = {
     "deep tuple as key": b"})" + b"\x85" * 100_000 + b"Ns.",
     "colliding integers": b"}" + b"".join(b"\x8a\x0b" + number + b"Ns" for number in COLLIDING) + b".",
     "equal keys of a megabyte": b"}" + LONG + b"q\x00Ns" + LONG + b"q\x01Ns" + b"h\x00Nsh\x01Ns" * 9999 + b".",
-    "key without value": b"}(Nu.",
-    "item of a list": b"]NNs.",
-    "append to a dict": b"}Na.",
-    "add to a list": b"](N\x90.",
     "missing mark": b"NNt.",
-    "mark of nothing": b"e.",
-    "tuple of too much": b"N\x87.",
     "call of a string": b"U\x01a)R.",
-    "call without a tuple": b"cos\nsystem\nNR.",
-    "call of nothing": b")R.",
-    "class without name": b"(o.",
-    "class that is no class": b"\x80\x02U\x01a)\x81.",
-    "global without end": b"cos\nsystem",
-    "global of numbers": b"K\x01K\x02\x93.",
-    "global not utf-8": b"c\xff\xff\n\xff\n.",
     "globals without end": b"".join(b"ca\n%d\n0" % i for i in range(2000)) + b"N.",
     "state of a global": b"cos\nsystem\n}b.",
     "attributes of a class": b"\x80\x04ccollections\nOrderedDict\nN}X\x01\x00\x00\x00aNs\x86b.",
-    "attributes of a dict": b"\x80\x02}}X\x01\x00\x00\x00aNsb.",
     "persistent id": b"Pabc\n.",
     "binary persistent id": b"NQ.",
-    "unquoted string": b"Sabc\n.",
-    "bad escape": b"S'\\x'\n.",
-    "bad float": b"Fabc\n.",
-    "bad text": b"X\x01\x00\x00\x00\xff.",
     "a dict from Python 2": b"ccollections\nOrderedDict\n](K\x01K\x02K\x03\x87e\x85R.",
     "copies of a tuple": b"\x80\x02(" + b"N" * 10_000 + b"tq\x00ca\nb\nq\x01" + b"h\x01h\x00\x81" * 10_000 + b".",
     "copies of keywords": b"\x80\x04}(" + KEYWORDS + b"uq\x00ca\nb\nq\x01" + b"h\x01)h\x00\x92" * 9999 + b".",
@@ -306,29 +270,17 @@ def test_built_and_freed_without_recursion_in_little_memory(tmp_path: Path) -> N
     assert max(peaks) - before < 200 << 10, peaks  # kilobytes
 
 
-def test_every_truncation_is_an_error() -> None:
-    whole = pickle.dumps({"a": [1, 2.5, "x", b"y", (1,), Namespace(z=1)]}, 2)
-    for length in range(len(whole)):
-        with pytest.raises(CheckpointError):
-            read_pickle(whole[:length])
-
-
 SEEDS = [pickle.dumps(PLAIN | {"o": collections.OrderedDict(a=1), "n": Namespace(a=1)}, p) for p in range(6)]
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200) | st.lists(st.sampled_from(OPCODES) | st.binary(max_size=3), max_size=60).map(b"".join))
-def test_any_opcodes(data: bytes) -> None:
-    with contextlib.suppress(CheckpointError):
-        read_pickle(b"\x80\x04" + data + b".", persistent_load=lambda identity: None)
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=2)), min_size=1, max_size=4))
-def test_damaged_pickles(data: bytes, changes: list[tuple[int, bytes]]) -> None:
-    for where, new in changes:
-        data = data[: where % len(data)] + new + data[where % len(data) + 1 :]
-    with contextlib.suppress(CheckpointError):
-        read_pickle(data)
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=200) | st.lists(st.sampled_from(OPCODES) | st.binary(max_size=3), max_size=60).map(b"".join),
+    st.sampled_from(SEEDS),
+    st.integers(0, 2000),
+)
+def test_any_opcodes_alone_and_inside_a_pickle(new: bytes, seed: bytes, where: int) -> None:
+    for data in (b"\x80\x04" + new + b".", seed[:where] + new + seed[where + 1 :]):
+        with contextlib.suppress(CheckpointError):
+            read_pickle(data, persistent_load=lambda identity: None)

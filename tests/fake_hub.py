@@ -6,6 +6,8 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,15 +18,13 @@ from urllib.parse import unquote, urlsplit
 class FakeHub:
     """Repositories as {name: {commit: folder}}; `main` is the last commit.
 
-    `drop_once` names files whose first transfer breaks off in the middle; `slow` those that trickle; `corrupt` those
-    that are served with a changed byte under the right checksum.
+    `slow` names files that trickle, `corrupt` those that are served with a changed byte under the right checksum.
     """
 
     repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
-    drop_once: set[str] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
     corrupt: set[str] = field(default_factory=set)
-    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
     def __enter__(self) -> FakeHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -40,9 +40,9 @@ class FakeHub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def transfers(self, file: str) -> list[str | None]:
-        """The Range header of each GET of a file, in order."""
-        return [header for method, path, header in self.requests if method == "GET" and path.endswith(file)]
+    def transfers(self, file: str) -> int:
+        """How often a file was downloaded."""
+        return sum(method == "GET" and path.endswith(file) for method, path in self.requests)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.requests.append((self.command, path))
         listing, parts = path.startswith("/api/models/"), path.removeprefix("/api/models").strip("/").split("/")
         commits = self.hub.repositories.get("/".join(parts[:2]))
         if commits is None:
@@ -76,33 +76,19 @@ class _Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         if file.name in self.hub.corrupt:
             content[-1] ^= 0xFF
-        wanted = self.headers.get("Range")
-        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
         headers = {"X-Repo-Commit": commit, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
-        if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.reply(content[start:], 206 if wanted else 200, file.name, headers)
+        self.reply(bytes(content), headers=headers, pause=0.02 if file.name in self.hub.slow else 0)
 
-    def reply(self, content: bytes, status: int = 200, name: str = "", headers: dict[str, str] | None = None) -> None:
+    def reply(self, content: bytes, status: int = 200, headers: Mapping[str, str] = {}, pause: float = 0) -> None:
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        dropped = name in self.hub.drop_once
-        self.hub.drop_once.discard(name)
-        body = content[: len(content) // 2] if dropped else content
         step = len(content) // 64 + 1
-        try:
-            for begin in range(0, len(body), step):
-                self.wfile.write(body[begin : begin + step])
-                time.sleep(0.02 if name in self.hub.slow else 0)
-        except OSError:  # the client was killed
-            dropped = True
-        if dropped:
-            self.close_connection = True
-            self.connection.close()
+        with suppress(OSError):  # the client was killed
+            for begin in range(0, len(content) if self.command == "GET" else 0, step):
+                self.wfile.write(content[begin : begin + step])
+                time.sleep(pause)
 
     def fail(self, code: str) -> None:
         self.reply(b"{}", 404, headers={"X-Error-Code": code})

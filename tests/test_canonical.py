@@ -1,59 +1,105 @@
-"""The canonical file: same numbers out as in, quickly, and nothing else is taken for one."""
+"""The canonical file, and `convert`, which makes it from whatever comes in, or ends in one clear sentence."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from numpyesm.config import PRESETS, ModelConfig
-from numpyesm.errors import CheckpointError, InvalidOption
-from numpyesm.weights import load_checkpoint, save_canonical
+from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
+from numpyesm.weights import convert, load_checkpoint, save_canonical
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.synthetic import parse_synthetic, random_checkpoint
-from numpyesm.weights.tensor import StoredTensor
+from numpyesm.weights.tensor import GROUP, PRECISION_DTYPES, StoredTensor
 
 TINY = ModelConfig(2, 40, 20, 160)
+SCALE = "layers.0.fc1.weight.scale"
+pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 
 @pytest.fixture
-def tiny():
+def tiny() -> Checkpoint:
     return random_checkpoint(TINY, seed=1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_round_trip(tmp_path, tiny, precision):
-    path = tmp_path / "x.safetensors"
-    save_canonical(path, tiny, precision=precision)
-    loaded = load_checkpoint(path)
+@pytest.fixture
+def canonical(tmp_path: Path, tiny: Checkpoint) -> Path:
+    """A file that is not flagged synthetic."""
+    path = tmp_path / "tiny.safetensors"
+    save_canonical(path, replace(tiny, synthetic=False, source="m.pt", source_sha256="ab"))
+    return path
+
+
+# -- what a file holds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISION_DTYPES)
+def test_round_trip(tmp_path: Path, tiny: Checkpoint, precision: str) -> None:
+    steps: list[tuple[int, int]] = []
+    save_canonical(tmp_path / "x", tiny, precision=precision, progress=lambda *step: steps.append(step))
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+    loaded = load_checkpoint(tmp_path / "x")
     assert (loaded.config, loaded.source, loaded.precision, loaded.synthetic) == (TINY, tiny.source, precision, True)
     for name, tensor in tiny.tensors.items():
-        ours, exact = loaded.array(name), tensor.astype()
-        outside = precision == "bf16" and not name.startswith("layers.")
-        if precision == "fp32" or ours.ndim == 1 or outside:
-            np.testing.assert_array_equal(ours, exact)
-            assert loaded.tensors[name].dtype == "F32"
-        else:
-            np.testing.assert_allclose(ours, exact, rtol={"fp16": 2**-11, "bf16": 2**-8}[precision], atol=1e-7)
-            assert loaded.tensors[name].dtype == {"fp16": "F16", "bf16": "BF16"}[precision]
+        sensitive = tensor.raw.ndim == 1 or (precision in ("bf16", "int8") and not name.startswith("layers."))
+        wanted = tensor if sensitive else tensor.stored_as(PRECISION_DTYPES[precision])
+        assert loaded.tensors[name].dtype == wanted.dtype
+        np.testing.assert_array_equal(loaded.tensors[name].raw, wanted.raw)
+        np.testing.assert_array_equal(loaded.array(name), wanted.astype())
+        rounding = {"F32": 0, "F16": 2**-11, "BF16": 2**-8}.get(wanted.dtype)
+        if rounding is not None:
+            np.testing.assert_allclose(loaded.array(name), tensor.raw, rtol=rounding, atol=1e-7 if rounding else 0)
 
 
-def test_heads_may_be_absent(tmp_path, tiny):
+def test_groups_of_int8_are_rounded_to_half_a_level() -> None:
+    weight = np.random.default_rng(0).standard_normal((2 * GROUP + 10, 7)).astype(np.float32)
+    weight[:, 3] = 0
+    weight[GROUP : 2 * GROUP] *= 100  # which costs the other groups nothing
+    stored = StoredTensor(weight).stored_as("I8")
+    assert stored.raw.dtype == np.int8
+    assert stored.scale is not None
+    assert stored.scale.shape == (3, 7)
+    assert np.abs(stored.raw).max() == 127
+    steps = np.repeat(stored.scale, GROUP, axis=0)[: len(weight)]
+    assert (np.abs(stored.astype(np.float32) - weight) <= steps / 2 * 1.0001).all()
+    assert (stored.raw[:, 3] == 0).all()
+
+
+def test_quantising_again_changes_nothing(tmp_path: Path, tiny: Checkpoint) -> None:
+    save_canonical(tmp_path / "a", tiny, precision="int8")
+    once = load_checkpoint(tmp_path / "a")
+    save_canonical(tmp_path / "b", once)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    save_canonical(tmp_path / "c", once, precision="fp32")
+    again = load_checkpoint(tmp_path / "c").tensors["layers.0.fc1.weight"].stored_as("I8")
+    np.testing.assert_array_equal(again.raw, once.tensors["layers.0.fc1.weight"].raw)
+
+
+def test_heads_may_be_absent(tmp_path: Path, tiny: Checkpoint) -> None:
     tensors = {name: tensor for name, tensor in tiny.tensors.items() if name not in LM_HEAD + CONTACT_HEAD}
-    save_canonical(tmp_path / "x.safetensors", Checkpoint(TINY, tensors, source="trunk"))
-    loaded = load_checkpoint(tmp_path / "x.safetensors")
+    save_canonical(tmp_path / "x", Checkpoint(TINY, tensors, source="trunk"))
+    loaded = load_checkpoint(tmp_path / "x")
     assert not loaded.has_lm_head
     assert not loaded.has_contact_head
     assert not loaded.synthetic
     assert "synthetic" not in loaded.metadata
 
 
-def test_a_file_is_mapped_not_copied(tmp_path, tiny):
-    save_canonical(tmp_path / "x.safetensors", tiny)
-    array = load_checkpoint(tmp_path / "x.safetensors").array("layers.1.fc1.weight")
+def test_a_file_is_mapped_not_copied(tmp_path: Path, tiny: Checkpoint) -> None:
+    save_canonical(tmp_path / "x", tiny)
+    array = load_checkpoint(tmp_path / "x").array("layers.1.fc1.weight")
     assert not array.flags.owndata
     assert array.ctypes.data % 64 == 0
     assert array.flags.c_contiguous
@@ -72,35 +118,64 @@ def test_a_file_is_mapped_not_copied(tmp_path, tiny):
         ({"config": PRESETS["esm2-8m"].to_json()}, "is missing|has shape"),
         ({"config": ModelConfig(3, 40, 20, 160).to_json()}, "is missing"),
         ({"config": ModelConfig(1, 40, 20, 160).to_json()}, "has shape|not part"),
+        ({"config": ModelConfig(10**9, 40, 20, 160).to_json()}, "1000000000 layers"),
         ({"config": '{"num_layers": 1e9, "embed_dim": 1, "num_heads": 1, "ffn_dim": 1}'}, "num_layers"),
     ],
 )
-def test_wrong_metadata(tmp_path, tiny, change, message):
-    path = tmp_path / "x.safetensors"
-    save_canonical(path, tiny)
-    tensors, metadata = read_safetensors(path)
+def test_wrong_metadata(tmp_path: Path, canonical: Path, change: dict[str, str | None], message: str) -> None:
+    tensors, metadata = read_safetensors(canonical)
     metadata = {key: value for key, value in (metadata | change).items() if value is not None}
     write_safetensors(tmp_path / "y.safetensors", tensors, metadata)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=rf"y\.safetensors.*({message})"):
         load_checkpoint(tmp_path / "y.safetensors")
-    assert "y.safetensors" in str(caught.value)
 
 
-def test_float16_overflow(tmp_path, tiny):
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (None, r"layers\.0\.fc1\.weight\.scale"),
+        ((3, 160), "wrong shape: convert the original again"),
+        ((160,), "wrong shape: convert the original again"),  # one a column is how int8 was stored before
+    ],
+)
+def test_bytes_without_their_scale_are_refused(
+    tmp_path: Path, tiny: Checkpoint, scale: tuple[int, ...] | None, message: str
+) -> None:
+    save_canonical(tmp_path / "a", tiny, precision="int8")
+    tensors, metadata = read_safetensors(tmp_path / "a")
+    del tensors[SCALE]
+    if scale is not None:
+        tensors[SCALE] = StoredTensor(np.ones(scale, np.float32))
+    write_safetensors(tmp_path / "b", tensors, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "b")
+
+
+def test_what_cannot_be_stored(tmp_path: Path, tiny: Checkpoint) -> None:
     big = tiny.array("layers.0.fc1.weight").copy()
     big[0, 0] = 1e6
     tensors = dict(tiny.tensors) | {"layers.0.fc1.weight": StoredTensor(big)}
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight.*fp16.*bf16"):
-        save_canonical(tmp_path / "x.safetensors", Checkpoint(TINY, tensors, source="big"), precision="fp16")
+        save_canonical(tmp_path / "x", replace(tiny, tensors=tensors), precision="fp16")
+    with pytest.raises(InvalidOption, match="fp8"):
+        save_canonical(tmp_path / "x", tiny, precision="fp8")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_precision(tmp_path, tiny):
-    with pytest.raises(InvalidOption, match="fp8"):
-        save_canonical(tmp_path / "x.safetensors", tiny, precision="fp8")
+def test_opening_a_canonical_file_imports_little(canonical: Path) -> None:
+    code = (
+        "import sys; from numpyesm.weights import load_checkpoint, resolve\n"
+        f"load_checkpoint(resolve({str(canonical)!r}))\n"
+        "heavy = {'huggingface_hub', 'torch', 'numpyesm.weights.torch_file', 'numpyesm.weights.hub'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_synthetic_is_deterministic():
+# -- synthetic weights -----------------------------------------------------------------------------------------------
+
+
+def test_synthetic_is_deterministic() -> None:
     first, again, other = (random_checkpoint(TINY, seed) for seed in (3, 3, 4))
     for name, tensor in first.tensors.items():
         np.testing.assert_array_equal(tensor.raw, again.tensors[name].raw)
@@ -111,17 +186,121 @@ def test_synthetic_is_deterministic():
 
 @pytest.mark.parametrize("spec", ["synthetic:", "synthetic:esm2-4b", "synthetic:esm2-8m:x", "synthetic:esm2-8m:-1",
                                   "synthetic:esm2-8m:1:2", "synthetic:esm2-8m:", "other"])  # fmt: skip
-def test_bad_synthetic_specs(spec):
+def test_bad_synthetic_specs(spec: str) -> None:
     with pytest.raises(InvalidOption, match="synthetic"):
         parse_synthetic(spec)
 
 
-def test_opening_a_canonical_file_imports_little(tmp_path, tiny):
-    save_canonical(tmp_path / "x.safetensors", tiny)
-    code = (
-        "import sys; from numpyesm.weights import load_checkpoint, resolve\n"
-        f"load_checkpoint(resolve({str(tmp_path / 'x.safetensors')!r}))\n"
-        "heavy = {'huggingface_hub', 'torch', 'numpyesm.weights.torch_file', 'numpyesm.weights.hub'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+# -- convert ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["in.pt", "weights.dat", "odd.safetensors", "folder", "folder/pytorch_model.bin"])
+def test_every_source_by_its_content_not_by_its_name(tmp_path: Path, name: str) -> None:
+    mk = pytest.importorskip("make_checkpoints")
+    source, regression = tmp_path / name, None
+    if name.startswith("folder"):
+        mk.write_hugging_face(tmp_path / "folder", mk.hugging_face_state(mk.MODEL), binary=name != "folder")
+    else:
+        mk.write_fair_esm(tmp_path / "m.pt", mk.MODEL).rename(source)
+        regression = tmp_path / "m-contact-regression.pt"
+    weights = source / "model.safetensors" if name == "folder" else source
+    result = convert(source, tmp_path / "out" / "x.safetensors", regression=regression)
+    mk.expect_same_model(result.checkpoint, mk.MODEL)
+    assert result.path == tmp_path / "out" / "x.safetensors"
+    assert result.checkpoint.source == source.name
+    assert result.checkpoint.source_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    mk.expect_same_model(load_checkpoint(tmp_path / "out"), mk.MODEL)
+
+
+def test_dtype_of_a_canonical_file_changes_and_provenance_stays(tmp_path: Path, canonical: Path) -> None:
+    half = convert(canonical, tmp_path / "half.safetensors", dtype="fp16").checkpoint
+    assert (half.precision, half.source, half.source_sha256) == ("fp16", "m.pt", "ab")
+    back = convert(tmp_path / "half.safetensors", tmp_path / "back.safetensors").checkpoint
+    assert (back.precision, back.source, back.source_sha256) == ("fp32", "m.pt (through fp16)", "ab")
+    np.testing.assert_array_equal(back.array("layers.0.qkv.weight"), half.array("layers.0.qkv.weight"))
+
+
+def test_synthetic_source_and_folder_output(tmp_path: Path) -> None:
+    result = convert("synthetic:esm2-8m:5", tmp_path / "weights", dtype="bf16")
+    assert result.path == tmp_path / "weights" / "synthetic-esm2-8m-bf16.safetensors"  # not a real model's name
+    assert result.checkpoint.synthetic
+    assert result.checkpoint.source == "synthetic:esm2-8m:5"
+    assert load_checkpoint("synthetic:esm2-8m:5").config == result.checkpoint.config
+
+
+def test_converting_twice_gives_the_same_bytes(tmp_path: Path, canonical: Path) -> None:
+    first, second = (convert(canonical, tmp_path / name / "x.safetensors", dtype="bf16").path for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_source_is_never_overwritten(tmp_path: Path, canonical: Path) -> None:
+    os.link(canonical, tmp_path / "same.safetensors")
+    before = canonical.read_bytes()
+    for output in (canonical, tmp_path / "." / canonical.name, tmp_path / "same.safetensors"):
+        with pytest.raises(InvalidOption, match="source itself"):
+            convert(canonical, output, dtype="fp16")
+    assert canonical.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, canonical: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("numpyesm.weights.rounding.calibration_sequences", lambda: asked.append(1) or ["MK"])
+    with pytest.raises(OSError, match="cannot be written"):
+        convert(canonical, canonical / "x.safetensors", dtype="int8")
+    assert not asked
+    convert(canonical, tmp_path / "x.safetensors", dtype="int8")
+    assert asked
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp8"}, {"output": "x.pt"}, {"source": "synthetic:x"}])
+def test_wrong_use(tmp_path: Path, canonical: Path, options: dict[str, str]) -> None:
+    arguments: dict[str, Any] = {"source": canonical, "output": "x.safetensors"} | options
+    with pytest.raises(InvalidOption):
+        convert(**arguments | {"output": tmp_path / arguments["output"]})
+    assert os.listdir(tmp_path) == ["tiny.safetensors"]
+
+
+NOT_CHECKPOINTS = {
+    "empty": (b"", "is empty"),
+    "text": (b"hello\nworld\n", "text file"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG image"),
+    "gzip": (gzip.compress(b"x" * 99), "gzip-compressed"),
+    "html": (b"<!DOCTYPE html><html>not found</html>", "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    "pickle": (pickle.dumps({"a": 1}), "Python pickle"),
+    "zip": (b"PK\x03\x04" + bytes(100), "zip"),
+    "empty zip": (b"PK\x05\x06" + bytes(18), "not one that torch.save wrote"),
+    "noise": (b"\xe0\x01\x02" * 99, "neither"),
+    "zeros": (bytes(1000), "neither"),
+    "header only": (b"\x02" + bytes(7) + b"{}", "no named tensors"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", NOT_CHECKPOINTS)
+def test_no_checkpoint_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str, suffix: str) -> None:
+    content, message = NOT_CHECKPOINTS[name]
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        convert(path, tmp_path / "out.safetensors")
+    text = str(caught.value)
+    assert message in text or (suffix == ".safetensors" and "safetensors" in text)
+    assert str(path) in text
+    assert "\n" not in text
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_places_without_weights(tmp_path: Path, canonical: Path) -> None:
+    with pytest.raises(WeightsNotFound, match=r"none\.pt does not exist"):
+        convert(tmp_path / "none.pt", tmp_path / "x.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsNotFound, match="holds no weights"):
+        load_checkpoint(tmp_path / "empty")
+    convert(canonical, tmp_path / "second.safetensors")
+    with pytest.raises(CheckpointError, match="several checkpoints"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="not a fair-esm checkpoint"):
+        load_checkpoint(canonical, regression=canonical)

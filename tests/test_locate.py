@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_names_of_files_and_folders(tmp_path, models, name):
     assert open_weights("esm2-8m").config.name == "esm2-8m"
 
 
+def test_exact_weights_come_before_those_that_lost_digits(tmp_path, models):
+    for name in ("esm2-8m-int8", "esm2-8m-bf16", "esm2-8m-fp16"):
+        put(models, tmp_path / "weights" / f"{name}.safetensors")
+    exact = put(models, tmp_path / "weights" / "esm2_t6_8M_UR50D.pt")
+    assert find_local("esm2-8m") == exact
+
+
 def test_variable_that_names_a_folder(tmp_path, models, monkeypatch):
     put(models, tmp_path / "cache" / "esm2-8m.safetensors")  # never used instead
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "all"))
@@ -108,16 +116,11 @@ def test_variable_that_is_empty(monkeypatch, models, tmp_path):
             use("esm2-8m")
 
 
-@pytest.mark.parametrize("command", [["encode", "MKT"], ["verify"], ["info"], ["demo"], ["score", "MKT", "x.csv"]])
-def test_no_command_passes_over_what_is_named(tmp_path, monkeypatch, capsys, command):
-    if command != ["demo"]:
-        with pytest.raises(SystemExit, match="2"):
-            main([*command, "--weights", ""])
-        assert "--weights" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [["encode", "MKT"], ["verify"], ["info"], ["demo"]])
+def test_no_command_passes_over_what_the_variable_names(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "none"))
-    if command[0] != "score":
-        assert main(command) == 1
-        assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
 
 
 def test_variable_that_names_another_model(models, monkeypatch):
@@ -140,8 +143,6 @@ def test_synthetic_weights_are_never_found_by_a_real_name(tmp_path, models, monk
     assert find_local("esm2-8m") is None
     real = put(models, tmp_path / "weights" / "esm2_t6_8M_UR50D.safetensors")
     assert find_local("esm2-8m") == real
-    # nor by one who would fetch it
-    monkeypatch.setenv("NUMPYESM_OFFLINE", "1")
     real.unlink()
     with pytest.raises(WeightsNotFound):
         resolve("esm2-8m")
@@ -159,6 +160,9 @@ def test_paths_that_do_not_exist_are_named(spec):
 
 
 def test_other_specs():
+    for nothing in ("", None, 5, b"esm2-35m"):
+        with pytest.raises(InvalidOption, match="names no weights"):
+            resolve(nothing)
     with pytest.raises(WeightsNotFound, match="'esm2-4b' is not a known model"):
         resolve("esm2-4b")
     assert resolve("synthetic") == "synthetic:esm2-35m:0"
@@ -180,15 +184,15 @@ def test_nothing_found_names_the_ways_out(name, download):
 
 def hub_download(folder, commit, content, main=True):
     """What huggingface-hub leaves: blobs named by their SHA-256, links to them by commit."""
-    snapshot = folder / "models--facebook--esm2_t6_8M_UR50D" / "snapshots" / commit
-    blob = snapshot.parents[1] / "blobs" / hashlib.sha256(content).hexdigest()
-    for path in (blob, snapshot / "x", snapshot.parents[1] / "refs" / "main"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    repository = folder / "models--facebook--esm2_t6_8M_UR50D"
+    snapshot, blob = repository / "snapshots" / commit, repository / "blobs" / hashlib.sha256(content).hexdigest()
+    for place in (snapshot, blob.parent, repository / "refs"):
+        place.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(content)
     (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
     (snapshot / "config.json").write_text('{"num_attention_heads": 20}')
     if main:
-        (snapshot.parents[1] / "refs" / "main").write_text(commit)
+        (repository / "refs" / "main").write_text(commit)
     return snapshot
 
 
@@ -197,21 +201,20 @@ PINNED = PINNED_COMMITS["esm2-8m"]
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """(bytes of a model.safetensors, bytes of an `esm2_t6_8M_UR50D.pt`, its regression), of one model."""
+    """(expectation of a loaded checkpoint, bytes of its model.safetensors, of its `.pt`, of its regression)."""
     mk = pytest.importorskip("make_checkpoints")
     folder = tmp_path_factory.mktemp("official")
     model = mk.fair_esm_model(TINY["esm2-8m"])
     mk.write_hugging_face(folder, mk.hugging_face_state(model))
     mk.write_fair_esm(folder / "m.pt", model)
     names = ("model.safetensors", "m.pt", "m-contact-regression.pt")
-    return model, *((folder / name).read_bytes() for name in names)
+    return partial(mk.expect_same_model, model=model), *((folder / name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize(
     ("variable", "below"), [("HF_HOME", "hub"), ("HF_HUB_CACHE", ""), ("XDG_CACHE_HOME", "huggingface/hub")]
 )
 def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, variable, below):
-    mk = pytest.importorskip("make_checkpoints")
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(tmp_path / "theirs"))
     other = hub_download(tmp_path / "theirs" / below, "1" * 40, official[1])
@@ -219,7 +222,7 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
     pinned = hub_download(tmp_path / "theirs" / below, PINNED, official[1], main=False)
     assert find_local("esm2-8m") == pinned
     assert find_local("esm2-35m") is None
-    mk.expect_same_model(open_weights("esm2-8m"), official[0])
+    official[0](open_weights("esm2-8m"))
     assert resolve("facebook/esm2_t6_8M_UR50D") == pinned
     blob = (pinned / "model.safetensors").resolve()
     blob.write_bytes(official[1][:-4] + b"\0\0\0\0")
@@ -233,14 +236,13 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
 
 @pytest.mark.parametrize(("variable", "below"), [("TORCH_HOME", ""), ("XDG_CACHE_HOME", "torch")])
 def test_cache_of_torch_hub(tmp_path, monkeypatch, official, variable, below):
-    mk = pytest.importorskip("make_checkpoints")
     monkeypatch.setenv(variable, str(tmp_path / "theirs"))
     folder = tmp_path / "theirs" / below / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "esm2_t6_8M_UR50D.pt").write_bytes(official[2])
     (folder / "esm2_t6_8M_UR50D-contact-regression.pt").write_bytes(official[3])
     assert find_local("esm2-8m") == folder / "esm2_t6_8M_UR50D.pt"
-    mk.expect_same_model(open_weights("esm2-8m"), official[0])
+    official[0](open_weights("esm2-8m"))
     (folder / "esm2_t12_35M_UR50D.pt").write_bytes(official[2])
     with pytest.warns(UserWarning, match="does not have the SHA-256 of the published"), pytest.raises(CheckpointError):
         open_weights("esm2-35m")  # an 8M model under that name

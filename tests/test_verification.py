@@ -1,16 +1,17 @@
-"""`verify` finds a model that is wrong in one point, and says what differs and by how much."""
+"""`verify` finds a model that is wrong in one point, and says what differs and by how much.
+
+Where the official weights are (see weights/README.md), it finds none.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from numpyesm import ESM2
-from numpyesm.cli import main
 from numpyesm.config import ModelConfig
 from numpyesm.errors import InvalidOption
 from numpyesm.verification import compare_with_reference, published_numbers
@@ -65,22 +66,18 @@ def test_wrong_frequencies_alone_are_found(
 
 
 def test_the_command_prints_what_differs(
-    right: Checkpoint,
-    wrong: Checkpoint,
-    numbers: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    right: Checkpoint, wrong: Checkpoint, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
     monkeypatch.setattr("numpyesm.verification.published_numbers", lambda name: numbers)
-    for name, checkpoint, code in (("right", right, 0), ("wrong", wrong, 1)):
-        save_canonical(tmp_path / f"{name}.safetensors", checkpoint)
-        assert main(["verify", "--weights", str(tmp_path / f"{name}.safetensors"), "--backend", "numpy"]) == code
-    streams = capsys.readouterr()
-    worst = [line for line in streams.out.splitlines() if line.endswith("DIFFERS") and "per_token, layer 3" in line]
+    for checkpoint, code in ((right, 0), (wrong, 1)):
+        save_canonical("x.safetensors", checkpoint)
+        done = run("verify", "--weights", "x.safetensors")
+        assert done.code == code
+    lines = done.out.decode().splitlines()
+    worst = [line for line in lines if line.endswith("DIFFERS") and "per_token, layer 3" in line]
     expected, found, deviation = (float(text) for text in worst[0].split()[4:7])
     assert abs(found - expected) / max(1, abs(expected)) == pytest.approx(deviation, rel=0.1)
-    assert "reference values differ: not the official weights" in streams.err
+    assert "reference values differ: not the official weights" in done.err
 
 
 def test_a_model_of_nan_fails(right: Checkpoint, numbers: dict[str, Any]) -> None:
@@ -94,3 +91,12 @@ def test_published_numbers() -> None:
     assert len(published_numbers("esm2-35m")["encode"]) == 2
     with pytest.raises(InvalidOption, match="esm2-8m and esm2-35m only, these weights are esm2-150m"):
         published_numbers("esm2-150m")
+
+
+@pytest.mark.official_weights
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_official_weights_compute_the_reference_numbers(backend: str) -> None:
+    model = ESM2.from_pretrained("esm2-35m", backend=backend)
+    assert not model.checkpoint.synthetic
+    assert [comparison for comparison in compare_with_reference(model) if not comparison.passed] == []
+    assert np.count_nonzero(model.checkpoint.array("contact_head.weight")) == 61

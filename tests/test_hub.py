@@ -1,17 +1,23 @@
-"""`fetch` against a small Hub on loopback."""
+"""`fetch` against a small Hugging Face Hub on loopback."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub
 from safetensors.numpy import save_file
 
 from numpyesm.config import PRESETS
@@ -25,6 +31,86 @@ pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 FIRST, SECOND = "a" * 40, "b" * 40
 REPOSITORY = "someone/esm2_t6_8M_like"
+
+
+@dataclass
+class FakeHub:
+    """A small Hub on loopback. Repositories are {name: {commit: folder}}; `main` is the last commit.
+
+    `slow` names files that trickle, `corrupt` those that are served with a changed byte under the right checksum.
+    """
+
+    repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
+    slow: set[str] = field(default_factory=set)
+    corrupt: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
+
+    def __enter__(self) -> FakeHub:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def transfers(self, file: str) -> int:
+        """How often a file was downloaded."""
+        return sum(method == "GET" and path.endswith(file) for method, path in self.requests)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path))
+        listing, parts = path.startswith("/api/models/"), path.removeprefix("/api/models").strip("/").split("/")
+        commits = self.hub.repositories.get("/".join(parts[:2]))
+        if commits is None:
+            return self.fail("RepoNotFound")
+        revision = parts[3] if len(parts) > 3 else "main"  # behind `revision` or `resolve`
+        commit = list(commits)[-1] if revision == "main" else revision
+        if commit not in commits:
+            return self.fail("RevisionNotFound")
+        if listing:
+            files = [{"rfilename": file.name} for file in sorted(commits[commit].iterdir())]
+            return self.reply(json.dumps({"id": "/".join(parts[:2]), "sha": commit, "siblings": files}).encode())
+        file = commits[commit] / parts[-1]
+        return self.send_file(file, commit) if file.is_file() else self.fail("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def send_file(self, file: Path, commit: str) -> None:
+        content = bytearray(file.read_bytes())
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if file.name in self.hub.corrupt:
+            content[-1] ^= 0xFF
+        headers = {"X-Repo-Commit": commit, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
+        self.reply(bytes(content), headers=headers, pause=0.02 if file.name in self.hub.slow else 0)
+
+    def reply(self, content: bytes, status: int = 200, headers: Mapping[str, str] = {}, pause: float = 0) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        step = len(content) // 64 + 1
+        with suppress(OSError):  # the client was killed
+            for begin in range(0, len(content) if self.command == "GET" else 0, step):
+                self.wfile.write(content[begin : begin + step])
+                time.sleep(pause)
+
+    def fail(self, code: str) -> None:
+        self.reply(b"{}", 404, headers={"X-Error-Code": code})
 
 
 def write_model(folder: Path, value: float = 0.5) -> Path:
@@ -48,20 +134,6 @@ def hub(tmp_path, monkeypatch):
     with FakeHub({REPOSITORY: {FIRST: write_model(tmp_path / "served")}}) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
-
-
-def start() -> subprocess.Popen[str]:
-    """`fetch` in a process of its own."""
-    code = f"from numpyesm.weights import fetch\nprint(fetch({REPOSITORY!r}))"
-    variables = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def fetched_files(tmp_path: Path) -> list[Path]:
-    return [path for path in tmp_path.rglob("*.safetensors") if path.parent != tmp_path / "served"]
 
 
 def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path, monkeypatch, capfd):
@@ -140,28 +212,15 @@ def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_killed_download_leaves_nothing_that_looks_whole(hub, tmp_path):
-    hub.slow.add("model.safetensors")
-    process = start()
-    while not hub.transfers("model.safetensors"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not fetched_files(tmp_path)
-    hub.slow.clear()
-    load_checkpoint(fetch(REPOSITORY))
-    assert hub.transfers("config.json") == 1  # what was whole is kept
-
-
-@pytest.mark.slow
 def test_two_processes_at_once_download_once(hub):
     hub.slow.add("model.safetensors")
-    processes = [start() for _ in range(2)]
-    results = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert results[0][0] == results[1][0]
-    load_checkpoint(results[0][0].strip())
+    command = [sys.executable, "-c", f"from numpyesm.weights import fetch; print(fetch({REPOSITORY!r}))"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    first, second = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert first == second
+    load_checkpoint(first.strip())
     assert hub.transfers("model.safetensors") == 1
 
 
@@ -170,7 +229,7 @@ def test_corrupted_weights_are_refused_and_deleted(hub, tmp_path):
     message = f"the download of {REPOSITORY} is damaged or was tampered with, and has been deleted"
     with pytest.raises(CheckpointError, match=message):
         fetch(REPOSITORY)
-    assert not fetched_files(tmp_path)
+    assert not [path for path in tmp_path.rglob("*.safetensors") if path.parent != tmp_path / "served"]
     hub.corrupt.clear()
     load_checkpoint(fetch(REPOSITORY))
 

@@ -1,15 +1,24 @@
-"""Files of fair-esm and folders of transformers: what they write themselves, what is beside the tensors, shards."""
+"""Checkpoints of others: ESM-2 under any wrapper, in any container, of fair-esm and of transformers; else its own name.
+
+What a checkpoint is, its tensors say.
+"""
 
 from __future__ import annotations
 
 import json
 import tracemalloc
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import BACKENDS
 
+from numpyesm import ESM2
 from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, save_canonical
@@ -21,6 +30,269 @@ pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 REGRESSION = Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt"
 SIX = ModelConfig(num_layers=6, embed_dim=160, num_heads=20, ffn_dim=640)
+MODEL = mk.MODEL
+OTHER = mk.fair_esm_model(seed=1)
+State = dict[str, Any]
+
+
+def fair_esm(prefix: str = "", model: Any = MODEL) -> State:
+    return {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def hugging_face(prefix: str = "", model: Any = MODEL, trunk: str = "esm.") -> State:
+    return {prefix + name: tensor for name, tensor in mk.hugging_face_state(model, prefix=trunk).items()}
+
+
+def save(path: Path, content: Any) -> Path:
+    """By torch, or as a safetensors file, by the ending."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+def training(state: State, key: str = "state_dict") -> dict[str, Any]:
+    """What a training script keeps beside the weights."""
+    steps = {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.ones(3)}}
+    return {
+        "epoch": 3,
+        "global_step": torch.tensor(7),
+        "optimizer_states": [{"state": steps, "param_groups": [{"params": [0, 1]}]}],
+        "optimizer": {"state": steps, "names": {"a": torch.ones(2, 2)}},
+        "hyper_parameters": Namespace(arch="roberta_large", encoder_layers=99, device=torch.device("cpu")),
+        "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {"best": np.float64(1.5), "path": Path("a/b.ckpt")}},
+        "rng": torch.get_rng_state(),
+        "loops": {("fit", 0): {"seen": {1, 2}, "counts": Counter("aab")}},
+        key: state,
+    }
+
+
+WRAPPERS = [
+    "", "model.", "module.", "esm.", "esm2.", "backbone.", "net.", "_orig_mod.", "module._orig_mod.model.net.",
+    "base_model.model.", "encoder.sentence_encoder.", "_forward_module.student.",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("family", [fair_esm, hugging_face])
+def test_any_wrapper_in_any_container(tmp_path: Path, family: Callable[..., State], prefix: str) -> None:
+    state = family(prefix)
+    contents = {"a.pt": state, "a.bin": {"model": state}, "a.ckpt": training(state), "a.safetensors": state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, content in contents.items():
+            mk.expect_same_model(load_checkpoint(save(tmp_path / name, content)), MODEL)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "module", "weights", "ema", "net", "best"])
+def test_a_state_dict_under_any_key(tmp_path: Path, key: str) -> None:
+    for content in (training(hugging_face(), key), {"run": {"last": training(fair_esm("esm."), key)}}):
+        mk.expect_same_model(load_checkpoint(save(tmp_path / "a.ckpt", content)), MODEL)
+
+
+def within(state: State, old: str, new: str) -> State:
+    return {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+def without(state: State, part: str) -> State:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+LOOP: State = {"state_dict": fair_esm()}
+LOOP["again"] = LOOP
+ALIASES: dict[str, Any] = {
+    "compiled layers": within(fair_esm(), "layers.0.", "layers.0._orig_mod."),
+    "sharded layers": within(hugging_face(), "encoder.layer.1.", "encoder.layer.1._fsdp_wrapped_module."),
+    "the same trunk twice": fair_esm("model.esm.") | fair_esm("esm."),
+    "a trunk beside its language model": hugging_face("model.") | hugging_face("", trunk="backbone."),
+    "tied, saved once": without(fair_esm("encoder."), "embed_tokens"),
+    "moments by name": {"model": fair_esm(), "optimizer": {"exp_avg": fair_esm("", OTHER)}},
+    "in a tuple": (3, {"state": hugging_face("net.")}),
+    "bias of the decoder": within(hugging_face(), "lm_head.bias", "lm_head.decoder.bias"),
+    "a text model beside it": hugging_face("protein.")
+    | within(hugging_face("text."), "contact_head", "head")
+    | {"text.esm.embeddings.word_embeddings.weight": torch.ones(99, 40)},
+    "a dict that contains itself": LOOP,
+    "keys that are no strings": {**fair_esm(), 5: torch.ones(2), b"x": torch.ones(2), None: {"y": torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.filterwarnings("ignore:.*holds more than ESM-2")
+def test_the_same_numbers_under_other_names(tmp_path: Path, name: str) -> None:
+    mk.expect_same_model(load_checkpoint(save(tmp_path / "a.pt", ALIASES[name])), MODEL)
+
+
+HEADS = {
+    "classifier": {"classifier.out_proj.weight": torch.ones(2, 40), "classifier.out_proj.bias": torch.ones(2)},
+    "model.regressor, model.scale": {"model.regressor.0.weight": torch.ones(1, 40), "model.scale": torch.ones(1)},
+    "esm.pooler": {"esm.pooler.dense.weight": torch.ones(40, 40)},
+}
+
+
+@pytest.mark.parametrize("named", HEADS)
+def test_other_heads_are_left_out_and_named(tmp_path: Path, named: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from numpyesm.cli import main
+
+    prefix = "model." if named.startswith("model.") else ""
+    path = save(tmp_path / "a.ckpt", training(hugging_face(prefix) | HEADS[named], "model_state"))
+    expected = ", ".join(f"model_state.{name}" for name in named.split(", "))
+    with pytest.warns(UserWarning, match=rf"a\.ckpt holds more than ESM-2; left out: {expected}$"):
+        mk.expect_same_model(load_checkpoint(path), MODEL)
+    assert main(["convert", str(path), "-o", str(tmp_path / "c.safetensors")]) == 0
+    assert f"left out: {expected}" in capfd.readouterr().err
+
+
+def test_what_the_configuration_of_fair_esm_calls_it_does_not_matter(tmp_path: Path) -> None:
+    content = mk.fair_esm_content(MODEL)
+    content["cfg"]["model"].arch = "roberta_large"
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.warns(UserWarning, match=r"no contact regression for m\.pt"):
+        mk.expect_same_model(load_checkpoint(tmp_path / "m.pt"), MODEL, contact_head=False)
+
+
+def test_a_class_of_somebodys_own(tmp_path: Path) -> None:
+    config = {"model_type": "fast_esm", "hidden_size": 40, "auto_map": {"AutoModel": "x--modeling_fastesm.FastEsm"}}
+    mk.expect_same_model(load_checkpoint(mk.write_hugging_face(tmp_path / "hf", hugging_face(), config)), MODEL)
+
+
+def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
+    folder = mk.write_hugging_face(tmp_path / "hf", hugging_face())
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save(folder / "adapter_model.safetensors", {"base_model.model.esm.x.lora_A.weight": torch.ones(2)})
+    for place in (folder, folder / "model.safetensors"):
+        with pytest.warns(UserWarning, match=r"adapter_config\.json is beside the weights: its adapter is not applied"):
+            mk.expect_same_model(load_checkpoint(place), MODEL)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 20])
+def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
+    model = mk.fair_esm_model(ModelConfig(2, 40, heads, 160))
+    state = fair_esm("", model)
+    for known in (state, without(state, "inv_freq")):
+        assert load_checkpoint(save(tmp_path / "m.pt", known)).config.num_heads == heads
+    with pytest.raises(CheckpointError, match="how many attention heads"):
+        load_checkpoint(save(tmp_path / "m.pt", without(known, "contact")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_untied_decoder_is_used(tmp_path: Path, backend: str) -> None:
+    shape = ModelConfig(2, 64, 4, 256)
+    model = mk.fair_esm_model(shape)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(33, 64))
+    state = mk.hugging_face_state(model) | {"lm_head.decoder.weight": model.lm_head.weight.detach()}
+    mk.write_hugging_face(tmp_path / "hf", state, mk.hugging_face_config(shape, tie_word_embeddings=False))
+    with torch.no_grad():
+        expected = model(torch.tensor([[0, 20, 15, 11, 2]]))["logits"][0, 1:-1, 4:24].numpy()  # MKT
+    untied = load_checkpoint(tmp_path / "hf").array("lm_head.decoder.weight")
+    np.testing.assert_array_equal(untied, model.lm_head.weight.detach().numpy().T)
+    for dtype, within in (("fp32", 1e-4), ("bf16", 0.2), ("int8", 0.2)):
+        path = convert(tmp_path / "hf", tmp_path / f"{dtype}.safetensors", dtype=dtype).path
+        found = ESM2.from_pretrained(path, backend=backend).encode(["MKT"], include=["logits"])[0].logits
+        np.testing.assert_allclose(found, expected, atol=within * float(np.abs(expected).max()))
+
+
+FAIR, HF, ONE = fair_esm(), hugging_face(), torch.ones(1)
+LAYER = "esm.encoder.layer.0."
+FC2, WORDS = LAYER + "output.dense.weight", "esm.embeddings.word_embeddings.weight"
+ESM_C = {"embed.weight": torch.ones(64, 40), "transformer.blocks.0.attn.layernorm_qkv.1.weight": torch.ones(120, 40)}
+ANGLES = [f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq" for layer in (0, 1)]
+LEARNED = without(FAIR, "inv_freq") | {"embed_positions.weight": torch.ones(9, 40)}
+ESM_1B = Namespace(
+    arch="roberta_large", layers=1, embed_dim=40, ffn_embed_dim=80, attention_heads=2, max_positions=64,
+    emb_layer_norm_before=True, logit_bias=True, token_dropout=True, final_bias=True, max_tokens=64,
+)  # fmt: skip
+ESM_1B_MODEL = mk.esm.ProteinBertModel(ESM_1B, mk.esm.Alphabet.from_architecture("roberta_large"))
+REFUSED: dict[str, tuple[State, str]] = {
+    "two trunks": (fair_esm("student.") | fair_esm("teacher.", OTHER), r"two ESM-2 .*'student\.' and 'teacher\.'"),
+    "two families": (fair_esm("a.") | hugging_face("b.", OTHER), r"two ESM-2 .*'a\.' and 'b\.esm\.'"),
+    "the same name twice": (fair_esm("m.") | fair_esm("_orig_mod.m."), "twice"),
+    "LoRA alone": (
+        {f"base_model.model.{LAYER}attention.self.query.lora_A.weight": torch.ones(2, 40)},
+        "a LoRA adapter that is not merged.*merge it first",
+    ),
+    "LoRA inside": (HF | {LAYER + "attention.self.query.lora_A.default.weight": torch.ones(2, 40)}, "LoRA"),
+    "another adapter": ({"base_model.model.esm.x.hada_w1_a": ONE}, "an adapter of peft that is not merged"),
+    "IA3": ({f"base_model.model.{LAYER}attention.self.key.ia3_l": ONE}, "an IA3 adapter that is not merged"),
+    "bitsandbytes 8": (HF | {LAYER + "output.dense.SCB": torch.ones(40)}, r"quantised \(bitsandbytes, 8 bits"),
+    "bitsandbytes 4": (HF | {LAYER + "output.dense.weight.absmax": torch.ones(40)}, "bitsandbytes, 4 bits"),
+    "float8": (HF | {FC2: torch.ones(40, 160).to(torch.float8_e4m3fn)}, "quantised .*F8_E4M3"),
+    "int8": (HF | {FC2: torch.ones(40, 160, dtype=torch.int8)}, "quantised .*I8"),
+    "ESM C": (ESM_C, "an ESM C checkpoint"),
+    "ESM3": (ESM_C | {"transformer.blocks.0.geom_attn.proj.weight": ONE}, "an ESM3 checkpoint"),
+    "ESMFold": (HF | {"trunk.blocks.0.x.weight": ONE}, "an ESMFold checkpoint"),
+    "MSA": ({"encoder.layers.0.row_self_attention.layer.q_proj.weight": ONE}, "an MSA Transformer"),
+    "SaProt": (HF | {WORDS: torch.ones(446, 40)}, "SaProt checkpoint.*446 tokens"),
+    "padded": (HF | {WORDS: torch.ones(64, 40)}, "padded to 64 tokens.*NVIDIA"),
+    "Transformer Engine": ({"esm.encoder.layers.0.self_attention.layernorm_qkv.weight": ONE}, "NVIDIA"),
+    "another vocabulary": (FAIR | {"embed_tokens.weight": torch.ones(30, 40)}, "has 30 tokens"),
+    "no embedding": (without(without(HF, WORDS), "lm_head"), r"word_embeddings\.weight' is missing"),
+    "ESM-1b": (ESM_1B_MODEL.state_dict(), r"an ESM-1b checkpoint \(learned positions\)"),
+    "ESM-1v": (LEARNED, r"an ESM-1v checkpoint \(learned positions\)"),
+    "learned positions": (
+        without(HF, "inv_freq") | {"esm.embeddings.position_embeddings.weight": torch.ones(9, 40)},
+        "learned positions",
+    ),
+    "a part that ESM-2 lacks": (FAIR | {"layers.0.adapter.weight": ONE}, "'layers.0.adapter.weight'"),
+    "no model": ({"a.weight": ONE}, r"none of its 1 tensors \('a.weight'\) belongs to an ESM-2 layer"),
+    "no names": ({1: ONE, 2: ONE}, "holds no named tensors"),
+    "missing layer": (without(FAIR, "layers.0."), "layer 0 is missing"),
+    "layers without bound": (FAIR | {"layers.999999.fc1.bias": ONE}, "layer 2 is missing"),
+    "missing tensor": (without(FAIR, "layers.1.fc2.bias"), r"1\.fc2\.bias' is missing"),
+    "missing half of a head": (without(FAIR, "lm_head.dense.bias"), "dense.bias"),
+    "wrong shape": (FAIR | {"layers.1.fc2.bias": torch.ones(41)}, r"shape \(41,\), expected \(40,\)"),
+    "infinite": (FAIR | {"layers.0.fc1.bias": torch.full((160,), float("inf"))}, "NaN or infinite"),
+    "integers": (FAIR | {"layers.0.fc1.bias": torch.ones(160, dtype=torch.long)}, "stored as I64"),
+    "frequencies that disagree": (HF | {ANGLES[1]: ONE / 2}, "different rotary frequencies"),
+    "frequencies of a wrong length": (HF | {ANGLES[1]: torch.ones(2)}, r"shape \(2,\), expected \(1,\)"),
+    "frequencies that are not finite": (HF | {ANGLES[1]: ONE * float("nan")}, "NaN or infinite"),
+    "frequencies in integers": (HF | {ANGLES[1]: ONE.long()}, "stored as I64"),
+    "a layer without frequencies": (without(HF, ANGLES[1]), r"but none under 'encoder\.layer\.1\.'"),
+    "a frequency of 0": (HF | dict.fromkeys(ANGLES, 0 * ONE), r"frequency of 0 .*expected \(0, 1\]"),
+    "a negative frequency": (HF | dict.fromkeys(ANGLES, -ONE / 2), r"frequency of -0.5 .*expected \(0, 1\]"),
+    "a frequency above 1": (HF | dict.fromkeys(ANGLES, 1.5 * ONE), r"frequency of 1.5 .*expected \(0, 1\]"),
+    "two biases": (HF | {"lm_head.decoder.bias": torch.ones(33)}, "biases that differ"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_everything_else_has_its_sentence(tmp_path: Path, name: str, suffix: str) -> None:
+    state, message = REFUSED[name]
+    if suffix == ".safetensors" and not all(isinstance(key, str) for key in state):
+        pytest.skip("safetensors has string keys only")
+    path = save(tmp_path / "folder" / f"model{suffix}", {name: tensor.clone() for name, tensor in state.items()})
+    for place in (path, path.parent):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_checkpoint(place)
+        assert "\n" not in str(caught.value)
+        assert str(place) in str(caught.value)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+DAMAGED: list[tuple[str, Callable[[bytes], bytes], str]] = [
+    ("model.safetensors", lambda _: POINTER, "Git LFS"),
+    ("pytorch_model.bin", lambda _: POINTER, "Git LFS"),
+    ("model.safetensors", lambda whole: whole[: len(whole) // 2], "truncated"),
+    ("pytorch_model.bin", lambda whole: whole[: len(whole) // 2], "truncated"),
+    ("m.safetensors.incomplete", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+    ("m.pt.part", lambda whole: whole[: len(whole) // 2], "unfinished download"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGED)
+def test_pointers_and_half_downloads(tmp_path: Path, file: str, damage: Callable[[bytes], bytes], message: str) -> None:
+    whole = save(tmp_path / ("whole.safetensors" if "safetensors" in file else "whole.pt"), fair_esm())
+    path = tmp_path / "folder" / file
+    path.parent.mkdir()
+    path.write_bytes(damage(whole.read_bytes()))
+    (path.parent / "config.json").write_text(json.dumps(mk.hugging_face_config()))
+    for place in (path, path.parent):
+        with pytest.raises((CheckpointError, WeightsNotFound), match=message) as caught:
+            load_checkpoint(place)
+        assert "\n" not in str(caught.value)
 
 
 # -- fair-esm --------------------------------------------------------------------------------------------------------
@@ -37,7 +309,7 @@ def test_the_real_regression(tmp_path: Path) -> None:
 
 def test_fair_esm_itself_reads_our_test_file(tmp_path: Path) -> None:
     """Otherwise the tests would only show that we read what we write."""
-    path = mk.write_fair_esm(tmp_path / "esm2_tiny.pt", mk.MODEL)
+    path = mk.write_fair_esm(tmp_path / "esm2_tiny.pt", MODEL)
     data = torch.load(path, weights_only=False)
     regression = torch.load(tmp_path / "esm2_tiny-contact-regression.pt", weights_only=False)
     loaded, _ = mk.esm.pretrained.load_model_and_alphabet_core("esm2_tiny", data, regression)
@@ -64,7 +336,7 @@ def test_storage_dtypes(tmp_path: Path, dtype: str, precision: str) -> None:
     ],
 )
 def test_configurations_of_fair_esm_that_contradict(tmp_path: Path, field: str, value: Any, message: str) -> None:
-    content = mk.fair_esm_content(mk.MODEL)
+    content = mk.fair_esm_content(MODEL)
     setattr(content["cfg"]["model"], field, value)
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=rf"m\.pt.*{message}"):
@@ -72,7 +344,7 @@ def test_configurations_of_fair_esm_that_contradict(tmp_path: Path, field: str, 
 
 
 def test_regression_of_another_model(tmp_path: Path) -> None:
-    path = mk.write_fair_esm(tmp_path / "m.pt", mk.MODEL)
+    path = mk.write_fair_esm(tmp_path / "m.pt", MODEL)
     with pytest.raises(CheckpointError, match="contact regression of another model"):
         load_checkpoint(path, regression=REGRESSION)
     with pytest.raises(CheckpointError, match="not a contact regression"):
@@ -89,15 +361,15 @@ def test_regression_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize(("gamma", "writer"), [(True, 4), (False, 4), (False, 5)])
 def test_masked_lm(tmp_path: Path, binary: bool, gamma: bool, writer: int) -> None:
-    state = mk.hugging_face_state(mk.MODEL, gamma=gamma, writer=writer)
+    state = mk.hugging_face_state(MODEL, gamma=gamma, writer=writer)
     state["esm.embeddings.position_ids"] = torch.arange(1026)[None]
     state["esm.embeddings.position_embeddings.weight"] = torch.ones(1026, 40)  # official files carry it, unused
     state["lm_head.decoder.weight"] = state["esm.embeddings.word_embeddings.weight"].clone()
     folder = mk.write_hugging_face(tmp_path / "hf", state, binary=binary)
     checkpoint = load_checkpoint(folder)
     assert checkpoint.config == mk.TINY
-    mk.expect_same_model(checkpoint, mk.MODEL)
-    mk.expect_same_model(load_checkpoint(folder / ("pytorch_model.bin" if binary else "model.safetensors")), mk.MODEL)
+    mk.expect_same_model(checkpoint, MODEL)
+    mk.expect_same_model(load_checkpoint(folder / ("pytorch_model.bin" if binary else "model.safetensors")), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +380,13 @@ def test_what_transformers_writes(tmp_path: Path, kind: str) -> None:
     config = transformers.EsmConfig(**{k: v for k, v in mk.hugging_face_config().items() if k != "architectures"})
     theirs = getattr(transformers, kind)(config)
     prefix = "" if kind == "EsmModel" else "esm."
-    theirs.load_state_dict(mk.hugging_face_state(mk.MODEL, prefix=prefix, writer=5), strict=False)
+    theirs.load_state_dict(mk.hugging_face_state(MODEL, prefix=prefix, writer=5), strict=False)
     theirs.save_pretrained(tmp_path / "hf")
-    mk.expect_same_model(load_checkpoint(tmp_path / "hf"), mk.MODEL, lm_head=kind == "EsmForMaskedLM")
+    mk.expect_same_model(load_checkpoint(tmp_path / "hf"), MODEL, lm_head=kind == "EsmForMaskedLM")
 
 
 def test_mixed_dtypes_are_widened(tmp_path: Path) -> None:
-    state = mk.hugging_face_state(mk.MODEL)
+    state = mk.hugging_face_state(MODEL)
     name = "esm.encoder.layer.0.output.dense.weight"
     state[name] = state[name].half()
     checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
@@ -122,32 +394,34 @@ def test_mixed_dtypes_are_widened(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.array("layers.0.fc2.weight"), state[name].float().numpy().T)
 
 
+# By key of config.json: what ESM-2 does not have. None is an absent key, which means what transformers takes it for.
+OTHER_MODELS: dict[str, list[Any]] = {
+    "position_embedding_type": ["absolute", None],
+    "emb_layer_norm_before": [True],
+    "token_dropout": [False, None],
+    "vocab_size": [32],
+    "mask_token_id": [4, None],
+    "layer_norm_eps": [1e-12, [1e-5], None],
+    "rope_theta": [500000.0],
+    "rope_parameters": [{"rope_theta": 1.0}],
+    "is_folding_model": [True],
+    "is_decoder": [True],
+    "num_hidden_layers": [3],
+    "hidden_size": [80],
+    "intermediate_size": [80],
+    "num_attention_heads": [3, "20"],
+}
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"position_embedding_type": "absolute"},
-        {"emb_layer_norm_before": True},
-        {"token_dropout": False},
-        {"vocab_size": 32},
-        {"mask_token_id": 4},
-        {"layer_norm_eps": 1e-12},
-        {"rope_theta": 500000.0},
-        {"rope_parameters": {"rope_theta": 1.0}},
-        {"is_folding_model": True},
-        {"is_decoder": True},
-        {"num_hidden_layers": 3},
-        {"hidden_size": 80},
-        {"intermediate_size": 80},
-        {"num_attention_heads": 3},
-        {"num_attention_heads": "20"},
-        {"layer_norm_eps": [1e-5]},
-        # Absent keys mean what transformers takes them for.
-        *({key: None} for key in ("position_embedding_type", "token_dropout", "mask_token_id", "layer_norm_eps")),
+        *({key: value} for key, values in OTHER_MODELS.items() for value in values),
         *("", "{", "[]", "null", "[" * 100_000),
     ],
 )
 def test_other_models_by_their_config(tmp_path: Path, change: dict[str, Any] | str) -> None:
-    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(mk.MODEL))
+    folder = mk.write_hugging_face(tmp_path / "hf", mk.hugging_face_state(MODEL))
     if not isinstance(change, str):
         config = mk.hugging_face_config(**change)
         change = json.dumps({key: value for key, value in config.items() if value is not None})
@@ -159,10 +433,10 @@ def test_other_models_by_their_config(tmp_path: Path, change: dict[str, Any] | s
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_shards(tmp_path: Path, ending: str) -> None:
-    state = mk.hugging_face_state(mk.MODEL)
+    state = mk.hugging_face_state(MODEL)
     folder = mk.write_hugging_face(tmp_path / "hf", state, binary=ending == "bin", shard_size=60_000)
-    mk.expect_same_model(load_checkpoint(folder), mk.MODEL)
-    mk.expect_same_model(convert(folder, tmp_path / "c.safetensors").checkpoint, mk.MODEL)
+    mk.expect_same_model(load_checkpoint(folder), MODEL)
+    mk.expect_same_model(convert(folder, tmp_path / "c.safetensors").checkpoint, MODEL)
 
     (index,) = folder.glob("*.index.json")
     content = index.read_text()

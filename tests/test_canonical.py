@@ -18,7 +18,7 @@ import pytest
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, save_canonical
-from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
+from numpyesm.weights.checkpoint import Checkpoint
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.synthetic import parse_synthetic, random_checkpoint
 from numpyesm.weights.tensor import GROUP, PRECISION_DTYPES, StoredTensor
@@ -85,16 +85,6 @@ def test_quantising_again_changes_nothing(tmp_path: Path, tiny: Checkpoint) -> N
     save_canonical(tmp_path / "c", once, precision="fp32")
     again = load_checkpoint(tmp_path / "c").tensors["layers.0.fc1.weight"].stored_as("I8")
     np.testing.assert_array_equal(again.raw, once.tensors["layers.0.fc1.weight"].raw)
-
-
-def test_heads_may_be_absent(tmp_path: Path, tiny: Checkpoint) -> None:
-    tensors = {name: tensor for name, tensor in tiny.tensors.items() if name not in LM_HEAD + CONTACT_HEAD}
-    save_canonical(tmp_path / "x", Checkpoint(TINY, tensors, source="trunk"))
-    loaded = load_checkpoint(tmp_path / "x")
-    assert not loaded.has_lm_head
-    assert not loaded.has_contact_head
-    assert not loaded.synthetic
-    assert "synthetic" not in loaded.metadata
 
 
 def test_a_file_is_mapped_not_copied(tmp_path: Path, tiny: Checkpoint) -> None:
@@ -214,7 +204,9 @@ def test_every_source_by_its_content_not_by_its_name(tmp_path: Path, name: str) 
 
 def test_dtype_of_a_canonical_file_changes_and_provenance_stays(tmp_path: Path, canonical: Path) -> None:
     half = convert(canonical, tmp_path / "half.safetensors", dtype="fp16").checkpoint
-    assert (half.precision, half.source, half.source_sha256) == ("fp16", "m.pt", "ab")
+    assert (half.precision, half.source, half.source_sha256, half.synthetic) == ("fp16", "m.pt", "ab", False)
+    again = convert(canonical, tmp_path / "again.safetensors", dtype="fp16").path
+    assert again.read_bytes() == (tmp_path / "half.safetensors").read_bytes()
     back = convert(tmp_path / "half.safetensors", tmp_path / "back.safetensors").checkpoint
     assert (back.precision, back.source, back.source_sha256) == ("fp32", "m.pt (through fp16)", "ab")
     np.testing.assert_array_equal(back.array("layers.0.qkv.weight"), half.array("layers.0.qkv.weight"))
@@ -226,11 +218,6 @@ def test_synthetic_source_and_folder_output(tmp_path: Path) -> None:
     assert result.checkpoint.synthetic
     assert result.checkpoint.source == "synthetic:esm2-8m:5"
     assert load_checkpoint("synthetic:esm2-8m:5").config == result.checkpoint.config
-
-
-def test_converting_twice_gives_the_same_bytes(tmp_path: Path, canonical: Path) -> None:
-    first, second = (convert(canonical, tmp_path / name / "x.safetensors", dtype="bf16").path for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_source_is_never_overwritten(tmp_path: Path, canonical: Path) -> None:

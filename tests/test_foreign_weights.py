@@ -126,7 +126,6 @@ def test_the_same_numbers_under_other_names(tmp_path: Path, name: str) -> None:
 
 
 HEADS = {
-    "classifier": {"classifier.out_proj.weight": torch.ones(2, 40), "classifier.out_proj.bias": torch.ones(2)},
     "model.regressor, model.scale": {"model.regressor.0.weight": torch.ones(1, 40), "model.scale": torch.ones(1)},
     "esm.pooler": {"esm.pooler.dense.weight": torch.ones(40, 40)},
 }

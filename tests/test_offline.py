@@ -151,47 +151,38 @@ def test_a_list_of_checksums_that_is_no_file(weights, name, make) -> None:
         open_checkpoint(weights)
 
 
+WRONG, UNREADABLE = "its SHA-256 is not", r"does not state a SHA-256 for w\.safetensors"
+
+
 @pytest.mark.parametrize(
-    ("place", "form", "counts"),
+    ("place", "form", "outcome"),
     [
-        (OWN, "{} *w.safetensors\n", True),
-        (ALL, "{} *w.safetensors\n", True),
-        (ALL, "{}  ./w.safetensors\n", True),
-        (ALL, "SHA256 (w.safetensors) = {}", True),  # sha256sum --tag, and BSD
-        (OWN, "SHA256 (w.safetensors) = {}", True),
-        (OWN, "SHA256(w.safetensors)= {}", True),  # openssl
-        (ALL, "{}  weights/w.safetensors", True),  # made from the folder above
-        (OWN, "{}  before-it-was-renamed.safetensors", True),
-        (OWN, "{}", True),
-        (ALL, "\ufeff{}  w.safetensors\r\n", True),
+        (OWN, "{} *w.safetensors\n", WRONG),
+        (ALL, "{} *w.safetensors\n", WRONG),
+        (ALL, "{}  ./w.safetensors\n", WRONG),
+        (ALL, "SHA256 (w.safetensors) = {}", WRONG),  # sha256sum --tag, and BSD
+        (OWN, "SHA256 (w.safetensors) = {}", WRONG),
+        (OWN, "SHA256(w.safetensors)= {}", WRONG),  # openssl
+        (ALL, "{}  weights/w.safetensors", WRONG),  # made from the folder above
+        (OWN, "{}  before-it-was-renamed.safetensors", WRONG),
+        (OWN, "{}", WRONG),
+        (ALL, "\ufeff{}  w.safetensors\r\n", WRONG),
         # Of other files.
-        (ALL, "{}  another.safetensors\n", False),
-        (ALL, "{0}  older/w.safetensors\n{0}  xw.safetensors\n\n", False),
+        (ALL, "{}  another.safetensors\n", None),
+        (ALL, "{0}  older/w.safetensors\n{0}  xw.safetensors\n\n", None),
+        # Of this file by its name: that it cannot be read must not pass for a check.
+        (ALL, "what?  w.safetensors\n", UNREADABLE),
+        (OWN, "what?  w.safetensors\n", UNREADABLE),
+        (OWN, "", UNREADABLE),
+        (OWN, "nothing", UNREADABLE),
+        (OWN, "{0}  a\n{0}  b\n", UNREADABLE),
     ],
 )
-def test_a_checksum_beside_the_file_counts(small_file, tmp_path, place, form, counts) -> None:
+def test_a_checksum_beside_the_file(small_file, tmp_path, place, form, outcome) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
     path = Path(shutil.copy(small_file, folder / "w.safetensors"))
-    (folder / place).write_text(form.format(file_sha256(path)), encoding="utf-8")
-    open_checkpoint(path)
-    (folder / place).write_text(form.format("0" * 64), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="its SHA-256 is not") if counts else nullcontext():
-        open_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("place", "content"),
-    [
-        (ALL, "what?  w.safetensors\n"),
-        (OWN, "what?  w.safetensors\n"),
-        (OWN, ""),
-        (OWN, "nothing"),
-        (OWN, f"{'0' * 64}  a\n{'0' * 64}  b\n"),
-    ],
-)
-def test_a_checksum_file_that_says_nothing_is_no_checksum(weights, place, content) -> None:
-    """Of this file by its name: that it cannot be read must not pass for a check."""
-    weights.with_name(place).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{place} does not state a SHA-256 for w\.safetensors"):
-        open_checkpoint(weights)
+    for digest, message in ((file_sha256(path), None if outcome is WRONG else outcome), ("0" * 64, outcome)):
+        (folder / place).write_text(form.format(digest), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+            open_checkpoint(path)

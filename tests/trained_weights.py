@@ -72,9 +72,6 @@ def fetch(destination: Path) -> None:
                 partial.replace(destination / name)
 
 
-# -- proteins -----------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def real_proteins() -> dict[str, str]:
     """Name to sequence: natural proteins of 21 to 659 residues, on which the gates of bf16 and int8 are measured."""
@@ -83,9 +80,6 @@ def real_proteins() -> dict[str, str]:
         header, *lines = record.splitlines()
         proteins[header.split()[0]] = "".join(lines)
     return proteins
-
-
-# -- the same numbers for every program ---------------------------------------------------------------------------
 
 
 @functools.cache

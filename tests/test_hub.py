@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from test_adapters import write as write_adapter
 
 from numpyesm.config import PRESETS
 from numpyesm.errors import CheckpointError, WeightsNotFound
@@ -197,13 +197,9 @@ def test_shards(hub, tmp_path):
 
 
 def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path, monkeypatch):
-    folder = tmp_path / "lora"
-    folder.mkdir()
     query = "base_model.model.esm.encoder.layer.0.attention.self.query"
     factors = {f"{query}.lora_A.weight": np.ones((2, 40)), f"{query}.lora_B.weight": np.ones((40, 2))}
-    save_file(factors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY, "r": 2, "lora_alpha": 2}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    folder = write_adapter(tmp_path / "lora", factors, REPOSITORY, r=2, lora_alpha=2)
     hub.repositories["someone/lora"] = {FIRST: folder}
     for offline in ("", "1"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)

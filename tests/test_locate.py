@@ -58,13 +58,10 @@ def put(models, path, kind="real"):
 
 
 def test_order_of_places(tmp_path, models, monkeypatch):
-    cache = put(models, tmp_path / "cache" / "esm2-8m.safetensors")
-    assert find_local("esm2-8m") == cache
-    checkout = put(models, tmp_path / "checkout" / "esm2-8m.safetensors")
-    monkeypatch.setattr("numpyesm.weights.locate.checkout_folders", lambda: [checkout.parent])
-    assert find_local("esm2-8m") == checkout
-    local = put(models, tmp_path / "weights" / "esm2-8m.safetensors")
-    assert find_local("esm2-8m") == local
+    monkeypatch.setattr("numpyesm.weights.locate.checkout_folders", lambda: [tmp_path / "checkout"])
+    for folder in ("cache", "checkout", "weights"):  # each comes before the last one
+        path = put(models, tmp_path / folder / "esm2-8m.safetensors")
+        assert find_local("esm2-8m") == path
     chosen = put(models, tmp_path / "chosen" / "any.safetensors")
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(chosen))
     assert find_local("esm2-8m") == chosen

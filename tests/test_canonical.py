@@ -49,7 +49,7 @@ def test_round_trip(tmp_path: Path, tiny: Checkpoint, precision: str) -> None:
     steps: list[tuple[int, int]] = []
     save_canonical(tmp_path / "x", tiny, precision=precision, progress=lambda *step: steps.append(step))
     assert steps == sorted(steps)
-    assert steps[-1][0] == steps[-1][1]
+    assert {total for _, total in steps} == {steps[-1][0]}
     loaded = load_checkpoint(tmp_path / "x")
     assert (loaded.config, loaded.source, loaded.precision, loaded.synthetic) == (TINY, tiny.source, precision, True)
     for name, tensor in tiny.tensors.items():
@@ -112,8 +112,9 @@ def test_a_file_is_mapped_not_copied(tmp_path: Path, tiny: Checkpoint) -> None:
         ({"config": '{"num_layers": 1e9, "embed_dim": 1, "num_heads": 1, "ffn_dim": 1}'}, "num_layers"),
     ],
 )
-def test_wrong_metadata(tmp_path: Path, canonical: Path, change: dict[str, str | None], message: str) -> None:
-    tensors, metadata = read_safetensors(canonical)
+def test_wrong_metadata(tmp_path: Path, tiny: Checkpoint, change: dict[str, str | None], message: str) -> None:
+    save_canonical(tmp_path / "x", tiny)
+    tensors, metadata = read_safetensors(tmp_path / "x")
     metadata = {key: value for key, value in (metadata | change).items() if value is not None}
     write_safetensors(tmp_path / "y.safetensors", tensors, metadata)
     with pytest.raises(CheckpointError, match=rf"y\.safetensors.*({message})"):

@@ -67,6 +67,7 @@ def test_objects_of_other_classes_are_records(protocol: int) -> None:
     assert result["args"].get("encoder_layers") == 12
     assert result["args"].get("deep").get("x") == 1
     assert result["args"].get("absent", 7) == 7
+    assert read_pickle(b"\x80\x02ca\nb\n)\x81U\x01xK\x02s.").get("x") == 2  # an item that was set on one
     assert str(result["class"]) == "fractions.Fraction"
     assert all(isinstance(item, Inert) for item in [*result["numpy"], result["partial"], result["error"]])
 

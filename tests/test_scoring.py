@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
 from typing import Any
@@ -12,18 +11,19 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_sequence, small_model
 
-from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence, NumpyesmError
-from numpyesm.alphabet import AMINO_ACIDS, MASK, TOKEN_ID
+from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence
+from numpyesm.alphabet import MASK, TOKEN_ID
 from numpyesm.kernels.numpy_forward import NumpyKernels
+from numpyesm.options import SCORING_METHODS
 from numpyesm.passes import Passes
 from numpyesm.scoring import SCAN_LETTERS, parse_mutant
-from numpyesm.scoring.marginals import Window, optimal_window, position_logits, window_around
+from numpyesm.scoring.marginals import Window, position_logits
 
 WILD_TYPE = random_sequence(41, 5)
 
 
-def single(position: int, letter: str, offset: int = 1) -> str:
-    return f"{WILD_TYPE[position - offset]}{position}{letter}"
+def single(position: int, letter: str) -> str:
+    return f"{WILD_TYPE[position - 1]}{position}{letter}"
 
 
 MUTATIONS = [single(1, "W"), single(41, "C"), single(7, "W"), f"{single(7, 'R')}:{single(20, 'D')}:{single(3, 'H')}"]
@@ -49,36 +49,31 @@ def pair() -> Any:
     return fair, ESM2(checkpoint, backend="numpy", threads=1), ESM2(checkpoint, threads=1)
 
 
-def fair_log_probs(fair: Any, sequence: str, masked: int | None = None) -> Any:
-    """log-softmax over the 33 tokens at every residue, `masked` (0-based) being masked: (L, 33)."""
+def fair_logits(fair: Any, sequence: str, masked: int | None = None, seen: slice = slice(None)) -> Any:
+    """Logits (T, 33) of the tokens of a protein, all or those that are `seen`; the residue `masked` is masked."""
     import torch
-    from fair_esm_models import ALPHABET, tokens_of
+    from fair_esm_models import tokens_of
 
     tokens = tokens_of([sequence])
     if masked is not None:
-        tokens[0, masked + 1] = ALPHABET.mask_idx
+        tokens[0, masked + 1] = MASK
     with torch.no_grad():
-        return torch.log_softmax(fair(tokens)["logits"], dim=-1)[0, 1:-1].numpy()
+        return fair(tokens[:, seen])["logits"][0].numpy()
 
 
 def fair_marginals(fair: Any, sequence: str, mutant: str, masked: bool, offset: int = 1) -> float:
-    from fair_esm_models import ALPHABET
-
     score = 0.0
-    for part in mutant.split(":"):
-        wild, index, letter = part[0], int(part[1:-1]) - offset, part[-1]
+    for wild, index, letter in ((part[0], int(part[1:-1]) - offset, part[-1]) for part in mutant.split(":")):
         assert sequence[index] == wild
-        row = fair_log_probs(fair, sequence, index if masked else None)[index]
-        score += row[ALPHABET.get_idx(letter)] - row[ALPHABET.get_idx(wild)]
+        row = fair_logits(fair, sequence, index if masked else None)[index + 1]
+        score += row[TOKEN_ID[letter]] - row[TOKEN_ID[wild]]
     return score
 
 
 def fair_pseudo_log_likelihood(fair: Any, sequence: str) -> float:
-    from fair_esm_models import ALPHABET
-
-    return sum(
-        float(fair_log_probs(fair, sequence, i)[i, ALPHABET.get_idx(letter)]) for i, letter in enumerate(sequence)
-    )
+    ids = [TOKEN_ID[letter] for letter in sequence]
+    rows = np.stack([fair_logits(fair, sequence, i)[i + 1] for i in range(len(ids))])
+    return (rows[np.arange(len(ids)), ids] - np.log(np.exp(rows).sum(axis=1))).sum()
 
 
 @pytest.mark.parity
@@ -117,81 +112,44 @@ def test_pseudo_ppl_agrees_with_fair_esm(pair: Any) -> None:
     np.testing.assert_allclose(ours.score_mutations(sequence, mutants, "pseudo-ppl"), expected, rtol=5e-7, atol=0)
 
 
-def proteingyms_window(mutation_position_relative: int, seq_len_wo_special: int, model_window: int) -> list[int]:
-    """`get_optimal_window` of ProteinGym's scoring_utils.py, as it is published."""
-    half_model_window = model_window // 2
-    if seq_len_wo_special <= model_window:
-        return [0, seq_len_wo_special]
-    if mutation_position_relative < half_model_window:
-        return [0, model_window]
-    if mutation_position_relative >= seq_len_wo_special - half_model_window:
-        return [seq_len_wo_special - model_window, seq_len_wo_special]
-    return [
-        max(0, mutation_position_relative - half_model_window),
-        min(seq_len_wo_special, mutation_position_relative + half_model_window),
-    ]
-
-
-def test_windows() -> None:
-    for length, window in itertools.product((1, 3, 7, 8, 9, 30), (1, 2, 3, 4, 7, 8)):
-        for index in range(length):
-            assert optimal_window(index, length, window) == tuple(proteingyms_window(index, length, window))
-            start, stop = window_around(index, length, min(window, length))
-            assert 0 <= start <= index < stop <= length
-            assert stop - start == min(window, length)
-
-
-def fair_logits_in_proteingyms_window(fair: Any, sequence: str, index: int, window: int) -> Any:
-    """Its loop of masked marginals: the position is masked in the tokens of the whole, then the window is cut out."""
-    import torch
-    from fair_esm_models import ALPHABET, tokens_of
-
-    tokens = tokens_of([sequence])
-    start, stop = proteingyms_window(index + 1, tokens.size(1), window)
-    tokens[0, index + 1] = ALPHABET.mask_idx
-    with torch.no_grad():
-        return fair(tokens[:, start:stop])["logits"][0, index + 1 - start].numpy()
+# Where ProteinGym's `get_optimal_window` cuts 43 tokens around some residues (0-based), by the size of the window.
+INDICES = [0, 6, 7, 8, 20, 33, 34, 40]
+CUTS = {
+    16: [(0, 16), (0, 16), (0, 16), (1, 17), (13, 29), (26, 42), (27, 43), (27, 43)],
+    17: [(0, 17), (0, 17), (0, 16), (1, 17), (13, 29), (26, 42), (26, 43), (26, 43)],
+    43: [(0, 43)] * 8,
+    44: [(0, 43)] * 8,
+}
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("window", [16, 17, 43])
-def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, window: int) -> None:
+@pytest.mark.parametrize("size", CUTS)
+def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, size: int) -> None:
     """In small: windows with `<cls>`, with `<eos>`, with neither and with both."""
     fair, ours, _ = pair
-    indices = [0, 6, 7, 8, 20, 33, 34, 40]
-    found = position_logits(ours.passes, WILD_TYPE, indices, "masked-marginals", Window(window, of_tokens=True))
-    expected = [fair_logits_in_proteingyms_window(fair, WILD_TYPE, index, window) for index in indices]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    found = position_logits(ours.passes, WILD_TYPE, INDICES, "masked-marginals", Window(size, of_tokens=True))
+    for row, index, (start, stop) in zip(found, INDICES, CUTS[size], strict=True):
+        expected = fair_logits(fair, WILD_TYPE, index, slice(start, stop))[index + 1 - start]
+        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parity
-@pytest.mark.slow
-def test_proteingyms_rule_by_name(pair: Any) -> None:
-    fair, ours, _ = pair
-    sequence = random_sequence(1500, 11)
-    mutants = [other(sequence, i) for i in (0, 700)]
-    expected = []
-    for index, mutant in zip((0, 700), mutants, strict=True):
-        logits = fair_logits_in_proteingyms_window(fair, sequence, index, 1024)
-        expected.append(logits[TOKEN_ID[mutant[-1]]] - logits[TOKEN_ID[mutant[0]]])
-    found = ours.score_mutations(sequence, mutants, window="proteingym")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    assert np.abs(ours.score_mutations(sequence, mutants, window=1022) - expected).max() > 0.01
-    whole = [fair_marginals(fair, sequence, mutants[1], masked=False)]
-    found = ours.score_mutations(sequence, mutants[1:], "wt-marginals", window="proteingym")
-    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-4)
-
-
-def test_proteingyms_rule_sees_short_proteins_whole(model: ESM2, tiny: ESM2) -> None:
+def test_proteingyms_rule_by_name(model: ESM2, tiny: ESM2) -> None:
+    """1024 tokens for masked marginals, the whole protein for wt-marginals; of short ones, all is seen by both."""
+    longer = random_sequence(2100, 4)
+    long, indices = longer[:1500], [0, 700]
+    mutants = [other(long, i) for i in indices]
+    logits = position_logits(tiny.passes, long, indices, "masked-marginals", Window(1024, of_tokens=True))
+    expected = [row[TOKEN_ID[m[-1]]] - row[TOKEN_ID[m[0]]] for row, m in zip(logits, mutants, strict=True)]
+    np.testing.assert_array_equal(tiny.score_mutations(long, mutants, window="proteingym"), expected)
+    assert np.abs(tiny.score_mutations(long, mutants, window=1022) - expected).max() > 1e-4
+    whole = tiny.score_mutations(long, mutants, "wt-marginals")
+    np.testing.assert_array_equal(tiny.score_mutations(long, mutants, "wt-marginals", window="proteingym"), whole)
     for method in ("masked-marginals", "wt-marginals"):
-        found = model.score_mutations(WILD_TYPE, MUTATIONS, method, window="proteingym")
-        np.testing.assert_allclose(found, model.score_mutations(WILD_TYPE, MUTATIONS, method), rtol=0, atol=1e-6)
-        scan = model.scan_mutations(WILD_TYPE, method, window="proteingym")
-        np.testing.assert_allclose(scan.scores, model.scan_mutations(WILD_TYPE, method).scores, rtol=0, atol=1e-6)
-    long = random_sequence(2100, 4)
-    assert np.isfinite(tiny.score_mutations(long, [f"{long[1000]}1001W"], window="proteingym")).all()
+        found = model.scan_mutations(WILD_TYPE, method, window="proteingym").scores
+        np.testing.assert_allclose(found, model.scan_mutations(WILD_TYPE, method).scores, rtol=0, atol=1e-6)
+    assert np.isfinite(tiny.score_mutations(longer, [other(longer, 1000)], window="proteingym")).all()
     with pytest.raises(InvalidSequence, match=r"has 2100 residues, .*; ProteinGym's wt-marginals see the whole"):
-        model.score_mutations(long, ["WT"], "wt-marginals", window="proteingym")
+        model.score_mutations(longer, ["WT"], "wt-marginals", window="proteingym")
 
 
 # -- what the methods mean ---------------------------------------------------------------------------------------
@@ -215,16 +173,8 @@ def test_log_prob_refuses_sums_of_unequal_numbers_of_terms(model: ESM2) -> None:
     assert model.score_mutations("XX", ["WT"], "log-prob").tolist() == [0]
 
 
-def test_masked_marginals_are_predict(model: ESM2) -> None:
-    position = 7
-    masked = WILD_TYPE[: position - 1] + "<mask>" + WILD_TYPE[position:]
-    logits = model.predict([masked], positions="masked")[0].logits[0].astype(np.float64)
-    expected = logits[AMINO_ACIDS.index("W")] - logits[AMINO_ACIDS.index(WILD_TYPE[position - 1])]
-    assert model.score_mutations(WILD_TYPE, [single(7, "W")])[0] == expected
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"])
+@pytest.mark.parametrize("method", SCORING_METHODS)
 def test_mutants_one_by_one_and_no_change(model: ESM2, method: str) -> None:
     together = model.score_mutations(WILD_TYPE, (m for m in MUTATIONS), method)
     alone = [model.score_mutations(WILD_TYPE, [mutant], method)[0] for mutant in MUTATIONS]
@@ -239,15 +189,6 @@ def test_mutants_one_by_one_and_no_change(model: ESM2, method: str) -> None:
         parts = model.score_mutations(WILD_TYPE, MUTATIONS[-1].split(":"), method)
         assert together[-1] == pytest.approx(parts.sum(), abs=1e-5)
     assert model.score_mutations(WILD_TYPE, [], method).shape == (0,)
-
-
-def test_offset_shifts_positions(model: ESM2) -> None:
-    for offset in (-10, 0, 1, 24):
-        shifted = [f"{WILD_TYPE[i]}{i + offset}W" for i in (0, 6, 40)]
-        np.testing.assert_array_equal(
-            model.score_mutations(WILD_TYPE, shifted, offset=offset),
-            model.score_mutations(WILD_TYPE, [single(i + 1, "W") for i in (0, 6, 40)]),
-        )
 
 
 @pytest.fixture
@@ -292,12 +233,11 @@ def test_the_last_layer_runs_where_it_is_wanted(backend: str, monkeypatch: pytes
     step = NumpyKernels.project_and_feed_forward
 
     def spy(self: Any, layer: int, context: Any, x: Any) -> None:
-        rows.append(len(x)) if layer == 2 else None
+        rows.extend([len(x)] * (layer == 2))
         step(self, layer, context, x)
 
     monkeypatch.setattr(NumpyKernels, "project_and_feed_forward", spy)
-    one = model.predict(masked, positions="masked")
-    few = sum(rows)
+    one, few = model.predict(masked, positions="masked"), sum(rows)
     everywhere = model.predict(masked)
     if model.backend == "numpy":
         assert (few < 2 * 64, sum(rows) - few) == (True, 2 * 402)
@@ -306,13 +246,12 @@ def test_the_last_layer_runs_where_it_is_wanted(backend: str, monkeypatch: pytes
 
 
 def test_scan_is_all_mutations(model: ESM2) -> None:
-    for method in ("masked-marginals", "wt-marginals"):
-        scan = model.scan_mutations(WILD_TYPE, method, offset=10)
-        assert scan.scores.shape == (41, 20)
-        assert scan.positions == list(range(10, 51))
+    for method, offset in (("masked-marginals", 10), ("wt-marginals", -10)):
+        scan = model.scan_mutations(WILD_TYPE, method, offset=offset)
+        assert scan.positions == list(range(offset, offset + 41))
         assert scan.amino_acids == "ACDEFGHIKLMNPQRSTVWY" == SCAN_LETTERS
         mutants = [f"{w}{p}{a}" for w, p in zip(WILD_TYPE, scan.positions, strict=True) for a in SCAN_LETTERS]
-        expected = model.score_mutations(WILD_TYPE, mutants, method, offset=10).reshape(41, 20)
+        expected = model.score_mutations(WILD_TYPE, mutants, method, offset=offset).reshape(41, 20)
         np.testing.assert_array_equal(scan.scores, expected)
         assert (scan.scores[np.arange(41), [SCAN_LETTERS.index(w) for w in WILD_TYPE]] == 0).all()
 
@@ -343,15 +282,11 @@ NO_MUTATIONS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("said", NO_MUTATIONS)
-def test_what_is_no_mutation(model: ESM2, said: str) -> None:
-    for mutation in NO_MUTATIONS[said]:
-        with pytest.raises(InvalidMutation, match="item 1: ") as caught:
-            model.score_mutations(WILD_TYPE, ["WT", mutation])
-        assert said in str(caught.value), mutation
-        assert caught.value.item == 1
-        with pytest.raises(InvalidMutation):
-            parse_mutant(mutation)
+@pytest.mark.parametrize(("said", "mutation"), [(said, one) for said, some in NO_MUTATIONS.items() for one in some])
+def test_what_is_no_mutation(model: ESM2, said: str, mutation: Any) -> None:
+    with pytest.raises(InvalidMutation, match="item 1: ") as caught:
+        model.score_mutations(WILD_TYPE, ["WT", mutation])
+    assert (said in str(caught.value), caught.value.item) == (True, 1), mutation
 
 
 MEANS = {
@@ -379,67 +314,49 @@ def test_errors_name_mutation_and_position(model: ESM2) -> None:
     assert (caught.value.item, caught.value.position) == (0, 7)
     assert caught.value.mutation == f"{single(3, 'W')}:{wrong}7G"
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
-    assert str(again) == str(caught.value)
-    assert again.position == 7
-    for position in (0, 42, -1):
-        with pytest.raises(InvalidMutation, match="outside the wild type, whose positions are 1 to 41"):
-            model.score_mutations(WILD_TYPE, [f"A{position}G"])
-    assert isinstance(caught.value, NumpyesmError | ValueError)
+    assert (str(again), again.position) == (str(caught.value), 7)
 
 
-def test_a_wrong_offset_is_recognised(model: ESM2) -> None:
-    shifted = [f"{WILD_TYPE[i]}{i + 24}W" for i in range(12)]
-    with pytest.raises(InvalidMutation, match=r"all mutations fit with offset 24"):
-        model.score_mutations(WILD_TYPE, shifted)
-
-
-@pytest.mark.parametrize(
-    ("wild_type", "said"),
-    [
-        ("", "empty"),
-        ("MK-T", "'-' at position 3"),
-        ("MKt", "upper case"),
-        ("MK<mask>", "'<mask>' at position 3"),
-        (7, "int"),
+WT, LONG = ["WT"], random_sequence(2049)
+END = [other(LONG, 2048)]
+# Error, text: wild types, mutants, perhaps a method and other options.
+REFUSED: dict[tuple[type[Exception], str], list[tuple[Any, ...]]] = {
+    (InvalidMutation, "wild type, whose positions are 1 to 41"): [(WILD_TYPE, [f"A{n}G"]) for n in (0, 42, -1)],
+    (InvalidMutation, "all mutations fit with offset 24"): [
+        (WILD_TYPE, [f"{WILD_TYPE[i]}{i + 24}W" for i in range(12)])
     ],
-)
-def test_what_is_no_wild_type(model: ESM2, wild_type: Any, said: str) -> None:
-    with pytest.raises(InvalidSequence, match=said):
-        model.score_mutations(wild_type, ["WT"])
-    with pytest.raises(InvalidSequence, match=said):
-        model.scan_mutations(wild_type)
+    (InvalidSequence, "empty"): [("", WT)],
+    (InvalidSequence, "'-' at position 3"): [("MK-T", WT)],
+    (InvalidSequence, "upper case"): [("MKt", WT)],
+    (InvalidSequence, "'<mask>' at position 3"): [("MK<mask>", WT)],
+    (InvalidSequence, "got int"): [(7, WT)],
+    (InvalidSequence, "2049 residues, at most 2048"): [(LONG, END, method) for method in SCORING_METHODS],
+    (InvalidSequence, "whole sequence in one pass"): [(LONG, END, "log-prob", {"window": 1022})],
+    (InvalidOption, "method"): [(WILD_TYPE, WT, bad) for bad in ("masked_marginals", None, ["log-prob"])],
+    (InvalidOption, "offset"): [(WILD_TYPE, WT, SCORING_METHODS[0], {"offset": bad}) for bad in (1.5, "1", True)],
+    (InvalidOption, "window"): [
+        (WILD_TYPE, WT, SCORING_METHODS[0], {"window": bad}) for bad in (0, 2049, 10.0, "1022", "ProteinGym", True)
+    ],
+    (InvalidOption, "is for masked-marginals and wt-marginals"): [
+        (WILD_TYPE, WT, method, {"window": "proteingym"}) for method in SCORING_METHODS[2:]
+    ],
+}
 
 
-def test_long_wild_types(model: ESM2) -> None:
-    sequence = random_sequence(2049)
-    mutants = [other(sequence, 2048)]
-    for method in ("masked-marginals", "wt-marginals", "pseudo-ppl", "log-prob"):
-        with pytest.raises(InvalidSequence, match="2049 residues, at most 2048"):
-            model.score_mutations(sequence, mutants, method)
-    with pytest.raises(InvalidSequence, match="whole sequence in one pass"):
-        model.score_mutations(sequence, mutants, "log-prob", window=1022)
-    assert np.isfinite(model.score_mutations(sequence, mutants, window=64)).all()
-    assert model.score_mutations(WILD_TYPE, MUTATIONS, window=2048) == pytest.approx(
-        model.score_mutations(WILD_TYPE, MUTATIONS), abs=0
-    )
+@pytest.mark.parametrize(("error", "said"), REFUSED)
+def test_refused(model: ESM2, error: type[Exception], said: str) -> None:
+    for wild_type, mutants, *more in REFUSED[error, said]:
+        with pytest.raises(error, match=said):
+            model.score_mutations(wild_type, mutants, *more[:1], **dict(*more[1:]))
+        if mutants is WT and more[:1] not in (["log-prob"], ["pseudo-ppl"]):
+            with pytest.raises(error, match=said):
+                model.scan_mutations(wild_type, *more[:1], **dict(*more[1:]))
 
 
-def test_what_is_no_option(model: ESM2) -> None:
-    wrong: dict[str, list[Any]] = {
-        "method": ["masked_marginals", None, ["log-prob"]],
-        "offset": [1.5, "1", True],
-        "window": [0, 2049, 10.0, "1022", "ProteinGym", True],
-    }
-    for option, values in wrong.items():
-        for value in values:
-            with pytest.raises(InvalidOption, match=option):
-                model.score_mutations(WILD_TYPE, ["WT"], **{option: value})
-    for method in ("log-prob", "pseudo-ppl"):  # options that exclude each other
-        with pytest.raises(InvalidOption, match="is for masked-marginals and wt-marginals"):
-            model.score_mutations(WILD_TYPE, ["WT"], method, window="proteingym")
+def test_scans_are_of_marginals_and_windows_for_long_wild_types(model: ESM2) -> None:
+    for method in SCORING_METHODS[2:]:
         with pytest.raises(InvalidOption, match="expected one of masked-marginals, wt-marginals"):
             model.scan_mutations(WILD_TYPE, method)
-    with pytest.raises(InvalidMutation, match="put it into a list"):
-        model.score_mutations(WILD_TYPE, "A42G")
-    with pytest.raises(InvalidMutation, match="expected a list"):
-        model.score_mutations(WILD_TYPE, 7)  # type: ignore[arg-type]
+    assert np.isfinite(model.score_mutations(LONG, END, window=64)).all()
+    found = model.score_mutations(WILD_TYPE, MUTATIONS, window=2048)
+    np.testing.assert_array_equal(found, model.score_mutations(WILD_TYPE, MUTATIONS))

@@ -15,6 +15,9 @@ from numpyesm.given import labelled, texts
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("sklearn")
+
+from numpyesm.sklearn import ESM2Embedder  # noqa: E402
 
 FEW = ["MKT", "AYIAK", "W"]
 IDS = ["sp|P1", "b", "17"]
@@ -58,9 +61,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_taken_for_what_it_is(name: str) -> None:
-    make, ids = TAKEN[name]
+@pytest.mark.parametrize(("make", "ids"), TAKEN.values(), ids=TAKEN)
+def test_taken_for_what_it_is(make: Callable[[], Any], ids: list[str | None]) -> None:
     assert list(labelled(make())) == list(zip(ids, FEW, strict=True))
 
 
@@ -78,9 +80,8 @@ def test_every_door_takes_it(model: ESM2, name: str) -> None:
         model.predict(make())
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_every_door_refuses_it(model: ESM2, name: str) -> None:
-    given, said = REFUSED[name]
+@pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
+def test_every_door_refuses_it(model: ESM2, given: Any, said: str) -> None:
     for call in (model.encode, model.predict, model.log_prob, lambda x: list(model.embed_iter(x))):
         with pytest.raises(InvalidSequence, match=said):
             call(given)
@@ -112,6 +113,7 @@ def test_mutations(model: ESM2) -> None:
     for wrong, said in (
         ({"M1A": 0.5}, "'M1A': expected a string, got float"),
         ({"M1A", "K2R"}, "a set, which has no order"),
+        ("M1A", "put it into a list"),
         (pandas.DataFrame({"mutant": ["M1A"], "DMS_score": [1.0]}), "one column of mutations"),
     ):
         with pytest.raises(InvalidMutation, match=said):
@@ -120,15 +122,11 @@ def test_mutations(model: ESM2) -> None:
 
 def test_scikit_learn(small_file: str) -> None:
     """A generator is read once for both steps; rows of one text each, which scikit-learn calls a column, are taken."""
-    pytest.importorskip("sklearn")
-    from numpyesm.sklearn import ESM2Embedder
-
     embedder = ESM2Embedder(small_file, backend="numpy")
     expected = embedder.transform(FEW)
     for make in (*(make for make, _ in TAKEN.values()), lambda: [[s] for s in FEW]):
         np.testing.assert_array_equal(embedder.fit_transform(make()), expected)
-    refused = [*REFUSED.values(), ([], "empty"), (["MKT", "MKtA"], "item 1: 't' at position 3")]
-    for given, said in refused:
+    for given, said in (REFUSED["set"], ([], "empty"), (["MKT", "MKtA"], "item 1: 't' at position 3")):
         for method in (embedder.fit, embedder.transform):
             with pytest.raises(InvalidSequence, match=said):
                 method(given)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from make_checkpoints import with_half_precision_frequencies
 
-from numpyesm import ESM2
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.weights import load_checkpoint
 from numpyesm.weights.checkpoint import Checkpoint
@@ -51,15 +50,6 @@ def as_checkpoint(model: Any) -> Checkpoint:
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"model": model.state_dict()}, path := Path(folder, "model.pt"))
         return load_checkpoint(path)
-
-
-def numpyesm_models(model: Any, backend: str = "numpy", threads: int = 2) -> tuple[ESM2, ESM2]:
-    """(float32 on the named backend, float64 reference on NumPy)"""
-    checkpoint = as_checkpoint(model)
-    return (
-        ESM2(checkpoint, backend=backend, threads=threads),
-        ESM2(checkpoint, backend="numpy", precision="fp64", threads=threads),
-    )
 
 
 def tokens_of(sequences: list[str]) -> Any:

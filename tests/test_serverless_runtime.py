@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import random_sequence
-from lambda_runtime import ROOT, Answer, RuntimeApi, start_client, url_event
+from lambda_runtime import Answer, RuntimeApi, running_function, url_event
 from running_service import check_error, items, same
 
+from numpyesm import ESM2
+
+pytest.importorskip("awslambdaric")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Lambda is Linux")]
 
 
-@pytest.fixture(scope="session")
-def runtime_client(tmp_path_factory) -> str:
-    """The folder that holds `awslambdaric`: installed beside the tests, else fetched into a folder of its own."""
-    found = importlib.util.find_spec("awslambdaric")
-    if found is not None and found.origin:
-        return str(Path(found.origin).parents[1])
-    folder = tmp_path_factory.mktemp("awslambdaric")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "awslambdaric>=3"]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"awslambdaric can neither be imported nor installed: {done.stderr[-300:]}")
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
-def function(runtime_client, small_file):
-    with RuntimeApi() as api:
-        process = start_client(api, f"{ROOT}:{runtime_client}", NUMPYESM_MODEL=f"small={small_file}")
-        try:
-            assert api.asked.wait(60), process.communicate(timeout=5)[0]
-            yield api
-        finally:
-            process.kill()
-            process.communicate()
+def function(small_file: str) -> Iterator[RuntimeApi]:
+    with running_function(NUMPYESM_MODEL=f"small={small_file}") as api:
+        yield api
 
 
 def ask(function: RuntimeApi, action: str, document: object, seconds: float = 60.0, **headers: str) -> Answer:
@@ -49,7 +31,7 @@ def ask(function: RuntimeApi, action: str, document: object, seconds: float = 60
     return function.invoke(event, seconds)
 
 
-def test_cold_and_warm_and_whatever_comes_between(function, loaded) -> None:
+def test_cold_and_warm_and_whatever_comes_between(function: RuntimeApi, loaded: ESM2) -> None:
     sequences = [random_sequence(n) for n in (12, 100)]
     expected = [result.to_dict() for result in loaded.encode(sequences)]
     for odd, field in (("text", "__all__"), ({"items": items("MKT", "MK1")}, "items__1__sequence"), ("{", "__all__")):
@@ -59,7 +41,7 @@ def test_cold_and_warm_and_whatever_comes_between(function, loaded) -> None:
         check_error(function.invoke(odd), 400)
 
 
-def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, loaded) -> None:
+def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function: RuntimeApi, loaded: ESM2) -> None:
     sequences = [random_sequence(1000, i) for i in range(8)]
     document = {"params": {"include": ["per_token"]}, "items": items(*sequences)}
     refusal = check_error(ask(function, "encode", document), 413)
@@ -73,7 +55,7 @@ def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(function, lo
     assert "numbers" in check_error(ask(function, "encode", document, accept="application/x-npz"), 413)["detail"]
 
 
-def test_a_time_out_that_is_near_is_answered(function) -> None:
+def test_a_time_out_that_is_near_is_answered(function: RuntimeApi) -> None:
     """Eight long proteins take seconds; with less than that left the answer says so, and comes in time."""
     document = {"params": {"include": ["attentions"]}, "items": items(*[random_sequence(2000)] * 8)}
     refusal = check_error(ask(function, "encode", document, seconds=0.4), 503)
@@ -82,14 +64,10 @@ def test_a_time_out_that_is_near_is_answered(function) -> None:
     assert ask(function, "log_prob", {"items": items("MKT")}).status_code == 200
 
 
-def test_a_function_without_weights_says_so_when_it_starts(runtime_client, tmp_path) -> None:
-    folder = str(tmp_path)
-    variables = {"LAMBDA_TASK_ROOT": folder, "NUMPYESM_CACHE": folder, "NUMPYESM_WEIGHTS": str(tmp_path / "none")}
-    with RuntimeApi() as api:
-        process = start_client(api, f"{ROOT}:{runtime_client}", **variables)
-        _, kind, content = api.answers.get(timeout=60)
-        process.kill()
-        process.communicate()
-    assert kind == "error"
+def test_a_function_without_weights_says_so_when_it_starts(tmp_path: Path) -> None:
+    nowhere = {"NUMPYESM_CACHE": str(tmp_path), "NUMPYESM_WEIGHTS": str(tmp_path / "none")}
+    with running_function(LAMBDA_TASK_ROOT=str(tmp_path), **nowhere) as api:
+        path, content = api.posted.get(timeout=60)
+    assert path.endswith("/init/error")
     assert "WeightsNotFound" in content.decode()
     assert "none" in content.decode()

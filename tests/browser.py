@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 from pathlib import Path
@@ -57,10 +59,41 @@ class Tab:
             self.page.wait_for_selector(f"#status:has-text('{status}')")
         return self
 
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def settle(self) -> None:
+        """Until what was asked of the page is painted: the slider counts once a frame."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def says(self, selector: str, text: str | re.Pattern[str]) -> None:
+        """Wait until this is what stands there."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector)).to_have_text(text)
+
     def download(self, button: str) -> bytes:
         with self.page.expect_download() as waiting:
             self.page.click(button)
         return Path(waiting.value.path()).read_bytes()
+
+    def pixels(self, canvas: str) -> npt.NDArray[np.int64]:
+        """A canvas as (height, width, 3)."""
+        from PIL import Image
+
+        self.settle()
+        png = self.page.eval_on_selector(canvas, "canvas => canvas.toDataURL()").partition(",")[2]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), np.int64)
+
+    def cells(self, canvas: str, rows: int, columns: int) -> npt.NDArray[np.int64]:
+        """Colours of the cells in view, at a quarter of each: its middle may be under the cursor's box."""
+        data = self.page.eval_on_selector(canvas, "canvas => ({...canvas.dataset})")
+        place = {name: float(value) for name, value in data.items()}
+        height, width = (place.get(name) or place["side"] / columns for name in ("row", "column"))
+        y = place["top"] + (np.arange(rows) + 0.25) * height
+        x = place["left"] + (np.arange(columns) + 0.25) * width
+        return self.pixels(canvas)[np.ix_(y.astype(int), x.astype(int))]
 
 
 def colours(table: str) -> npt.NDArray[np.int64]:
@@ -73,70 +106,11 @@ def colours(table: str) -> npt.NDArray[np.int64]:
     return np.floor(np.stack(mixed, axis=1) + 0.5).astype(np.int64)
 
 
-def shades(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.int64]:
-    """Rows of the table for values."""
-    part = (np.asarray(values, dtype=np.float64) - low) / (high - low)
-    return np.clip(np.floor(part * 255 + 0.5), 0, 255).astype(np.int64)
-
-
-def assert_colours(found: npt.NDArray[Any], table: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> None:
-    """Each pixel has its colour, or that of the next shade (the last bit of a value may round the other way)."""
-    near = [np.abs(found - table[np.clip(index + step, 0, 255)]).max(axis=-1) for step in (-1, 0, 1)]
-    wrong = np.minimum.reduce(near) > 1
+def assert_colours(
+    found: npt.NDArray[Any], table: str, values: npt.NDArray[Any], low: float = 0, high: float = 1
+) -> None:
+    """Each pixel has its value's colour, or the next shade (the last bit of a value may round the other way)."""
+    index = np.floor((np.asarray(values, np.float64) - low) / (high - low) * 255 + 0.5).astype(np.int64)
+    shown = (colours(table)[np.clip(index + step, 0, 255)] for step in (-1, 0, 1))
+    wrong = np.minimum.reduce([np.abs(found - one).max(axis=-1) for one in shown]) > 1
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} pixels, first {np.argwhere(wrong)[0]}"
-
-
-def pixels(page: Any, selector: str) -> npt.NDArray[np.uint8]:
-    """A canvas as (height, width, 3)."""
-    import base64
-
-    encoded = page.eval_on_selector(
-        selector,
-        """canvas => {
-            const copy = document.createElement("canvas");
-            [copy.width, copy.height] = [canvas.width, canvas.height];
-            const context = copy.getContext("2d", { willReadFrequently: true });
-            context.drawImage(canvas, 0, 0);
-            const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
-            let text = "";
-            for (let i = 0; i < data.length; i += 32768) text += String.fromCharCode(...data.subarray(i, i + 32768));
-            return [canvas.width, canvas.height, btoa(text)];
-        }""",
-    )
-    width, height, text = encoded
-    return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(height, width, 4)[:, :, :3]
-
-
-def map_cells(page: Any, length: int) -> npt.NDArray[np.int64]:
-    """Colours at a quarter of each cell of the contact map (its middle may be under the cursor's box): (L, L, 3)."""
-    data = page.eval_on_selector("#contact-map", "canvas => ({...canvas.dataset})")
-    left, top, side = (float(data[name]) for name in ("left", "top", "side"))
-    at = np.floor((np.arange(length) + 0.25) * side / length).astype(int)
-    return pixels(page, "#contact-map")[np.ix_(at + int(top), at + int(left))].astype(np.int64)
-
-
-def strip_cells(page: Any, host: str, rows: int, columns: int) -> npt.NDArray[np.int64]:
-    """Colours near the corner of each cell in view: (rows, columns, 3)."""
-    data = page.eval_on_selector(f"{host} canvas.strip", "canvas => ({...canvas.dataset})")
-    x = int(data["left"]) + np.arange(columns) * int(data["column"]) + 3
-    y = int(data["top"]) + np.arange(rows) * int(data["row"]) + 3
-    return pixels(page, f"{host} canvas.strip")[np.ix_(y, x)].astype(np.int64)
-
-
-def settle(page: Any) -> None:
-    """Until what was asked of the page is painted: the slider counts once a frame."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def says(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
-    """Wait until this is what stands there."""
-    from playwright.sync_api import expect
-
-    expect(page.locator(selector)).to_have_text(text)
-
-
-def off_cursor(page: Any) -> None:
-    """Send the cursor of the contact map to the first residue, away from what is looked at."""
-    page.focus("#contact-map")
-    for key in ("Home", "PageUp"):
-        page.keyboard.press(key)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ class Running:
     """A service on a free loopback port, as its clients see it."""
 
     port = 0
-    log_lines: Callable[[], list[str]]
+    log: Callable[[], str]
 
     @property
     def url(self) -> str:
@@ -101,7 +102,7 @@ class Running:
 
     def entries(self) -> list[dict[str, Any]]:
         """The access log so far."""
-        return [json.loads(line) for line in self.log_lines()]
+        return [json.loads(line) for line in self.log().splitlines()]
 
     def metric(self, name: str) -> float:
         """Sum of a counter over its labels."""
@@ -125,7 +126,7 @@ class ServiceHere(Running):
         from numpyesm.service.settings import Settings
 
         log = io.StringIO()
-        self.log_lines = lambda: log.getvalue().splitlines()
+        self.log = log.getvalue
         self.service = Service(Catalog(models), KeyRing(keys), Settings(**{"local_only": not keys} | settings), log)
         sockets = bind("127.0.0.1", 0)
         self.port = sockets[0].getsockname()[1]
@@ -159,79 +160,38 @@ def serving_here(models: Mapping[str, ESM2], keys: Sequence[str] = (), **setting
 class RunningService(Running):
     """`numpyesm serve` in a process of its own."""
 
-    def __init__(
-        self, *options: str, environment: dict[str, str] | None = None, address_space: int | None = None
-    ) -> None:
-        command = [sys.executable, "-m", "numpyesm", "serve", "--port", "0", *options]
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMPYESM_")}
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=clean | (environment or {}),
-            preexec_fn=None if address_space is None else lambda: _limit_address_space(address_space),
-        )
-        log: list[str] = []
-        self.log_lines = lambda: log
-        self.talk: list[str] = []
-        self._readers = [
-            threading.Thread(target=self._read, args=(self.process.stdout, log), daemon=True),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.talk), daemon=True),
-        ]
-        for reader in self._readers:
-            reader.start()
-        self.wait_until(lambda: self._find_port() or self.process.poll() is not None, 300)
-        assert self.port, f"the service did not start: {self.talk}"
-        self.wait_until(self._is_ready, 300)
-
-    @staticmethod
-    def _read(stream: Any, lines: list[str]) -> None:
-        for line in stream:
-            lines.append(line.rstrip("\n"))
-
-    def _find_port(self) -> bool:
-        found = next((match for line in self.talk if (match := re.search(r"on http://\S+?:(\d+)/", line))), None)
-        self.port = int(found[1]) if found else 0
-        return bool(self.port)
-
-    def _is_ready(self) -> bool:
-        try:
-            return self.get("/readyz").status_code == 200
-        except requests.ConnectionError:
-            return False
-
-    def leave(self) -> int:
-        """Wait for the process to end; its exit code."""
-        code = self.process.wait(60)
-        for reader in self._readers:
-            reader.join(5)
-        return code
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+        self.log, self.talk = ((folder / name).read_text for name in ("log", "talk"))
+        with (folder / "log").open("wb") as log, (folder / "talk").open("wb") as talk:
+            self.process = subprocess.Popen(command, stdout=log, stderr=talk, env=environment)
+        pattern = r"on http://\S+?:(\d+)/"
+        self.wait_until(lambda: re.search(pattern, self.talk()) or self.process.poll() is not None, 300)
+        found = re.search(pattern, self.talk())
+        assert found, f"the service did not start: {self.talk()}"
+        self.port = int(found[1])
+        assert self.get("/readyz").status_code == 200
 
     def status(self, field: str) -> int:
         """A number of /proc/PID/status, such as VmRSS (kB) or Threads."""
         if sys.platform != "linux":
             pytest.skip("reads /proc")
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
     def open_files(self) -> int:
         """File descriptors."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
-def _limit_address_space(size: int) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
 @contextlib.contextmanager
-def serving(*options: str, **limits: Any) -> Iterator[RunningService]:
-    """A service in a process of its own that is killed at the end."""
-    service = RunningService(*options, **limits)
-    try:
-        yield service
-    finally:
-        service.process.kill()
-        service.process.wait()
+def serving(*options: str, before: Sequence[str] = (), **variables: str) -> Iterator[RunningService]:
+    """A service in a process of its own that is killed at the end; `before` stands before its command."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMPYESM_")}
+    command = [*before, sys.executable, "-m", "numpyesm", "serve", "--port", "0", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        service = RunningService(command, clean | variables, Path(folder))
+        try:
+            yield service
+        finally:
+            service.process.kill()
+            service.process.wait()

@@ -19,8 +19,7 @@ pytest.importorskip("starlette")
 
 from numpyesm import ESM2
 from numpyesm.alphabet import TOKEN_ID
-from numpyesm.api.catalog import Catalog
-from numpyesm.api.requests import Work, check_request
+from numpyesm.api.requests import Work
 from numpyesm.config import ModelConfig
 from numpyesm.passes import Passes
 from numpyesm.service.queue import Admission, FairQueue, Job
@@ -38,11 +37,11 @@ def models() -> dict[str, ESM2]:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def job(client: str, lengths: list[int], group: str = "mean") -> Job:
+def job(client: str, lengths: list[int], group: str = "mean", memory: int = 0) -> Job:
     """A job whose sequences take as many rows as said."""
     tokens = tuple(np.zeros(length, np.uint8) for length in lengths)
     work = Work(cast(Any, "a model"), "predict", tokens, positions=group)
-    return Job(work, client, 0, cast(Any, None))
+    return Job(work, client, memory, cast(Any, None))
 
 
 def queue_of(*jobs: Job) -> FairQueue:
@@ -109,36 +108,35 @@ def test_what_does_not_fit_the_memory_waits() -> None:
     assert list(queue) == [large]
 
 
-def wants_per_token(models: dict[str, ESM2], length: int) -> Work:
-    document = {"params": {"include": ["per_token"]}, "items": items("M" * length)}
-    return check_request(Catalog(models).get("esm2-35m"), "encode", document)
+@pytest.fixture
+def admission(monkeypatch: pytest.MonkeyPatch) -> Admission:
+    """Of 1000 bytes; alone, a job needs 100 and those of its results."""
+    monkeypatch.setattr(Admission, "need", lambda _, work: 100 + len(work.tokens[0]))
+    admission = Admission(1000, ROWS)
+    admission.limit = 1000
+    return admission
 
 
-def test_a_request_that_joins_others_keeps_what_it_needs_alone(models: dict[str, ESM2]) -> None:
+def test_a_request_that_joins_others_keeps_what_it_needs_alone(admission: Admission) -> None:
     """What is held by other answers and what this one needs must fit together; sending takes memory too."""
-    admission, work = Admission(8 << 30, ROWS), wants_per_token(models, 100)
-    one = Job(work, "x", admission.check(work), cast(Any, None))
-    admission.held = 1000
-    admission.limit = admission.need(work) + 999
+    one = job("a", [50], memory=50)
+    admission.held = 851
     assert not admission.admit(one)
-    admission.limit += 1
+    admission.held = 850
     assert admission.admit(one)
+    assert admission.held == 900
     admission.release(one)
-    assert admission.held == 1000
+    assert admission.held == 850
     admission.held, admission.limit = 0, 1  # alone it may always start
     assert admission.admit(one)
 
 
-def test_only_small_jobs_overtake_one_that_waits_for_memory(models: dict[str, ESM2]) -> None:
-    admission, works = Admission(8 << 30, ROWS), [wants_per_token(models, length) for length in (1000, 10)]
-    (waits, large, small), limit = [Job(w, "x", 0, cast(Any, None)) for w in (works[0], *works)], admission.limit
-    waits.memory = large.memory = limit // 2
-    admission.held, admission.limit = 1, admission.need(works[0])
-    assert not admission.admit(waits)
-    admission.limit = limit
-    assert [admission.admit(one) for one in (large, small)] == [False, True]
-    assert admission.admit(waits)
-    assert admission.admit(large)
+def test_only_small_jobs_overtake_one_that_waits_for_memory(admission: Admission) -> None:
+    waits, large, small = job("a", [600], memory=600), job("b", [20], memory=20), job("c", [1], memory=1)
+    admission.held = 400
+    assert [admission.admit(one) for one in (waits, large, small)] == [False, False, True]
+    admission.held = 100
+    assert [admission.admit(one) for one in (waits, large)] == [True, True]
 
 
 # -- a service whose passes wait ---------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
-from conftest import random_sequence
+from conftest import ALL, random_sequence
 from running_service import ENCODE, GOOD, check_error, items, same, serving
 
 from numpyesm import ESM2, InvalidOption
@@ -29,7 +30,7 @@ from numpyesm.weights.synthetic import random_checkpoint
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 HEAVY = {"params": {"include": ["mean", "contacts"]}, "items": items(*[random_sequence(768, i) for i in range(8)])}
-EVERYTHING = {"repr_layers": [0, 1, 2, 3], "include": ["mean", "per_token", "bos", "contacts", "logits", "attentions"]}
+EVERYTHING = {"repr_layers": [0, 1, 2, 3], "include": ALL}
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +95,10 @@ def test_options_reach_the_service(
     """Without keys everybody is let in only if that is said."""
     made: list[Any] = []
 
-    class Recorder:
-        def __init__(self, service: Any, _: str) -> None:
-            made.append(service.settings)
+    def server(service: Any, _: str) -> Any:
+        return SimpleNamespace(run=lambda sockets: (made.append(service.settings), sockets[0].close()))
 
-        def run(self, sockets: Any) -> None:
-            sockets[0].close()
-
-    monkeypatch.setattr("numpyesm.service.server.Server", Recorder)
+    monkeypatch.setattr("numpyesm.service.server.Server", server)
     Path("keys").write_text("first-key\n")
     assert run("serve", "--port", "0", *weights, *options, bare=True).code == 0
     assert {name: getattr(made[0], name) for name in expected} == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import select
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,10 +38,8 @@ def test_pages(service: ServiceHere) -> None:
     page = service.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
-    for part in ("default-src 'none'", "script-src 'self'"):
-        assert part in policy
-    for part in ("unsafe", "http"):
-        assert part not in policy
+    assert "default-src 'none'; script-src 'self';" in policy
+    assert not re.search("unsafe|http", policy)
     assert service.get("/", headers={"If-None-Match": page.headers["etag"]}).status_code == 304
     docs = service.get("/docs")
     assert docs.headers["content-security-policy"] == policy
@@ -51,10 +50,9 @@ def test_pages(service: ServiceHere) -> None:
     head = requests.head(f"{service.url}/healthz", timeout=60)
     assert (head.status_code, head.content) == (200, b"")
     for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page/", "/page/nothing.js", "/nowhere"):
-        with requests.Session() as session:
-            prepared = requests.Request("GET", service.url).prepare()
-            prepared.url = service.url + path  # `..` and all
-            check_error(session.send(prepared, timeout=60), 404)
+        prepared = requests.Request("GET", service.url).prepare()
+        prepared.url = service.url + path  # `..` and all
+        check_error(requests.Session().send(prepared, timeout=60), 404)
 
 
 def test_log_line_and_metrics(service: ServiceHere) -> None:
@@ -94,29 +92,19 @@ def test_schemathesis(service: ServiceHere, tmp_path: Path, monkeypatch: pytest.
 # -- who is let in -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("status", "hosts"),
-    [
-        (200, ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.9.9.9:80", "[::1]:8000", "proteins.example"]),
-        (403, ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "@localhost"]),
-    ],
-)
 @pytest.mark.slow
-def test_dns_rebinding(service: ServiceHere, status: int, hosts: list[str]) -> None:
-    for host in hosts:
-        response = service.post(ENCODE, GOOD, headers={"Host": host})
-        assert response.status_code == status, host
-        if status == 403:
-            check_error(response, 403)
+def test_dns_rebinding(service: ServiceHere) -> None:
+    ours = ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.9.9.9:80", "[::1]:8000", "proteins.example"]
+    others = ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "@localhost"]
+    for host in ours:
+        assert service.post(ENCODE, GOOD, headers={"Host": host}).status_code == 200, host
+    for host in others:
+        check_error(service.post(ENCODE, GOOD, headers={"Host": host}), 403)
 
 
 def test_too_many_connections_are_refused(loaded: ESM2) -> None:
-    with (
-        serving_here({"esm2-35m": loaded}, max_connections=2) as service,
-        service.connect(),
-        service.connect(),
-        service.connect() as third,
-    ):
+    with serving_here({"esm2-35m": loaded}, max_connections=2) as service, contextlib.ExitStack() as stack:
+        *_, third = [stack.enter_context(service.connect()) for _ in range(3)]
         assert receive_all(third).startswith(b"HTTP/1.1 503")
 
 
@@ -166,13 +154,9 @@ def test_a_refusal_reaches_a_client_that_closes_after_it(service: ServiceHere, v
 def test_a_head_that_trickles(service: ServiceHere) -> None:
     with service.connect() as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
-        connection.settimeout(0.05)
-        for number in range(300):
-            with contextlib.suppress(TimeoutError):
-                assert connection.recv(1024).startswith(b"HTTP/1.1 408")
-                return
-            connection.sendall(f"X-{number}: 1\r\n".encode())
-    pytest.fail("it may go on for ever")
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(b"X: 1\r\n")
+        assert connection.recv(1024).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.slow

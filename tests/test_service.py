@@ -31,9 +31,6 @@ def _it_lives_on(service: ServiceHere) -> Iterator[None]:
     assert service.post(ENCODE, GOOD).status_code == 200
 
 
-# -- what people and monitors read -------------------------------------------------------------------------------------
-
-
 def test_pages(service: ServiceHere) -> None:
     page = service.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -89,9 +86,6 @@ def test_schemathesis(service: ServiceHere, tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.output[-5000:]
 
 
-# -- who is let in -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_dns_rebinding(service: ServiceHere) -> None:
     ours = ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.9.9.9:80", "[::1]:8000", "proteins.example"]
@@ -106,9 +100,6 @@ def test_too_many_connections_are_refused(loaded: ESM2) -> None:
     with serving_here({"esm2-35m": loaded}, max_connections=2) as service, contextlib.ExitStack() as stack:
         *_, third = [stack.enter_context(service.connect()) for _ in range(3)]
         assert receive_all(third).startswith(b"HTTP/1.1 503")
-
-
-# -- bodies ------------------------------------------------------------------------------------------------------------
 
 
 def test_large_bodies(service: ServiceHere) -> None:
@@ -148,9 +139,6 @@ def test_a_refusal_reaches_a_client_that_closes_after_it(service: ServiceHere, v
         assert (answer + receive_all(connection)).startswith(b"HTTP/1.1 415")
 
 
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
 def test_a_head_that_trickles(service: ServiceHere) -> None:
     with service.connect() as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
@@ -172,8 +160,6 @@ def test_a_client_that_does_not_read(service: ServiceHere) -> None:
     assert service.metric("numpyesm_result_bytes") == 0
     service.wait_until(lambda: service.service.gate.active == 0)
 
-
-# -- HTTP --------------------------------------------------------------------------------------------------------------
 
 BODY = json.dumps(GOOD).encode()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)

@@ -20,21 +20,11 @@ pytest.importorskip("starlette")
 from numpyesm import ESM2
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.requests import Work
-from numpyesm.config import ModelConfig
 from numpyesm.passes import Passes
 from numpyesm.service.queue import Admission, FairQueue, Job
-from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 ROWS = 100
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, ESM2]:
-    return {"esm2-35m": ESM2(random_checkpoint(ModelConfig(2, 32, 4, 64), 1), backend="numpy", threads=1)}
-
-
-# -- the queue ---------------------------------------------------------------------------------------------------------
 
 
 def job(client: str, lengths: list[int], group: str = "mean", memory: int = 0) -> Job:
@@ -139,8 +129,6 @@ def test_only_small_jobs_overtake_one_that_waits_for_memory(admission: Admission
     assert [admission.admit(one) for one in (waits, large)] == [True, True]
 
 
-# -- a service whose passes wait ---------------------------------------------------------------------------------------
-
 TWO_PASSES = {"items": items("M" * 2000, "M" * 2000)}
 
 
@@ -187,12 +175,12 @@ class Held:
 
 
 @pytest.fixture
-def hold(models: dict[str, ESM2], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+def hold(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
     """Starts a service whose passes wait."""
     with contextlib.ExitStack() as stack:
 
         def start(*keys: str, **settings: Any) -> Held:
-            held = Held(stack.enter_context(serving_here(models, keys, **settings)), monkeypatch)
+            held = Held(stack.enter_context(serving_here({"esm2-35m": model}, keys, **settings)), monkeypatch)
             stack.callback(held.go.set)
             return held
 
@@ -204,7 +192,7 @@ def no_memory(_: Any) -> None:
 
 
 def not_finite(result: Any) -> None:
-    result.embeddings[2][7] = np.nan
+    result.embeddings[3][7] = np.nan
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ def weights(small_file: str) -> list[str]:
     return ["--model", f"esm2-35m={small_file}", "--backend", "numpy", "--threads", "1"]
 
 
-# -- how it is started -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -115,9 +112,6 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("NUMPYESM_API_KEYS", " , ")
     with pytest.raises(InvalidOption, match="no key"):
         read_keys(None)
-
-
-# -- the process -------------------------------------------------------------------------------------------------------
 
 
 @posix
@@ -200,9 +194,6 @@ def test_two_hundred_clients(weights: list[str], loaded: ESM2) -> None:
         assert service.status("Threads") <= before[1] + 8  # the pools fill once
         assert service.metric("numpyesm_queue_length") == service.metric("numpyesm_result_bytes") == 0
         assert service.metric("numpyesm_passes_total") < statuses.count(200)  # small requests share passes
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @posix

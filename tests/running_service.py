@@ -1,8 +1,9 @@
-"""The HTTP service for tests that speak to it: in a thread of this process, or `numpyesm serve` in another."""
+"""The doors that tests speak to: Lambda's events; the HTTP service in a thread, or `numpyesm serve` in a process."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -77,6 +78,40 @@ def receive_all(connection: socket.socket) -> bytes:
         while piece := connection.recv(1 << 20):
             got += piece
     return got
+
+
+def url_event(path: str, body: Any, method: str = "POST", stage: str = "$default", **headers: str) -> dict[str, Any]:
+    """What a function URL sends; bytes are in base64, and what is no text is JSON."""
+    binary = isinstance(body, bytes)
+    text = base64.b64encode(body).decode() if binary else body if isinstance(body, str | None) else json.dumps(body)
+    return {
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": path,
+        "rawQueryString": "",
+        "headers": headers,
+        "requestContext": {"stage": stage, "http": {"method": method, "path": path, "protocol": "HTTP/1.1"}},
+        "body": text,
+        "isBase64Encoded": binary,
+    }
+
+
+class Answer(NamedTuple):
+    """What a client gets, whichever door it came through."""
+
+    status_code: int
+    headers: dict[str, str]
+    content: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+def answer_of(document: Any) -> Answer:
+    """What AWS makes of the function's answer, which must be JSON."""
+    document = json.loads(json.dumps(document))
+    content = base64.b64decode(document["body"]) if document["isBase64Encoded"] else document["body"].encode()
+    return Answer(document["statusCode"], document["headers"], content)
 
 
 class Running:

@@ -18,8 +18,7 @@ from conftest import ALL, SMALL, random_sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from lambda_runtime import Answer, answer_of, url_event
-from running_service import check_error, items, same
+from running_service import Answer, answer_of, check_error, items, same, url_event
 
 from numpyesm import ESM2
 from numpyesm.api.bodies import gunzip

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lambda_runtime import Answer, answer_of, url_event
-from running_service import check_error, items
+from running_service import Answer, answer_of, check_error, items, url_event
 
 from numpyesm import ESM2
 from numpyesm.api.catalog import Catalog

@@ -222,6 +222,10 @@ def at(name: str, *indices: int) -> list[str]:
     return [f"items__{i}__sequence" if name == "items" else f"params__{name}__{i}" for i in indices]
 
 
+def with_params(given: Any = ONE, **params: Any) -> Any:
+    return {"items": given, "params": params}
+
+
 # (action, document, every field that is named)
 REFUSED: list[tuple[str, Any, list[str]]] = [
     *(("encode", document, ["__all__"]) for document in ([], "x", None, 7)),
@@ -232,27 +236,18 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("encode", {"items": [{"sequence": "MKT", "id": "x"}], "extra": 1}, ["items__0__id", "extra"]),
     ("encode", {"items": items("MKT", "mkt", "MK T", "M<mask>", "M*", "M.", "É", "")}, at("items", *range(1, 8))),
     ("encode", {"items": items("A" * 2049, "A" * 100_000, "M\n", "\ud800")}, at("items", 0, 1, 2, 3)),
-    ("encode", {"items": ONE, "params": None}, ["params"]),
-    ("encode", {"items": ONE, "params": []}, ["params"]),
-    ("encode", {"items": ONE, "params": {"positions": "all"}}, ["params__positions"]),
-    *(("encode", {"items": ONE, "params": {"repr_layers": v}}, ["params__repr_layers"]) for v in (-1, None, [0] * 257)),
-    (
-        "encode",
-        {"items": ONE, "params": {"repr_layers": [True, 1.0, "1", None, [], 10**60, -5, 4, 3, -4]}},
-        at("repr_layers", *range(8)),
-    ),
-    ("encode", {"items": ONE, "params": {"include": "mean"}}, ["params__include"]),
-    ("encode", {"items": ONE, "params": {"include": ["mean", "sum", 1, None]}}, at("include", 1, 2, 3)),
+    *(("encode", {"items": ONE, "params": params}, ["params"]) for params in (None, [])),
+    ("encode", with_params(positions="all"), ["params__positions"]),
+    *(("encode", with_params(repr_layers=layers), ["params__repr_layers"]) for layers in (-1, None, [0] * 257)),
+    ("encode", with_params(repr_layers=[True, 1.0, "1", None, [], 10**60, -5, 4, 3, -4]), at("repr_layers", *range(8))),
+    ("encode", with_params(include="mean"), ["params__include"]),
+    ("encode", with_params(include=["mean", "sum", 1, None]), at("include", 1, 2, 3)),
     ("encode", {"items": items("M1", 2), "params": {"include": ["x"]}}, [*at("items", 0, 1), *at("include", 0)]),
     ("predict", {"items": [*ONE, *MASKED, *items("-<mask>", "<mask", "<MASK>")]}, at("items", 0, 2, 3, 4)),
     ("predict", {"items": items("<mask>" * 2049)}, at("items", 0)),
-    ("predict", {"items": MASKED, "params": {"positions": "ALL"}}, ["params__positions"]),
-    (
-        "predict",
-        {"items": MASKED, "params": {"positions": None, "include": []}},
-        ["params__positions", "params__include"],
-    ),
-    ("log_prob", {"items": ONE, "params": {"x": 1}}, ["params__x"]),
+    ("predict", with_params(MASKED, positions="ALL"), ["params__positions"]),
+    ("predict", with_params(MASKED, positions=None, include=[]), ["params__positions", "params__include"]),
+    ("log_prob", with_params(x=1), ["params__x"]),
     ("log_prob", {"items": MASKED}, at("items", 0)),
 ]
 
@@ -285,24 +280,20 @@ GOOD = json.dumps({"items": ONE}).encode()
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "empty"),
-        (b"  \n", "empty"),
-        (b"{", "not JSON"),
-        (b"[" * 200_000, "nested too deeply"),
-        (b'{"items":' * 100_000, "nested too deeply"),
-        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [NaN]}}', "NaN"),
-        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [-Infinity]}}', "Infinity"),
-        (b'{"items": [{"sequence": "MKT"}], "items": [{"sequence": "MKT"}]}', "'items' occurs twice"),
-        (b'{"items": [{"sequence": "MKT", "sequence": "MKT"}]}', "'sequence' occurs twice"),
-        (b'{"items": [{"sequence": "MKT"}], "params": {"repr_layers": [' + b"9" * 100_000 + b"]}}", "digits"),
-        (GOOD + b" x", "not JSON"),
+        *((body, "empty") for body in (b"", b"  \n")),
+        *((body * 100_000, "nested too deeply") for body in (b"[", b'{"items":')),
+        *((b'{"items": [' + values * 30_000 + b"1]}", "more than 20000 values") for values in (b"[],", b"1,")),
+        *((body, "not JSON") for body in (b"{", GOOD + b" x", b"{'items': []}", b'{"items": [{"sequence": "M\nK"}]}')),
         (b'{"items": [{"sequence": "MKT"}],}', "not JSON"),
-        (b"{'items': []}", "not JSON"),
-        (b'{"items": [{"sequence": "M\xff"}]}', "UTF-8"),
-        (GOOD.decode().encode("utf-16"), "UTF-8"),
+        *(
+            (GOOD[:-1] + b', "params": {"repr_layers": [%s]}}' % value, f"{value.decode()} is")
+            for value in (b"NaN", b"-Infinity")
+        ),
+        (GOOD[:-1] + b', "params": {"repr_layers": [' + b"9" * 100_000 + b"]}}", "digits"),
+        (GOOD[:-1] + b', "items": []}', "'items' occurs twice"),
+        (b'{"items": [{"sequence": "MKT", "sequence": "MKT"}]}', "'sequence' occurs twice"),
+        *((body, "UTF-8") for body in (b'{"items": [{"sequence": "M\xff"}]}', GOOD.decode().encode("utf-16"))),
         (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
-        (b'{"items": [{"sequence": "M\nK"}]}', "not JSON"),
-        *((b'{"items": [' + values + b"1]}", "more than 20000 values") for values in (b"[]," * 30_000, b"1," * 30_000)),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -347,18 +338,12 @@ def test_a_gzip_bomb_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("POST", "/api/v3/esm2-3b/encode/", 404),
-        ("POST", "/api/v3/esm2-35m/fold/", 404),
-        ("POST", "/api/v2/esm2-35m/encode/", 404),
+        *(("POST", f"/api/{path}", 404) for path in ("v3/esm2-3b/encode/", "v3/esm2-35m/fold/", "v2/esm2-35m/encode/")),
         ("POST", "/api/v3/esm2-35m/encode//", 404),
+        *(("GET", f"/api/v3/schema/{path}/", 404) for path in ("esm2-35m/fold", "headless/predict")),
         ("GET", "/nowhere", 404),
-        ("GET", "/api/v3/schema/esm2-35m/fold/", 404),
-        ("GET", "/api/v3/schema/headless/predict/", 404),
-        ("GET", "/api/v3/esm2-35m/encode/", 405),
-        ("DELETE", "/api/v3/esm2-35m/encode", 405),
-        ("OPTIONS", "/api/v3/esm2-35m/encode", 405),
-        ("POST", "/healthz", 405),
-        ("POST", "/api/v3/models", 405),
+        *((method, "/api/v3/esm2-35m/encode", 405) for method in ("GET", "DELETE", "OPTIONS")),
+        *(("POST", path, 405) for path in ("/healthz", "/api/v3/models")),
     ],
 )
 def test_wrong_addresses_and_methods(ask: Ask, method: str, path: str, status: int) -> None:

@@ -78,8 +78,7 @@ export function colour(raster, pixels, palette) {
 
 /** The whole figure. `cursor` is [i, j] or null. */
 export function drawContactMap(context, place, image, { sequence, palette, cursor = null }) {
-  const { left, top, side, scale, width, height, cell } = place;
-  const length = sequence.length;
+  const { left, top, side, scale, width, height } = place;
   context.fillStyle = palette.ground;
   context.fillRect(0, 0, width, height);
   // Image pixels are screen pixels: place them on whole ones.
@@ -104,7 +103,6 @@ export function drawContactMap(context, place, image, { sequence, palette, curso
     marks: [[0, "0"], [0.5, "0.5"], [1, "1"]],
     palette,
   });
-  return length;
 }
 
 function drawAxes(context, { left, top, side, cell }, sequence, palette) {

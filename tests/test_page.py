@@ -357,30 +357,25 @@ def test_hostile_header_is_text(tab: Any) -> None:
 # -- when it does not go well ----------------------------------------------------------------------------------------
 
 
-def refuse_once(page: Tab, status: int, detail: str = "", **headers: str) -> None:
-    """Refuse the next request as the service does; the status 0 is a broken connection."""
-    body = {"detail": detail, "errors": [], "status_code": status, "error": {"items__0__sequence": [detail]}}
-
-    def handle(route: Any) -> None:
-        if status:
-            route.fulfill(status=status, json=body, headers=headers)
-        else:
-            route.abort()
-
-    page.route("**/encode/", handle, times=1)
-
-
 def test_what_goes_wrong_is_said_and_input_is_kept(tab: Any) -> None:
     page = tab()
+
+    answer: dict[str, Any] = {}
+
+    def refuse(route: Any) -> None:
+        """As the service does it; without a status, the connection is broken."""
+        body = {"detail": "refused", "errors": [], "error": {"items__0__sequence": ["item 0: no tryptophan here"]}}
+        route.fulfill(json=body, **answer) if answer["status"] else route.abort()
+
     busy = "The server is busy; trying again in 1 s (attempt 2 of 5)"
-    refusals: list[tuple[dict[str, Any], str, list[str]]] = [
-        ({"status": 503, "Retry-After": "1"}, "MKTAYI", [busy, "Done in"]),
-        ({"status": 503, "Retry-After": "900"}, "MKTAYI", ["The server is busy. It asks to try again in 900 s."]),
-        ({"status": 0}, "MKTAYI", ["The server cannot be reached"]),
-        ({"status": 422, "detail": "item 0: no tryptophan here"}, ">w\nWWW\n>k\nKKK\n", ["1 of 2 done, 1 failed."]),
-    ]
-    for refusal, text, statuses in refusals:
-        refuse_once(page, **refusal)
+    for status, seconds, text, statuses in (
+        (503, "1", "MKTAYI", [busy, "Done in"]),
+        (503, "900", "MKTAYI", ["The server is busy. It asks to try again in 900 s."]),
+        (0, "", "MKTAYI", ["The server cannot be reached"]),
+        (422, "", ">w\nWWW\n>k\nKKK\n", ["1 of 2 done, 1 failed."]),
+    ):
+        answer |= {"status": status, "headers": {"Retry-After": seconds}}
+        page.route("**/encode/", refuse, times=1)
         page.compute(text, *statuses)
         assert page.input_value("#sequence") == text
     assert page.text_content("#problems") == "w: no tryptophan here"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALL, SMALL, random_sequence
+from conftest import ALL, random_sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -26,6 +26,7 @@ from numpyesm.api.catalog import Catalog
 from numpyesm.api.errors import ApiError
 from numpyesm.api.keys import KeyRing
 from numpyesm.api.schema import request_schema
+from numpyesm.config import ModelConfig
 from numpyesm.errors import NotEnoughMemory
 from numpyesm.passes import Passes
 from numpyesm.serverless.function import Function
@@ -50,8 +51,13 @@ Ask = Callable[..., Answer]
 
 
 @pytest.fixture(scope="module")
+def model() -> ESM2:
+    return ESM2(random_checkpoint(ModelConfig(3, 32, 4, 64), 1), backend="numpy", threads=1)
+
+
+@pytest.fixture(scope="module")
 def catalog(model: ESM2) -> Catalog:
-    headless = random_checkpoint(SMALL)
+    headless = random_checkpoint(ModelConfig(2, 32, 4, 64), 1)
     for name in [name for name in headless.tensors if name.startswith(("lm_head", "contact_head"))]:
         del headless.tensors[name]
     return Catalog({"esm2-35m": model, "headless": ESM2(headless, backend="numpy", threads=1)})
@@ -179,7 +185,7 @@ def test_what_there_is_to_read(ask: Ask, path: str) -> None:
     assert (first["slug"], first["actions"]) == ("esm2-35m", list(ACTIONS))
     assert (second["slug"], second["actions"]) == ("headless", ["encode"])
     assert first["source"].startswith("synthetic")
-    assert [first[name] for name in ("layers", "width", "max_items", "max_length")] == [3, 80, 8, 2048]
+    assert [first[name] for name in ("layers", "width", "max_items", "max_length")] == [3, 32, 8, 2048]
     for action in ACTIONS:
         schema = ask("GET", path.format(f"schema/esm2-35m/{action}")).json()
         Draft202012Validator.check_schema(schema)

@@ -20,11 +20,18 @@ pytest.importorskip("starlette")
 from numpyesm import ESM2
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.requests import Work
+from numpyesm.config import ModelConfig
 from numpyesm.passes import Passes
 from numpyesm.service.queue import Admission, FairQueue, Job
+from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    return ESM2(random_checkpoint(ModelConfig(3, 32, 4, 64), 1), backend="numpy", threads=1)
 
 
 def job(client: str, lengths: list[int], group: str = "mean", memory: int = 0) -> Job:

@@ -1,19 +1,28 @@
-"""Runs of `numpyesm embed` for the tests: a small model in a file, inputs, and outputs read back in plain form."""
+"""Runs of `numpyesm embed` for the tests: inputs, outputs read back in plain form, and processes that come to grief."""
 
 from __future__ import annotations
 
-import json
+import csv
+import itertools
+import multiprocessing
 import os
+import pkgutil
 import random
+import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from conftest import SMALL, assert_close, random_sequence
 
 DIM = SMALL.embed_dim
 LAST = SMALL.num_layers
+# What a run does to the disk for good.
+DISK_STEPS = [f"os.{name}" for name in ("fsync", "replace", "mkdir", "rmdir", "unlink", "rename")]
+DISK_STEPS += [f"numpyesm.bulk.journal.Journal.{name}" for name in ("add_record", "finish_reading", "commit")]
 
 
 def fasta(path: Path, *records: tuple[str, str]) -> Path:
@@ -30,43 +39,18 @@ def write_fasta(path: Path, count: int, *, seed: int = 0, longest: int = 120, du
     return fasta(path, *((f"{name} protein {name}", sequence) for name, sequence in records))
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "numpyesm", "embed", *map(str, arguments)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMPYESM", "HF_"))}
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return clean | {"HF_HUB_OFFLINE": "1", "NUMPYESM_CACHE": "/nonexistent", "PYTHONPATH": path} | more
-
-
-def events(stderr: str) -> list[dict[str, Any]]:
-    """The JSON lines of a run; every line must be one."""
-    return [json.loads(line) for line in stderr.splitlines()]
-
-
 def rows(path: Path) -> list[dict[str, Any]]:
     """All of an output, record by record, in plain Python and NumPy, whatever its format."""
     if path.is_dir():
-        names = [line.split("\t") for line in (path / "index.tsv").read_text().splitlines()[1:]]
-        out = []
-        for record, _, name, length, _, digest in names:
-            with np.load(path / name, allow_pickle=False) as arrays:
-                one = {key: arrays[key] for key in arrays}
-            out.append({**one, "id": str(one["id"]), "description": str(one["description"]), "length": int(length),
-                        "record": int(record), "sequence_hash": digest})  # fmt: skip
-        return out
+        with open(path / "index.tsv", newline="") as index:
+            return [row | dict(np.load(path / row["file"])) for row in csv.DictReader(index, delimiter="\t")]
     if path.suffix == ".h5":
         import h5py
 
         with h5py.File(path) as file:
-            out = [
-                {"values": dataset[...], "key": key, **dict(dataset.attrs)}
-                for key, dataset in file.items()
-                if isinstance(dataset, h5py.Dataset)
-            ]
-        return sorted(out, key=lambda row: row["record"])
+            datasets = [item for item in file.values() if isinstance(item, h5py.Dataset)]
+            found = [{"values": item[...], "key": item.name, **item.attrs} for item in datasets]
+        return sorted(found, key=lambda row: row["record"])
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path).to_pylist()
@@ -77,7 +61,70 @@ def assert_same(one: Path, other: Path, within: float = 0.0) -> None:
     for first, second in zip(rows(one), rows(other), strict=True):
         assert first.keys() == second.keys()
         for key, value in second.items():
-            if isinstance(value, np.ndarray | list):
+            if np.asarray(value).dtype.kind == "f":
                 assert_close(first[key], value, within)
             else:
                 assert first[key] == value
+
+
+# -- in a process of its own: a fork of one that has imported everything and has no threads, so that its start takes no
+# time --------------------------------------------------------------------------------------------------------------
+
+
+def embed_in_a_child(
+    log: Path, arguments: list[str], at: int, act: Callable[[], object], *, steps: Sequence[str], after: bool = False
+) -> tuple[int, str]:
+    """`numpyesm embed` in a process that acts just before, or just after, the n-th of its steps.
+
+    Returns the exit code (negative: the signal) and what it wrote to stderr and stdout.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bulk_runs", "numpyesm.bulk.job", "pyarrow.parquet", "h5py", "filelock"])
+    process = context.Process(target=_embed, args=(log, arguments, at, act, steps, after))
+    process.start()
+    process.join(100)
+    process.kill()
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def _embed(
+    log: Path, arguments: list[str], at: int, act: Callable[[], object], steps: Sequence[str], after: bool
+) -> None:
+    from numpyesm.bulk import job
+    from numpyesm.cli import main
+
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    calls = itertools.count(1)
+
+    def acting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            now = next(calls) == at
+            if now and not after:
+                act()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                if now and after:
+                    act()
+
+        return call
+
+    for step in steps:
+        mock.patch(step, acting(pkgutil.resolve_name(step))).start()
+    job.COMMIT_SECONDS, job.COMMIT_SHARE = 0, 1e9
+    sys.exit(main(["embed", *arguments]))
+
+
+def signal_itself(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def limit_files(size: int) -> None:
+    """No file may grow beyond a size: as a full disk, but it takes no rights."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

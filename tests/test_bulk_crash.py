@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_children import embed_and_crash, embed_under_a_limit, in_a_child, write_hdf5
-from bulk_runs import assert_same, rows, write_fasta
+from bulk_runs import DISK_STEPS, assert_same, embed_in_a_child, limit_files, rows, signal_itself, write_fasta
 from conftest import SMALL
 
 from numpyesm import ESM2
 from numpyesm.bulk import Progress, Summary, embed_fasta, job
+from numpyesm.bulk.journal import Journal
 from numpyesm.errors import BulkError
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
@@ -44,17 +42,21 @@ def output(folder: Path, form: str) -> Path:
 
 
 def run(place: Path, out: Path, **options: Any) -> Summary:
-    """`embed_fasta` in this process, as `arguments` have it."""
+    """`embed_fasta` in this process, as `run_and` has it."""
     model = ESM2.from_pretrained(options.pop("weights", place / "small.safetensors"), backend="numpy", threads=1)
     options = {"include": ["mean", "per_token"], "tokens_per_batch": 300} | options
     return embed_fasta(options.pop("inputs", place / "in.fasta"), out, model, **options)
 
 
-def arguments(place: Path, out: Path) -> list[str]:
-    return [
+def run_and(
+    act: Callable[[], object], place: Path, out: Path, at: int = 1, steps: list[str] = DISK_STEPS, after: bool = False
+) -> tuple[int, str]:
+    """`numpyesm embed` in a process that does something to itself at one of its steps."""
+    arguments = [
         *(str(place / "in.fasta"), "-o", str(out), "--weights", str(place / "small.safetensors")),
         *("--include", "mean", "per_token", "--backend", "numpy", "--threads", "1", "--tokens-per-batch", "300"),
     ]
+    return embed_in_a_child(place / "log", arguments, at, act, steps=steps, after=after)
 
 
 @pytest.fixture(scope="module")
@@ -83,56 +85,59 @@ def check(place: Path, out: Path, form: str) -> None:
 # -- stopped ------------------------------------------------------------------------------------------------------
 
 
-def crash(place: Path, out: Path, at: int, when: str, number: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
-    return in_a_child(place / "log", embed_and_crash, arguments(place, out), at, when == "after", number)
-
-
 def has_read(out: Path) -> bool:
     """Whether the run has all of its input, so that the next one does not start over."""
-    journal = out.with_name(out.name + ".partial") / "journal.sqlite"
-    if not journal.exists():
+    folder = out.with_name(out.name + ".partial")
+    if not (folder / "journal.sqlite").exists():
         return out.exists()
-    with closing(sqlite3.connect(f"file:{journal}?nolock=1", uri=True)) as db:
-        tables = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'about'").fetchone()[0]
-        return bool(tables and db.execute("SELECT count(*) FROM about WHERE key = 'input'").fetchone()[0])
+    with closing(Journal(folder)) as journal:
+        return journal.fingerprint is not None
 
 
 @pytest.mark.parametrize(("form", "step"), [("parquet", 2), ("h5", 4), ("folder", 4)])
 def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str, step: int) -> None:
     """Each run is killed at its n-th step and resumes where the one before was: nothing lost, doubled or torn."""
-    out = output(tmp_path, form)
+    out, kill = output(tmp_path, form), partial(signal_itself, signal.SIGKILL)
     # While reading, and about its end; then a few steps further each time, through computing and writing.
     reading, later = iter([3, 50, *range(82, 100)]), iter(range(2, 100, step))
     killed = 0
-    while crash(
-        place, out, next(later if has_read(out) else reading), "before" if killed % 2 else "after"
-    )[0] == -signal.SIGKILL:  # fmt: skip
+    while run_and(kill, place, out, next(later if has_read(out) else reading), after=killed % 2 == 0)[0] == -9:
         killed += 1
     assert killed >= 8
     assert run(place, out).already_complete
     check(place, out, form)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_is_done(place: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    out = output(tmp_path, "parquet")
-    found, said = crash(place, out, WRITES_ALL + 10, "after", number)
-    assert (found, "Traceback" in said) == (code, False)
+HDF5_WRITES = ["numpyesm.bulk.writers.hdf5.UnfailingFile.write"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "form", "at", "steps"),
+    [
+        (signal.SIGINT, 130, "parquet", WRITES_ALL + 10, DISK_STEPS),
+        (signal.SIGTERM, 143, "parquet", WRITES_ALL + 10, DISK_STEPS),
+        (signal.SIGINT, 130, "h5", 1, HDF5_WRITES),  # the library itself would crash, or leave tracebacks
+        (signal.SIGINT, 130, "h5", 100, HDF5_WRITES),
+    ],
+)
+def test_a_signal_keeps_what_is_done(
+    place: Path, tmp_path: Path, number: signal.Signals, code: int, form: str, at: int, steps: list[str]
+) -> None:
+    out = output(tmp_path, form)
+    found, said = run_and(partial(signal_itself, number), place, out, at, steps, after=True)
+    assert (found, said) == (code, "numpyesm: interrupted\n" if code == 130 else "")
     assert not out.exists()
-    assert 0 < run(place, out).computed < COUNT
-    check(place, out, "parquet")
+    computed = run(place, out).computed
+    assert 0 < computed < COUNT if steps is DISK_STEPS else computed == 0
+    check(place, out, form)
 
 
 class Acting(Progress):
-    """Does something once so many sequences are computed, and collects notes."""
+    """Does something once so many sequences are computed."""
 
-    def __init__(self, after: int = -1, act: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, after: int, act: Callable[[], None]) -> None:
         super().__init__()
         self._after, self._act = after, act
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
     def advance(self, step: Any) -> None:
         super().advance(step)
@@ -140,17 +145,13 @@ class Acting(Progress):
             self._act()
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def interrupted(place: Path, out: Path, after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(place, out, progress=Acting(after, interrupt))
+        run(place, out, progress=Acting(after, partial(signal_itself, signal.SIGINT)))
 
 
-def test_resuming_computes_only_the_rest(place: Path, tmp_path: Path) -> None:
-    out, progress = output(tmp_path, "parquet"), Acting()
+def test_resuming_computes_only_the_rest(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, progress, notes = output(tmp_path, "parquet"), Progress(), []
     interrupted(place, out, 15)
     interrupted(place, out, 40)
     other = write_fasta(tmp_path / "other.fasta", 3)
@@ -159,69 +160,38 @@ def test_resuming_computes_only_the_rest(place: Path, tmp_path: Path) -> None:
     other.unlink()
     with pytest.raises(BulkError, match=r'interrupted run of another kind \(dtype "fp32" instead of "fp16"\)'):
         run(place, out, dtype="fp16")
+    monkeypatch.setattr(progress, "note", notes.append)
     assert run(place, out, progress=progress).computed == COUNT - 40
-    assert "resuming" in progress.notes[0]
+    assert "resuming" in notes[0]
     check(place, out, "parquet")
 
 
-# -- a full disk --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte; skipped where it cannot be made (see the test with a limit on files)."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("no right to mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_full_disk(place: Path, small_disk: Path, form: str) -> None:
-    """Room is given bit by bit; each run says that there is no room, and the last one has the same result."""
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(900 << 10))
-    out = small_disk / output(place, form).name
-    for room in (900, 850, 700, 560, 400):
-        os.truncate(ballast, room << 10)
-        # The file that could not be written, and what to do.
-        with pytest.raises(OSError, match=rf"{re.escape(str(out))}\.partial\S* cannot be written") as told:
-            run(place, out)
-        assert "the same command resumes once there is space" in str(told.value)
-        assert not out.exists()
-    ballast.unlink()
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    run(place, out)
-    check(place, out, form)
-
-
-def test_files_that_must_not_grow(place: Path, tmp_path: Path) -> None:
-    """As a full disk, by the limit on the size of a file: needs no rights."""
-    out = output(tmp_path, "parquet")
-    code, said = in_a_child(tmp_path / "log", embed_under_a_limit, arguments(place, out), 300 << 10)
-    (tmp_path / "log").unlink()
-    assert (code, "Traceback" in said, "the same command resumes" in said) == (1, False, True)
-    assert not out.exists()
-    run(place, out)
-    check(place, out, "parquet")
+WRITING = ["numpyesm.bulk.progress.Progress.writing"]
 
 
 @pytest.mark.parametrize(
-    ("trouble", "at", "code"),
+    ("form", "size", "steps", "file"),
     [
-        ("limit", 500, errno.EFBIG),
-        ("limit", 300_000, errno.EFBIG),
-        ("limit", 9_000_000, errno.EFBIG),
-        ("interrupt", 1, 130),
-        ("interrupt", 100, 130),
+        ("parquet", 300 << 10, DISK_STEPS, "journal.sqlite"),
+        ("parquet", 1000, WRITING, "output"),
+        ("h5", 1000, WRITING, "output"),  # the library itself crashes when it cannot write while it closes a data set
+        ("h5", 300 << 10, WRITING, "output"),
+        ("h5", -1, WRITING, "output"),  # a byte is missing
+        ("folder", 10 << 10, WRITING, "output"),
     ],
 )
-def test_hdf5_bears_a_full_disk_and_an_interrupt_anywhere(tmp_path: Path, trouble: str, at: int, code: int) -> None:
-    """The library itself crashes, or leaves tracebacks, when it cannot write while it closes a data set."""
-    assert in_a_child(tmp_path / "log", write_hdf5, tmp_path / "out.h5", trouble, at) == (code, "")
+def test_a_full_disk(place: Path, tmp_path: Path, form: str, size: int, steps: list[str], file: str) -> None:
+    """A limit on the size of a file takes its place: that needs no rights. One line says which file, and what to do."""
+    out = output(tmp_path, form)
+    limit = size if size > 0 else output(place, form).stat().st_size + size
+    code, said = run_and(partial(limit_files, limit), place, out, steps=steps)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith(f"numpyesm: error: {out}.partial/{file} cannot be written (")
+    assert "the same command resumes once there is space" in said
+    assert not out.exists()
+    assert not (tmp_path / f"{out.name}.partial" / "output").exists()  # room for others
+    run(place, out)
+    check(place, out, form)
 
 
 # -- changed ------------------------------------------------------------------------------------------------------
@@ -272,26 +242,19 @@ def test_weights_that_change_during_a_run(
     """Overwritten in place: stops, and keeps what it had. Replaced: the old file is still mapped, and all is right."""
     monkeypatch.setattr(job, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(job, "COMMIT_SHARE", 1e9)
-    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    weights, other, out = (tmp_path / name for name in ("w.safetensors", "other.safetensors", "out.parquet"))
     save_canonical(other, replace(random_checkpoint(SMALL, seed=2), synthetic=False))
-    original, changed = (place / "small.safetensors").read_bytes(), other.read_bytes()
-    weights.write_bytes(original)
-
-    def overwrite(data: bytes) -> None:
-        with open(weights, "r+b") as file:
-            file.write(data)
-
-    def change() -> None:
-        overwrite(changed) if way == "overwritten" else os.replace(other, weights)
-
-    out, progress = tmp_path / "out.parquet", Acting(20, change)
+    shutil.copy(place / "small.safetensors", weights)
+    change = {"overwritten": shutil.copyfile, "replaced": os.replace}[way]
+    again = partial(run, place, out, weights=weights)
+    acting = Acting(20, lambda: change(other, weights))
     if way == "replaced":
-        assert run(place, out, weights=weights, progress=progress).computed == COUNT
+        assert again(progress=acting).computed == COUNT
     else:
         with pytest.raises(BulkError, match=rf"{weights} was overwritten during the run"):
-            run(place, out, weights=weights, progress=progress)
+            again(progress=acting)
         with pytest.raises(BulkError, match=r"another kind \(weights sha256"):
-            run(place, out, weights=weights)
-        overwrite(original)
-        assert 0 < run(place, out, weights=weights).computed < COUNT
+            again()
+        shutil.copyfile(place / "small.safetensors", weights)
+        assert 0 < again().computed < COUNT
     assert_same(out, output(place, "parquet"))

@@ -9,7 +9,8 @@ import io
 import json
 import lzma
 import os
-import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Done, random_sequence
+from bulk_runs import LAST, assert_same, rows, write_fasta
+from conftest import Done, assert_close, random_sequence
 
 from numpyesm import ESM2
+from numpyesm.cli.parser import build_parser
 from numpyesm.formats import json_results
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "proteins.fasta"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROTEINS = str(EXAMPLES / "proteins.fasta")
 OFFICIAL_HERE = list((Path(__file__).parents[1] / "weights").glob("esm2*"))
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX names and signals")
 
@@ -48,15 +52,6 @@ def test_encode_bare_sequences(run: Any, loaded: ESM2) -> None:
     assert results(done) == as_json(loaded.encode(["MKT-X", "W"], [-1, 2], wanted))
 
 
-def test_encode_fasta(run: Any, loaded: ESM2) -> None:
-    """From a file and from standard input; test_fasta.py has the forms that a file may have."""
-    text = b">one first\r\nmktayi\r\nAKQR*\r\n>two\r\nmk*\r\n"
-    Path("x.fasta").write_bytes(text)
-    expected = as_json(loaded.encode(["MKTAYIAKQR", "MK"]), "one", "two")
-    assert results(run("encode", "x.fasta")) == expected
-    assert results(run("encode", "-", stdin=gzip.compress(text))) == expected
-
-
 def test_encode_to_npz_and_table(run: Any) -> None:
     done = run("encode", "MKT", "MKTA", "-o", "out.npz", "--include", "mean", "contacts")
     assert done == (0, b"", "")
@@ -67,7 +62,7 @@ def test_encode_to_npz_and_table(run: Any) -> None:
         assert arrays["contacts_1"].shape == (4, 4)
     with np.load(io.BytesIO(run("encode", "MKT", "--format", "npz").out), allow_pickle=False) as arrays:
         assert arrays["mean_3"].shape == (1, 80)
-    table = run("encode", str(EXAMPLES), "--format", "table").out.decode().splitlines()
+    table = run("encode", PROTEINS, "--format", "table").out.decode().splitlines()
     assert len(table) == 16
     assert table[0].split()[:3] == ["id", "length", "output"]
 
@@ -120,8 +115,7 @@ def test_pictures_of_contacts(run: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert {path.name for path in Path("maps").iterdir()} == {"001_sequence_1.png", "002_sequence_2.png"}
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("contacts", "MKT", "-o", "m.png")
-    assert done.code == 1
-    assert "numpyesm[plot]" in done.err
+    assert (done.code, "numpyesm[plot]" in done.err) == (1, True)
 
 
 READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -178,21 +172,19 @@ def test_notes(run: Any) -> None:
     ("command", "output", "said"),
     [
         ("encode MKT", "x.parquet", ".csv"),
-        ("encode MKT", "x.h5", ".npz"),
         ("encode MKT", "x", "no ending"),
         ("encode MKT", "new/", "not a file name"),
         ("encode MKT", ".", "not a file name"),
         ("encode MKT --format json", "x.npz", "contradict"),
         ("encode MKT --include contacts", "x.csv", "row per residue"),
         ("encode MKT --include mean logits", "x.tsv.gz", "row per residue"),
-        ("predict M<mask>T", "x.png", ".json"),
         ("log-prob MKT", "x.xlsx", ".tsv"),
         ("contacts MKT", "c.pdf", ".png"),
         ("contacts MKT GLV", "c.png", "2 pictures"),
         ("contacts MKT --format npz", "c/", "is a folder"),
         ("contacts MKT --format png", "-", "needs a file"),
         ("scan MKT", "s.npz", ".json"),
-        (f"embed {EXAMPLES}", "-", ".parquet"),
+        (f"embed {PROTEINS}", "-", ".parquet"),
     ],
 )
 def test_the_output_is_refused_before_anything_is_computed(run: Any, command: str, output: str, said: str) -> None:
@@ -219,19 +211,24 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["encode", "MKT:MKT"], 1, "between chains"),
         (["encode", "MK.T"], 1, "a stop codon or a gap"),
         (["encode", "no-such-file.fasta"], 1, "no file 'no-such-file.fasta'"),
-        (["encode", ""], 1, "no file"),
         (["encode", "."], 1, "'.' is a folder"),
         (["encode", "MK<mask>"], 1, "predict"),
         (["predict", "MKT"], 1, "no <mask>"),
         (["encode", "A" * 2049], 1, "at most 2048"),
         (["encode", "-"], 1, "record 2 (sp|P1|BAD): 'J' at position 3"),
         (["encode", "MKT", "--layers", "9"], 2, "3 layers"),
-        (["encode", "MKT", "--include", "all"], 2, "invalid choice"),
         (["encode"], 2, "required"),
         (["encode", "MKT", "--threads", "0"], 2, "threads=0"),
         (["encode", "MKT", "--weights", ""], 2, "an unset variable?"),
+        (["convert", "missing.pt", "-o", "x.safetensors"], 1, "missing.pt"),
+        (["convert", ".", "-o", "x.safetensors"], 1, "no weights"),
+        (["embed", PROTEINS, "-o", "x/", "--max-memory", "2G", "--engine", "ray"], 2, "with the local engine only"),
+        (["embed", "gone.fasta", "-o", "x/"], 1, "gone.fasta"),
+        (["embed", os.devnull, "-o", "x/"], 1, "no sequences"),
+        (["embed", ".", "-o", "x/"], 1, "folder"),
+        (["embed", PROTEINS, "-o", f"{PROTEINS}/x/"], 1, "proteins.fasta"),
+        (["embed", PROTEINS], 2, "required"),
         (["serve", "--grace", "nan"], 2, "--grace: 'nan': expected a number above 0"),
-        (["dance"], 2, "invalid choice"),
         ([], 2, "required"),
     ],
 )
@@ -240,69 +237,37 @@ def test_wrong_use_and_bad_input(run: Any, arguments: list[str], code: int, mess
     assert done[:2] == (code, b"")
     assert message in done.err
     assert "Traceback" not in done.err
+    assert not list(Path().iterdir())
     if code == 1:
         assert "Traceback" in run(*arguments, "--debug").err
 
 
-def test_without_weights_the_ways_out_are_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_weights_that_are_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMPYESM_WEIGHTS", "gone.safetensors")
     done = run("encode", "MKT", bare=True)
     assert (done.code, "gone.safetensors" in done.err) == (1, True)
-    if OFFICIAL_HERE:
-        return
-    monkeypatch.delenv("NUMPYESM_WEIGHTS")
-    for cache in ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"):
-        monkeypatch.setenv(cache, "empty")
-    done = run("encode", "MKT", bare=True)
-    assert done.code == 1
-    for way in ("numpyesm fetch", "NUMPYESM_WEIGHTS", "weights/", "synthetic", "fbaipublicfiles"):
-        assert way in done.err
 
 
 # -- weights files -----------------------------------------------------------------------------------------------
 
 
-def test_convert_says_what_it_made_and_leaves_nothing_half_written(run: Any) -> None:
+def test_convert_says_what_it_made(run: Any) -> None:
     done = run("convert", "synthetic:esm2-8m:1", "-o", "half.safetensors", "--dtype", "fp16")
     assert (done.code, done.out.decode().strip()) == (0, "half.safetensors")
     assert "esm2-8m" in done.err
-    Path("bad.pt").write_bytes(b"PK\x03\x04 not really a zip")
-    for source in ("bad.pt", "missing.pt", "."):
-        done = run("convert", source, "-o", "out/x.safetensors")
-        assert (done.code, done.err.count("\n")) == (1, 1), source
-        assert not list(Path().rglob("x.safetensors*"))
 
 
-def test_hostile_pickle_does_nothing(run: Any) -> None:
-    torch = pytest.importorskip("torch")
-
-    class Payload:
-        def __reduce__(self) -> Any:
-            return os.system, ("touch owned",)
-
-    torch.save({"model": {"x": Payload()}, "cfg": Payload()}, "evil.pt")
-    Path("plain.pkl").write_bytes(pickle.dumps(Payload()))
-    for source in ("evil.pt", "plain.pkl"):
-        assert run("convert", source, "-o", "x.safetensors").code == 1
-        assert not Path("owned").exists()
-
-
-def test_info_and_verify(run: Any, small_file: str) -> None:
+def test_info_and_verify(run: Any) -> None:
     done = run("info")
     assert done.code == 0
     for part in ("custom: 3 layers, width 80", "NUMPYESM_WEIGHTS", "threads"):
         assert part in done.out.decode()
-    data = bytearray(Path(small_file).read_bytes())
-    data[-5] ^= 1
-    Path("bad.safetensors").write_bytes(data)
-    for weights, code, said in (
-        ("synthetic:esm2-8m", 1, "synthetic weights cannot reproduce"),
-        (small_file, 2, "reference numbers for esm2-8m and esm2-35m only"),
-        ("bad.safetensors", 1, "corrupted"),
-    ):
-        done = run("verify", "--weights", weights)
-        assert (done.code, said in done.err) == (code, True), done.err
-        assert ("DIFFERS" in done.out.decode()) == weights.startswith("synthetic")
+    done = run("verify", "--weights", "synthetic:esm2-8m")
+    assert (done.code, "DIFFERS" in done.out.decode()) == (1, True)
+    assert "synthetic weights cannot reproduce" in done.err
+    done = run("verify")
+    assert (done.code, done.out) == (2, b"")
+    assert "reference numbers for esm2-8m and esm2-35m only" in done.err
 
 
 @pytest.mark.skipif(bool(OFFICIAL_HERE), reason="official weights are in weights/")
@@ -316,12 +281,105 @@ def test_demo_without_weights_shows_everything_and_says_synthetic(run: Any) -> N
     assert Path("demo-output/contacts.txt").stat().st_size > 1000
 
 
+# -- embed: see also test_bulk_outputs.py --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_embed_is_quiet_when_not_a_terminal_and_reads_stdin(run: Any) -> None:
+    data = write_fasta(Path("in.fasta"), 30).read_bytes()
+    assert run("embed", "in.fasta", "-o", "a") == (0, b"", "")
+    assert run("embed", "-", "-o", "b", stdin=gzip.compress(data)) == (0, b"", "")
+    assert_same(Path("a"), Path("b"))
+    assert {path.name for path in Path().iterdir()} == {"in.fasta", "a", "b"}
+    again = run("embed", "in.fasta", "-o", "a")
+    assert (again.code, "complete already" in again.err) == (0, True)
+
+
+def test_every_line_of_embed_is_json_for_schedulers(run: Any) -> None:
+    source = write_fasta(Path("in.fasta"), 30, duplicates=5)
+    source.write_text(source.read_text() + ">bad\nMKJ\n>dna\n" + "ACGT" * 20 + "\n")
+
+    def events(code: int, *more: str) -> list[dict[str, Any]]:
+        done = run("embed", "in.fasta", "-o", "out/a", "--json-progress", *more)
+        assert done.code == code
+        return [json.loads(line) for line in done.err.splitlines()]
+
+    found = events(1)  # one record was rejected
+    assert [event["event"] for event in found if event["event"] != "progress"] == ["warning", "writing", "done"]
+    last = [event for event in found if event["event"] == "progress"][-1]
+    assert last["records"] == last["records_total"] == 36
+    assert (last["residues_per_second"] > 0, last["seconds_left"]) == (True, 0)
+    assert found[-1]["rejected"] == 1
+    assert found[-1]["rejected_file"].endswith("out/a.rejected.tsv")
+    assert events(1, "--strict", "--overwrite")[-1]["event"] == "error"
+    assert events(2, "--layers", "9")[-1]["event"] == "error"
+    assert len(rows(Path("out/a"))) == 36
+
+
+def test_embed_shows_a_bar_on_a_terminal(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    write_fasta(Path("in.fasta"), 60)
+    assert run("embed", "in.fasta", "-o", "a").code == 0
+    assert "residues/s" in terminal.getvalue()
+    assert "60 records in" in terminal.getvalue()
+
+
+def test_options_of_embed_reach_the_output(run: Any) -> None:
+    write_fasta(Path("in.fasta"), 5)
+    common = ("embed", "in.fasta", "--layers", "0", "-1", "--dtype", "fp16", "--tokens-per-batch")
+    done = run(*common, "50", "-o", "all", "--threads", "1", "--include", "per_residue", "contacts")
+    assert done.code == 0, done.err
+    row = rows(Path("all"))[0]
+    assert {"per_token_0", f"per_token_{LAST}", "contacts"} < set(row)
+    assert (row["contacts"].shape, row["contacts"].dtype) == ((row["length"],) * 2, "float16")
+    assert run(*common, "5000", "-o", "again", "--include", "contacts", "per_token").code == 0
+    assert_same(Path("all"), Path("again"), 1e-3)
+
+
+@posix
+@pytest.mark.slow
+def test_the_slurm_example(run: Any, small_file: str) -> None:
+    """Each task of the array as Slurm would start it; together they are the whole."""
+    pytest.importorskip("pyarrow")
+    source = write_fasta(Path("in.fasta"), 40, duplicates=10)
+    source.write_text(source.read_text() + ">bad\nJ\n")  # rejected: its task succeeds all the same
+    Path("bin").mkdir()
+    Path("bin/numpyesm").write_text(f'#!/bin/sh\nexec {sys.executable} -m numpyesm "$@" --backend numpy\n')
+    Path("bin/numpyesm").chmod(0o755)
+    variables = {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_CPUS_PER_TASK": "1", "WEIGHTS": small_file}
+    variables["PATH"] = f"{Path('bin').resolve()}:{os.environ['PATH']}"
+    for task in ("1", "2"):
+        script = ["bash", EXAMPLES / "slurm" / "embed_array.sh", "in.fasta", "parts", "2"]
+        environment = os.environ | variables | {"SLURM_ARRAY_TASK_ID": task}
+        done = subprocess.run(script, env=environment, capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr.decode()
+    assert len(list(Path("parts").glob("*.rejected.tsv"))) == 1
+    run("embed", "in.fasta", "-o", "whole.parquet")
+    parts = [row for path in Path("parts").glob("*.parquet") for row in rows(path)]
+    parts.sort(key=lambda row: row["record"])
+    for part, expected in zip(parts, rows(Path("whole.parquet")), strict=True):
+        assert (part["record"], part["id"]) == (expected["record"], expected["id"])
+        assert_close(part[f"mean_{LAST}"], expected[f"mean_{LAST}"])
+
+
+def test_the_nextflow_example_uses_options_that_exist() -> None:
+    text = (EXAMPLES / "nextflow" / "embed.nf").read_text()
+    found = re.search(r"numpyesm (embed .*?--json-progress)", text, re.DOTALL)
+    assert found is not None
+    line = re.sub(r"\$\{[^}]*\}", "3", found[1].replace("\\\\\n", " "))
+    arguments = build_parser().parse_args(shlex.split(line))
+    assert (arguments.shard, arguments.output) == ("3/3", "part-3.parquet")
+
+
 # -- a process of its own ----------------------------------------------------------------------------------------
 
 
 @posix
 def test_broken_pipe_is_quiet(small_file: str) -> None:
-    command = f"{sys.executable} -m numpyesm encode {EXAMPLES} --include per_token --weights {small_file} | head -c 10"
+    command = f"{sys.executable} -m numpyesm encode {PROTEINS} --include per_token --weights {small_file} | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, timeout=120)
     assert (done.stdout, done.stderr) == (b'{"results"', b"")
 

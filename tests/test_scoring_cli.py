@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Done, random_sequence
+from conftest import random_sequence
 
 from numpyesm import ESM2
 from numpyesm.cli.variant_table import InvalidTable, parse_table
@@ -29,10 +29,9 @@ GYM = (
 def score(run: Any) -> Any:
     """Score a table's variants of `WILD_TYPE`, or of another protein."""
 
-    def call(table: str | bytes, *options: str, wild_type: str = WILD_TYPE) -> Done:
+    def call(table: str | bytes, *options: str, wild_type: str = WILD_TYPE) -> Any:
         Path("v.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
-        done: Done = run("score", wild_type, "v.csv", *options)
-        return done
+        return run("score", wild_type, "v.csv", *options)
 
     return call
 
@@ -42,20 +41,13 @@ def added(out: bytes, delimiter: str = ",") -> list[str]:
     return [row[-1] for row in csv.reader(io.StringIO(out.decode("utf-8-sig"), newline=""), delimiter=delimiter) if row]
 
 
-def numbers(out: bytes) -> list[float]:
-    return [float(value) for value in added(out)[1:]]
-
-
-# -- layouts -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "log-prob", "pseudo-ppl"])
 def test_proteingym_layout(score: Any, loaded: ESM2, method: str) -> None:
     Path("wt.fasta").write_text(f">wild\n{WILD_TYPE[:5]}\n{WILD_TYPE[5:]}\n")
     code, out, err = score(GYM, "--method", method, wild_type="wt.fasta")
     assert (code, added(out)[0]) == (0, method)
     expected = loaded.score_mutations(WILD_TYPE, ["M1A", "K2R:T3S", "W11W"], method)
-    assert numbers(out) == expected.tolist()
+    assert added(out)[1:] == [*map(repr, expected.tolist())]
     assert [line.rpartition(",")[0] for line in out.decode().splitlines()] == GYM.splitlines()
     from scipy.stats import spearmanr
 
@@ -72,24 +64,13 @@ def test_fair_esm_layout_and_option_names(run: Any, loaded: ESM2) -> None:
     )  # fmt: skip
     assert (code, out) == (0, b"")
     expected = loaded.score_mutations(WILD_TYPE, ["M1A", "R10W", "K2P"], "wt-marginals").tolist()
-    assert numbers(Path("out.csv").read_bytes()) == expected
+    assert added(Path("out.csv").read_bytes())[1:] == [*map(repr, expected)]
     assert "Spearman of wt-marginals and 2500" in err
 
 
 def test_mutations_from_whole_sequences(score: Any, loaded: ESM2) -> None:
     _, out, _ = score("mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQRW\nCKTAYIAKQRF\n", "--offset", "5")
-    assert numbers(out) == loaded.score_mutations(WILD_TYPE, ["W11A", "WT", "M1C:W11F"]).tolist()
-
-
-def test_hgvs(score: Any, loaded: ESM2) -> None:
-    """MaveDB's column, whose wild type and synonymous variants have names of their own."""
-    rows = ["_wt", "p.=", "p.Lys2=", "p.[Met1Ala;Lys2Arg]", "NP_000537.3:p.(Thr3Ser)", "p.Lys2Ter", "p.Thr3fs"]
-    table = "hgvs_pro,score\n" + "".join(f"{row},0\n" for row in rows)
-    code, out, err = score(table, "--mutation-col", "HGVS_pro", "--skip-invalid")
-    expected = loaded.score_mutations(WILD_TYPE, ["WT", "WT", "K2K", "M1A:K2R", "T3S"]).tolist()
-    assert (code, added(out)[1:]) == (0, [*map(repr, expected), "", ""])
-    assert "line 7: p.Lys2Ter: 'Lys2Ter' is not a substitution: a stop codon" in err
-    assert "line 8: p.Thr3fs: 'Thr3fs' is not a substitution: a frame shift" in err
+    assert added(out)[1:] == [*map(repr, loaded.score_mutations(WILD_TYPE, ["W11A", "WT", "M1C:W11F"]).tolist())]
 
 
 @pytest.mark.parametrize("ending", ["xlsx", "parquet"])
@@ -115,9 +96,6 @@ def test_spreadsheets(run: Any, loaded: ESM2, monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setitem(sys.modules, "pandas", None)
     code, _, err = run("score", WILD_TYPE, f"v.{ending}")
     assert (code, "pip install 'numpyesm[tables]'" in err) == (1, True)
-
-
-# -- every byte is kept ------------------------------------------------------------------------------------------
 
 
 def test_quotes_line_ends_and_blank_lines(score: Any) -> None:
@@ -173,22 +151,12 @@ def test_excels_delimiter_comments_and_fields_of_any_length(score: Any, loaded: 
     assert [line.split("\t")[0] for line in Path("v.tsv").read_text().splitlines()] == ["mutant", "M1A", "M1D"]
 
 
-def test_compressed_and_from_standard_input(run: Any) -> None:
-    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode()))
-    done = run("score", WILD_TYPE, "gym.csv.gz", "--method", "log-prob")
-    assert (done.code, len(added(done.out))) == (0, 4)
-    assert run("score", WILD_TYPE, "-", "--method", "log-prob", stdin=GYM.encode()) == done
-
-
 def test_old_line_ends() -> None:
     table = parse_table(b"mutant,x\rM1A,1\rM1C,2\r", "t", ["mutant"])
     assert [row.line for row in table.rows] == [2, 3]
     assert table.with_column("s", ["1", "2"], None) == b"mutant,x,s\rM1A,1,1\rM1C,2,2\r"
     with pytest.raises(InvalidTable):
         table.require("y", "--mutation-col")
-
-
-# -- what is measured, what is left out ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,16 +178,15 @@ def test_correlation(score: Any, table: str, said: list[str]) -> None:
     assert ("Spearman of " in err) == ("not defined" in err or "rows)" in err)
 
 
-def test_skip_invalid(score: Any) -> None:
-    code, out, err = score("mutant,DMS_score\nM1A,1\nM1*,2\nM1del,3\nA1G,4\nM1C,5\n", "--skip-invalid")
-    assert code == 0
-    values = added(out)
-    assert values[2:5] == ["", "", ""]
-    assert float(values[1]) != float(values[5])
-    for said in (
-        "3 of 5 rows left without a score", "line 3: M1*: ", "line 4: M1del: ", "line 5: A1G: ", "(2 of 5 rows)"
-    ):  # fmt: skip
-        assert said in err
+def test_skip_invalid(score: Any, loaded: ESM2) -> None:
+    table = "HGVS_pro,DMS_score\n_wt,1\np.Lys2Ter,2\nM1del,3\nA1G,4\np.[Met1Ala;Lys2Arg],5\n"
+    code, out, err = score(table, "--mutation-col", "hgvs_pro", "--skip-invalid")
+    wild, double = loaded.score_mutations(WILD_TYPE, ["WT", "M1A:K2R"]).tolist()
+    assert (code, added(out)[1:]) == (0, [repr(wild), "", "", "", repr(double)])
+    assert "3 of 5 rows left without a score" in err
+    assert "line 3: p.Lys2Ter: 'Lys2Ter' is not a substitution: a stop codon" in err
+    assert [f"line {line}: {text}: " in err for line, text in ((4, "M1del"), (5, "A1G"))] == [True, True]
+    assert "(2 of 5 rows)" in err
     code, out, _ = score("mutant\nM1A\nX3A\n", "--method", "log-prob", "--skip-invalid", wild_type="MKX")
     assert (code, added(out)[2]) == (0, "")
 
@@ -228,10 +195,8 @@ def test_window_of_proteingym(score: Any, loaded: ESM2) -> None:
     long = random_sequence(1100, 2)
     mutant = f"{long[600]}601{'A' if long[600] != 'A' else 'C'}"
     code, out, _ = score(f"mutant\n{mutant}\n", "--window", "proteingym", wild_type=long)
-    assert (code, numbers(out)) == (0, loaded.score_mutations(long, [mutant], window="proteingym").tolist())
-
-
-# -- what is refused -----------------------------------------------------------------------------------------------
+    (expected,) = loaded.score_mutations(long, [mutant], window="proteingym").tolist()
+    assert (code, added(out)[1:]) == (0, [repr(expected)])
 
 
 @pytest.mark.parametrize(
@@ -242,18 +207,14 @@ def test_window_of_proteingym(score: Any, loaded: ESM2) -> None:
         (b"variant,score\nM1A,1\n", "has no column 'mutant'; its columns are 'variant', 'score': choose with --mut"),
         (b"mutant,mutant\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
         (b"Mutant,MUTANT\nM1A,M1C\n", "2 columns are called 'mutant'; --mutation-col NAME chooses"),
-        (b"mutant,variant\n1,M1A\n2,M1C\n", "line 2: 1: '1' is not a substitution: expected one such as A42G or p.Al"),
         (b"mutant,variant\n1,M1A\n2,M1C\n", "nothing in column 'mutant' is a mutation: choose another with --mut"),
         (b"mutant,x\nM1A,1\nM1C\n", "line 3: 1 fields, but the header has 2 columns"),
-        (b"mutant,x\nM1A,1\nM1C,1,2\n", "line 3: 3 fields, but the header has 2 columns"),
         (b'mutant,x\nM1A,"1\nM1C,2\n', "line 2: unexpected end of data"),
         (b'mutant,x\nM1A,1\nM1C,"2"3\n', "line 3: ',' expected after '\"'"),
         (b"mutant\nM1A\nA2G\n", "line 3: A2G: the wild type has K at position 2, not A"),
         (b"sep=;\n#c\nmutant;x\nM1A;1\n# M1C;2\nM1D;3\nA1D;3\n", "line 7: A1D: the wild type has M"),
         (b'x,mutant\n"a\nb",M1A\n1,K2R:M1Z\n', "line 4: K2R:M1Z: M1Z: Z is not one of the 20 amino acids"),
-        (b"mutant\nM1A\nW12A\n", "line 3: W12A: position 12 is outside the wild type, whose positions are 1 to 11"),
         (b"mutant,x\nM1A,\n,1\n", "line 3: the mutation is empty"),
-        (b"mutant\nM1A\nM1C;K2R\n", "line 3: M1C;K2R: 'M1C;K2R' is not a substitution: several"),
         (b"mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQR\n", "line 3: the mutated_sequence has 10 residues, the wild type"),
         (b"mutant,mutated_sequence\nM1A,CKTAYIAKQRW\n", "line 2: M1A does not turn the wild type into"),
         (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already"),
@@ -261,7 +222,6 @@ def test_window_of_proteingym(score: Any, loaded: ESM2) -> None:
         (b"\xff\xfem\0u\0t\0a\0n\0t\0\n", "the UTF-16-LE text is damaged or cut short"),
         (gzip.compress(GYM.encode())[:-9], "damaged or cut short"),
         (b"PAR1 and no more", "the Parquet file cannot be read"),
-        (b"\xd0\xcf\x11\xe0", "an old Excel or Word file"),
     ],
 )
 def test_tables_that_are_refused(score: Any, table: bytes, said: str) -> None:
@@ -281,17 +241,13 @@ def test_tables_that_are_refused(score: Any, table: bytes, said: str) -> None:
         ("MKT", 2, "expected a wild type and a table"),
         ("", 2, "expected a wild type and a table"),
         ("two.fasta v.csv", 1, "2 sequences (a, b), expected one wild type"),
-        ("none.fasta v.csv", 1, "there is no file 'none.fasta'"),
-        ("MK-T v.csv", 1, "'-' at position 3"),
         ("MKX v.csv --method log-prob", 1, "v.csv, line 3: X3A: X is not one of the 20 amino acids"),
         ("MKX v.csv -o v.csv", 2, "is the input itself"),
         ("MKX v.csv --mutation-col x", 1, "no column 'x'; its columns are 'mutant': choose with --mutation"),
         ("MKX v.csv --measured-col x", 1, "no column 'x'; its columns are 'mutant': choose with --measured"),
         ("MKX v.csv --column mutant", 2, "already"),
-        ("MKX v.csv --method x", 2, "invalid choice"),
         ("MKX v.csv --window 0", 2, "from 1 to 2048"),
         ("MKX v.csv --window gym", 2, "expected a number of residues, or proteingym"),
-        ("MKX v.csv -o x.parquet", 2, ".csv, .tsv"),
         ("- -", 2, "cannot both come from standard input"),
         ("--model-location a b --sequence MKX --dms-input v.csv", 2, "one at a time"),
     ],
@@ -305,9 +261,6 @@ def test_wrong_use(run: Any, arguments: str, code: int, said: str) -> None:
     assert Path("v.csv").read_text() == "mutant\nM1A\nX3A\n"
 
 
-# -- scan and the formats ------------------------------------------------------------------------------------------
-
-
 def test_scan_writes_matrix_and_heat_map(run: Any, loaded: ESM2) -> None:
     assert run("scan", WILD_TYPE, "-o", "scan.csv", "--offset", "24")[:2] == (0, b"")
     header, *rows = csv.reader(Path("scan.csv").read_text().splitlines())
@@ -319,6 +272,7 @@ def test_scan_writes_matrix_and_heat_map(run: Any, loaded: ESM2) -> None:
     assert run("scan", WILD_TYPE, "-o", "s.json.xz", "--no-heatmap").code == 0
     document = json.loads(lzma.decompress(Path("s.json.xz").read_bytes()))
     np.testing.assert_array_equal(document["scores"], expected)
+    assert not Path("s.png").exists()
     code, out, _ = run("scan", WILD_TYPE, "--method", "wt-marginals")
     assert (code, len(out.splitlines())) == (0, 12)
     assert b"K" in out.splitlines()[2]
@@ -327,19 +281,17 @@ def test_scan_writes_matrix_and_heat_map(run: Any, loaded: ESM2) -> None:
 @pytest.mark.parametrize(
     ("arguments", "written"),
     [
-        (["MXK" * 50, "--heatmap", "long.png", "-o", "long.tsv"], {"long.png", "long.tsv"}),
-        (["MKT", "-o", "a.csv", "--no-heatmap"], {"a.csv"}),
-        (["MKT", "-o", "folder/"], {"folder/scan.csv", "folder/scan.png"}),
-        (["MKT", "-o", "a.png"], None),
-        (["MKT", "-o", "a.csv", "--heatmap", "a.csv"], None),
-        (["MKT", "--heatmap", "x.png", "--no-heatmap"], None),
-        (["MKT", "--method", "log-prob"], None),
-        (["MKT", "-o", "x.parquet"], None),
+        ("--heatmap long.png -o long.tsv", {"long.png", "long.tsv"}),
+        ("-o folder/", {"folder/scan.csv", "folder/scan.png"}),
+        ("-o a.png", None),
+        ("-o a.csv --heatmap a.csv", None),
+        ("--heatmap x.png --no-heatmap", None),
+        ("--method log-prob", None),
     ],
 )
 @pytest.mark.slow
-def test_scan_outputs(run: Any, arguments: list[str], written: set[str] | None) -> None:
-    assert run("scan", *arguments).code == (2 if written is None else 0)
+def test_scan_outputs(run: Any, arguments: str, written: set[str] | None) -> None:
+    assert run("scan", "MXK" * 50, *arguments.split()).code == (2 if written is None else 0)
     assert {str(path) for path in Path().rglob("*.*")} == (written or set())
 
 
@@ -351,9 +303,12 @@ def test_scan_without_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert (code, "numpyesm[plot]" in err, Path("c.csv").exists()) == (1, True, False)
 
 
-def test_the_ending_names_the_format(score: Any) -> None:
-    assert score(GYM, "-o", "out.csv.gz").code == 0
-    assert score(GYM, "-o", "out.tsv").code == 0
-    packed = gzip.decompress(Path("out.csv.gz").read_bytes())
-    assert added(packed) == added(Path("out.tsv").read_bytes(), "\t")
+def test_compressed_from_standard_input_and_to_the_format_that_the_ending_names(run: Any) -> None:
+    Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode()))
+    done = run("score", WILD_TYPE, "gym.csv.gz", "--method", "log-prob")
+    assert (done.code, len(added(done.out))) == (0, 4)
+    for name in ("out.csv.gz", "out.tsv"):
+        assert run("score", WILD_TYPE, "-", "--method", "log-prob", "-o", name, stdin=GYM.encode()).code == 0
+    assert gzip.decompress(Path("out.csv.gz").read_bytes()) == done.out
+    assert added(Path("out.tsv").read_bytes(), "\t") == added(done.out)
     assert Path("out.tsv").read_text().startswith("mutant\tmutated_sequence\t")

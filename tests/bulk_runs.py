@@ -71,16 +71,11 @@ def assert_same(one: Path, other: Path, within: float = 0.0) -> None:
 # time --------------------------------------------------------------------------------------------------------------
 
 
-def embed_in_a_child(
-    log: Path, arguments: list[str], at: int, act: Callable[[], object], *, steps: Sequence[str], after: bool = False
-) -> tuple[int, str]:
-    """`numpyesm embed` in a process that acts just before, or just after, the n-th of its steps.
-
-    Returns the exit code (negative: the signal) and what it wrote to stderr and stdout.
-    """
+def embed_in_a_child(log: Path, *arguments: Any) -> tuple[int, str]:
+    """Exit code (negative: the signal) of a process that does what `_embed` says, and its stderr and stdout."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bulk_runs", "numpyesm.bulk.job", "pyarrow.parquet", "h5py", "filelock"])
-    process = context.Process(target=_embed, args=(log, arguments, at, act, steps, after))
+    process = context.Process(target=_embed, args=(log, *arguments))
     process.start()
     process.join(100)
     process.kill()
@@ -88,9 +83,8 @@ def embed_in_a_child(
     return process.exitcode, log.read_text()
 
 
-def _embed(
-    log: Path, arguments: list[str], at: int, act: Callable[[], object], steps: Sequence[str], after: bool
-) -> None:
+def _embed(log: Path, words: list[str], at: int, act: Callable[[], object], steps: Sequence[str], after: bool) -> None:
+    """`numpyesm embed`, which acts just before, or just after, the n-th of its steps."""
     from numpyesm.bulk import job
     from numpyesm.cli import main
 
@@ -115,7 +109,7 @@ def _embed(
     for step in steps:
         mock.patch(step, acting(pkgutil.resolve_name(step))).start()
     job.COMMIT_SECONDS, job.COMMIT_SHARE = 0, 1e9
-    sys.exit(main(["embed", *arguments]))
+    sys.exit(main(["embed", *words]))
 
 
 def signal_itself(number: signal.Signals) -> None:

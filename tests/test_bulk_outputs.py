@@ -135,7 +135,7 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     source.write_bytes(
         b">first one\r\nmkta\r\n\r\nyi*\r\n>\r\nMK-X\r\n>dup\r\nMKTAYI\n>dup again\r\nMKT AYI\n>empty\n>star\n*\n"
         b">inner\nMK*T\n>j\nMKTJ\n>mask\nMK<mask>\n>Esp\xe8ce in Latin-1\nMKU\n>\xc3\xa9 in UTF-8\tand a tab\nMKO\n"
-        b">long\n%b\n>endless\n%b\n>last\nW" % (LONG.encode(), b"MKTQ*" * 400_001)
+        b">long\n%b\n>endless\n%b\n>last\nW" % (LONG.encode(), (b"MKTQ*" * 12 + b"\n") * 33_334)
     )
     summary = embed_fasta(source, tmp_path / "o.parquet", model, include=["mean"])
     assert (summary.records, summary.sequences, summary.rejected) == (7, 5, 7)

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import numpyesm
@@ -28,9 +29,8 @@ def imports(name: str) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = name.split(".")[: None if MODULES[name].name == "__init__.py" else -1]
-            parts = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*parts, *filter(None, [node.module])])
+            package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+            module = resolve_name("." * node.level + (node.module or ""), package)
             yield from (f"{module}.{alias.name}" for alias in node.names)
         else:
             todo += ast.iter_child_nodes(node)

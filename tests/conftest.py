@@ -21,6 +21,7 @@ from numpyesm import ESM2, SyntheticWeightsWarning
 from numpyesm.alphabet import AMINO_ACIDS
 from numpyesm.cli import main
 from numpyesm.config import ModelConfig
+from numpyesm.reference import forward
 from numpyesm.weights import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
@@ -70,12 +71,39 @@ def cosines(found: Any, exact: Any) -> Any:
     return (found * exact).sum(-1) / np.sqrt((found * found).sum(-1) * (exact * exact).sum(-1))
 
 
+# DESIGN.md's rule for float32: root mean square error against torch's own, and largest error as a share of the scale.
+TIMES_TORCHS_ERROR, SHARE_OF_SCALE = 3.0, 2e-5
+
+
+def assert_float32_rule(name: str, found: Any, exact: Any, torchs: Any = None) -> None:
+    """Judge an output, or several arrays of it together, which torch has computed in float32, too, or has not."""
+    ours, truth = (np.concatenate([np.ravel(a) for a in side]).astype(np.float64) for side in (found, exact))
+    scale, largest = np.abs(truth).max(), np.abs(ours - truth).max()
+    assert largest <= SHARE_OF_SCALE * scale, f"{name}: {largest / scale:.1e} of the scale"
+    if torchs is not None:
+        theirs = np.concatenate([np.ravel(a) for a in torchs])
+        error, allowed = (np.sqrt(np.mean((values - truth) ** 2)) for values in (ours, theirs))
+        # Below one rounding of the largest number there is no error to compare.
+        rounding = np.finfo(np.float32).eps / 2 * scale
+        assert error <= max(TIMES_TORCHS_ERROR * allowed, rounding), f"{name}: {error:.2e}, torch has {allowed:.2e}"
+
+
+def outputs_of_reference(weights: dict[str, Any], tokens: Any) -> dict[str, Any]:
+    """What `numpyesm.reference` makes of a sequence, named as `EncodeResult.to_arrays` does."""
+    found = forward(tokens, **weights)
+    outputs = {"logits": found["logits"][1:-1, 4:24], "attentions": found["attentions"][:, 1:-1]}
+    for layer, rows in enumerate(found["representations"]):
+        residues = rows[1:-1]
+        outputs |= {f"mean_{layer}": residues.mean(0), f"per_token_{layer}": residues, f"bos_{layer}": rows[0]}
+    return outputs | {"contacts": found["contacts"]}
+
+
 def random_sequence(length: int, seed: int = 0, letters: str = "".join(AMINO_ACIDS)) -> str:
     return "".join(random.Random(f"{length} {seed}").choices(letters, k=length))
 
 
 def small_model(**options: object) -> ESM2:
-    with pytest.warns(SyntheticWeightsWarning):
+    with pytest.warns(SyntheticWeightsWarning, match="mean nothing"):
         return ESM2(random_checkpoint(SMALL, seed=1), **options)  # type: ignore[arg-type]
 
 
@@ -155,7 +183,7 @@ def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.M
 
 
 # Files that take a minute or more. With `make test`, no worker should be left with one of these at the end.
-LONGEST = ["kernel_library", "numba_process", "parity_fair_esm", "trained_parity", "trained_gates", "bench"]
+LONGEST = ["kernel_library", "parity_fair_esm", "trained_parity", "trained_gates", "bench"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

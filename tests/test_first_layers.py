@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, SMALL, random_sequence
+from conftest import BACKENDS, SMALL, assert_same, random_sequence
 
 from numpyesm import ESM2, MissingHead
 from numpyesm.alphabet import tokenize
@@ -31,25 +31,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_representations_are_those_of_the_whole_model(folder: Path, tmp_path: Path, backend: str, dtype: str) -> None:
-    models = []
-    for layers in (3, 2):
-        convert(folder / "whole.safetensors", tmp_path / f"{layers}.safetensors", layers=layers, dtype=dtype)
-        models.append(ESM2.from_pretrained(tmp_path / f"{layers}.safetensors", backend=backend))
-    outputs = ["mean", "per_token", "bos", "attentions"]
-    expected = models[0].encode(SEQUENCES, [0, 1, 2], outputs)
-    found = models[1].encode(SEQUENCES, [0, 1, -1], outputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        for name in ("embeddings", "per_token_embeddings", "bos_embeddings"):
-            for layer, values in getattr(theirs, name).items():
-                np.testing.assert_allclose(getattr(ours, name)[layer], values, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(ours.attentions, theirs.attentions[:2], rtol=0, atol=1e-6)
-    (tokens,) = tokenize(SEQUENCES[:1])
-    reference = forward(tokens, **nested(models[1].checkpoint))["representations"]
-    np.testing.assert_allclose(
-        expected[0].bos_embeddings[2], reference[2, 0], rtol=0, atol=1e-4 if dtype == "int8" else 1e-5
+@pytest.mark.parametrize(("dtype", "within"), [("fp32", 1e-5), ("int8", 1e-4)])
+def test_representations_are_those_of_the_whole_model(
+    folder: Path, tmp_path: Path, backend: str, dtype: str, within: float
+) -> None:
+    whole, two = (
+        ESM2.from_pretrained(convert(folder / "whole.safetensors", path, layers=n, dtype=dtype).path, backend=backend)
+        for n, path in ((3, tmp_path / "3.safetensors"), (2, tmp_path / "2.safetensors"))
     )
+    outputs = ["mean", "per_token", "bos", "attentions"]
+    expected, found = whole.encode(SEQUENCES, [0, 1, 2], outputs), two.encode(SEQUENCES, [0, 1, -1], outputs)
+    for result in expected:
+        result.attentions = result.attentions[:2]
+    assert_same(found, expected, within=1e-6)
+    exact = forward(tokenize(SEQUENCES[:1])[0], **nested(two.checkpoint))["representations"]
+    np.testing.assert_allclose(expected[0].bos_embeddings[2], exact[2, 0], rtol=0, atol=within)
 
 
 def test_what_needs_all_layers_says_why(folder: Path) -> None:
@@ -83,9 +79,7 @@ def test_layers_of_layers_and_of_all(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_states_fewer_layers_than_it_has(folder: Path, tmp_path: Path) -> None:
-    """A configuration that contradicts itself, or the tensors beside it."""
-    content = (folder / "two.safetensors").read_bytes()
-    bad = tmp_path / "bad.safetensors"
+    content, bad = (folder / "two.safetensors").read_bytes(), tmp_path / "bad.safetensors"
     for whole in (b"2", b"0"):
         bad.write_bytes(content.replace(b'\\"whole_layers\\": 3', b'\\"whole_layers\\": ' + whole))
         with pytest.raises(CheckpointError, match="whole_layers="):
@@ -96,7 +90,6 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     output = tmp_path / "c.safetensors"
     assert main(["convert", str(folder / "whole.safetensors"), "-o", str(output), "--layers", "1"]) == 0
     assert "custom-first-1" in capsys.readouterr().err
-    assert main(["contacts", "MKTAYIAK", "--weights", str(output)]) == 1
-    assert "are the first 1 of 3 layers" in capsys.readouterr().err
-    assert main(["verify", "--weights", str(output)]) == 2
-    assert "are the first 1 of 3 layers" in capsys.readouterr().err
+    for command, code in ((["contacts", "MKTAYIAK"], 1), (["verify"], 2)):
+        assert main([*command, "--weights", str(output)]) == code
+        assert "are the first 1 of 3 layers" in capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""The library of kernels compiled ahead of time: what it needs from others; that it is Numba's code bit for bit."""
+"""Compiled kernels in fresh processes: the library built ahead of time, Numba's cache, warm-up, Ctrl-C, what fails."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,48 +11,74 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("numba")
+
 from numpyesm.errors import InvalidOption, MissingExtra
 from numpyesm.kernels import build
 from numpyesm.kernels.compiled.code import ARGUMENTS, needed, symbol
-from numpyesm.kernels.compiled.isa import host_levels, levels
+from numpyesm.kernels.compiled.isa import host_isa, host_levels, levels
 from numpyesm.kernels.compiled.library import abi, library_code, library_name
 from numpyesm.options import PRECISIONS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+
 # What the C library gives; memcpy and its kind are what LLVM makes of loops.
 LIBC = {"memcpy", "memset", "memmove", "sched_yield", "usleep"}
-RUNTIME = {
-    "__cxa_finalize",
-    "__gmon_start__",
-    "_ITM_deregisterTMCloneTable",
-    "_ITM_registerTMCloneTable",
-    "_init",
-    "_fini",
-}
+CLONES = {"_ITM_registerTMCloneTable", "_ITM_deregisterTMCloneTable"}
+RUNTIME = {"__cxa_finalize", "__gmon_start__", "_init", "_fini", *CLONES}
 
-DIGEST = """
-import hashlib, json, sys, warnings
-warnings.simplefilter("ignore")
-import numpy as np
+MODEL = """
+import sys
 from numpyesm import ESM2
-from numpyesm.config import ModelConfig
+from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.weights.synthetic import random_checkpoint
-found = {}
-letters = "ACDEFGHIKLMNPQRSTVWY"
-sequences = ["".join(letters[i * i * n % 20] for i in range(n)) for n in (1, 2, 33, 64, 65, 130, 700)]
+checkpoint = random_checkpoint(ModelConfig(1, 80, 20, 320))
+"""
+WHICH = f"""{MODEL}
+model = ESM2(checkpoint)
+print(model.backend, {{"numba", "llvmlite"}} & set(sys.modules), model)
+"""
+DIGEST = f"""{MODEL}
+import hashlib
+sequences = [("ACDEFGHIKLMNPQRSTVWY" * 35)[:n] for n in (1, 2, 33, 64, 65, 130, 700)]
 everything = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 for shape in (ModelConfig(2, 320, 20, 1280), ModelConfig(1, 30, 3, 50)):
     for precision in sys.argv[1:]:
         model = ESM2(random_checkpoint(shape, seed=2), backend="compiled", precision=precision, threads=2)
         digest = hashlib.sha256()
-        for r in model.encode(sequences, [0, -1], everything):
-            for value in (*r.embeddings.values(), *r.per_token_embeddings.values(), r.contacts, r.logits, r.attentions):
-                digest.update(np.ascontiguousarray(value).tobytes())
-        found[f"{shape.embed_dim} {precision}"] = digest.hexdigest()
-print(json.dumps([repr(model), found]))
+        for result in model.encode(sequences, [0, -1], everything):
+            for value in result.to_arrays().values():
+                digest.update(value.tobytes())
+        print(shape.embed_dim, precision, digest.hexdigest())
+print(model)
 """
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A Python that knows nothing of this one's settings, and no library of kernels unless it is told of one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMPYESM_", "NUMBA_CACHE"))}
+    settings = {"PYTHONPATH": str(ROOT), "NUMPYESM_KERNELS": "none", "NUMPYESM_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=kept | settings | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=550)
+    assert process.returncode == code, err
+    return out, err
+
+
+def without_numba(folder: Path) -> str:
+    """A PYTHONPATH on which Numba is installed and fails."""
+    (folder / "numba.py").write_text("raise ImportError('Numba needs NumPy 1.0 or less')")
+    return f"{folder}{os.pathsep}{ROOT}"
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +91,57 @@ def library() -> Path:
     return code.file
 
 
-def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMPYESM_")}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=kept | {"PYTHONPATH": str(ROOT), "NUMPYESM_OFFLINE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def numba_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where Numba keeps what the first two of these tests compile."""
+    return str(tmp_path_factory.mktemp("numba"))
+
+
+def test_several_processes_fill_one_cache(numba_cache: str, tmp_path: Path) -> None:
+    """And the warm-up command, without a C compiler, adds the rest: what is compiled then is all that is needed."""
+    code = """
+from numpyesm.kernels.numba_ import layer, runner
+from numpyesm.kernels.numba_.cache import compile_kernel
+compile_kernel("lm_head"), compile_kernel("run_phases")
+"""
+    for process in [start("-c", code, NUMBA_CACHE_DIR=numba_cache), start("-c", code, NUMBA_CACHE_DIR=numba_cache)]:
+        finish(process)
+    command = ["-m", "numpyesm", "warmup", "--precision", "fp32", "--cache", numba_cache]
+    out, err = finish(start(*command, PATH=str(tmp_path)))
+    assert "numpyesm: compiling kernels" in err
+    assert numba_cache in out
+    (folder,) = Path(numba_cache).iterdir()
+    assert host_isa().name in folder.name  # each of the instruction sets has its own
+    assert (folder / "fp32.ready").exists()
+    _, err = finish(start("-c", DIGEST, "fp32", NUMBA_CACHE_DIR=numba_cache))
+    assert "compiling" not in err
+
+
+def test_same_numbers_as_numba_bit_for_bit(library: Path, numba_cache: str) -> None:
+    """At every level of this machine; Numba compiles for all of them at once, which takes minutes."""
+
+    def at_level(level: str) -> None:
+        # fp32 is the same code whether products in bf16 are spelled out or not there.
+        precisions = PRECISIONS[1:] if levels()[level].spelled_out else PRECISIONS
+        settings = {"NUMPYESM_ISA": level, "NUMBA_CACHE_DIR": numba_cache}
+        codes = (str(library), "none")
+        (ahead, _), (jit, _) = (
+            finish(start("-c", DIGEST, *precisions, **settings, NUMPYESM_KERNELS=named)) for named in codes
+        )
+        *found, origin = ahead.splitlines()
+        *expected, jit_origin = jit.splitlines()
+        assert (str(library) in origin, "Numba" in jit_origin) == (True, True)
+        assert found == expected, level
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(at_level, host_levels()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("nm"), reason="nm of a Linux library")
 def test_symbols_are_the_kernels_and_a_few_of_libc(library: Path) -> None:
     """Nothing of Python or Numba is asked for, and nothing but the entries is given."""
     listed = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
-    names = {
-        kind: {line.split()[-1].split("@")[0] for line in listed if line.split()[-2] in kind} for kind in ("U", "T")
-    }
+    names = {kind: {line.split()[-1].split("@")[0] for line in listed if line.split()[-2] == kind} for kind in "UT"}
     assert names["U"] <= LIBC | RUNTIME
     built = [isa for isa in levels().values() if symbol(isa, "lm_head") in names["T"]]
     assert {isa.name for isa in built} >= set(host_levels())
@@ -93,78 +150,45 @@ def test_symbols_are_the_kernels_and_a_few_of_libc(library: Path) -> None:
     assert library.stat().st_size < 3e6 / len(levels()) * len(built)
 
 
-def test_same_numbers_as_numba_bit_for_bit(library: Path) -> None:
-    """At every level of this machine; Numba compiles for all of them at once, which takes minutes."""
-    pytest.importorskip("numba")
-
-    def at_level(level: str) -> None:
-        # fp32 is the same code whether products in bf16 are spelled out or not there.
-        precisions = PRECISIONS[1:] if levels()[level].spelled_out else PRECISIONS
-        codes = (str(library), "none")
-        ahead, jit = (run(DIGEST, *precisions, NUMPYESM_ISA=level, NUMPYESM_KERNELS=named) for named in codes)
-        assert ahead.returncode == jit.returncode == 0, ahead.stderr + jit.stderr
-        (origin, found), (jit_origin, expected) = json.loads(ahead.stdout), json.loads(jit.stdout)
-        assert (str(library) in origin, "Numba" in jit_origin) == (True, True)
-        assert found == expected, level
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(at_level, host_levels()))
-
-
-MODEL = """
-import sys
-from numpyesm import ESM2
-model = ESM2.from_pretrained("synthetic:esm2-8m", backend=sys.argv[1])
-print(model.backend, {"numba", "llvmlite"} & set(sys.modules), model)
-"""
-
-
-def test_it_runs_where_numba_is_not_installed(library: Path, tmp_path: Path) -> None:
-    (tmp_path / "numba.py").write_text("raise ImportError('not here')")
-    done = run(MODEL, "auto", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", NUMPYESM_KERNELS=str(library.parent))
-    assert done.stdout.startswith("compiled set()"), done.stderr
-    assert f"library {library}" in done.stdout
+def test_it_runs_where_numba_does_not(library: Path, tmp_path: Path) -> None:
+    path = without_numba(tmp_path)
+    out, _ = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS=str(library.parent)))
+    assert out.startswith("compiled set()")
+    assert f"library {library}" in out
 
 
 def test_a_library_that_does_not_fit(library: Path, tmp_path: Path) -> None:
     """What was named is an error; what was found is passed over with a warning."""
-    cases = {"other.so": library.read_bytes().replace(abi().encode(), abi().replace(abi()[2:6], "zzzz").encode())}
-    cases |= {"text.so": b"no library", "missing.so": b""}
-    for name, content in cases.items():
-        if content:
-            (tmp_path / name).write_bytes(content)
-    for name, reason in [
-        ("other.so", "was built from other sources than this numpyesm"),
-        ("text.so", "is no library of kernels for this machine"),
-        ("missing.so", "there is no file"),
+    other = library.read_bytes().replace(abi().encode(), abi().replace(abi()[2:6], "zzzz").encode())
+    for name, content, reason in [
+        ("other.so", other, "was built from other sources than this numpyesm"),
+        ("text.so", b"no library", "is no library of kernels for this machine"),
+        ("missing.so", b"", "there is no file"),
     ]:
-        done = run(MODEL, "auto", NUMPYESM_KERNELS=str(tmp_path / name))
-        assert done.returncode == 1
-        assert f"InvalidOption: NUMPYESM_KERNELS={tmp_path / name}: " in done.stderr
-        assert reason in done.stderr
+        file = tmp_path / name
+        if content:
+            file.write_bytes(content)
+        _, err = finish(start("-c", WHICH, NUMPYESM_KERNELS=str(file)), code=1)
+        assert f"InvalidOption: NUMPYESM_KERNELS={file}: " in err
+        assert reason in err
     package = tmp_path / "numpyesm_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
     (tmp_path / "other.so").rename(package / library_name())
-    (tmp_path / "numba.py").write_text("raise ImportError('not here')")  # or it would compile now
-    done = run(MODEL, "auto", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", NUMPYESM_CACHE=str(tmp_path))
-    assert done.returncode == 0
-    assert done.stdout.startswith("numpy"), done.stderr
-    assert "the compiled kernels are not used" in done.stderr
+    path = without_numba(tmp_path)  # or it would compile now
+    out, err = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS="", NUMPYESM_CACHE=str(tmp_path)))
+    assert out.startswith("numpy")
+    assert "the compiled kernels are not used" in err
 
 
 @pytest.mark.skipif(build.linker() is None, reason="no C compiler")
 def test_warmup_builds_a_library_that_is_used(tmp_path: Path) -> None:
-    pytest.importorskip("numba")
-    code = "import sys; from numpyesm.cli import main; sys.exit(main(sys.argv[1:]))"
-    warm = {"NUMPYESM_KERNELS": "none", "NUMPYESM_CACHE": str(tmp_path)}
-    done = run(code, "warmup", **warm)
-    assert done.returncode == 0, done.stderr
+    out, _ = finish(start("-m", "numpyesm", "warmup", NUMPYESM_CACHE=str(tmp_path)))
     (made,) = tmp_path.rglob(library_name())
-    assert done.stdout.strip() == str(made)
+    assert out.strip() == str(made)
     assert not list(made.parent.glob(".build-*"))
-    found = run(MODEL, "auto", PYTHONPATH=str(ROOT), NUMPYESM_KERNELS=str(made.parent))
-    assert f"library {made}" in found.stdout, found.stderr
+    out, _ = finish(start("-c", WHICH, NUMPYESM_KERNELS=str(made.parent)))
+    assert f"library {made}" in out
 
 
 def test_building_needs_numba_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,3 +207,86 @@ def test_building_needs_numba_and_a_compiler(tmp_path: Path, monkeypatch: pytest
 def test_every_kernel_is_needed_by_some_precision_of_some_level() -> None:
     used = {name for isa in levels().values() for precision in PRECISIONS for name in needed(isa, precision)}
     assert used == set(ARGUMENTS)
+
+
+def test_unknown_level() -> None:
+    _, err = finish(start("-c", WHICH, NUMPYESM_ISA="sse9"), code=1)
+    assert f"InvalidOption: NUMPYESM_ISA=sse9: this CPU has {', '.join(host_levels())}" in err
+
+
+def test_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Falls back to the temporary folder; without one `auto` is NumPy, and `compiled` compiles anew in each process."""
+    (tmp_path / "file").write_text("")
+    blocked = str(tmp_path / "file" / "below")
+    code = "from numpyesm.kernels.numba_.cache import cache_folder; print(cache_folder())"
+    out, _ = finish(start("-c", code, NUMBA_CACHE_DIR=blocked, TMPDIR=str(tmp_path)))
+    assert out.startswith(str(tmp_path / "numpyesm-"))
+
+    read_only = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nowhere']\n"
+    auto = f"""{read_only}{MODEL}
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    assert ESM2(checkpoint).backend == "numpy"
+assert any("no folder can be written to keep compiled kernels in" in str(one.message) for one in told)
+from numpyesm.kernels.numba_ import layer
+from numpyesm.kernels.numba_.cache import cache_folder, compile_kernel
+assert cache_folder() is None
+assert compile_kernel("lm_head").library.get_pointer_to_function(compile_kernel("lm_head").fndesc.llvm_func_name)"""
+    finish(start("-c", auto, NUMBA_CACHE_DIR=blocked))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_stops_a_pass_under_way() -> None:
+    """Sent after a tenth of a pass, by its CPU time; the model is usable afterwards."""
+    code = f"""{MODEL}
+import os, signal, threading, time
+checkpoint = random_checkpoint(PRESETS["esm2-8m"])
+batch = ["MKTAYIAKQR" * 200] * 2
+used = time.process_time
+for threads in (1, 2):
+    model = ESM2(checkpoint, backend="compiled", threads=threads)
+    expected = model.encode(["MK"])[0].embeddings[6].sum()
+    begun = used()
+    model.encode(batch)
+    whole = used() - begun
+    begun = used()
+    def interrupt():
+        while used() < begun + whole / 10:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    try:
+        model.encode(batch)
+        print("not interrupted")
+    except KeyboardInterrupt:
+        print((used() - begun) / whole)
+    assert model.encode(["MK"])[0].embeddings[6].sum() == expected
+"""
+    out, _ = finish(start("-c", code))
+    assert len(out.split()) == 2
+    assert all(float(share) < 0.7 for share in out.split()), out
+
+
+@pytest.mark.parametrize("broken", ["import", "switched off"])
+def test_numba_that_is_installed_and_does_not_work(broken: str, tmp_path: Path) -> None:
+    """`auto` goes on with NumPy and says so; who asks for compiled kernels or int8 is told why not."""
+    path = {"PYTHONPATH": without_numba(tmp_path)} if broken == "import" else {"NUMBA_DISABLE_JIT": "1"}
+    code = f"""{MODEL}
+from numpyesm import NumpyesmError
+print(ESM2(checkpoint).backend)
+for options in ({{"backend": "compiled"}}, {{"precision": "int8"}}):
+    try:
+        ESM2(checkpoint, **options)
+    except NumpyesmError as error:
+        print(error)
+"""
+    out, err = finish(start("-c", code, **path))
+    assert out.splitlines()[0] == "numpy"
+    assert out.count("the compiled backend cannot be used") == 2
+    assert "using the slower NumPy backend" in err
+    if broken == "import":
+        assert "Numba needs NumPy 1.0 or less" in out
+        assert "Numba needs NumPy 1.0 or less" in err
+        _, err = finish(start("-m", "numpyesm", "warmup", **path), code=1)
+        assert "Numba needs NumPy 1.0 or less" in err

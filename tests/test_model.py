@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import _thread
 import copy
+import math
 import pickle
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ALL, ROUNDING, SMALL, assert_same, random_sequence, small_model
+from conftest import ALL, BACKENDS, ROUNDING, SMALL, assert_same, random_sequence, small_model
 
-from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingHead, SyntheticWeightsWarning
+from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingHead
 from numpyesm.alphabet import tokenize
-from numpyesm.config import ModelConfig
 from numpyesm.kernels.numpy_forward import NumpyKernels
+from numpyesm.kernels.numpy_steps import gelu
 from numpyesm.options import Outputs
 from numpyesm.results import count_numbers, fields
 from numpyesm.weights import save_canonical
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
-
-def quiet(checkpoint: Checkpoint, **options: Any) -> ESM2:
-    """A model whose weights do not say that they are synthetic."""
-    return ESM2(replace(checkpoint, synthetic=False), **{"backend": "numpy", "threads": 2} | options)
+pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
 
 # -- outputs -------------------------------------------------------------------------------------------------------
@@ -143,21 +143,18 @@ def test_bad_options(options: dict[str, Any]) -> None:
         ESM2(random_checkpoint(SMALL), **options)
 
 
-@pytest.mark.parametrize("head", [LM_HEAD, CONTACT_HEAD])
-def test_trunk_without_a_head(head: tuple[str, ...]) -> None:
-    whole = random_checkpoint(SMALL)
-    trunk = ESM2(Checkpoint(SMALL, {n: t for n, t in whole.tensors.items() if n not in head}, "a trunk"))
-    with_lm_head: list[Any] = [
-        lambda: trunk.encode(["MKT"], include=["logits"]),
-        lambda: trunk.predict(["M<mask>"]),
-        lambda: trunk.log_prob(["MKT"]),
+@pytest.mark.parametrize(("head", "message"), [(LM_HEAD, "no LM head"), (CONTACT_HEAD, "no contact head")])
+def test_trunk_without_a_head(head: tuple[str, ...], message: str) -> None:
+    tensors = {name: tensor for name, tensor in random_checkpoint(SMALL).tensors.items() if name not in head}
+    trunk = ESM2(Checkpoint(SMALL, tensors, "a trunk"))
+    calls: list[tuple[Any, tuple[str, ...]]] = [
+        (lambda: trunk.encode(["MKT"], include=["logits"]), LM_HEAD),
+        (lambda: trunk.predict(["M<mask>"]), LM_HEAD),
+        (lambda: trunk.log_prob(["MKT"]), LM_HEAD),
+        (lambda: trunk.encode(["MKT"], include=["mean", "contacts"]), CONTACT_HEAD),
     ]
-    with_contacts: list[Any] = [lambda: trunk.encode(["MKT"], include=["mean", "contacts"])]
-    works, refused = (with_contacts, with_lm_head) if head is LM_HEAD else (with_lm_head, with_contacts)
-    for call in works:
-        call()
-    for call in refused:
-        with pytest.raises(MissingHead, match="no LM head" if head is LM_HEAD else "no contact head"):
+    for call, needed in calls:
+        with pytest.raises(MissingHead, match=message) if needed == head else nullcontext():
             call()
 
 
@@ -186,75 +183,65 @@ def test_results_do_not_depend_on_batch_mates_passes_or_threads(model: ESM2, mon
     assert_same(model.predict(masked), predicted, within=1e-5)
 
 
-def test_several_threads_share_one_model(model: ESM2) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_threads_share_one_model(backend: str) -> None:
+    model = small_model(backend=backend, threads=2)
     batches = [[random_sequence(n, seed) for n in (70, 20, 150)] for seed in range(6)]
     expected = [model.encode(batch, include=ALL) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        for found, wanted in zip(
-            pool.map(lambda b: model.encode(b, include=ALL), batches * 3), expected * 3, strict=True
-        ):
-            assert_same(found, wanted, within=ROUNDING)
+        found = pool.map(lambda batch: model.encode(batch, include=ALL), batches * 3)
+        for one, wanted in zip(found, expected * 3, strict=True):
+            assert_same(one, wanted, within=ROUNDING if backend == "numpy" else 0.0)
 
 
 # -- what is computed ----------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_computed_that_was_not_asked_for(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
+    calls: list[str] = []
 
-    def spy(name: str) -> None:
-        original = getattr(NumpyKernels, name)
+    def spy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: Any, *args: Any) -> Any:
+            layer = f" {args[0]}" if isinstance(args[0], int) else ""
+            calls.append("maps alone" if name == "attention" and args[2] is None else name + layer)
+            return original(self, *args)
 
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args[0] if name in ("project_and_feed_forward", "qkv") else None))
-            if name == "attention":
-                calls.append(("context", args[2] is not None))
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(NumpyKernels, name, wrapped)
+        return wrapped
 
     for name in ("qkv", "attention", "project_and_feed_forward", "final_norm", "lm_head"):
-        spy(name)
+        monkeypatch.setattr(NumpyKernels, name, spy(name, getattr(NumpyKernels, name)))
 
-    def made(one: ESM2 = model, **options: Any) -> list[Any]:
+    def made(one: ESM2 = model, **options: Any) -> list[str]:
         calls.clear()
         one.encode(["MKT"], **options)
         return list(calls)
 
-    def layers(found: list[Any], step: str) -> list[int]:
-        return [layer for name, layer in found if name == step]
-
+    first, second = (["qkv " + n, "attention", "project_and_feed_forward " + n] for n in "01")
     assert made(repr_layers=[0], include=["mean", "per_token", "bos"]) == []
-    one = made(repr_layers=[0, 1])
-    assert layers(one, "qkv") == layers(one, "project_and_feed_forward") == [0]
-    assert not layers(one, "lm_head") + layers(one, "final_norm")
-    assert not layers(made(include=["mean"]), "lm_head")
-    assert len(layers(made(repr_layers=[0], include=["logits"]), "lm_head")) == 1
+    assert made(repr_layers=[0, 1]) == first
+    assert "lm_head" not in made(include=["mean"])
+    assert made(repr_layers=[0], include=["logits"]).count("lm_head") == 1
     # Contacts need the attention of the last layer, but not its output.
-    contacts = made(include=["contacts"])
-    assert layers(contacts, "project_and_feed_forward") == [0, 1]
-    assert contacts[-1] == ("context", False)
+    assert made(include=["contacts"]) == [*first, *second, "qkv 2", "maps alone"]
     # Layers above the last coefficient that is not zero do not run.
     checkpoint = random_checkpoint(SMALL)
     checkpoint.tensors["contact_head.weight"].raw[20:] = 0
-    assert layers(made(quiet(checkpoint), include=["contacts"]), "qkv") == [0]
+    assert made(ESM2(checkpoint, backend="numpy"), repr_layers=[0], include=["contacts"]) == ["qkv 0", "maps alone"]
 
 
 def test_all_contact_coefficients_zero() -> None:
     checkpoint = random_checkpoint(SMALL)
     checkpoint.tensors["contact_head.weight"].raw[:] = 0
     checkpoint.tensors["contact_head.bias"].raw[:] = -1
-    contacts = quiet(checkpoint).encode(["MKTAYIAK"], include=["contacts"])[0].contacts
+    contacts = ESM2(checkpoint, backend="numpy").encode(["MKTAYIAK"], include=["contacts"])[0].contacts
     np.testing.assert_allclose(contacts, 1 / (1 + np.e), atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(2, 48, 3, 96), (1, 64, 2, 256), (1, 128, 2, 512)])
-def test_other_shapes(shape: tuple[int, int, int, int]) -> None:
-    """Heads of 16, 32 and 64 channels, as 8M, 150M and 650M have them."""
-    checkpoint = random_checkpoint(ModelConfig(*shape))
-    ours, truth = (quiet(checkpoint, precision=precision) for precision in ("fp32", "fp64"))
-    sequences = ["MKTAYIAKQR", random_sequence(70)]
-    assert_same(ours.encode(sequences, include=ALL), truth.encode(sequences, include=ALL), within=1e-5)
+def test_gelu_is_the_exact_form() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 4001), [0, -0.0, 1e-30, -1e-30, 60, -60, 1e6, -1e6, np.inf]])
+    gelu(found := x.astype(np.float32)[:, None])
+    exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) if v > -40 else 0.0 for v in x.astype(np.float32).astype(float)]
+    np.testing.assert_allclose(found[:, 0], exact, rtol=1.2e-7, atol=1.5e-7)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -262,7 +249,7 @@ def test_large_scores_do_not_overflow() -> None:
     checkpoint = random_checkpoint(SMALL)
     for layer in range(SMALL.num_layers):
         checkpoint.tensors[f"layers.{layer}.qkv.weight"].raw[:, :160] *= 30
-    models = (quiet(checkpoint, precision=precision) for precision in ("fp32", "fp64"))
+    models = (ESM2(checkpoint, backend="numpy", precision=precision) for precision in ("fp32", "fp64"))
     a, b = (m.encode([random_sequence(90)], [1], ["mean", "attentions"])[0] for m in models)
     assert np.isfinite(a.embeddings[1]).all()
     np.testing.assert_allclose(a.embeddings[1], b.embeddings[1], atol=1e-3)
@@ -302,22 +289,14 @@ def test_repr_says_what_it_is(model: ESM2) -> None:
         assert part in text
 
 
-def test_synthetic_weights_are_loud() -> None:
-    with pytest.warns(SyntheticWeightsWarning, match="mean nothing"):
-        ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
-
-
 # -- failures under way --------------------------------------------------------------------------------------------
 
 
 def test_failure_in_a_worker_reaches_the_caller_and_leaves_the_model_usable(
     model: ESM2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise MemoryError("no room")
-
     with monkeypatch.context() as patch:
-        patch.setattr(NumpyKernels, "project_and_feed_forward", fail)
+        patch.setattr(NumpyKernels, "project_and_feed_forward", Mock(side_effect=MemoryError("no room")))
         with pytest.raises(MemoryError, match="no room"):
             model.encode(MIXED)
     assert len(model.encode(MIXED)) == len(MIXED)

@@ -1,16 +1,19 @@
-"""`numpyesm.reference`, the judge of all backends, against fair-esm in float64."""
+"""`numpyesm.reference`, the judge of all backends, against fair-esm in float64; and every backend against it."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_sequence
+from conftest import ALL, assert_close, outputs_of_reference, random_sequence
 
+from numpyesm import ESM2
 from numpyesm.alphabet import TOKENS, tokenize
 from numpyesm.config import PRESETS
-from numpyesm.reference import forward, nested
+from numpyesm.options import Outputs
+from numpyesm.reference import EOS, PAD, forward, nested
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("esm")
@@ -34,11 +37,31 @@ def assert_equal_to_fair_esm(fair: Any, tokens: np.ndarray, weights: dict[str, A
     assert largest(found["contacts"], expected["contacts"][0]) < 1e-9
 
 
+BACKENDS = [
+    ("numpy", "fp64", 1e-9),
+    ("numpy", "fp32", 2e-5),
+    *([("compiled", "fp32", 2e-5)] * bool(find_spec("numba"))),
+]
+
+
 @pytest.mark.parametrize("sharpness", [1.0, 2.5])
 def test_random_weights(sharpness: float) -> None:
     fair = fair_esm_model(3, sharpness, PRESETS["esm2-8m"])
-    weights = nested(as_checkpoint(fair))
+    checkpoint = as_checkpoint(fair)
+    weights = nested(checkpoint)
     fair = fair.double()
     batch = tokenize(["M", "MK", "ACDEFGHIKLMNPQRSTVWYBXZUO-", random_sequence(70)])
-    for tokens in (*batch, EVERY_TOKEN, np.array([0, 20, 32, 32, 15, 2], np.uint8)):
+    batch += tokenize(["M<mask><mask>K", "<mask>" * 50], masks=True)
+    for tokens in (*batch, EVERY_TOKEN):
         assert_equal_to_fair_esm(fair, tokens, weights)
+    batch.append(np.append(EVERY_TOKEN[~np.isin(EVERY_TOKEN, (PAD, EOS))], EOS))  # what a pass takes of them
+    outputs = Outputs.check(checkpoint, range(7), ALL)
+    for backend, precision, within in BACKENDS:
+        model = ESM2(checkpoint, backend=backend, precision=precision, threads=2)
+        for result, tokens in zip(model.passes.encode(batch, outputs), batch, strict=True):
+            expected = outputs_of_reference(weights, tokens)
+            for name, values in result.to_arrays().items():
+                assert_close(values, expected[name], within)
+        some = [np.arange(1, len(tokens) - 1, 3) for tokens in batch]
+        for logits, tokens, rows in zip(model.passes.logits(batch, some, slice(33)), batch, some, strict=True):
+            assert_close(logits, forward(tokens, **weights)["logits"][rows], within)

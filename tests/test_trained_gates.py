@@ -1,16 +1,12 @@
 """The gates of bf16 and int8 on trained weights and real proteins of 21 to 659 residues, six of them under 40.
 
-Judged in float64 on the last layer: the cosine of every residue's embedding and of every protein's mean. The file runs
-once for the host's best instruction set, and in another process for the best that treats bf16 in the other way.
+Judged in float64 on the last layer: the cosine of every residue's embedding and of every protein's mean.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +25,13 @@ pytestmark = [pytest.mark.trained_weights, pytest.mark.slow]
 # Smallest cosine of a residue, its first percentile, smallest cosine of a mean.
 GATES = {"bf16": (0.9993, 0.9998, 0.9999), "int8": (0.997, 0.9985, 0.9993)}
 LAST = trained_weights.LAYERS
-FOLDER = "NUMPYESM_TEST_GATES"  # where the run at another level finds what the first one has made
 
 Vectors = tuple[np.ndarray, np.ndarray]  # of one protein: the mean (D,), and residues (L, D)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trunk as transformers wrote it, and converted to every precision; a run at another level takes them over."""
-    if made_before := os.environ.get(FOLDER):
-        return Path(made_before)
+    """The trunk as transformers wrote it, and converted to every precision."""
     folder = trained_weights.write_hugging_face(tmp_path_factory.mktemp("trained"))
     for dtype in ("fp32", *GATES):
         convert(folder, folder / f"{dtype}.safetensors", dtype=dtype)
@@ -53,12 +46,7 @@ def encode(path: Path, backend: str, precision: str) -> list[Vectors]:
 
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> list[Vectors]:
-    kept = folder / "exact.npz"
-    if not kept.exists():
-        np.savez(kept, *itertools.chain.from_iterable(encode(folder / "fp32.safetensors", "numpy", "fp64")))
-    with np.load(kept) as arrays:
-        values = list(arrays.values())
-    return list(zip(values[::2], values[1::2], strict=True))
+    return encode(folder / "fp32.safetensors", "numpy", "fp64")
 
 
 def assert_in_gates(found: list[Vectors], exact: list[Vectors], precision: str) -> None:
@@ -70,27 +58,22 @@ def assert_in_gates(found: list[Vectors], exact: list[Vectors], precision: str) 
     assert all(value >= gate for value, gate in zip(values, GATES[precision], strict=True)), values
 
 
-@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
-@pytest.mark.parametrize("source", ["converted", "fp32.safetensors", ""])
 @pytest.mark.parametrize("precision", GATES)
-def test_compiled(folder: Path, exact: list[Vectors], precision: str, source: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "source"), [("numpy", ""), ("numba", ""), ("numba", "fp32.safetensors"), ("numba", "checkpoint")]
+)
+def test_gates(folder: Path, exact: list[Vectors], precision: str, backend: str, source: str) -> None:
     """From a file in this precision, from one in float32, and from the checkpoint itself."""
-    path = folder / (f"{precision}.safetensors" if source == "converted" else source)
-    assert_in_gates(encode(path, "compiled", precision), exact, precision)
+    pytest.importorskip(backend)
+    path = folder if source == "checkpoint" else folder / (source or f"{precision}.safetensors")
+    assert_in_gates(encode(path, backend, precision if backend == "numba" else "fp32"), exact, precision)
 
 
 @pytest.mark.parametrize("precision", GATES)
-def test_narrow_files_on_numpy(folder: Path, exact: list[Vectors], precision: str) -> None:
-    assert_in_gates(encode(folder / f"{precision}.safetensors", "numpy", "fp32"), exact, precision)
-
-
-def test_other_way_of_bf16(folder: Path, exact: list[Vectors]) -> None:
+def test_other_way_of_bf16(folder: Path, exact: list[Vectors], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best instruction set that treats it in the other way, in a process of its own."""
     pytest.importorskip("numba")
-    if os.environ.get("NUMPYESM_ISA"):
-        pytest.skip("this is the run at another level")
-    others = [name for name, isa in host_levels().items() if isa.bf16 != host_isa().bf16]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "", "-k", "compiled"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    environment = {**os.environ, "NUMPYESM_ISA": others[0], FOLDER: str(folder)}
-    done = subprocess.run(command, env=environment, cwd=trained_weights.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    monkeypatch.setenv("NUMPYESM_ISA", next(n for n, isa in host_levels().items() if isa.bf16 != host_isa().bf16))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(encode, folder / f"{precision}.safetensors", "compiled", precision).result()
+    assert_in_gates(found, exact, precision)

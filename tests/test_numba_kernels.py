@@ -64,9 +64,9 @@ def test_lm_head_takes_any_number_of_rows(shape: str) -> None:
         assert (hidden[[0, -1]] == 7).all()
 
 
-def encode(checkpoint: Checkpoint, precision: str, sequences: list[str]) -> list[Any]:
-    """All outputs of the compiled backend or, of `fp64`, of NumPy."""
-    backend = "numpy" if precision == "fp64" else "compiled"
+def encode(checkpoint: Checkpoint, precision: str, sequences: list[str], backend: str = "compiled") -> list[Any]:
+    """All outputs; `fp64` is NumPy's."""
+    backend = "numpy" if precision == "fp64" else backend
     return ESM2(checkpoint, backend=backend, precision=precision, threads=2).encode(sequences, [0, 1, 2], ALL)
 
 
@@ -88,10 +88,11 @@ def spread(found: list[Any], exact: list[Any], output: str) -> float:
     return float(np.sqrt(np.mean((ours - truth) ** 2)) / truth.std())
 
 
+@pytest.mark.parametrize("backend", ["compiled", "numpy"])
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_model_of_two_layers(shape: str, precision: str) -> None:
-    found = encode(random_checkpoint(SHAPES[shape], seed=3), precision, SEQUENCES)
+def test_model_of_two_layers(shape: str, precision: str, backend: str) -> None:
+    found = encode(random_checkpoint(SHAPES[shape], seed=3), precision, SEQUENCES, backend)
     typical, largest = BOUNDS[precision]
     assert_same(found, exact(shape), within=largest)
     for output in found[0].to_arrays():
@@ -121,9 +122,8 @@ def test_numbers_out_of_the_range_of_exponentials(precision: str, sharper: int, 
     )
     if extreme == "scores":
         weight[:, :960] *= sharper  # rounding to bf16 moves scores by their 500th
-    elif (
-        extreme == "shifted scores"
-    ):  # up or down for all keys of a query, by a channel that is 1 in all and does not turn
+    elif extreme == "shifted scores":
+        # Up or down for all keys of a query, by a channel that is 1 in all and does not turn.
         checkpoint.tensors[FREQUENCIES].raw[0] = 0
         weight[:, 480:960:24], bias[480:960:24] = 0, 1
         weight[:, :480:24] *= 150

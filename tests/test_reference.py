@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trained_weights
 from conftest import ALL, assert_close, outputs_of_reference, random_sequence
 
 from numpyesm import ESM2
@@ -64,3 +65,18 @@ def test_random_weights(sharpness: float) -> None:
             assert_close(logits, exact["logits"][rows - 1], within)
             for name, values in result.to_arrays().items():
                 assert_close(values, exact[name], within)
+
+
+@pytest.mark.trained_weights
+@pytest.mark.slow
+def test_trained_weights() -> None:
+    state = trained_weights.fair_esm_tensors(trained_weights.hugging_face_tensors())
+    fair = fair_esm_model(0, config=PRESETS["esm2-8m"])
+    assert not fair.load_state_dict(state, strict=False).missing_keys
+    weights = nested(as_checkpoint(fair))
+    ubiquitin = tokenize([trained_weights.real_proteins()["ubiquitin"]])[0]
+    for tokens in (ubiquitin, EVERY_TOKEN):
+        assert_equal_to_fair_esm(fair.double(), tokens, weights)
+    # The regression is trained: it finds ubiquitin's first hairpin, strands 1 to 7 and 10 to 17.
+    contacts = forward(ubiquitin, **weights)["contacts"]
+    assert min(contacts[1, 13], contacts[3, 11]) > 0.9

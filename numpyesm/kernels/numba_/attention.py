@@ -208,12 +208,14 @@ def _pair_values(values, length, head_dim, out):
 
 
 @helper
-def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
+def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, buffers):
     """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
-    Row 0 is what scores are moved by. With `keep`, all exponentials stay in `scores` (L, lanes). A chunk is summed by
-    itself, in row 2: the rounding of one long sum would scale the whole context.
+    `buffers` are scores, pairs, state and context. Row 0 of `state` is what scores are moved by. With `keep`, all
+    exponentials stay in `scores` (L, lanes). A chunk is summed by itself, in row 2: the rounding of one long sum would
+    scale the whole context.
     """
+    scores, pairs, state, context = buffers
     shift, total, part = state, state + 4 * lanes, state + 8 * lanes
     sums, parts = carray(float32_at(total), (lanes,)), carray(float32_at(part), (lanes,))
     for lane in range(lanes):
@@ -364,17 +366,14 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
     head_step = 4 * all_rows * head_dim
     part_step = heads * head_step
     items = head_dim // 2 if narrow else head_dim
-    strip, scores, state = (
+    strip, scores, pairs = (
         load_integer(room, Room.QUERIES),
         load_integer(room, Room.SCORES),
-        load_integer(room, Room.STATE),
+        load_integer(room, Room.PAIRS),
     )
-    context, kept, factors = (
-        load_integer(room, Room.STRIP_CONTEXT),
-        load_integer(room, Room.KEPT),
-        load_integer(room, Room.FACTORS),
-    )
-    pairs, value_pairs = load_integer(room, Room.PAIRS), load_integer(room, Room.VALUES)
+    state, context = load_integer(room, Room.STATE), load_integer(room, Room.STRIP_CONTEXT)
+    kept, factors = load_integer(room, Room.KEPT), load_integer(room, Room.FACTORS)
+    value_pairs, buffers = load_integer(room, Room.VALUES), (scores, pairs, state, context)
     with_contacts = with_others = maps_only = False
     if maps != 0:
         with_contacts = load_integer(maps, Maps.MAP_OF_HEAD) != 0
@@ -413,25 +412,9 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
             again = False
             while True:
                 if narrow and _TILES:
-                    strip_on_tiles(
-                        keep, strip, head_keys, values, step, length, head_dim, lanes, scores, pairs, state, context
-                    )
+                    strip_on_tiles(keep, strip, head_keys, values, step, length, head_dim, lanes, buffers)
                 else:
-                    _strip(
-                        narrow,
-                        keep,
-                        strip,
-                        head_keys,
-                        values,
-                        step,
-                        length,
-                        head_dim,
-                        lanes,
-                        scores,
-                        pairs,
-                        state,
-                        context,
-                    )
+                    _strip(narrow, keep, strip, head_keys, values, step, length, head_dim, lanes, buffers)
                 if again or _safe(state + 4 * lanes, count):
                     break
                 _keep(kept, state, context, head_dim, lanes)

@@ -68,8 +68,9 @@ def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, s
 
 
 @helper
-def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, scores, pairs, state, context):
+def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, buffers):
     """See `attention._strip`; `values` as `transpose_values` leaves them, tiles configured with all rows."""
+    scores, pairs, state, context = buffers
     shift, total = state, state + 4 * lanes
     sums = carray(float32_at(total), (lanes,))
     for lane in range(lanes):

@@ -35,14 +35,15 @@ STRIP_ROWS, STRIP_COLUMNS = ISA.strip_rows, ISA.strip_columns
 
 I32, I64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-# 2^f on [-1/2, 1/2], highest power first: least squares reweighted to an even relative error of 9e-8, a float32's own
-# rounding, with 2^0 exact; and of 7e-5 for what is rounded to 8 bits afterwards.
+# 2^f on [-1/2, 1/2], highest power first: least squares reweighted to an even relative error of 2e-9, and of 7e-5 for
+# what is rounded to 8 bits afterwards.
 _EXP2_P = (
-    0.001326472731307149,
-    0.009671512991189957,
-    0.05550733581185341,
-    0.24022242426872253,
-    0.6931470036506653,
+    0.00015353361885996788,
+    0.0013398874422857476,
+    0.009618437357837392,
+    0.05550332471098659,
+    0.24022647913626272,
+    0.693147202855082,
     1.0,
 )
 _EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)

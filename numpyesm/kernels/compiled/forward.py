@@ -79,7 +79,7 @@ class CompiledForward(Forward):
         qkv_size = 3 * rows * config.num_heads * packed.head_dim
         entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
-            Pass.POSITIONS: np.concatenate([np.arange(length) for length in lengths]),
+            Pass.POSITIONS: np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
             Pass.X: self.x,
@@ -96,7 +96,7 @@ class CompiledForward(Forward):
         }
         if packed.narrow:
             short = np.repeat([length <= SHORT for length in lengths], lengths)
-            entries[Pass.SHORT_ROWS] = np.concatenate([[0], np.cumsum(short)])
+            entries[Pass.SHORT_ROWS] = np.cumsum(np.append(False, short), dtype=np.int64)
         self._table, self._kept = table(Pass, entries), (rotary, entries)  # what the tables point at
         self._use_blocks()
         self._run(1)

@@ -110,8 +110,8 @@ def chunk_keys(isa: Isa) -> int:
 
 
 def strip_size(isa: Isa, length: int, with_maps: bool) -> int:
-    """Numbers of `Room.SCORES`: one chunk of scores, or all of them, and a row of zeros, where maps are wanted."""
-    rows = -(-length // ROWS) * ROWS if isa.tiles else length + 1
+    """Numbers of `Room.SCORES`: one chunk of scores, or all of them where maps are wanted."""
+    rows = -(-length // ROWS) * ROWS if isa.tiles else length
     return (rows if with_maps else chunk_keys(isa)) * isa.strip_columns
 
 

@@ -366,14 +366,11 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
     head_step = 4 * all_rows * head_dim
     part_step = heads * head_step
     items = head_dim // 2 if narrow else head_dim
-    strip, scores, pairs = (
-        load_integer(room, Room.QUERIES),
-        load_integer(room, Room.SCORES),
-        load_integer(room, Room.PAIRS),
-    )
+    strip, value_pairs = load_integer(room, Room.QUERIES), load_integer(room, Room.VALUES)
+    scores, pairs = load_integer(room, Room.SCORES), load_integer(room, Room.PAIRS)
     state, context = load_integer(room, Room.STATE), load_integer(room, Room.STRIP_CONTEXT)
     kept, factors = load_integer(room, Room.KEPT), load_integer(room, Room.FACTORS)
-    value_pairs, buffers = load_integer(room, Room.VALUES), (scores, pairs, state, context)
+    buffers = scores, pairs, state, context
     with_contacts = with_others = maps_only = False
     if maps != 0:
         with_contacts = load_integer(maps, Maps.MAP_OF_HEAD) != 0

@@ -401,55 +401,43 @@ def _linear_product(kind: str) -> Any:
     return multiply
 
 
-def _scores(kind: str) -> Any:
-    """Make the intrinsic `f(rows, lanes, keys, step, queries, k, scores, shift)`: scores = keys · queries - shift."""
-
-    @function(f"numpyesm_scores_{kind}", 8)
-    def scores(
-        e: Emitter, rows: Any, lanes: Any, keys: Any, step: Any, queries: Any, k: Any, out: Any, shift: Any
-    ) -> None:
-        def tile(height: int, vectors: int) -> None:
-            zero = ir.Constant(e.vector, None)
-            start = [e.b.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
-            totals = _multiplied(e, kind, False, height, start, keys, step, queries, k)
-            _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), e.number(0))
-
-        _each_tile(e, rows, lanes, tile)
-
-    return scores
+def _scores(
+    e: Emitter, kind: str, height: int, vectors: int, keys: Any, step: Any, queries: Any, k: Any, out: Any, shift: Any
+) -> None:
+    """A tile of keys · queries - shift."""
+    zero = ir.Constant(e.vector, None)
+    start = [e.b.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
+    totals = _multiplied(e, kind, False, height, start, keys, step, queries, k)
+    _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), e.number(0))
 
 
-def _context(kind: str) -> Any:
-    """Make the intrinsic `f(rows, lanes, values, step, scores, k, context, add)`: values transposed · scores."""
-
-    @function(f"numpyesm_context_{kind}", 8)
-    def context(
-        e: Emitter, rows: Any, lanes: Any, values: Any, step: Any, scores: Any, k: Any, out: Any, add: Any
-    ) -> None:
-        def tile(height: int, vectors: int) -> None:
-            zeros = [ir.Constant(e.vector, None)] * vectors
-            totals = _multiplied(e, kind, True, height, zeros, values, step, scores, k)
-            _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), add)
-
-        _each_tile(e, rows, lanes, tile)
-
-    return context
+def _context(
+    e: Emitter, kind: str, height: int, vectors: int, values: Any, step: Any, scores: Any, k: Any, out: Any, add: Any
+) -> None:
+    """A tile of values transposed · scores, added to what is there if `add` is not 0."""
+    zeros = [ir.Constant(e.vector, None)] * vectors
+    totals = _multiplied(e, kind, True, height, zeros, values, step, scores, k)
+    _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), add)
 
 
-def _each_tile(e: Emitter, rows: Any, lanes: Any, tile: Callable[[int, int], None]) -> None:
-    """`tile(height, vectors)` for the tiles of attention: one register or a full tile of query columns.
+def _attention_product(kind: str, tile: Callable[..., None]) -> Any:
+    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, out, last)` of a tile that is given all but the first two.
 
-    Rows that are left over are taken in powers of two: fewer kernels to compile, and attention's rows are many.
+    Tiles of attention have one register or a full tile of query columns. Rows that are left over are taken in powers
+    of two: fewer kernels to compile, and attention's rows are many.
     """
     heights = sorted({1, 2, 4, *([8] if STRIP_ROWS > 8 else []), STRIP_ROWS})
 
-    def columns(lanes: int) -> None:
-        e.switch(rows, heights, lambda height: tile(height, lanes // LANES))
+    @function(f"numpyesm{tile.__name__}_{kind}", 8)
+    def multiply(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
+        def columns(lanes: int) -> None:
+            e.switch(rows, heights, lambda height: tile(e, kind, height, lanes // LANES, *arguments))
 
-    e.switch(lanes, [LANES, STRIP_COLUMNS], columns)
+        e.switch(lanes, [LANES, STRIP_COLUMNS], columns)
+
+    return multiply
 
 
 multiply_fp32, multiply_bf16 = _linear_product("fp32"), _linear_product("bf16")
-# Attention's.
-scores_fp32, scores_bf16 = _scores("fp32"), _scores("bf16")
-context_fp32, context_bf16 = _context("fp32"), _context("bf16")
+scores_fp32, scores_bf16 = _attention_product("fp32", _scores), _attention_product("bf16", _scores)
+context_fp32, context_bf16 = _attention_product("fp32", _context), _attention_product("bf16", _context)

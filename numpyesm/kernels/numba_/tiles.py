@@ -104,8 +104,8 @@ def multiply_tiles(
 ) -> None:
     """Two tiles of `half` rows, as configured, by a packed panel, with what the next one fetches.
 
-    As `emitter._product`; `k` is a multiple of STEPS. C stays in its registers until `store_tiles`, and beyond it for
-    what is added next.
+    As `emitter._multiplied`; `k` is a multiple of STEPS. C stays in its registers until `store_tiles`, and beyond it
+    for what is added next.
     """
     builder = e.b
     second = builder.mul(half, a_step)

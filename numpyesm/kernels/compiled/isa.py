@@ -21,12 +21,13 @@ _DARWIN = {
     "hw.optional.fma": ("fma",),
     "hw.optional.avx512f": ("avx512f",),
     "hw.optional.avx512bw": ("avx512bw",),
+    "hw.optional.avx512dq": ("avx512dq",),
     "hw.optional.avx512vl": ("avx512vl",),
     "hw.optional.arm.FEAT_BF16": ("bf16",),
 }
 # Numbers of Windows' IsProcessorFeaturePresent: it knows no bf16. Every CPU with AVX2 has FMA; all with AVX-512 but
-# Knights Landing have its byte, word and length parts.
-_WINDOWS = {40: ("avx2", "fma"), 41: ("avx512f", "avx512bw", "avx512vl")}
+# Knights Landing have its byte, word, length and further parts.
+_WINDOWS = {40: ("avx2", "fma"), 41: ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), see Linux's Documentation/arch/x86/xstate.rst.
 _ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18
 
@@ -98,7 +99,7 @@ class Isa:
 
 
 _AVX2 = ("avx2", "fma")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _LEVELS = {
     "x86_64": (
         Isa("amx", (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"), 16, 2, 12, 12, bf16=True, tiles=True),

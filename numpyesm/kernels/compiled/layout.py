@@ -91,7 +91,7 @@ class Room(IntEnum):
     NARROW_QUERIES = 12  # one head of a block
     NARROW_KEYS = 13  # one head of a sequence
     NARROW_VALUES = 14
-    SHIFTS = 15  # what keys are moved by, then zeros: (2, head_dim)
+    SHIFT = 15  # what keys are moved by: (head_dim,)
     VALUES = 16  # values of one head, neighbours in pairs
     PAIRS = 17  # a chunk of exponentials as pairs, where SCORES keeps them for maps
     ENTRIES = 18

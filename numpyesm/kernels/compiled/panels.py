@@ -15,6 +15,8 @@ from .layout import Room
 
 # Keys whose exponentials tile registers hold at a time, as pairs of bf16: a part of the first cache.
 CHUNK_KEYS_ON_TILES = 320
+# Keys whose scores leave tile registers before their exponentials are taken, a whole number of tiles.
+SCORE_KEYS = 64
 
 
 def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
@@ -112,7 +114,7 @@ def chunk_keys(isa: Isa) -> int:
 def strip_size(isa: Isa, length: int, with_maps: bool) -> int:
     """Numbers of `Room.SCORES`: one chunk of scores, or all of them where maps are wanted."""
     rows = -(-length // ROWS) * ROWS if isa.tiles else length
-    return (rows if with_maps else chunk_keys(isa)) * isa.strip_columns
+    return (rows if with_maps else max(chunk_keys(isa), SCORE_KEYS)) * isa.strip_columns
 
 
 def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tuple[int, npt.DTypeLike]]:
@@ -121,7 +123,7 @@ def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tu
         Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
         Room.NARROW_KEYS: ((length + ROWS) * head_dim, np.uint16),
         Room.NARROW_VALUES: (length * head_dim, np.uint16),
-        Room.SHIFTS: (2 * head_dim, np.float32),
+        Room.SHIFT: (head_dim, np.float32),
     }
     if not isa.tiles:
         pairs = chunk_keys(isa) * isa.strip_columns

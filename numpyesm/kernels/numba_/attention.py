@@ -29,7 +29,8 @@ from .emitter import (
     scores_bf16,
     scores_fp32,
 )
-from .rows import contact_row, weighted_sum
+from .rows import contact_row, minus_mean, weighted_sum
+from .steps import narrow_rows
 from .tiles import configure_tiles, release_tiles
 from .vectors import (
     PIECE,
@@ -78,7 +79,7 @@ def _tile_height(rows):
 
 @helper
 def _scores(narrow, queries, keys, step, count, head_dim, lanes, scores, shift):
-    """scores (count, lanes) = keys (count, C) · queries (C, lanes) - shift (lanes,)"""
+    """scores (count, lanes) = keys (count, C) · queries (C, lanes) + shift (lanes,)"""
     done = 0
     while done < count:
         height = _tile_height(count - done)
@@ -92,7 +93,7 @@ def _scores(narrow, queries, keys, step, count, head_dim, lanes, scores, shift):
 
 @helper
 def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, state):
-    """Set row 0 of `state`, which is zeros, to each query's largest score over all keys; row 2 is room."""
+    """Set row 0 of `state`, which is zeros, to minus each query's largest score over all keys; row 2 is room."""
     highest = state + 8 * lanes
     best, shift = carray(float32_at(highest), (lanes,)), carray(float32_at(state), (lanes,))
     for lane in range(lanes):
@@ -103,7 +104,7 @@ def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, state)
         for at in range(0, 4 * lanes, VECTOR_BYTES):
             column_maximum(scores + at, 4 * lanes, count, highest + at)
     for lane in range(lanes):
-        shift[lane] = best[lane]
+        shift[lane] = -best[lane]
 
 
 @helper
@@ -127,30 +128,30 @@ def _add_context(narrow, scores, values, step, count, head_dim, lanes, context, 
 
 
 @helper
-def _narrow(source, rows, head_dim, shift, out):
-    """out = source + shift, rounded to bf16: (rows, C), (C,) float32 -> (rows, C)."""
-    for row in range(rows):
-        for channel in range(0, head_dim, PIECE):
-            at = row * head_dim + channel
-            store_piece_bf16(source + 4 * at, shift + 4 * channel, out + 2 * at)
+def _narrow(source, count, out):
+    """`count` numbers that follow each other, rounded to bf16."""
+    narrow_rows(source, 1, count, out, 2 * count, 0, 0)
+
+
+@helper
+def _narrow_keys(keys, length, head_dim, shift, out):
+    """out = keys less their mean, rounded to bf16: (L, C) float32 -> (L, C); `shift` (C,) becomes minus the mean."""
+    step = 4 * head_dim
+    for channel in range(0, head_dim, PIECE):
+        at = 4 * channel
+        minus_mean(keys + at, step, length, shift + at)
+        for key in range(length):
+            here = key * step + at
+            store_piece_bf16(keys + here, shift + at, out + here // 2)
 
 
 @helper
 def _narrow_head(queries, rows, keys, values, length, head_dim, room):
     """One head's queries, keys less their mean, and values, as bf16 in this thread's buffers."""
-    shifts = load_integer(room, Room.SHIFTS)
-    sums, key_rows = carray(float32_at(shifts), (2 * head_dim,)), carray(float32_at(keys), (length, head_dim))
-    sums[:] = _ZERO
-    for key in range(length):
-        for channel in range(head_dim):
-            sums[channel] -= key_rows[key, channel]
-    for channel in range(head_dim):
-        sums[channel] /= np.float32(length)
-    zeros = shifts + 4 * head_dim
     narrow_keys = load_integer(room, Room.NARROW_KEYS)
-    _narrow(queries, rows, head_dim, zeros, load_integer(room, Room.NARROW_QUERIES))
-    _narrow(keys, length, head_dim, shifts, narrow_keys)
-    _narrow(values, length, head_dim, zeros, load_integer(room, Room.NARROW_VALUES))
+    _narrow(queries, rows * head_dim, load_integer(room, Room.NARROW_QUERIES))
+    _narrow_keys(keys, length, head_dim, load_integer(room, Room.SHIFT), narrow_keys)
+    _narrow(values, length * head_dim, load_integer(room, Room.NARROW_VALUES))
     if _TILES:  # they read behind the last key
         rest = carray(uint16_at(narrow_keys + 2 * length * head_dim), (ROWS * head_dim,))
         rest[:] = np.uint16(0)
@@ -211,7 +212,7 @@ def _pair_values(values, length, head_dim, out):
 def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, buffers):
     """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
-    `buffers` are scores, pairs, state and context. Row 0 of `state` is what scores are moved by. With `keep`, all
+    `buffers` are scores, pairs, state and context. Row 0 of `state` is added to scores. With `keep`, all
     exponentials stay in `scores` (L, lanes). A chunk is summed by itself, in row 2: the rounding of one long sum would
     scale the whole context.
     """
@@ -227,7 +228,7 @@ def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, b
             parts[lane] = _ZERO
         _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift)
         if narrow:
-            exponentials_bf16(lanes, count, chunk, part, pairs)
+            exponentials_bf16(lanes, count, chunk, part, pairs, 1 if keep else 0)
             here, count = values + 2 * first * head_dim, (count + 1) // 2
             _add_context(narrow, pairs, here, 4 * head_dim, count, head_dim, lanes, context, first)
         else:

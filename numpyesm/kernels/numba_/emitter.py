@@ -17,6 +17,7 @@ from inspect import Parameter, Signature
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -55,6 +56,10 @@ _ROUND = 12582912.0
 # Pointers have no type since LLVM 15.
 _PREFETCH = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= 15 else "llvm.prefetch.p0i8"
 _EXP2_LOWEST, _EXP2_HIGHEST = -125.0, 126.0
+# What `vreduceps` takes off: the largest whole number below, without a report that it was not exact.
+_FLOOR = 9
+# Two ones in bf16.
+_ONES = 0x3F803F80
 # Turns of a product's loop at a time: some fifty multiplications. Half as many are 2 to 3 % slower, twice 5 to 10 %.
 _UNROLLED = 48 // (TILE_ROWS * ISA.vectors)
 
@@ -113,12 +118,11 @@ class Emitter:
         """This integer in every lane."""
         return ir.Constant(self.integers, [value] * self.isa.lanes)
 
-    def splat(self, scalar: Any) -> Any:
+    def splat(self, scalar: Any, lanes: int = LANES) -> Any:
         """A vector with `scalar` in every lane."""
-        kind = ir.VectorType(scalar.type, self.isa.lanes)
-        undefined = ir.Constant(kind, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
         one = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, undefined, self.whole(0))
+        return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
     def call(self, name: str, result: Any, *arguments: Any) -> Any:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -137,28 +141,57 @@ class Emitter:
         """Lane-wise minimum; x where either is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", x, y), y, x)
 
-    def exp2(self, x: Any, coarse: bool = False) -> Any:
-        """2^x; NaN stays NaN. Without AVX-512, exponents are limited to those of normal numbers."""
+    def exp2(self, x: Any, coarse: bool = False, raised: float = 0.0) -> Any:
+        """2^x; NaN stays NaN. Without AVX-512, exponents are limited to those of normal numbers.
+
+        `raised` is added to what is then multiplied by a power of two: to a number from 1 to 2 on AVX-512, else from
+        1/√2 to √2.
+        """
         b = self.b
-        scales = self.isa.lanes == 16  # an instruction that knows overflow and underflow
+        coefficients = np.poly1d(_EXP2_COARSE_P if coarse else _EXP2_P)
+        scales = self.isa.lanes == 16  # instructions that take off the whole part, and know overflow and underflow
         if scales:
-            whole = self.call("llvm.nearbyint.v16f32", self.vector, x)
+            fraction = self._avx512("reduce", x, ir.Constant(I32, _FLOOR))
+            coefficients = math.sqrt(2) * coefficients(np.poly1d([1, -0.5]))
         else:
             x = self.smaller(self.larger(x, self.constant(_EXP2_LOWEST)), self.constant(_EXP2_HIGHEST))
             shifted = b.fadd(x, self.constant(_ROUND))
-            whole = b.fsub(shifted, self.constant(_ROUND))
-        fraction = b.fsub(x, whole)
-        first, *others = _EXP2_COARSE_P if coarse else _EXP2_P
+            fraction = b.fsub(x, b.fsub(shifted, self.constant(_ROUND)))
+        first, *others = (coefficients + raised).coef
         p = self.constant(first)
         for coefficient in others:
             p = self.fma(p, fraction, self.constant(coefficient))
         if scales:
-            every = ir.Constant(ir.IntType(16), 0xFFFF)
-            current_rounding = ir.Constant(I32, 4)
-            name = "llvm.x86.avx512.mask.scalef.ps.512"
-            return self.call(name, self.vector, p, whole, p, every, current_rounding)
+            return self._avx512("scalef", p, x)
         power = b.shl(b.bitcast(shifted, self.integers), self.whole(23))
         return b.bitcast(b.add(b.bitcast(p, self.integers), power), self.vector)
+
+    def _avx512(self, name: str, x: Any, *arguments: Any) -> Any:
+        """An instruction for one register of float32, in every lane, rounded as is set."""
+        every, rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(I32, 4)
+        return self.call(f"llvm.x86.avx512.mask.{name}.ps.512", self.vector, x, *arguments, x, every, rounding)
+
+    def exp2_pair(self, low: Any, high: Any, total: Any) -> tuple[Any, Any]:
+        """2^low and 2^high to 4 digits in bf16, lane by lane side by side, and `total` plus both; `high` may be None.
+
+        Rounded halves up, the sum with them: what multiplies values is then what they are divided by.
+        """
+        b = self.b
+
+        def bits(x: Any) -> Any:
+            if self.isa.lanes == 16:  # half of the last digit in bf16 of a number from 1 to 2
+                return b.bitcast(self.exp2(x, coarse=True, raised=2.0**-8), self.integers)
+            return b.add(b.bitcast(self.exp2(x, coarse=True), self.integers), self.whole(0x8000))
+
+        pair = b.lshr(bits(low), self.whole(16))
+        if high is not None:
+            pair = b.or_(pair, b.and_(bits(high), self.whole(0xFFFF0000)))
+        return pair, _multiply_bf16(self, pair, self.whole(_ONES), total)
+
+    def widen_pair(self, pair: Any) -> tuple[Any, Any]:
+        """The two numbers of each lane of a pair as float32."""
+        low, high = self.b.shl(pair, self.whole(16)), self.b.and_(pair, self.whole(0xFFFF0000))
+        return self.b.bitcast(low, self.vector), self.b.bitcast(high, self.vector)
 
     def narrow(self, x: Any) -> Any:
         """float32 rounded to bf16, as the bits that memory holds."""
@@ -181,12 +214,6 @@ class Emitter:
         """The two numbers of `split` at two addresses."""
         for part, address in zip(self.split(x), (out, low), strict=True):
             self.store(part, address, align=2)
-
-    def narrow_pair(self, low: Any, high: Any) -> Any:
-        """Two float32 vectors rounded to bf16, lane by lane one beside the other."""
-        b = self.b
-        low, high = (b.add(b.bitcast(x, self.integers), self.whole(0x8000)) for x in (low, high))
-        return b.or_(b.lshr(low, self.whole(16)), b.and_(high, self.whole(0xFFFF0000)))
 
     def gelu(self, x: Any, coarse: bool = False) -> Any:
         """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `constants.py`."""
@@ -280,9 +307,8 @@ def _multiply_fp32(e: Emitter, a: Any, b: Any, total: Any) -> Any:
 def _multiply_bf16(e: Emitter, a: Any, b: Any, total: Any) -> Any:
     """Two neighbours in k at a time, summed in float32."""
     if e.isa.spelled_out:
-        low = [e.b.bitcast(e.b.shl(x, e.whole(16)), e.vector) for x in (a, b)]
-        high = [e.b.bitcast(e.b.and_(x, e.whole(0xFFFF0000)), e.vector) for x in (a, b)]
-        return e.fma(high[0], high[1], e.fma(low[0], low[1], total))
+        low, high = zip(e.widen_pair(a), e.widen_pair(b), strict=True)
+        return e.fma(*high, e.fma(*low, total))
     pairs = ir.VectorType(_BFloat(), 2 * e.isa.lanes)
     name = "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if e.isa.lanes == 4 else "llvm.x86.avx512bf16.dpbf16ps.512"
     return e.call(name, e.vector, total, e.b.bitcast(a, pairs), e.b.bitcast(b, pairs))
@@ -404,9 +430,8 @@ def _linear_product(kind: str) -> Any:
 def _scores(
     e: Emitter, kind: str, height: int, vectors: int, keys: Any, step: Any, queries: Any, k: Any, out: Any, shift: Any
 ) -> None:
-    """A tile of keys · queries - shift."""
-    zero = ir.Constant(e.vector, None)
-    start = [e.b.fsub(zero, e.load(e.at(shift, j), e.vector)) for j in range(vectors)]
+    """A tile of keys · queries + shift."""
+    start = [e.load(e.at(shift, j), e.vector) for j in range(vectors)]
     totals = _multiplied(e, kind, False, height, start, keys, step, queries, k)
     _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), e.number(0))
 

@@ -11,7 +11,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter, intrinsic
+from .emitter import FLOAT, I32, VECTOR_BYTES, Emitter, intrinsic, on_addresses
+from .vectors import FLOATS, PIECE
 
 
 def _across(e: Emitter, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -62,6 +63,17 @@ def row_squares(e: Emitter, x: Any, count: Any, mean: Any) -> Any:
         return e.fma(difference, difference, value)
 
     return _across(e, _halves(e, count, e.constant(0.0), step, e.b.fadd), e.b.fadd)
+
+
+@on_addresses(4)
+def minus_mean(e: Emitter, x: Any, step: Any, count: Any, out: Any) -> None:
+    """out = minus the mean of PIECE numbers over `count` rows, which are `step` bytes apart."""
+
+    def less(i: Any, value: Any) -> Any:
+        return e.b.fsub(value, e.load(e.b.add(x, e.b.mul(i, step)), FLOATS))
+
+    total = _halves(e, count, ir.Constant(FLOATS, [0.0] * PIECE), less, e.b.fadd)
+    e.store(e.b.fdiv(total, e.splat(e.b.sitofp(count, FLOAT), PIECE)), out)
 
 
 def _normalise(narrow: bool, split: bool = False) -> Any:

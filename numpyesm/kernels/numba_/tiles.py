@@ -14,7 +14,9 @@ from typing import Any
 from llvmlite import ir
 
 from ..compiled.isa import HALF_ROWS, STEPS
+from ..compiled.panels import SCORE_KEYS
 from .emitter import I64, LANES, STRIP_COLUMNS, TILE_BYTES, VECTOR_BYTES, Emitter, function, on_addresses
+from .vectors import exponential_pairs
 
 BYTE = ir.IntType(8)
 _POINTER = BYTE.as_pointer()
@@ -178,7 +180,7 @@ def context_product(
 
 @function("numpyesm_tiles_scores", 11)
 def tile_scores(e: Emitter, lanes: Any, *arguments: Any) -> None:
-    """2^(keys · queries - shift) of `lanes` queries, with 16 rows configured; see `_score_blocks`."""
+    """2^(keys · queries + shift) of `lanes` queries, with 16 rows configured; see `_score_blocks`."""
     e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
 
 
@@ -186,35 +188,28 @@ def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
     """Exponentials for `count` keys, which lie `step` bytes apart, and some vectors of queries in `k` tiles of pairs.
 
     Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one; total += their sum
-    over keys. With `keep` they stay in `scores`, else that holds 32 keys at a time.
+    over keys. With `keep` they stay in `scores`, else that holds SCORE_KEYS keys at a time.
 
-    Exponentials are taken two blocks of 16 keys behind the products: a tile that was just stored cannot be read at
-    once, and a load waits for an earlier store to where it reads, 4 kB apart or not.
+    So many keys' products come before their exponentials because what a tile register has just stored cannot be read
+    at once. Taking both in turns, block by block of 16 keys, is a fifth slower; all keys do not fit the first cache.
     """
     count, keys, step, queries, k, scores, shift, total, pairs, keep = arguments
     b = e.b
     row_bytes = vectors * VECTOR_BYTES
-    block_bytes = HALF_ROWS * row_bytes
-    shifts = [e.load(e.at(shift, j), e.vector) for j in range(vectors)]
-    ends = [e.at(total, j) for j in range(vectors)]
-    keep = b.icmp_signed("!=", keep, e.number(0))
-    # Where a block lies: all of them behind each other, or two that take turns.
-    mask = b.select(keep, e.number(-1), e.number(1))
-    blocks = b.sdiv(b.add(count, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS))
+    kept = b.icmp_signed("!=", keep, e.number(0))
+    rows_of = e.number(SCORE_KEYS)
 
     def load_queries(i: Any, tiles: tuple[int, int]) -> None:
         start = e.offset(queries, i, STEPS * row_bytes)
         for column in range(vectors):
             _load(e, tiles[column], b.add(start, e.number(column * _ROW_BYTES)), e.number(row_bytes))
 
-    def place(block: Any) -> Any:
-        return e.offset(scores, b.and_(block, mask), block_bytes)
-
-    def product(block: Any) -> None:
-        here = b.add(keys, b.mul(step, b.mul(block, e.number(HALF_ROWS))))
+    def product(here: Any, out: Any) -> None:
+        """Scores of 16 keys."""
         _load(e, _A[0], here, step)
         for column in range(vectors):
-            _zero(e, _C[0][column])
+            # The same row sixteen times.
+            _load(e, _C[0][column], e.at(shift, column), e.number(0))
             _multiply(e, _C[0][column], _A[0], _B[column])
 
         def further(i: Any, _: list[Any]) -> list[Any]:
@@ -225,73 +220,25 @@ def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
                 _multiply(e, _C[0][column], _A[1], _C[1][column])
             return []
 
-        with b.if_then(b.icmp_signed(">", k, e.number(1))):
-            e.loop(b.sub(k, e.number(1)), [], further)
-
-    def store(block: Any) -> None:
+        e.fold(b.sub(k, e.number(1)), [], further)
         for column in range(vectors):
-            at = b.add(place(block), e.number(column * _ROW_BYTES))
-            _store(e, _C[0][column], at, e.number(row_bytes))
+            _store(e, _C[0][column], b.add(out, e.number(column * _ROW_BYTES)), e.number(row_bytes))
 
-    def exponential(address: Any, j: int) -> Any:
-        address = b.add(address, e.number(j * VECTOR_BYTES))
-        value = e.exp2(b.fsub(e.load(address, e.vector), shifts[j]), coarse=True)
-        with b.if_then(keep):
-            e.store(value, address)
-        return value
+    def part(i: Any, _: list[Any]) -> list[Any]:
+        first = b.mul(i, rows_of)
+        left = b.sub(count, first)
+        rows = b.select(b.icmp_signed("<", left, rows_of), left, rows_of)
+        here = b.add(keys, b.mul(step, first))
+        out = b.select(kept, e.offset(scores, first, row_bytes), scores)
 
-    def exponentials(block: Any, whole: Any, sums: list[Any]) -> list[Any]:
-        """Of `whole` pairs of keys, at least one."""
-        start, target = place(block), e.offset(pairs, block, block_bytes // 2)
+        def block(j: Any, _: list[Any]) -> list[Any]:
+            row = b.mul(j, e.number(HALF_ROWS))
+            product(b.add(here, b.mul(step, row)), e.offset(out, row, row_bytes))
+            return []
 
-        def body(pair: Any, sums: list[Any]) -> list[Any]:
-            address, out = e.offset(start, pair, 2 * row_bytes), e.offset(target, pair, row_bytes)
-            new = []
-            for j in range(vectors):
-                low, high = exponential(address, j), exponential(b.add(address, e.number(row_bytes)), j)
-                e.store(e.narrow_pair(low, high), b.add(out, e.number(j * VECTOR_BYTES)))
-                new.append(b.fadd(sums[j], b.fadd(low, high)))
-            return new
-
-        return e.loop(whole, sums, body)
-
-    def add(block: Any, rows: Any) -> None:
-        """Exponentials of `rows` keys of a block, which may be none."""
-        whole = b.lshr(rows, e.number(1))
-        with b.if_then(b.icmp_signed(">", whole, e.number(0))):
-            found = exponentials(block, whole, [e.load(end, e.vector) for end in ends])
-            for end, value in zip(ends, found, strict=True):
-                e.store(value, end)
-        with b.if_then(b.icmp_signed("!=", b.and_(rows, e.number(1)), e.number(0))):
-            address = e.offset(place(block), b.sub(rows, e.number(1)), row_bytes)
-            out = e.offset(e.offset(pairs, block, block_bytes // 2), whole, row_bytes)
-            for j, end in enumerate(ends):
-                value = exponential(address, j)
-                pair = e.narrow_pair(value, ir.Constant(e.vector, None))
-                e.store(pair, b.add(out, e.number(j * VECTOR_BYTES)))
-                e.store(b.fadd(e.load(end, e.vector), value), end)
+        e.loop(b.sdiv(b.add(rows, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS)), [], block)
+        exponential_pairs(e, vectors, rows, out, total, e.offset(pairs, first, row_bytes // 2), kept)
+        return []
 
     load_queries(e.number(0), _B)
-    product(e.number(0))
-    store(e.number(0))
-    one = e.number(1)
-    several = b.icmp_signed(">", blocks, one)
-    with b.if_then(several):
-        product(one)
-        store(one)
-    ahead = b.sub(blocks, e.number(2))
-    with b.if_then(b.icmp_signed(">", ahead, e.number(0))):
-
-        def body(block: Any, sums: list[Any]) -> list[Any]:
-            following = b.add(block, e.number(2))
-            product(following)
-            sums = exponentials(block, e.number(HALF_ROWS // 2), sums)
-            store(following)
-            return sums
-
-        for end, value in zip(ends, e.loop(ahead, [e.load(end, e.vector) for end in ends], body), strict=True):
-            e.store(value, end)
-    last = b.sub(blocks, one)
-    with b.if_then(several):
-        add(b.sub(last, one), e.number(HALF_ROWS))
-    add(last, b.sub(count, b.mul(last, e.number(HALF_ROWS))))
+    e.loop(b.sdiv(b.add(count, e.number(SCORE_KEYS - 1)), rows_of), [], part)

@@ -15,7 +15,7 @@ from .emitter import FLOAT, I32, I64, LANES, STRIP_COLUMNS, TILE_BYTES, VECTOR_B
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
 
-_PIECE = ir.VectorType(FLOAT, PIECE)
+FLOATS = ir.VectorType(FLOAT, PIECE)
 _HALF = ir.IntType(16)
 
 # Numba's declarations describe what its decorators take, not what they make of it.
@@ -60,23 +60,23 @@ def add_biased(e: Emitter, source: Any, bias: Any, out: Any) -> None:
 @on_addresses(5)
 def store_rotated(e: Emitter, source: Any, bias: Any, cosine: Any, sine: Any, out: Any) -> None:
     """PIECE channels, neighbours in pairs: (x + iy) turned by (cosine + i sine); `sine` comes as (-sine, sine)."""
-    value = e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE))
+    value = e.b.fadd(e.load(source, FLOATS), e.load(bias, FLOATS))
     swap = ir.Constant(ir.VectorType(I32, PIECE), [lane ^ 1 for lane in range(PIECE)])
-    swapped = e.b.shuffle_vector(value, ir.Constant(_PIECE, ir.Undefined), swap)
-    turned = e.b.fmul(swapped, e.load(sine, _PIECE))
-    e.store(e.fma(value, e.load(cosine, _PIECE), turned), out)
+    swapped = e.b.shuffle_vector(value, ir.Constant(FLOATS, ir.Undefined), swap)
+    turned = e.b.fmul(swapped, e.load(sine, FLOATS))
+    e.store(e.fma(value, e.load(cosine, FLOATS), turned), out)
 
 
 @on_addresses(3)
 def store_piece(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     """PIECE numbers: out = source + bias"""
-    e.store(e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE)), out)
+    e.store(e.b.fadd(e.load(source, FLOATS), e.load(bias, FLOATS)), out)
 
 
 @on_addresses(3)
 def store_piece_bf16(e: Emitter, source: Any, bias: Any, out: Any) -> None:
     """The same rounded to bf16, by integers: PIECE of them need not fill a register."""
-    value, wide = e.b.fadd(e.load(source, _PIECE), e.load(bias, _PIECE)), ir.VectorType(I32, PIECE)
+    value, wide = e.b.fadd(e.load(source, FLOATS), e.load(bias, FLOATS)), ir.VectorType(I32, PIECE)
     rounded = e.b.add(e.b.bitcast(value, wide), ir.Constant(wide, [0x8000] * PIECE))
     half = e.b.trunc(e.b.lshr(rounded, ir.Constant(wide, [16] * PIECE)), ir.VectorType(_HALF, PIECE))
     e.store(half, out, align=2)
@@ -151,48 +151,63 @@ def column_maximum(e: Emitter, scores: Any, step: Any, count: Any, highest: Any)
     e.store(result, highest)
 
 
-def _exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any, *pairs: Any) -> None:
-    """See `exponentials`, and with `pairs` `exponentials_bf16`."""
-    together = 2 if pairs else 1
+@on_addresses(4)
+def exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any) -> None:
+    """scores (count, lanes) = 2^scores; total (lanes,) += their sum over rows."""
 
     def strip(lanes: int) -> None:
         vectors = range(lanes // LANES)
 
-        def rows(i: Any, sums: list[Any], there: int = together) -> list[Any]:
+        def row(i: Any, sums: list[Any]) -> list[Any]:
             sums = list(sums)
             for j in vectors:
-                values = []
-                for row in range(there):
-                    address = e.at(e.offset(scores, i, 4 * lanes * together), row * len(vectors) + j)
-                    values.append(e.exp2(e.load(address, e.vector), coarse=bool(pairs)))
-                    e.store(values[-1], address)
-                    sums[j] = e.b.fadd(sums[j], values[-1])
-                if pairs:
-                    low, high = [*values, ir.Constant(e.vector, None)][:2]
-                    e.store(e.narrow_pair(low, high), e.at(e.offset(pairs[0], i, 4 * lanes), j))
+                address = e.at(e.offset(scores, i, 4 * lanes), j)
+                value = e.exp2(e.load(address, e.vector))
+                e.store(value, address)
+                sums[j] = e.b.fadd(sums[j], value)
             return sums
 
-        sums = [e.load(e.at(total, j), e.vector) for j in vectors]
-        whole = e.b.sdiv(count, e.number(together))
-        sums = e.fold(whole, sums, rows)
-        if pairs:
-            sums = e.fold(e.b.and_(count, e.number(1)), sums, lambda _, sums: rows(whole, sums, 1))
+        sums = e.fold(count, [e.load(e.at(total, j), e.vector) for j in vectors], row)
         for j in vectors:
             e.store(sums[j], e.at(total, j))
 
     e.switch(lanes, [LANES, STRIP_COLUMNS], strip)
 
 
-@on_addresses(4)
-def exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any) -> None:
-    """scores (count, lanes) = 2^scores; total (lanes,) += their sum over rows."""
-    _exponentials(e, lanes, count, scores, total)
+@on_addresses(6)
+def exponentials_bf16(e: Emitter, lanes: Any, count: Any, *arguments: Any) -> None:
+    """See `exponential_pairs`; the arguments are scores, total, pairs and whether to keep scores."""
+    *addresses, keep = arguments
+    kept = e.b.icmp_signed("!=", keep, e.number(0))
+    e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: exponential_pairs(e, lanes // LANES, count, *addresses, kept))
 
 
-@on_addresses(5)
-def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any, pairs: Any) -> None:
-    """`exponentials` to 4 digits; pairs = neighbouring rows in bf16, side by side, zeros beside an odd last one."""
-    _exponentials(e, lanes, count, scores, total, pairs)
+def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: Any, pairs: Any, kept: Any) -> None:
+    """pairs = 2^scores of neighbouring rows in bf16, side by side, zeros beside an odd last one; total += their sum.
+
+    Of `count` rows of so many vectors. If the bit `kept` is set, scores become those numbers.
+    """
+    row_bytes = vectors * VECTOR_BYTES
+
+    def pair_row(i: Any, sums: list[Any], rows: int = 2) -> list[Any]:
+        start, out, new = e.offset(scores, i, 2 * row_bytes), e.offset(pairs, i, row_bytes), []
+        for j in range(vectors):
+            addresses = [e.at(start, row * vectors + j) for row in range(rows)]
+            low, high = [*(e.load(address, e.vector) for address in addresses), None][:2]
+            pair, value = e.exp2_pair(low, high, sums[j])
+            new.append(value)
+            e.store(pair, e.at(out, j))
+            with e.b.if_then(kept):
+                for number, address in zip(e.widen_pair(pair), addresses, strict=False):
+                    e.store(number, address)
+        return new
+
+    places = [e.at(total, j) for j in range(vectors)]
+    whole = e.b.lshr(count, e.number(1))
+    sums = e.fold(whole, [e.load(place, e.vector) for place in places], pair_row)
+    sums = e.fold(e.b.and_(count, e.number(1)), sums, lambda _, sums: pair_row(whole, sums, 1))
+    for value, place in zip(sums, places, strict=True):
+        e.store(value, place)
 
 
 # -- numbers at an address ------------------------------------------------------------------------------------------

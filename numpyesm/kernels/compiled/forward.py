@@ -76,15 +76,15 @@ class CompiledForward(Forward):
         self._model, rotary = packed.model_table(self._length)
         counters = aligned(16 * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
-        qkv_size = 3 * rows * config.num_heads * packed.head_dim
+        even, odd = packed.qkv(rows)
         entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
             Pass.POSITIONS: np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
             Pass.TOKENS: batch.tokens,
             Pass.TOKEN_SCALE: batch.embedding_scale.astype(np.float32),
             Pass.X: self.x,
-            Pass.QKV: aligned(qkv_size),
-            Pass.QKV_ODD: aligned(qkv_size),
+            Pass.QKV: even,
+            Pass.QKV_ODD: odd,
             Pass.LAYERS: packed.layers,
             Pass.COUNTERS: counters,
             Pass.STOP: self._stop,

@@ -16,6 +16,8 @@ from ...weights.checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
 from ...weights.rounding import rounded_layers
 from ...weights.tensor import StoredTensor
 from ..base import Array
+from ..narrow import NarrowMatrix
+from ..numpy_steps import linear
 from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
 from .code import Code, needed
@@ -102,22 +104,21 @@ class PackedModel:
             name: np.array(tensor.astype(np.float32)) for name, tensor in parts.items() if len(tensor.shape) == 1
         }
         centre = np.zeros(self.config.ffn_dim, np.float32)
+        means: dict[str, Array] = {}
         if self.narrow and input_mean(number, "qkv") in tensors:
-            for name in MATRICES:
-                mean = tensors[input_mean(number, name)].astype(np.float32)
-                vectors[f"{name}.bias"] += mean @ parts[f"{name}.weight"].astype(np.float32)
-                if name == "fc2":
-                    centre = mean
-                elif name == "out_proj":
-                    vectors["qkv.bias"][-len(mean) :] -= mean  # of the values
-                else:
-                    vectors["attention_norm.bias" if name == "qkv" else "ffn_norm.bias"] -= mean
+            means = {name: tensors[input_mean(number, name)].astype(np.float32) for name in MATRICES}
+            vectors["attention_norm.bias"] -= means["qkv"]
+            vectors["qkv.bias"][-len(means["out_proj"]) :] -= means["out_proj"]  # of the values
+            vectors["ffn_norm.bias"] -= means["fc1"]
+            centre = means["fc2"]
         norms = [*self._norm(vectors.__getitem__, "attention_norm"), *self._norm(vectors.__getitem__, "ffn_norm")]
         rows: dict[str, list[int]] = {}
 
         def pack(name: str) -> None:
-            origin = origins[f"{prefix}{name}.weight"]
-            rows[name] = self._pack(name, origin, parts[f"{name}.weight"], vectors[f"{name}.bias"])
+            origin, weight, bias = origins[f"{prefix}{name}.weight"], parts[f"{name}.weight"], vectors[f"{name}.bias"]
+            if means:
+                (bias,) = linear(means[name][None], NarrowMatrix(weight), bias)
+            rows[name] = self._pack(name, origin, weight, bias)
             origin.release()  # or the file's pages would stand beside the packed weights
 
         pool.run(pack, MATRICES)
@@ -237,3 +238,11 @@ class PackedModel:
                 buffers[name] = aligned(size, dtype)
                 buffers[name][:] = 0
         return table(Room, buffers)
+
+    def qkv(self, rows: int) -> list[Array]:
+        """Two buffers for queries, keys and values, which the calling thread's next pass takes over from this one."""
+        size = 3 * rows * self.config.num_heads * self.head_dim
+        kept: list[Array] = self._rooms.__dict__.setdefault("qkv", [])
+        if not kept or kept[0].size < size:
+            kept[:] = aligned(size), aligned(size)
+        return list(kept)

@@ -175,11 +175,14 @@ def exponentials(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any) ->
 
 
 @on_addresses(6)
-def exponentials_bf16(e: Emitter, lanes: Any, count: Any, *arguments: Any) -> None:
-    """See `exponential_pairs`; the arguments are scores, total, pairs and whether to keep scores."""
-    *addresses, keep = arguments
+def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: Any, pairs: Any, keep: Any) -> None:
+    """See `exponential_pairs`."""
     kept = e.b.icmp_signed("!=", keep, e.number(0))
-    e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: exponential_pairs(e, lanes // LANES, count, *addresses, kept))
+
+    def strip(lanes: int) -> None:
+        exponential_pairs(e, lanes // LANES, count, scores, total, pairs, kept)
+
+    e.switch(lanes, [LANES, STRIP_COLUMNS], strip)
 
 
 def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: Any, pairs: Any, kept: Any) -> None:

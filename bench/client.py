@@ -26,7 +26,8 @@ def child_environment(threads: int) -> dict[str, str]:
     """Environment variables of every process that is measured: its threads, in every library's own way."""
     counts = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS", "NUMBA", "ESM")}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    return os.environ | counts | quiet | {"NUMPYESM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    kept = {"PYTHONDONTWRITEBYTECODE": ""}  # pip compiles what it installs; so may we what a checkout holds
+    return os.environ | counts | quiet | kept | {"NUMPYESM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
 def run_python(python: Path, threads: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,15 @@
-"""How the modules of numpyesm hang together. That none reads private attributes of another, ruff checks (SLF)."""
+"""How the modules of numpyesm hang together. That none reads private attributes of another, ruff checks (SLF).
+
+And what a fresh process loads. How much memory it takes is in test_small_memory.py.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
@@ -47,3 +53,25 @@ def test_no_import_circle() -> None:
 
 def test_no_private_name_is_imported() -> None:
     assert not {one for found in IMPORTS.values() for one in found if re.search(r"(^|\.)_(?!_|version\.)", one)}
+
+
+def test_what_is_loaded() -> None:
+    """By the import: NumPy and the standard library; by computing, and by fair-esm's look-alike: nothing more."""
+    # Editable installs put finders of their own into sys.modules.
+    code = """
+import sys, json, warnings
+warnings.simplefilter("ignore")
+before = set(sys.modules)
+import numpyesm
+print(json.dumps(list({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))))
+model = numpyesm.ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
+model.encode(["MKT"], include=["mean", "contacts", "logits"])
+import numpyesm.compat.fair_esm, numpyesm.compat.extract
+print(json.dumps(list({name.split(".")[0] for name in sys.modules})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    imported, used = map(json.loads, done.stdout.splitlines())
+    # numpy 1 loads numpy.random at once, and Cython leaves its name behind.
+    assert {name for name in imported if not name.startswith("_")} <= {"numpy", "numpyesm", "cython_runtime"}
+    assert {"safetensors", "huggingface_hub", "numba", "torch", "scipy", "matplotlib", "httpx"}.isdisjoint(used)

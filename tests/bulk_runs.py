@@ -40,7 +40,7 @@ def write_fasta(path: Path, count: int, *, seed: int = 0, longest: int = 120, du
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """All of an output, record by record, in plain Python and NumPy, whatever its format."""
+    """All of an output, record by record: texts, counts, and arrays by their names, whatever the format."""
     if path.is_dir():
         with open(path / "index.tsv", newline="") as index:
             return [row | dict(np.load(path / row["file"])) for row in csv.DictReader(index, delimiter="\t")]
@@ -48,12 +48,21 @@ def rows(path: Path) -> list[dict[str, Any]]:
         import h5py
 
         with h5py.File(path) as file:
-            datasets = [item for item in file.values() if isinstance(item, h5py.Dataset)]
-            found = [{"values": item[...], "key": item.name, **item.attrs} for item in datasets]
+            datasets = {key: item for key, item in file.items() if isinstance(item, h5py.Dataset)}
+            groups = {name: item for name, item in file.items() if name not in datasets}
+            found = []
+            for key, item in datasets.items():
+                main = {f"per_token_{LAST}" if item.ndim == 2 else f"mean_{LAST}": item[...], "key": key}
+                beside = {name: group[key][...] for name, group in groups.items()}
+                found.append(main | beside | dict(item.attrs) | {"id": item.attrs["original_id"]})
         return sorted(found, key=lambda row: row["record"])
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    found = pyarrow.parquet.read_table(path).to_pylist()
+    for row in found:
+        for name in [name for name in row if f"{name}_shape" in row]:
+            row[name] = np.reshape(row[name], row.pop(f"{name}_shape"))
+    return found
 
 
 def assert_same(one: Path, other: Path, within: float = 0.0) -> None:

@@ -281,7 +281,7 @@ def test_demo_without_weights_shows_everything_and_says_synthetic(run: Any) -> N
     assert Path("demo-output/contacts.txt").stat().st_size > 1000
 
 
-# -- embed: see also test_bulk_outputs.py --------------------------------------------------------------------------
+# -- embed: see also test_bulk.py --------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
-"""What `embed_fasta` and `embed_iter` give: the numbers of `encode`, in each format, for every odd input."""
+"""What `embed_fasta` and `embed_iter` give: the numbers of `encode`, in each format, for every odd input; and parts."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import os
 import sys
+import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,28 @@ import numpy as np
 import pytest
 from bulk_runs import DIM, LAST, fasta, rows, write_fasta
 from conftest import ALL, ROUNDING, assert_close, assert_same, random_sequence
+from hypothesis import given
+from hypothesis import strategies as st
 
 import numpyesm
 from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra
 from numpyesm.bulk import embed_fasta
+from numpyesm.bulk.lock import FolderLock
+from numpyesm.bulk.settings import Shard
+from numpyesm.bulk.writers import free_name, output_format, tsv_line
+from numpyesm.bulk.writers.hdf5 import hdf5_name
+from numpyesm.config import PRESETS
 from numpyesm.errors import BulkError
 from numpyesm.fasta import Record
+from numpyesm.files import safe_stem
+from numpyesm.options import Outputs
 from numpyesm.passes import Passes
 from numpyesm.results import EncodeResult
+from numpyesm.streaming.batches import cuts
+from numpyesm.streaming.packing import LOOK_AHEAD_BATCHES, check_budget, pack, token_budget
 
-pytest.importorskip("pyarrow")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 h5py = pytest.importorskip("h5py")
 
 # What batch mates may change with NumPy on AVX2, see CONTRIBUTING.md: contacts move most.
@@ -41,92 +57,66 @@ def means(results: list[EncodeResult]) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.slow
-def test_parquet_in_input_order_and_read_by_all(model: ESM2, tmp_path: Path, dtype: str) -> None:
-    pandas, polars, duckdb = (pytest.importorskip(name) for name in ("pandas", "polars", "duckdb"))
-    source = write_fasta(tmp_path / "in.fasta", 20, duplicates=12, longest=60)
-    path = tmp_path / "out.parquet"
+@pytest.mark.parametrize("name", ["out.parquet", "out.h5", "out"])
+def test_the_numbers_of_encode_in_input_order(model: ESM2, tmp_path: Path, name: str, dtype: str) -> None:
+    source, path = write_fasta(tmp_path / "in.fasta", 20, duplicates=12, longest=60), tmp_path / name
     summary = embed_fasta(source, path, model, repr_layers=[0, -1], include=ALL, dtype=dtype, tokens_per_batch=300)
     assert (summary.records, summary.sequences, summary.rejected, summary.computed) == (32, 20, 0, 20)
     assert set(tmp_path.iterdir()) == {source, path}
     records = [record.split("\n") for record in source.read_text().split(">")[1:]]
     expected = model.encode([record[1] for record in records], [0, -1], ALL)
-
     for i, (row, (header, sequence, _), result) in enumerate(zip(rows(path), records, expected, strict=True), start=1):
-        assert (row["record"], row["id"], row["description"]) == (i, header.split()[0], header)
-        assert (row["length"], row["residues"]) == (len(sequence), len(sequence))
+        assert (int(row["record"]), row["id"], row["description"]) == (i, header.split()[0], header)
+        assert (int(row["length"]), int(row["residues"])) == (len(sequence), len(sequence))
         assert row["sequence_hash"] == hashlib.sha256(sequence.encode()).hexdigest()
-        for name, array in result.to_arrays().items():
-            value = np.reshape(row[name], row.get(f"{name}_shape", -1))
-            assert_close(value, array, HALF if dtype == "fp16" else BATCHED)
+        for kind, array in result.to_arrays().items():
+            assert_close(row[kind], array, HALF if dtype == "fp16" else BATCHED)
 
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_is_read_by_all(model: ESM2, tmp_path: Path, dtype: str) -> None:
+    pandas, polars, duckdb = (pytest.importorskip(name) for name in ("pandas", "polars", "duckdb"))
+    source, path = fasta(tmp_path / "in.fasta", ("a", "MKT"), ("b", "W")), tmp_path / "o.parquet"
+    embed_fasta(source, path, model, dtype=f"fp{dtype[5:]}")
     queried = [row[0] for row in duckdb.sql(f"SELECT {MEAN} FROM '{path}' ORDER BY record").fetchall()]
     for column in (pandas.read_parquet(path)[MEAN], polars.read_parquet(path)[MEAN], queried):
-        assert_close(np.stack([np.array(value) for value in column]), means(expected), HALF)
-
-    import pyarrow.parquet
-
+        assert_close(np.stack([np.array(value) for value in column]), means(model.encode(["MKT", "W"])), HALF)
     schema = pyarrow.parquet.read_schema(path)
-    assert schema.field(MEAN).type == pyarrow.list_({"fp32": pyarrow.float32(), "fp16": pyarrow.float16()}[dtype], DIM)
+    assert schema.field(MEAN).type == pyarrow.list_(getattr(pyarrow, dtype)(), DIM)
     about = json.loads(schema.metadata[b"numpyesm"])
     assert (about["weights"]["synthetic"], len(about["weights"]["sha256"])) == (True, 64)
-    assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [0, LAST])
+    assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [LAST])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path, dtype: str) -> None:
-    sequences = [random_sequence(n, n) for n in (12, 30, 7, 12, 9)]
-    names = {"P1": "P1", "a%2Fb": "a/b", "P1#2": "P1", "%2E": ".", "%25": "%"}
+def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path) -> None:
+    """A data set per id; bio_embeddings and biotrainer read `original_id` of every item, groups included."""
+    names = {"P1": "P1", "a%2Fb": "a/b", "P1#2": "P1", "%2E": ".", "%25": "%", "contacts#2": "contacts"}
+    sequences = [random_sequence(n, n) for n in (12, 30, 7, 12, 9, 5)]
     headers = [f"{id} {'x' * 100_000}" for id in names.values()]
     source = fasta(tmp_path / "in.fasta", *zip(headers, sequences, strict=True))
-    embed_fasta(source, tmp_path / "o.h5", model, dtype=dtype)
+    embed_fasta(source, tmp_path / "o.h5", model, include=["per_token", "contacts"], dtype="fp16")
     with h5py.File(tmp_path / "o.h5") as file:
-        assert json.loads(file.attrs["numpyesm"])["counts"]["records"] == 5
-        # UniProt's own example reads its files in this way.
-        shapes = {key: dataset.shape for key, dataset in file.items()}
-        assert shapes == {key: (len(s), DIM) for key, s in zip(names, sequences, strict=True)}
-        results = model.encode(sequences, include=["mean", "per_token"])
-        for (key, id), header, result in zip(names.items(), headers, results, strict=True):
-            arrays, within = result.to_arrays(), HALF if dtype == "fp16" else BATCHED
-            assert file[key].dtype == {"fp32": np.float32, "fp16": np.float16}[dtype]
-            assert_close(file[key], arrays[f"per_token_{LAST}"], within)
-            assert_close(file[key].attrs[MEAN], arrays[MEAN], within)
-            assert (file[key].attrs["original_id"], file[key].attrs["description"]) == (id, header)
-
-
-def test_hdf5_of_means_and_of_everything(model: ESM2, tmp_path: Path) -> None:
-    """bio_embeddings and biotrainer read `original_id` of every item, groups included."""
-    source = fasta(tmp_path / "in.fasta", ("contacts", "MKTAYI"), ("tr|A0A1|B", "MKT"))
-    embed_fasta(source, tmp_path / "mean.h5", model, include=["mean"])
-    with h5py.File(tmp_path / "mean.h5") as file:
-        assert {key: item.shape for key, item in file.items()} == {"contacts": (DIM,), "tr|A0A1|B": (DIM,)}
-    embed_fasta(source, tmp_path / "all.h5", model, include=ALL, repr_layers=[1, -1], ids="accession")
-    result = model.encode(["MKTAYI"], [1, -1], ALL)[0].to_arrays()
-    with h5py.File(tmp_path / "all.h5") as file:
-        main = file["contacts#2"]  # the group of contact maps has the name
-        assert_close(main, result[f"per_token_{LAST}"])
-        for name in ("mean_1", f"bos_{LAST}"):
-            assert_close(main.attrs[name], result[name])
-        for name in ("per_token_1", "contacts", "logits", "attentions"):
-            assert_close(file[f"{name}/contacts#2"], result[name])
-        assert file.attrs["model_name"] == model.name
-        assert all(item.attrs["original_id"] for item in file.values())
+        assert (json.loads(file.attrs["numpyesm"])["counts"]["records"], file.attrs["model_name"]) == (6, model.name)
         for group in (file, file["contacts"]):
-            found = [item.attrs["original_id"] for item in group.values() if isinstance(item, h5py.Dataset)]
-            assert sorted(found) == ["A0A1", "contacts"]
+            found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}
+            assert {key: item.attrs["original_id"] for key, item in found.items()} == names
+            assert {item.dtype for item in found.values()} == {np.dtype(np.float16)}
+        assert {key: file[key].attrs["description"] for key in names} == dict(zip(names, headers, strict=True))
+        assert {key: file[key].shape for key in names} == {
+            key: (len(s), DIM) for key, s in zip(names, sequences, strict=True)
+        }
+        assert file["contacts"].attrs["original_id"] == "contacts"
+    embed_fasta(source, tmp_path / "mean.h5", model, include=["mean", "bos"])
+    assert {row[MEAN].shape for row in rows(tmp_path / "mean.h5")} == {(DIM,)}
 
 
-def test_folder_with_a_file_a_record(model: ESM2, tmp_path: Path) -> None:
+def test_names_of_files_in_a_folder(model: ESM2, tmp_path: Path) -> None:
     ids = ["sp|P1|X", "sp/P1/X", "SP_p1_x", "../escape", "..", "a"]
-    sequences = [random_sequence(5 + i) for i in range(len(ids))]
-    source = fasta(tmp_path / "in.fasta", *zip(ids, sequences, strict=True))
-    embed_fasta(source, f"{tmp_path}/out/", model, include=ALL)
+    source = fasta(tmp_path / "in.fasta", *((id, "MKT") for id in ids))
+    embed_fasta(source, f"{tmp_path}/out/", model)
     assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == len(ids) + 2
     assert set(tmp_path.iterdir()) == {source, tmp_path / "out"}
-    for id, row, result in zip(ids, rows(tmp_path / "out"), model.encode(sequences, include=ALL), strict=True):
-        assert row["id"] == id
-        for name, array in result.to_arrays().items():
-            assert_close(row[name], array)
+    assert [row["id"] for row in rows(tmp_path / "out")] == ids
 
 
 def test_odd_records(model: ESM2, tmp_path: Path) -> None:
@@ -196,22 +186,20 @@ def test_long_sequences(tiny: ESM2, tmp_path: Path) -> None:
     assert (long["length"], long["residues"]) == (2500, 2048)
     assert_close(long["mean_1"], edge["mean_1"])
 
-    embed_fasta(source, tmp_path / "win.h5", tiny, include=ALL, long="windows", overlap=500)
-    parts = [one.to_arrays() for one in tiny.encode([LONG[:2048], LONG[452:]], include=ALL)]
-    residues, maps = np.full((2, 2500, 16), np.nan), np.full((2, 2500, 2500), np.nan, np.float32)
-    for i, window in enumerate((slice(0, 2048), slice(452, 2500))):
-        residues[i, window], maps[i, window, window] = parts[i]["per_token_1"], parts[i]["contacts"]
-    average = np.nanmean(residues, axis=0)
-    with pytest.warns(RuntimeWarning, match="empty slice"):  # of pairs that no window contains
-        mapped = np.nanmean(maps, axis=0)
-    with h5py.File(tmp_path / "win.h5") as file:
-        assert_close(file["long"], average)
-        assert_close(file["long"].attrs["mean_1"], average.mean(axis=0))
-        assert_close(file["long"].attrs["bos_1"], np.mean([part["bos_1"] for part in parts], axis=0))
-        assert_close(file["contacts/long"], mapped, 2e-5)
-        assert_close(file["logits/long"][:452], parts[0]["logits"][:452])
-        assert_close(file["attentions/long"][:, -452:], parts[1]["attentions"][:, -452:])
-        assert_close(file["edge"], parts[0]["per_token_1"])
+    embed_fasta(source, tmp_path / "windows", tiny, include=ALL, long="windows", overlap=500)
+    _, long, edge = rows(tmp_path / "windows")
+    first, last = (one.to_arrays() for one in tiny.encode([LONG[:2048], LONG[452:]], include=ALL))
+    for name, axis in (("per_token_1", 0), ("logits", 0), ("attentions", 1)):
+        (alone, ours), (theirs, rest) = np.split(first[name], [452], axis), np.split(last[name], [1596], axis)
+        assert_close(long[name], np.concatenate([alone, (ours + theirs) / 2, rest], axis))
+    assert_close(long["mean_1"], long["per_token_1"].mean(axis=0))
+    assert_close(long["bos_1"], (first["bos_1"] + last["bos_1"]) / 2)
+    found, ours, theirs = long["contacts"], first["contacts"], last["contacts"]
+    assert_close(found[452:2048, 452:2048], (ours[452:, 452:] + theirs[:1596, :1596]) / 2, 2e-5)
+    assert_close(found[:452, :2048], ours[:452], 2e-5)
+    assert_close(found[2048:, 452:], theirs[1596:], 2e-5)
+    assert np.isnan(found[:452, 2048:]).all()  # no window has these pairs
+    assert_close(edge["per_token_1"], first["per_token_1"])
 
 
 def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path) -> None:
@@ -285,8 +273,6 @@ def test_asking_for_what_is_done_does_not_undo_what_is_begun(
         ({"dtype": "fp64"}, "dtype"),
         ({"long": "cut"}, "long"),
         ({"overlap": 2000}, "overlap"),
-        ({"include": ["means"]}, "include"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch"),
         ({"engine": "spark"}, "engine"),
         ({"workers": 2}, "engine='ray'"),
         ({"engine": "ray", "address": "ray://host:10001"}, "Ray client"),
@@ -372,3 +358,139 @@ def test_embed_iter_and_what_it_refuses(tiny: ESM2) -> None:
     for wrong in (7, None, ("a", "b", "c", "d"), b"MKT"):
         with pytest.raises(InvalidSequence, match="item 0"):
             list(tiny.embed_iter([wrong]))  # type: ignore[list-item]
+
+
+# -- parts on their own ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 3000), max_size=200), st.integers(1, 5000))
+def test_packing_loses_and_doubles_nothing(lengths: list[int], budget: int) -> None:
+    items = list(enumerate(lengths))
+    batches = list(pack(items, lambda item: item[1], budget))
+    assert sorted(item for batch in batches for item in batch) == items
+    assert all(batch for batch in batches)
+    assert all(len(batch) == 1 or sum(n + 2 for _, n in batch) <= budget for batch in batches)
+
+
+def test_packing_fills_batches_and_reads_no_further_than_it_must() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [int(n) for n in rng.lognormal(5.7, 0.7, 5000).clip(30, 2000)]
+    batches = [sum(n + 2 for n in batch) for batch in pack(lengths, lambda n: n, 4096)]
+    assert np.mean(batches) > 0.85 * 4096
+    taken = 0
+
+    def counted() -> object:
+        nonlocal taken
+        for length in lengths:
+            taken += length + 2
+            yield length
+
+    next(pack(counted(), lambda n: n, 4096))  # type: ignore[arg-type]
+    assert taken <= LOOK_AHEAD_BATCHES * 4096 + 2002
+
+
+def test_budget_follows_threads_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, mean = PRESETS["esm2-35m"], Outputs(("mean",), (12,))
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 64 << 30)
+    assert token_budget(config, 1, mean) == token_budget(config, 2, mean) == 4096
+    assert token_budget(config, 16, mean) == 32768
+    assert token_budget(config, 1000, mean) == 65536
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 1 << 30)
+    assert 2050 <= token_budget(config, 16, mean) < 32768
+    assert token_budget(config, 16, Outputs(("contacts",))) < token_budget(config, 16, mean)
+    monkeypatch.setattr("numpyesm.streaming.packing.available_memory", lambda: 0)
+    assert token_budget(config, 16, mean) == 2050
+    for wrong in (0, -1, 1.5, "4096", True):
+        with pytest.raises(InvalidOption, match="tokens_per_batch"):
+            check_budget(wrong)
+
+
+@given(st.integers(1, 40000), st.integers(0, 1024))
+def test_windows_cover_everything_and_overlap(length: int, overlap: int) -> None:
+    windows = cuts(length, overlap)
+    assert windows[0][0] == 0
+    assert windows[-1][1] == length
+    assert all(stop - start == min(length, 2048) for start, stop in windows)
+    assert all(a[1] - b[0] >= overlap for a, b in itertools.pairwise(windows))
+    if length > 2048:
+        assert len(windows) == -(-(length - overlap) // (2048 - overlap))  # no more than it takes
+
+
+def test_shards_are_a_partition_and_keep_twins_together() -> None:
+    digests = [hashlib.sha256(str(i).encode()).digest() for i in range(1000)]
+    taken = [[Shard(i, 7).takes(digest) for i in range(1, 8)] for digest in digests]
+    assert all(sum(row) == 1 for row in taken)
+    assert all(80 < sum(column) < 220 for column in zip(*taken, strict=True))
+    assert Shard.parse("3/8") == Shard(3, 8)
+    assert Shard.parse(None).takes(digests[0])
+    for wrong in ("0/3", "4/3", "1/0", "1", "a/b", "1/2/3", "-1/2", "1 / 2", ""):
+        with pytest.raises(InvalidOption, match="shard"):
+            Shard.parse(wrong)
+
+
+def test_names_and_cells() -> None:
+    for id, key, file in (
+        ("P12345", "P12345", "P12345"),
+        ("sp|P1|X_HUMAN", "sp|P1|X_HUMAN", "sp_P1_X_HUMAN"),
+        ("a/b", "a%2Fb", "a_b"),
+        ("../../etc/passwd", "..%2F..%2Fetc%2Fpasswd", "etc_passwd"),
+        (".", "%2E", "record"),
+        ("..", "%2E%2E", "record"),
+        ("100%", "100%25", "100"),
+        ("-rf", "-rf", "_-rf"),
+        ("CON", "CON", "_CON"),
+        ("nul.1", "nul.1", "_nul.1"),
+        ("é\0ß", "é%00ß", "record"),
+        ("x" * 300, "x" * 300, "x" * 120),
+    ):
+        assert (hdf5_name(id), safe_stem(id)) == (key, file)
+    taken: set[str] = set()
+    for _ in range(100):
+        taken.add(free_name(taken.__contains__, "x", "#"))
+    assert taken == {"x", *(f"x#{i}" for i in range(2, 101))}
+    assert tsv_line(1, "a\tb\r\nc", "d\u2028e") == "1\ta b  c\td e\n"  # whatever stands in a header
+
+
+def test_output_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.h5").mkdir()
+    forms = {"a.parquet": "parquet", "a.PQ": "parquet", "b.h5": "hdf5", "c.hdf5": "hdf5", "d/": "folder", "d": "folder",
+             "v1.2/": "folder", "folder.h5": "folder"}  # fmt: skip
+    assert {output: output_format(output) for output in forms} == forms
+    for other in ("", "-", "a.csv", "a.npz", "a.parquet.gz", "file", "file/"):
+        with pytest.raises(InvalidOption, match=r"\.parquet, \.h5 or a folder"):
+            output_format(other)
+
+
+def test_one_holder_of_the_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "x.partial"
+    with FolderLock(folder):
+        with pytest.raises(BulkError, match=f"another run.*process {os.getpid()} on"), FolderLock(folder):
+            pass
+        (folder / "journal.sqlite").write_bytes(b"")
+        (folder / "output").mkdir()
+    assert folder.exists()
+    with FolderLock(folder) as lock:
+        lock.empty()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.symlink_to("nowhere")])
+def test_something_else_where_the_folder_would_be(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "x.partial")
+    with pytest.raises(FileExistsError), FolderLock(tmp_path / "x.partial"):
+        pass
+
+
+def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:
+    """Many runs that end and begin at once: never two inside, and nothing goes wrong but that one is refused."""
+    inside = threading.Lock()
+
+    def run(_: int) -> None:
+        with suppress(BulkError), FolderLock(tmp_path / "x.partial"):
+            assert inside.acquire(blocking=False)
+            inside.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(run, range(400)))) == 400

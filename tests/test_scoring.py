@@ -1,22 +1,26 @@
-"""Scores of mutations: against fair-esm's own loops, and against what a mutation may be."""
+"""Scores of mutations: against fair-esm's own loops, and against what a mutation may be. Spearman's correlation."""
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_sequence, small_model
+from conftest import random_sequence, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from numpyesm import ESM2, InvalidMutation, InvalidOption, InvalidSequence
-from numpyesm.alphabet import MASK, TOKEN_ID
+from numpyesm.alphabet import MASK, TOKEN_ID, tokenize
+from numpyesm.heads import log_softmax
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.options import SCORING_METHODS
 from numpyesm.passes import Passes
+from numpyesm.reference import forward, nested
 from numpyesm.scoring import SCAN_LETTERS, parse_mutant
+from numpyesm.scoring.correlation import average_ranks, spearman
 from numpyesm.scoring.marginals import Window, position_logits
 
 WILD_TYPE = random_sequence(41, 5)
@@ -34,82 +38,52 @@ def other(sequence: str, index: int) -> str:
     return f"{sequence[index]}{index + 1}{'A' if sequence[index] != 'A' else 'C'}"
 
 
-# -- fair-esm's loops, written as its script does them -----------------------------------------------------------
+# -- fair-esm's loops, as its script does them, over the reference ------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair() -> Any:
-    """(fair-esm, numpyesm on NumPy, numpyesm on the fastest backend) with the same small random weights."""
-    pytest.importorskip("torch")
-    pytest.importorskip("esm")
-    from fair_esm_models import as_checkpoint, fair_esm_model
-
-    fair = fair_esm_model(4, 1.0, SMALL)
-    checkpoint = as_checkpoint(fair)
-    return fair, ESM2(checkpoint, backend="numpy", threads=1), ESM2(checkpoint, threads=1)
-
-
-def fair_logits(fair: Any, sequence: str, masked: int | None = None, seen: slice = slice(None)) -> Any:
+def exact_logits(model: ESM2, sequence: str, masked: int | None = None, seen: slice = slice(None)) -> Any:
     """Logits (T, 33) of the tokens of a protein, all or those that are `seen`; the residue `masked` is masked."""
-    import torch
-    from fair_esm_models import tokens_of
-
-    tokens = tokens_of([sequence])
+    (tokens,) = tokenize([sequence])
     if masked is not None:
-        tokens[0, masked + 1] = MASK
-    with torch.no_grad():
-        return fair(tokens[:, seen])["logits"][0].numpy()
+        tokens[masked + 1] = MASK
+    return forward(tokens[seen], **nested(model.checkpoint))["logits"]
 
 
-def fair_marginals(fair: Any, sequence: str, mutant: str, masked: bool, offset: int = 1) -> float:
+def exact_marginals(model: ESM2, sequence: str, mutant: str, masked: bool, offset: int = 1) -> float:
     score = 0.0
     for wild, index, letter in ((part[0], int(part[1:-1]) - offset, part[-1]) for part in mutant.split(":")):
         assert sequence[index] == wild
-        row = fair_logits(fair, sequence, index if masked else None)[index + 1]
+        row = exact_logits(model, sequence, index if masked else None)[index + 1]
         score += row[TOKEN_ID[letter]] - row[TOKEN_ID[wild]]
     return score
 
 
-def fair_pseudo_log_likelihood(fair: Any, sequence: str) -> float:
-    ids = [TOKEN_ID[letter] for letter in sequence]
-    rows = np.stack([fair_logits(fair, sequence, i)[i + 1] for i in range(len(ids))])
-    return (rows[np.arange(len(ids)), ids] - np.log(np.exp(rows).sum(axis=1))).sum()
-
-
-@pytest.mark.parity
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals"])
-def test_marginals_agree_with_fair_esm(pair: Any, method: str) -> None:
+def test_marginals_are_fair_esms(backend: str, method: str) -> None:
     """Of a protein, of one with letters beyond the twenty, and in windows: the residues around, as if a protein."""
-    fair, ours, compiled = pair
-    masked = method == "masked-marginals"
+    model, masked = small_model(backend=backend, threads=1), method == "masked-marginals"
     for sequence, mutants in ((WILD_TYPE, MUTATIONS), ("MXKUTBAZOW", ["X2A", "U4C", "M1V:B6D"])):
-        expected = [fair_marginals(fair, sequence, mutant, masked) for mutant in mutants]
-        for model in (ours, compiled):
-            np.testing.assert_allclose(model.score_mutations(sequence, mutants, method), expected, rtol=0, atol=1e-4)
+        expected = [exact_marginals(model, sequence, mutant, masked) for mutant in mutants]
+        np.testing.assert_allclose(model.score_mutations(sequence, mutants, method), expected, rtol=0, atol=1e-4)
         assert np.ptp(expected) > 0.1
     long = random_sequence(2100, 3)
     starts = {0: 0, 14: 0, 15: 0, 16: 1, 1000: 985, 2084: 2069, 2099: 2070}  # of the window around each index
     mutants = [other(long, i) for i in starts]
     expected = [
-        fair_marginals(fair, long[a : a + 30], f"{m[0]}{i - a}{m[-1]}", masked, offset=0)
+        exact_marginals(model, long[a : a + 30], f"{m[0]}{i - a}{m[-1]}", masked, offset=0)
         for (i, a), m in zip(starts.items(), mutants, strict=True)
     ]
-    np.testing.assert_allclose(ours.score_mutations(long, mutants, method, window=30), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(model.score_mutations(long, mutants, method, window=30), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parity
-def test_pseudo_ppl_agrees_with_fair_esm(pair: Any) -> None:
-    from fair_esm_models import float64_softmax
-
-    fair, ours, _ = pair
-    sequence = "MKUTAXYIAKQRW"
-    mutants = ["M1L", "K2K", "WT", "U3C:W13F"]
-    changed = ["LKUTAXYIAKQRW", sequence, sequence, "MKCTAXYIAKQRF"]
-    # A sum of thirteen terms of some -40: torch's own float32 is off by up to 5e-7 of it, depending on the CPU.
-    exact = copy.deepcopy(fair).double()
-    with float64_softmax():
-        expected = [fair_pseudo_log_likelihood(exact, s) for s in changed]
-    np.testing.assert_allclose(ours.score_mutations(sequence, mutants, "pseudo-ppl"), expected, rtol=5e-7, atol=0)
+def test_pseudo_ppl_is_fair_esms(model: ESM2) -> None:
+    sequence, mutants = "MKUTAXYIAKQRW", ["M1L", "K2K", "WT", "U3C:W13F"]
+    expected = []
+    for changed in ("LKUTAXYIAKQRW", sequence, sequence, "MKCTAXYIAKQRF"):
+        rows = np.stack([exact_logits(model, changed, i)[i + 1] for i in range(len(changed))])
+        expected.append(log_softmax(rows)[np.arange(len(rows)), [TOKEN_ID[letter] for letter in changed]].sum())
+    np.testing.assert_allclose(model.score_mutations(sequence, mutants, "pseudo-ppl"), expected, rtol=5e-7, atol=0)
 
 
 # Where ProteinGym's `get_optimal_window` cuts 43 tokens around some residues (0-based), by the size of the window.
@@ -122,14 +96,12 @@ CUTS = {
 }
 
 
-@pytest.mark.parity
 @pytest.mark.parametrize("size", CUTS)
-def test_proteingyms_rule_agrees_with_fair_esm(pair: Any, size: int) -> None:
+def test_proteingyms_rule(model: ESM2, size: int) -> None:
     """In small: windows with `<cls>`, with `<eos>`, with neither and with both."""
-    fair, ours, _ = pair
-    found = position_logits(ours.passes, WILD_TYPE, INDICES, "masked-marginals", Window(size, of_tokens=True))
+    found = position_logits(model.passes, WILD_TYPE, INDICES, "masked-marginals", Window(size, of_tokens=True))
     for row, index, (start, stop) in zip(found, INDICES, CUTS[size], strict=True):
-        expected = fair_logits(fair, WILD_TYPE, index, slice(start, stop))[index + 1 - start]
+        expected = exact_logits(model, WILD_TYPE, index, slice(start, stop))[index + 1 - start]
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-4)
 
 
@@ -360,3 +332,27 @@ def test_scans_are_of_marginals_and_windows_for_long_wild_types(model: ESM2) -> 
     assert np.isfinite(model.score_mutations(LONG, END, window=64)).all()
     found = model.score_mutations(WILD_TYPE, MUTATIONS, window=2048)
     np.testing.assert_array_equal(found, model.score_mutations(WILD_TYPE, MUTATIONS))
+
+
+# -- Spearman's correlation ----------------------------------------------------------------------------------------
+
+
+def test_missing_and_infinite_values() -> None:
+    """A missing value leaves its pair out."""
+    nan, inf = math.nan, math.inf
+    assert spearman([1, nan, 2, 3, 9], [1, 5, 2, 3, nan]) == 1
+    assert spearman([-inf, 0, inf], [3, 2, 1]) == -1
+    for x, y in ([], []), ([1], [2]), ([1, 1], [1, 2]), ([1, 2], [5, 5]), ([nan] * 3, [1, 2, 3]):
+        assert math.isnan(spearman(x, y))
+    with pytest.raises(ValueError, match="3 values on one side, 2 on the other"):
+        spearman([1, 2, 3], [1, 2])
+
+
+@settings(deadline=None)  # SciPy takes seconds to import
+@given(st.lists(st.tuples(st.integers(-5, 5), st.floats(-1e6, 1e6)), min_size=2, max_size=60))
+def test_like_scipy(pairs: list[tuple[int, float]]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    x, y = np.array(pairs, np.float64).T
+    np.testing.assert_array_equal(average_ranks(x), stats.rankdata(x))
+    if np.ptp(x) and np.ptp(y):
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)

@@ -74,15 +74,10 @@ def test_the_numbers_of_encode_in_input_order(model: ESM2, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_parquet_is_read_by_all(model: ESM2, tmp_path: Path, dtype: str) -> None:
-    pandas, polars, duckdb = (pytest.importorskip(name) for name in ("pandas", "polars", "duckdb"))
-    source, path = fasta(tmp_path / "in.fasta", ("a", "MKT"), ("b", "W")), tmp_path / "o.parquet"
-    embed_fasta(source, path, model, dtype=f"fp{dtype[5:]}")
-    queried = [row[0] for row in duckdb.sql(f"SELECT {MEAN} FROM '{path}' ORDER BY record").fetchall()]
-    for column in (pandas.read_parquet(path)[MEAN], polars.read_parquet(path)[MEAN], queried):
-        assert_close(np.stack([np.array(value) for value in column]), means(model.encode(["MKT", "W"])), HALF)
-    schema = pyarrow.parquet.read_schema(path)
-    assert schema.field(MEAN).type == pyarrow.list_(getattr(pyarrow, dtype)(), DIM)
+def test_means_in_parquet_are_lists_of_one_size(model: ESM2, tmp_path: Path, dtype: str) -> None:
+    embed_fasta(fasta(tmp_path / "in.fasta", ("a", "MKT")), tmp_path / "o.parquet", model, dtype=f"fp{dtype[5:]}")
+    schema = pyarrow.parquet.read_schema(tmp_path / "o.parquet")
+    assert schema.field(f"mean_{LAST}").type == pyarrow.list_(getattr(pyarrow, dtype)(), DIM)
     about = json.loads(schema.metadata[b"numpyesm"])
     assert (about["weights"]["synthetic"], len(about["weights"]["sha256"])) == (True, 64)
     assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [LAST])

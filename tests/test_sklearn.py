@@ -15,7 +15,6 @@ from conftest import random_sequence
 pytest.importorskip("sklearn")
 
 from sklearn.base import clone
-from sklearn.compose import ColumnTransformer
 from sklearn.utils import check_array
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -91,17 +90,6 @@ def test_one_note_for_all_batches() -> None:
     with pytest.warns(InputWarning) as told:
         embedder.fit(["MK-T"]).transform(["MK-T", "MKT", "M-KT"])
     assert [str(one.message)[:11] for one in told if one.category is InputWarning] == ["2 sequences"]
-
-
-def test_frames() -> None:
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"sequence": SEQUENCES, "weight": np.arange(24.0)}, index=range(100, 124))
-    columns = ColumnTransformer([("esm", embedder(), "sequence"), ("rest", "passthrough", ["weight"])])
-    assert columns.fit_transform(frame).shape == (24, 321)
-    found = embedder().set_output(transform="pandas").fit_transform(frame["sequence"])
-    assert list(found.index) == list(frame.index)
-    assert list(found.columns[:2]) == ["esm2embedder0", "esm2embedder1"]
-    assert list(embedder().get_feature_names_out()) == list(found.columns)
 
 
 def test_copies_carry_no_weights_and_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,7 @@ WRITING = ["numpyesm.bulk.progress.Progress.writing"]
         ("h5", 300 << 10, WRITING, "output"),
         ("h5", -1, WRITING, "output"),  # a byte is missing
         ("folder", 10 << 10, WRITING, "output"),
+        ("folder", 5000, WRITING, "output"),  # its list of names
     ],
 )
 def test_a_full_disk(place: Path, tmp_path: Path, form: str, size: int, steps: list[str], file: str) -> None:

@@ -7,6 +7,7 @@ any file system (also one that takes `a` for `A`) the second becomes `P12345~2.n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -32,15 +33,14 @@ def write(rows: Iterator[Row], settings: Settings, about: dict[str, Any], path: 
     if path.exists():
         shutil.rmtree(path)
     path.mkdir()
-    names = path.with_name(path.name + ".names.sqlite")
-    names.unlink(missing_ok=True)
+    names = path / ".names.sqlite"
     with (
         closing(sqlite3.connect(names, isolation_level=None)) as taken,
         open(path / INDEX, "w", encoding="utf-8") as index,
     ):
-        taken.executescript(
-            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID"
-        )
+        _execute(taken, "PRAGMA journal_mode=OFF")
+        _execute(taken, "PRAGMA synchronous=OFF")
+        _execute(taken, "CREATE TABLE names (name PRIMARY KEY) WITHOUT ROWID")
         index.write(tsv_line(*("file" if name == "description" else name for name in COLUMNS)))
         for row in rows:
             name = _take_name(taken, safe_stem(row.id)) + ".npz"
@@ -68,6 +68,14 @@ def is_ours(entry: Path) -> bool:
 def _take_name(names: sqlite3.Connection, name: str) -> str:
     """A name that no other record has, upper and lower case being the same."""
     query = "SELECT 1 FROM names WHERE name = ?"
-    free = free_name(lambda one: names.execute(query, (one.lower(),)).fetchone() is not None, name, "~")
-    names.execute("INSERT INTO names VALUES (?)", (free.lower(),))
+    free = free_name(lambda one: _execute(names, query, one.lower()) is not None, name, "~")
+    _execute(names, "INSERT INTO names VALUES (?)", free.lower())
     return free
+
+
+def _execute(names: sqlite3.Connection, query: str, *values: str) -> Any:
+    """Return the first row, if any; an OSError as of any file in the output, because it is not the journal's."""
+    try:
+        return names.execute(query, values).fetchone()
+    except sqlite3.Error as error:
+        raise OSError(errno.ENOSPC, str(error)) from error

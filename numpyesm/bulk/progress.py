@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from operator import add
 from typing import IO, Any
 
@@ -96,15 +97,16 @@ class JsonProgress(Progress):
 
 
 class BarProgress(Progress):
-    """A bar for people, on a terminal."""
+    """A bar for people, on a terminal; elsewhere, and if `quiet`, notes alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         super().__init__()
-        self._tqdm = require("tqdm", "a progress bar", "bulk").tqdm
-        self._bar = self._tqdm(desc="reading", unit=" records", leave=False)
+        tqdm = require("tqdm", "a progress bar", "bulk").tqdm
+        self._make = partial(tqdm, leave=False, disable=quiet or None)
+        self._bar = self._make(desc="reading", unit=" records")
 
     def note(self, message: str) -> None:
-        self._tqdm.write(f"numpyesm: {message}", file=sys.stderr)
+        self._bar.write(f"numpyesm: {message}", file=sys.stderr)
 
     def reading(self, records: int) -> None:
         self._bar.update(records - self._bar.n)
@@ -112,14 +114,8 @@ class BarProgress(Progress):
     def start(self, totals: Totals, done: Totals) -> None:
         super().start(totals, done)
         self._bar.close()
-        self._bar = self._tqdm(
-            desc="embedding",
-            total=totals.residues,
-            initial=done.residues,
-            unit=" residues",
-            unit_scale=True,
-            leave=False,
-        )
+        size = {"total": totals.residues, "initial": done.residues}
+        self._bar = self._make(desc="embedding", unit=" residues", unit_scale=True, **size)
 
     def advance(self, step: Totals) -> None:
         super().advance(step)

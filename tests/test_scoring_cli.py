@@ -261,10 +261,8 @@ def test_scan_writes_matrix_and_heat_map(run: Any, loaded: ESM2) -> None:
     [
         ("--heatmap long.png -o long.tsv --window proteingym", {"long.png", "long.tsv"}),
         ("-o folder/", {"folder/scan.csv", "folder/scan.png"}),
-        ("-o a.png", None),
         ("-o a.csv --heatmap a.csv", None),
         ("--heatmap x.png --no-heatmap", None),
-        ("--method log-prob", None),
     ],
 )
 @pytest.mark.slow
@@ -281,12 +279,9 @@ def test_scan_without_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert (code, "numpyesm[plot]" in err, Path("c.csv").exists()) == (1, True, False)
 
 
-def test_compressed_from_standard_input_and_to_the_format_that_the_ending_names(run: Any) -> None:
+def test_standard_input_and_the_format_that_the_ending_names(run: Any) -> None:
     Path("gym.csv.gz").write_bytes(gzip.compress(GYM.encode()))
     done = run("score", WILD_TYPE, "gym.csv.gz", "--method", "log-prob")
-    assert (done.code, len(added(done.out))) == (0, 4)
-    for name in ("out.csv.gz", "out.tsv"):
-        assert run("score", WILD_TYPE, "-", "--method", "log-prob", "-o", name, stdin=GYM.encode()).code == 0
-    assert gzip.decompress(Path("out.csv.gz").read_bytes()) == done.out
-    assert added(Path("out.tsv").read_bytes(), "\t") == added(done.out)
+    assert run("score", WILD_TYPE, "-", "--method", "log-prob", "-o", "out.tsv", stdin=GYM.encode()).code == 0
+    assert (done.code, added(Path("out.tsv").read_bytes(), "\t")) == (0, added(done.out))
     assert Path("out.tsv").read_text().startswith("mutant\tmutated_sequence\t")

@@ -1,10 +1,7 @@
-"""HDF5 in the layout of UniProt's embedding downloads: one dataset per id.
+"""HDF5 in the layout of UniProt's embedding downloads, one dataset per id; docs/scaling.md describes it.
 
-`file["P12345"]` is what UniProt's file has there: (L, D) per residue, or (D,) if only `mean` was asked for. Beside it,
-as attributes of the dataset: `mean_12`, `bos_12`, `original_id`, `description`, `length`, `residues`, `sequence_hash`,
-`record`. Further arrays (more layers, contacts, logits, attentions) lie in groups of their own, such as
-`file["contacts/P12345"]`, which also have `original_id`. In names `/` is written `%2F`; a second record of the same id
-is `id#2`. The file's attribute `model_name` is what protspace calls the embedding.
+The vectors of a record are attributes of its dataset; further arrays lie in groups of their own, such as
+`file["contacts/P12345"]`.
 """
 
 from __future__ import annotations

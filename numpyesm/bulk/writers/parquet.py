@@ -1,8 +1,6 @@
-"""One table with one row per record, in the order of the input.
+"""One table with one row per record, in the order of the input; docs/scaling.md names the columns.
 
-Columns `record`, `id`, `description`, `length`, `residues`, `sequence_hash`, and one for each output. `mean_12` and
-`bos_12` are fixed-size lists. What depends on the length is a flat list with its shape beside it: `per_token_12` and
-`per_token_12_shape`, so that `numpy.reshape(value, shape)` is the array.
+What depends on the length is a flat list with its shape beside it: `numpy.reshape(value, shape)` is the array.
 """
 
 from __future__ import annotations

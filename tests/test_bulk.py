@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -237,6 +237,11 @@ def test_what_is_not_ours_is_refused(model: ESM2, tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(BulkError, match=said):
             run(output=tmp_path / name, overwrite=overwrite)
+    (tmp_path / "file.partial").write_text("mine")
+    (tmp_path / "link.partial").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            run(output=tmp_path / name)
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
     with pytest.raises(InvalidOption, match=r"mount point.*mounted/embeddings/"):
         run(output=tmp_path / "mounted")
@@ -455,13 +460,6 @@ def test_one_holder_of_the_lock(tmp_path: Path) -> None:
     with FolderLock(folder) as lock:
         lock.empty()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.symlink_to("nowhere")])
-def test_something_else_where_the_folder_would_be(tmp_path: Path, make: Callable[[Path], object]) -> None:
-    make(tmp_path / "x.partial")
-    with pytest.raises(FileExistsError), FolderLock(tmp_path / "x.partial"):
-        pass
 
 
 def test_locks_are_exclusive_while_folders_come_and_go(tmp_path: Path) -> None:

@@ -154,35 +154,26 @@ def test_mutants_one_by_one_and_no_change(model: ESM2, method: str) -> None:
     assert model.score_mutations(WILD_TYPE, [], method).shape == (0,)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int, int]]]:
-    """Of each call of the model: (tokens, masks, rows of logits) of every sequence."""
-    seen: list[list[tuple[int, int, int]]] = []
-    original = Passes.logits
-
-    def spy(self: Passes, tokens: Any, rows: Any, *columns: Any) -> Any:
-        pairs = zip(tokens, rows, strict=True)
-        seen.append([(len(ids), int((ids == MASK).sum()), len(wanted)) for ids, wanted in pairs])
-        return original(self, tokens, rows, *columns)
-
-    monkeypatch.setattr(Passes, "logits", spy)
-    return seen
+def shapes(logits: mock.Mock) -> list[Any]:
+    """Of each call of `Passes.logits`: (tokens, masks, rows of logits) of every sequence."""
+    pairs = [zip(*call.args[1:3], strict=True) for call in logits.call_args_list]
+    return [[(len(ids), int((ids == MASK).sum()), len(rows)) for ids, rows in call] for call in pairs]
 
 
-def test_only_needed_positions_run_and_each_has_one_row(model: ESM2, calls: list[Any]) -> None:
+@mock.patch.object(Passes, "logits", autospec=True, side_effect=Passes.logits)
+def test_only_needed_positions_run_and_each_has_one_row(logits: mock.Mock, model: ESM2) -> None:
     model.score_mutations(WILD_TYPE, [*MUTATIONS, single(7, "A"), single(9, WILD_TYPE[8])])
-    assert calls == [[(43, 1, 1)] * 5]  # positions 1, 3, 7, 20 and 41: the unchanged ninth costs nothing
-    calls.clear()
     model.score_mutations(WILD_TYPE, MUTATIONS, "wt-marginals")
-    assert calls == [[(43, 0, 5)]]
+    # Positions 1, 3, 7, 20 and 41: the unchanged ninth costs nothing.
+    assert shapes(logits) == [[(43, 1, 1)] * 5, [(43, 0, 5)]]
 
 
-def test_memory_is_bounded(tiny: ESM2, calls: list[Any]) -> None:
+@mock.patch.object(Passes, "logits", autospec=True, side_effect=Passes.logits)
+def test_memory_is_bounded(logits: mock.Mock, tiny: ESM2) -> None:
     """Few token rows at a time, though the scan has many."""
     progress: list[tuple[int, int]] = []
     tiny.scan_mutations(random_sequence(300), progress=lambda *done: progress.append(done))
-    assert max(sum(tokens for tokens, _, _ in call) for call in calls) <= 32768
-    assert len(calls) == math.ceil(300 / (32768 // 302))
+    assert [len(call) for call in shapes(logits)] == [108, 108, 84]  # of 302 tokens: at most 32768
     assert progress[-1] == (300, 300)
 
 

@@ -97,12 +97,12 @@ class JsonProgress(Progress):
 
 
 class BarProgress(Progress):
-    """A bar for people, on a terminal; elsewhere, and if `quiet`, notes alone."""
+    """A bar for people, on a terminal; or, if it is `quiet`, notes alone."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__()
         tqdm = require("tqdm", "a progress bar", "bulk").tqdm
-        self._make = partial(tqdm, leave=False, disable=quiet or None)
+        self._make = partial(tqdm, leave=False, disable=quiet)
         self._bar = self._make(desc="reading", unit=" records")
 
     def note(self, message: str) -> None:

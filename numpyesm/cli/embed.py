@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Return 0 if every record is in the output, 1 if some were rejected or the run failed."""
     if arguments.json_progress:
         return _run_in_json(arguments)
-    progress = BarProgress(arguments.quiet)
+    progress = BarProgress(quiet=arguments.quiet or not sys.stderr.isatty())
     try:
         summary = _embed(arguments, progress)
     finally:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -54,12 +54,7 @@ def run(place: Path, out: Path, **options: Any) -> Summary:
 
 
 def run_and(
-    act: Callable[[], object],
-    place: Path,
-    out: Path,
-    at: int = 1,
-    steps: Sequence[str] = DISK_STEPS,
-    after: bool = False,
+    act: Callable[[], object], place: Path, out: Path, at: int = 1, steps: list[str] = DISK_STEPS
 ) -> tuple[int, str]:
     """Exit code (negative: the signal) of a process that does what `_embed` says, and its stderr and stdout.
 
@@ -70,8 +65,10 @@ def run_and(
         *("--include", "mean", "per_token", "--backend", "numpy", "--threads", "1", "--tokens-per-batch", "300"),
     ]
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_bulk_crash", "pyarrow.parquet", "h5py", "filelock"])
-    process = context.Process(target=_embed, args=(place / "log", words, at, act, steps, after))
+    context.set_forkserver_preload(
+        ["test_bulk_crash", "numpyesm.bulk.job", "pytest", "pyarrow.parquet", "h5py", "filelock"]
+    )
+    process = context.Process(target=_embed, args=(place / "log", words, at, act, steps))
     process.start()
     process.join(100)
     process.kill()
@@ -79,8 +76,8 @@ def run_and(
     return process.exitcode, (place / "log").read_text()
 
 
-def _embed(log: Path, words: list[str], at: int, act: Callable[[], object], steps: Sequence[str], after: bool) -> None:
-    """`numpyesm embed`, which acts just before, or just after, the n-th of its steps."""
+def _embed(log: Path, words: list[str], at: int, act: Callable[[], object], steps: list[str]) -> None:
+    """`numpyesm embed`, which acts after the n-th of its steps."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -88,13 +85,10 @@ def _embed(log: Path, words: list[str], at: int, act: Callable[[], object], step
 
     def acting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            now = next(calls) == at
-            if now and not after:
-                act()
             try:
                 return function(*arguments, **keywords)
             finally:
-                if now and after:
+                if next(calls) == at:
                     act()
 
         return call
@@ -151,7 +145,7 @@ def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str
     # While reading, and about its end; then a few steps further each time, through computing and writing.
     reading, later = iter([3, 50, *range(82, 100)]), iter(range(2, 100, step))
     killed = 0
-    while run_and(KILL, place, out, next(later if has_read(out) else reading), after=killed % 2 == 0)[0] == -9:
+    while run_and(KILL, place, out, next(later if has_read(out) else reading))[0] == -9:
         killed += 1
     assert killed >= 8
     assert run(place, out).already_complete
@@ -174,7 +168,7 @@ def test_a_signal_keeps_what_is_done(
     place: Path, tmp_path: Path, number: signal.Signals, code: int, form: str, at: int, steps: list[str]
 ) -> None:
     out = tmp_path / NAMES[form]
-    found, said = run_and(partial(signal.raise_signal, number), place, out, at, steps, after=True)
+    found, said = run_and(partial(signal.raise_signal, number), place, out, at, steps)
     assert (found, said) == (code, "numpyesm: interrupted\n" if code == 130 else "")
     assert not out.exists()
     computed = run(place, out).computed

@@ -47,7 +47,6 @@ FORMS = {
     "CR": PLAIN.replace(b"\n", b"\r"),
     "lower case": PLAIN.lower(),
     "gzip": gzip.compress(PLAIN),
-    "two gzip members": gzip.compress(PLAIN[:15]) + gzip.compress(PLAIN[15:]),
     "bzip2": bz2.compress(PLAIN),
     "xz": lzma.compress(PLAIN),
     "zip": zipped(x_fasta=TEXT, __MACOSX="junk"),

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
-from numpyesm.errors import CheckpointError, WeightsNotFound
+from numpyesm.errors import CheckpointError
 from numpyesm.weights.safetensors_file import read_safetensors, write_safetensors
 from numpyesm.weights.tensor import StoredTensor
 
@@ -33,10 +32,6 @@ def raw_file(path, header, data=b"", *, length=None):
     return path
 
 
-def entry(shape, begin, end, dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "x.safetensors"
@@ -47,9 +42,8 @@ def written(tmp_path):
 def test_round_trip(tmp_path, written):
     tensors, metadata = read_safetensors(written)
     assert metadata == {"who": "me", "ünï": "cödé"}
-    assert tensors.keys() == TENSORS.keys()
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in TENSORS.items()}
     for name, tensor in TENSORS.items():
-        assert tensors[name].dtype == tensor.dtype
         assert tensors[name].raw.size == tensor.raw.size
         if tensor.raw.size:
             np.testing.assert_array_equal(tensors[name].raw, tensor.raw)
@@ -65,30 +59,26 @@ def test_round_trip(tmp_path, written):
     assert (tmp_path / "again.safetensors").read_bytes() == written.read_bytes()
 
 
-def test_official_library_reads_what_we_write(written):
+def test_the_official_library_reads_what_we_write_and_writes_what_we_read(tmp_path, written):
     torch = pytest.importorskip("torch")  # the NumPy side of safetensors has no bfloat16
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     theirs = load_file(written)
-    assert theirs.keys() == TENSORS.keys()
     assert theirs["a.first"].dtype == torch.bfloat16
-    np.testing.assert_array_equal(theirs["a.first"].view(torch.uint16).numpy(), TENSORS["a.first"].raw)
-    np.testing.assert_array_equal(theirs["b.second"].numpy(), TENSORS["b.second"].raw)
-
-
-def test_we_read_what_the_official_library_writes(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "ids": np.arange(4), "odd": np.zeros(3, np.float16)}
-    save_file(arrays, tmp_path / "y.safetensors", metadata={"format": "pt"})
-    tensors, metadata = read_safetensors(tmp_path / "y.safetensors")
+    save_file(theirs | {"ids": torch.arange(4)}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    tensors, metadata = read_safetensors(tmp_path / "theirs.safetensors")
     assert metadata == {"format": "pt"}
-    assert tensors["ids"].dtype == "I64"
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(tensors[name].raw, array)
+    assert tensors.pop("ids").dtype == "I64"
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert tensors[name].raw.tobytes() == tensor.raw.tobytes()
 
 
 def test_misaligned_data_are_copied(tmp_path):
     values = np.array([1, 2, 3], np.float32)
-    header = {"x": entry([3], 1, 13), "pad": entry([1], 0, 1, "U8")}
+    x = {"dtype": "F32", "shape": [3], "data_offsets": [1, 13]}
+    header = {"x": x, "pad": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
     tensors, _ = read_safetensors(raw_file(tmp_path / "m.safetensors", header, b"\0" + values.tobytes()))
     np.testing.assert_array_equal(tensors["x"].raw, values)
     assert tensors["x"].raw.flags.aligned
@@ -97,52 +87,44 @@ def test_misaligned_data_are_copied(tmp_path):
 def test_every_truncation_is_an_error(tmp_path, written):
     whole = written.read_bytes()
     cut = tmp_path / "cut.safetensors"
-    for length in range(len(whole)):
-        cut.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+    for content in (*(whole[:length] for length in range(len(whole))), whole + b"\0"):
+        cut.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors is (empty|damaged, truncated|not an intact)"):
             read_safetensors(cut)
-    cut.write_bytes(whole + b"\0")
-    with pytest.raises(CheckpointError, match="damaged, truncated"):
-        read_safetensors(cut)
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 @pytest.mark.parametrize(
-    ("header", "data"),
+    ("header", "message"),
     [
-        (b"[]", b""),
-        (b"[" * 100_000, b""),
-        ({"x": {"dtype": "F32"}}, b""),
-        ({"x": entry([2], 0, 4)}, b"1234"),
-        ({"x": entry([-1], 0, 4)}, b"1234"),
-        ({"x": entry([1], 4, 0)}, b"1234"),
-        ({"x": entry([1], -4, 0)}, b"1234"),
-        ({"x": entry([1], 0, 8, "C64")}, b"12345678"),
-        ({"x": entry([1 << 62, 1 << 62], 0, 4)}, b"1234"),
-        ({"x": entry([1 << 40], 0, 1 << 42)}, b"1234"),
-        ({"x": entry([1] * 100, 0, 4)}, b"1234"),
-        ({"x": entry([1], 4, 8)}, b"12345678"),  # a hole
-        ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, b"1234"),  # an overlap
-        ({"__metadata__": {"a": 1}}, b""),
-        (b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
-        (b'{"x":%b,"x":%b}' % ((json.dumps(entry([1], 0, 4)).encode(),) * 2), b"1234"),  # a name twice
+        (b"[" * 100_000, "damaged"),
+        ({"x": {"dtype": "F32"}}, "damaged"),
+        ({"x": ONE | {"shape": [2]}}, "damaged"),
+        ({"x": ONE | {"shape": [1 << 62, 1 << 62]}}, "damaged"),
+        ({"x": ONE, "y": ONE}, "damaged"),  # an overlap
+        ({"x": ONE, "__metadata__": {"a": 1}}, "damaged"),
+        (b'{"\\ud800":%b}' % json.dumps(ONE).encode(), "damaged"),
+        (b'{"x":%b,"x":%b}' % ((json.dumps(ONE).encode(),) * 2), "a name appears twice"),
+        ({"x": ONE | {"shape": [1] * 100}}, "of 100 dimensions"),
+        ({"x": ONE | {"dtype": "F8_E8M0", "shape": [4]}}, "stored as 'F8_E8M0', as quantised models are"),
     ],
-)  # fmt: skip
-def test_impossible_headers(tmp_path, header, data):
-    path = raw_file(tmp_path / "bad.safetensors", header, data)
-    with pytest.raises(CheckpointError, match=r"bad\.safetensors") as caught:
+)
+def test_impossible_headers(tmp_path, header, message):
+    path = raw_file(tmp_path / "bad.safetensors", header, b"1234")
+    with pytest.raises(CheckpointError, match=rf"bad\.safetensors .*{message}") as caught:
         read_safetensors(path)
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 63, (1 << 64) - 1])
-def test_impossible_header_lengths(tmp_path, length):
-    path = raw_file(tmp_path / "bad.safetensors", {"x": entry([1], 0, 4)}, b"1234", length=length)
-    with pytest.raises(CheckpointError):
-        read_safetensors(path)
-    header = {f"t{i}": entry([0], 0, 0) for i in range(10_000)}
+def test_headers_out_of_proportion(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    for length in (0, 1, 1 << 20, 1 << 63, (1 << 64) - 1):
+        with pytest.raises(CheckpointError):
+            read_safetensors(raw_file(path, {"x": ONE}, b"1234", length=length))
     with pytest.raises(CheckpointError, match="too long"):  # for so small a file
-        read_safetensors(raw_file(path, header))
+        read_safetensors(raw_file(path, {f"t{i}": ONE | {"shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}))
 
 
 def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):
@@ -156,14 +138,6 @@ def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):
     written.write_bytes(written.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged, truncated"):
         read_safetensors(written)
-
-
-def test_absent_and_empty_files(tmp_path):
-    with pytest.raises(WeightsNotFound, match="does not exist"):
-        read_safetensors(tmp_path / "none.safetensors")
-    (tmp_path / "empty.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is empty"):
-        read_safetensors(tmp_path / "empty.safetensors")
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,9 +73,8 @@ def test_views_strides_sharing_and_parameters(tmp_path):
 def test_compressed_entries_and_any_folder_name(tmp_path, saved):
     packed = rewrite(saved, tmp_path / "packed.pt", compression=zipfile.ZIP_DEFLATED, folder="any name")
     np.testing.assert_array_equal(read_torch(packed)["a"].raw, [[0, 1, 2], [3, 4, 5]])
-    bz = rewrite(saved, tmp_path / "bz.pt", compression=zipfile.ZIP_BZIP2)
     with pytest.raises(CheckpointError, match="unusual method"):
-        read_torch(bz)
+        read_torch(rewrite(saved, tmp_path / "bz.pt", compression=zipfile.ZIP_BZIP2))
 
 
 def test_every_truncation_is_an_error(tmp_path, saved):
@@ -117,7 +117,6 @@ LAUGHS = b"\x80\x02}ctorch._utils\n_rebuild_parameter\n()" + b"q\x00h\x00\x86" *
         ({"data/0": None}, "is missing"),
         ({"data/0": b"1234"}, "another size"),
         ({"data/0": b"123"}, "another size"),
-        ({"data/0": bytes(4000)}, "another size"),
         ({"byteorder": b"big"}, "big-endian"),
         ({"data.pkl": b"garbage"}, "damaged or not a pickle"),
         ({"data.pkl": LAUGHS}, "a key is not allowed"),
@@ -140,7 +139,6 @@ def pickled(count, offset, shape, strides, key="0", kind="FloatStorage"):
     "arguments",
     [
         (7, 0, (2, 3), (3, 1)),
-        (5, 0, (5,), (1,)),
         (6, 1, (2, 3), (3, 1)),
         (6, 0, (2, 3), (4, 1)),
         (6, -1, (2, 3), (3, 1)),
@@ -148,7 +146,6 @@ def pickled(count, offset, shape, strides, key="0", kind="FloatStorage"):
         (6, 0, (2, 3), (-3, 1)),
         (6, 0, (2, 3), (1,)),
         (6, 0, (1 << 40,), (0,)),  # a small file that would fill the memory
-        (6, 0, (1 << 40, 1 << 40), (0, 0)),
         (6, 1 << 60, (1,), (1,)),
         (6, 0, (1,) * 20, (1,) * 20),
         (6, 0, (2, 3), (3, 1), "../data.pkl"),
@@ -173,51 +170,45 @@ def test_zip_bombs(tmp_path, saved):
         read_torch(bomb)
 
 
-def test_old_formats_say_how_to_resave(tmp_path):
-    torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="re-save it"):
-        load_checkpoint(tmp_path / "old.pt")
+MODULE = torch.nn.Linear(2, 2)
 
 
-def test_torchscript_is_named(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
-    with pytest.raises(CheckpointError, match="TorchScript"):
-        read_torch(tmp_path / "script.pt")
-
-
-def test_pickled_modules_are_not_checkpoints(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    assert str(type(read_torch(tmp_path / "module.pt"))) == "torch.nn.modules.linear.Linear"
-    with pytest.raises(CheckpointError, match="save its state_dict"):
-        load_checkpoint(tmp_path / "module.pt")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (partial(torch.save, {"a": torch.ones(3)}, _use_new_zipfile_serialization=False), "re-save it"),
+        (torch.jit.script(MODULE).save, "TorchScript"),
+        (partial(torch.save, MODULE), r"\(torch.nn.modules.linear.Linear\), .* save its state_dict"),
+    ],
+)
+def test_files_of_torch_that_are_no_checkpoints(tmp_path, write, message):
+    write(str(tmp_path / "x.pt"))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 def hidden(command):
     """Calls of a command, as they can hide in a checkpoint."""
     call, inner = Call(os.system, command), io.BytesIO()
     torch.save(call, inner)
-    return {
-        "plain": call,
-        "storage": Call(torch.storage._load_from_bytes, inner.getvalue()),
-        "subclass": Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (command,), {}),
-        "hooks": Call(torch._utils._rebuild_parameter, call, True, {}),
-    }
+    yield call
+    yield Call(torch.storage._load_from_bytes, inner.getvalue())
+    yield Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (command,), {})
+    yield Call(torch._utils._rebuild_parameter, call, True, {})
 
 
-@pytest.mark.parametrize("kind", ["plain", "storage", "subclass", "hooks"])
-def test_a_payload_in_a_checkpoint_does_nothing(tmp_path, kind):
-    marker = tmp_path / "ran"
-    payload = hidden(f"touch {marker}")[kind]
-    path = tmp_path / "x.pt"
-    state = {"embed_tokens.weight": payload, "layers.0.fc1.weight": torch.ones(2, 2)}
-    torch.save({"cfg": {"model": payload}, "model": state}, path)
-    read_torch(path)
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path)
-    assert not marker.exists()
-    with contextlib.suppress(Exception):
-        torch.load(path, weights_only=False)
-    assert marker.exists()  # the payload is a real one
+def test_a_payload_in_a_checkpoint_does_nothing(tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "x.pt"
+    for payload in hidden(f"touch {marker}"):
+        state = {"embed_tokens.weight": payload, "layers.0.fc1.weight": torch.ones(2, 2)}
+        torch.save({"cfg": {"model": payload}, "model": state}, path)
+        read_torch(path)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+        assert not marker.exists()
+        with contextlib.suppress(Exception):
+            torch.load(path, weights_only=False)
+        marker.unlink()  # the payload is a real one
 
 
 def test_state_set_on_a_tensor_is_refused(tmp_path, saved):

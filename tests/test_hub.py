@@ -5,13 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -21,7 +16,7 @@ import pytest
 from test_adapters import write as write_adapter
 
 from numpyesm.config import PRESETS
-from numpyesm.errors import CheckpointError, WeightsNotFound
+from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import fetch, load_checkpoint, open_weights
 from numpyesm.weights.cache import PINNED_COMMITS
 
@@ -33,39 +28,16 @@ FIRST, SECOND = "a" * 40, "b" * 40
 REPOSITORY = "someone/esm2_t6_8M_like"
 
 
-@dataclass
-class FakeHub:
-    """A small Hub on loopback. Repositories are {name: {commit: folder}}; `main` is the last commit.
+class Hub(ThreadingHTTPServer):
+    """A small Hub on loopback."""
 
-    `slow` names files that trickle, `corrupt` those that are served with a changed byte under the right checksum.
-    """
-
-    repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
-    slow: set[str] = field(default_factory=set)
-    corrupt: set[str] = field(default_factory=set)
-    requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
-
-    def __enter__(self) -> FakeHub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def transfers(self, file: str) -> int:
-        """How often a file was downloaded."""
-        return sum(method == "GET" and path.endswith(file) for method, path in self.requests)
+    repositories: dict[str, dict[str, Path]]  # by name and commit, the folder; `main` is the last commit
+    corrupt: str = ""  # the file that is served with a changed byte under the right checksum
+    requests: list[str]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: FakeHub
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -73,44 +45,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path))
+        self.server.requests.append(path)
         listing, parts = path.startswith("/api/models/"), path.removeprefix("/api/models").strip("/").split("/")
-        commits = self.hub.repositories.get("/".join(parts[:2]))
+        commits = self.server.repositories.get("/".join(parts[:2]))
         if commits is None:
-            return self.fail("RepoNotFound")
+            return self.reply(404, {"X-Error-Code": "RepoNotFound"})
         revision = parts[3] if len(parts) > 3 else "main"  # behind `revision` or `resolve`
         commit = list(commits)[-1] if revision == "main" else revision
         if commit not in commits:
-            return self.fail("RevisionNotFound")
+            return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
         if listing:
             files = [{"rfilename": file.name} for file in sorted(commits[commit].iterdir())]
-            return self.reply(json.dumps({"id": "/".join(parts[:2]), "sha": commit, "siblings": files}).encode())
+            answer = {"id": "/".join(parts[:2]), "sha": commit, "siblings": files}
+            return self.reply(200, {}, json.dumps(answer).encode())
         file = commits[commit] / parts[-1]
-        return self.send_file(file, commit) if file.is_file() else self.fail("EntryNotFound")
+        if not file.is_file():
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        content = file.read_bytes()
+        etag, size = f'"{hashlib.sha256(content).hexdigest()}"', str(len(content))
+        if file.name == self.server.corrupt:
+            content = content[:-1] + bytes([content[-1] ^ 0xFF])
+        headers = {"X-Repo-Commit": commit, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": size}
+        return self.reply(200, headers, content)
 
     do_HEAD = do_GET
 
-    def send_file(self, file: Path, commit: str) -> None:
-        content = bytearray(file.read_bytes())
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        if file.name in self.hub.corrupt:
-            content[-1] ^= 0xFF
-        headers = {"X-Repo-Commit": commit, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
-        self.reply(bytes(content), headers=headers, pause=0.02 if file.name in self.hub.slow else 0)
-
-    def reply(self, content: bytes, status: int = 200, headers: Mapping[str, str] = {}, pause: float = 0) -> None:
+    def reply(self, status: int, headers: Mapping[str, str], content: bytes = b"{}") -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        step = len(content) // 64 + 1
-        with suppress(OSError):  # the client was killed
-            for begin in range(0, len(content) if self.command == "GET" else 0, step):
-                self.wfile.write(content[begin : begin + step])
-                time.sleep(pause)
-
-    def fail(self, code: str) -> None:
-        self.reply(b"{}", 404, headers={"X-Error-Code": code})
+        if self.command == "GET":
+            self.wfile.write(content)
 
 
 def write_model(folder: Path, value: float = 0.5) -> Path:
@@ -131,9 +97,12 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "theirs"))
     monkeypatch.setenv("NUMPYESM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with FakeHub({REPOSITORY: {FIRST: write_model(tmp_path / "served")}}) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
+    with Hub(("127.0.0.1", 0), Handler) as running:
+        running.repositories, running.requests = {REPOSITORY: {FIRST: write_model(tmp_path / "served")}}, []
+        threading.Thread(target=running.serve_forever, args=[0.02], daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
         yield running
+        running.shutdown()
 
 
 def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path, monkeypatch, capfd):
@@ -144,7 +113,7 @@ def test_fetch_converts_caches_and_then_needs_no_network(hub, tmp_path, monkeypa
     checkpoint = load_checkpoint(path)
     assert checkpoint.config == mk.TINY
     assert checkpoint.source == f"{REPOSITORY}@{FIRST[:12]}"
-    assert not any("README" in request[1] for request in hub.requests)
+    assert not any("README" in path for path in hub.requests)
 
     hub.requests.clear()
     assert fetch(REPOSITORY) == path
@@ -173,6 +142,8 @@ def test_a_fetched_file_is_copied_and_used_without_a_network(run, hub, tmp_path,
 def test_revisions(hub, tmp_path):
     hub.repositories[REPOSITORY][SECOND] = write_model(tmp_path / "newer", value=0.25)
     target = tmp_path / "out" / "x.safetensors"
+    with pytest.raises(InvalidOption, match=r"x\.pt must be a \.safetensors file or a folder"):
+        fetch(REPOSITORY, output=tmp_path / "x.pt")
     assert fetch(REPOSITORY, output=target) == target
     assert load_checkpoint(target).array("final_norm.bias")[0] == 0.25
     assert fetch(REPOSITORY).name == f"{SECOND}.safetensors"
@@ -193,7 +164,7 @@ def test_shards(hub, tmp_path):
         fetch(REPOSITORY)
     second.rename(folder / "model-00002-of-00003.safetensors")
     mk.expect_same_model(load_checkpoint(fetch(REPOSITORY)), mk.MODEL)
-    assert not hub.transfers("model-00004-of-00004.safetensors")
+    assert not any("00004-of-00004" in path for path in hub.requests)
 
 
 def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path, monkeypatch):
@@ -207,26 +178,13 @@ def test_an_adapter_is_kept_as_it_is_and_its_base_is_fetched(hub, tmp_path, monk
         assert open_weights("someone/lora").array("layers.0.qkv.weight")[0, ::40].tolist() == [2.5, 0.5, 0.5]
 
 
-@pytest.mark.slow
-def test_two_processes_at_once_download_once(hub):
-    hub.slow.add("model.safetensors")
-    command = [sys.executable, "-c", f"from numpyesm.weights import fetch; print(fetch({REPOSITORY!r}))"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(2)]
-    first, second = (process.communicate(timeout=120)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert first == second
-    load_checkpoint(first.strip())
-    assert hub.transfers("model.safetensors") == 1
-
-
 def test_corrupted_weights_are_refused_and_deleted(hub, tmp_path):
-    hub.corrupt.add("model.safetensors")
+    hub.corrupt = "model.safetensors"
     message = f"the download of {REPOSITORY} is damaged or was tampered with, and has been deleted"
     with pytest.raises(CheckpointError, match=message):
         fetch(REPOSITORY)
     assert not [path for path in tmp_path.rglob("*.safetensors") if path.parent != tmp_path / "served"]
-    hub.corrupt.clear()
+    hub.corrupt = ""
     load_checkpoint(fetch(REPOSITORY))
 
 
@@ -245,18 +203,15 @@ def test_official_names(hub, tmp_path, monkeypatch):
     assert fetch("facebook/esm2_t12_35M_UR50D") == tmp_path / "cache" / "esm2-35m.safetensors"
 
 
-def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    message = r"cannot be reached for facebook/esm2_t12_35M_UR50D.*what you can do.*dl\.fbaipublicfiles\.com"
-    with pytest.raises(WeightsNotFound, match=message):
-        fetch("esm2-35m")
-
-
-def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
+def test_no_hub_and_no_room(hub, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'file'}.* HF_HOME names another cache"):
         fetch(REPOSITORY)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    message = r"cannot be reached for facebook/esm2_t12_35M_UR50D.*what you can do.*dl\.fbaipublicfiles\.com"
+    with pytest.raises(WeightsNotFound, match=message):
+        fetch("esm2-35m")
 
 
 @pytest.mark.parametrize(

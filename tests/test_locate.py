@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,9 @@ def test_exact_weights_come_before_those_that_lost_digits(tmp_path, models):
 
 def test_variable_that_names_a_folder(tmp_path, models, monkeypatch):
     put(models, tmp_path / "cache" / "esm2-8m.safetensors")  # never used instead
+    monkeypatch.setenv("NUMPYESM_WEIGHTS", "")
+    with pytest.raises(InvalidOption, match="NUMPYESM_WEIGHTS is set but empty"):
+        find_local("esm2-8m")
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "all"))
     with pytest.raises(WeightsNotFound, match=r"NUMPYESM_WEIGHTS points to .*all, which does not exist"):
         find_local("esm2-8m")
@@ -105,14 +109,6 @@ def test_variable_that_names_a_folder(tmp_path, models, monkeypatch):
     assert find_local("esm2-8m") == found
 
 
-def test_variable_that_is_empty(monkeypatch, models, tmp_path):
-    put(models, tmp_path / "cache" / "esm2-8m.safetensors")
-    monkeypatch.setenv("NUMPYESM_WEIGHTS", "")
-    for use in (find_local, resolve, open_weights):
-        with pytest.raises(InvalidOption, match="NUMPYESM_WEIGHTS is set but empty"):
-            use("esm2-8m")
-
-
 @pytest.mark.parametrize("command", [["encode", "MKT"], ["verify"], ["info"], ["demo"]])
 def test_no_command_passes_over_what_the_variable_names(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setenv("NUMPYESM_WEIGHTS", str(tmp_path / "none"))
@@ -120,18 +116,15 @@ def test_no_command_passes_over_what_the_variable_names(tmp_path, monkeypatch, c
     assert "NUMPYESM_WEIGHTS points to" in capsys.readouterr().err
 
 
-def test_variable_that_names_another_model(models, monkeypatch):
+def test_another_model_than_the_one_that_was_asked_for(tmp_path, models, monkeypatch):
+    put(models, tmp_path / "weights" / "esm2-35m.safetensors")
+    with pytest.raises(CheckpointError, match="safetensors holds esm2-8m, not the esm2-35m"):
+        open_weights("esm2-35m")
     for chosen in ("real.safetensors", "."):
         monkeypatch.setenv("NUMPYESM_WEIGHTS", str(models / chosen))
         for ask in (resolve, open_weights):
             with pytest.raises(CheckpointError, match="NUMPYESM_WEIGHTS"):
                 ask("esm2-35m")
-
-
-def test_another_model_under_a_wrong_name(tmp_path, models):
-    put(models, tmp_path / "weights" / "esm2-35m.safetensors")
-    with pytest.raises(CheckpointError, match="holds esm2-8m, not the esm2-35m"):
-        open_weights("esm2-35m")
 
 
 def test_synthetic_weights_are_never_found_by_a_real_name(tmp_path, models, monkeypatch):
@@ -179,7 +172,7 @@ def test_nothing_found_names_the_ways_out(name, download):
         assert "regression/esm2_t12_35M_UR50D-contact-regression.pt" in text
 
 
-def hub_download(folder, commit, content, main=True):
+def hub_download(folder, commit, content, at_main):
     """What huggingface-hub leaves: blobs named by their SHA-256, links to them by commit."""
     repository = folder / "models--facebook--esm2_t6_8M_UR50D"
     snapshot, blob = repository / "snapshots" / commit, repository / "blobs" / hashlib.sha256(content).hexdigest()
@@ -188,7 +181,7 @@ def hub_download(folder, commit, content, main=True):
     blob.write_bytes(content)
     (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
     (snapshot / "config.json").write_text('{"num_attention_heads": 20}')
-    if main:
+    if at_main:
         (repository / "refs" / "main").write_text(commit)
     return snapshot
 
@@ -214,10 +207,9 @@ def official(tmp_path_factory):
 def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, variable, below):
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(tmp_path / "theirs"))
-    other = hub_download(tmp_path / "theirs" / below, "1" * 40, official[1])
-    assert find_local("esm2-8m") == other
-    pinned = hub_download(tmp_path / "theirs" / below, PINNED, official[1], main=False)
-    assert find_local("esm2-8m") == pinned
+    for commit in ("2" * 40, "1" * 40, "3" * 40, PINNED):  # each before the last one
+        pinned = hub_download(tmp_path / "theirs" / below, commit, official[1], at_main=commit.startswith("3"))
+        assert find_local("esm2-8m") == pinned
     assert find_local("esm2-35m") is None
     official[0](open_weights("esm2-8m"))
     assert resolve("facebook/esm2_t6_8M_UR50D") == pinned
@@ -225,6 +217,8 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
     blob.write_bytes(official[1][:-4] + b"\0\0\0\0")
     with pytest.raises(CheckpointError, match="is corrupted: its checksum is not the one"):
         open_weights("esm2-8m")
+    for commit in "123":
+        shutil.rmtree(pinned.with_name(commit * 40))
     blob.unlink()  # interrupted: the links stand there, or only the configuration
     assert find_local("esm2-8m") is None
     ours = put(models, tmp_path / "cache" / "esm2-8m.safetensors")

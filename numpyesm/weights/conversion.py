@@ -62,9 +62,7 @@ def convert(
     CheckpointError, WeightsNotFound, InvalidOption
         If the source cannot be read, its numbers do not fit the dtype, or the output would replace the source.
     """
-    check_dtype(dtype)
-    if Path(output).suffix not in ("", ".safetensors") and not Path(output).is_dir():
-        raise InvalidOption(f"the output {output} must be a .safetensors file or a folder")
+    check_target(output, dtype)
     _announce(Path(source), progress)
     opened = open_checkpoint(source, regression=regression)
     if adapter is not None:
@@ -74,6 +72,13 @@ def convert(
         opened = replace(opened, checkpoint=opened.checkpoint.first_layers(layers))
     path = write(opened, output, dtype, progress)
     return Conversion(path, load_checkpoint(path))
+
+
+def check_target(output: str | os.PathLike[str], dtype: str) -> None:
+    """Raise InvalidOption unless a canonical file of this dtype can be written at `output`, or into it."""
+    check_dtype(dtype)
+    if Path(output).suffix not in ("", ".safetensors") and not Path(output).is_dir():
+        raise InvalidOption(f"the output {output} must be a .safetensors file or a folder")
 
 
 def write(opened: Opened, output: str | os.PathLike[str], dtype: str, progress: bool) -> Path:

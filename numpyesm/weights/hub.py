@@ -16,8 +16,7 @@ from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from ..files import file_sha256
 from .cache import RemoteModel, is_commit
-from .canonical import check_dtype
-from .conversion import write
+from .conversion import check_target, write
 from .hugging_face import ADAPTER_FILES, WEIGHT_FILES, adapter_file, files_of, weight_files, weight_map
 from .load import Opened, open_checkpoint
 from .official import PINNED_SHA256, check_official, hub_folder, is_whole, snapshot_folder, ways_out
@@ -68,7 +67,7 @@ def fetch(
     CheckpointError
         If what was downloaded has the wrong checksum or is not an ESM-2 model.
     """
-    check_dtype(dtype)
+    check_target("" if output is None else output, dtype)
     model = RemoteModel.named(name, revision)
     found = model.cached(dtype)
     if found is not None and (opened := _opened(found)):  # a damaged file is fetched again

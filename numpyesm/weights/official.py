@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, preset_name
@@ -33,14 +34,13 @@ def hub_snapshot(repository: str, commit: str | None = None) -> Path | None:
 
     `commit` is preferred; next comes what `main` was at the last download, then any other.
     """
-    preferred = [] if commit is None else [snapshot_folder(repository, commit)]
     folder = snapshot_folder(repository, "").parent
-    try:
-        main = snapshot_folder(repository, (folder / "refs" / "main").read_text().strip())
-        others = [main, *sorted((folder / "snapshots").iterdir())]
-    except (OSError, ValueError):
-        others = []
-    return next((snapshot for snapshot in [*preferred, *others] if is_whole(snapshot)), None)
+    commits = [] if commit is None else [commit]
+    with suppress(OSError, ValueError):  # a download of one commit does not write it
+        commits.append((folder / "refs" / "main").read_text().strip())
+    with suppress(OSError):
+        commits += sorted(os.listdir(folder / "snapshots"))
+    return next((found for one in commits if is_whole(found := folder / "snapshots" / one)), None)
 
 
 def snapshot_folder(repository: str, commit: str) -> Path:

@@ -21,6 +21,7 @@ from numpyesm import ESM2
 from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, save_canonical
+from numpyesm.weights.checkpoint import computed_frequencies
 from numpyesm.weights.synthetic import random_checkpoint
 
 mk = pytest.importorskip("make_checkpoints")
@@ -155,6 +156,14 @@ def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
         assert load_checkpoint(save(tmp_path / "m.pt", known)).config.num_heads == heads
     with pytest.raises(CheckpointError, match="how many attention heads"):
         load_checkpoint(save(tmp_path / "m.pt", without(known, "contact")))
+
+
+def test_where_no_frequencies_are_stored_the_formula_counts(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save(tmp_path / "m.pt", without(FAIR, "inv_freq")))
+    np.testing.assert_array_equal(checkpoint.array("rotary.frequencies"), computed_frequencies(mk.TINY.head_dim))
+    for head_dim in (2, 16, 24, 32, 64):
+        fresh = mk.esm.rotary_embedding.RotaryEmbedding(head_dim).inv_freq
+        np.testing.assert_array_equal(computed_frequencies(head_dim), fresh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

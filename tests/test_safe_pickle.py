@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numpyesm.errors import CheckpointError
-from numpyesm.weights.safe_pickle import Inert, builder, read_pickle
+from numpyesm.weights.safe_pickle import Inert, read_pickle
 
 PLAIN = {
     "none": None,
@@ -71,12 +71,6 @@ def test_objects_of_other_classes_are_records(protocol: int) -> None:
     assert str(result["class"]) == "fractions.Fraction"
     assert str(read_pickle(b"cno.such.module\nthing.of\n.")) == "no.such.module.thing.of"
     assert all(isinstance(item, Inert) for item in [*result["numpy"], result["partial"], result["error"]])
-
-
-def test_builders_and_persistent_ids() -> None:
-    data = b"\x80\x02cmine\nmake\nK\x01K\x02\x86RU\x03keyQ\x86."
-    builders = {("mine", "make"): builder(lambda a, b: a + b)}
-    assert read_pickle(data, builders=builders, persistent_load=str.upper) == (3, "KEY")
 
 
 class Call:

@@ -1,9 +1,11 @@
-"""What a name, a path or a spec resolves to, and in which order places are searched."""
+"""What a name, a path or a spec resolves to, in which order places are searched, and that no socket is opened."""
 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
+import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import cache_dir, find_local, open_weights, resolve, save_canonical
 from numpyesm.weights.cache import PINNED_COMMITS
+from numpyesm.weights.hub import is_offline
 from numpyesm.weights.synthetic import synthetic_checkpoint
 
 TINY = {"esm2-8m": ModelConfig(2, 40, 20, 160), "esm2-35m": ModelConfig(3, 40, 20, 160)}
@@ -247,3 +250,82 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_dir() == tmp_path / "local" / "numpyesm"
+
+
+# -- machines without a network --------------------------------------------------------------------------------------
+
+
+class SocketOpened(BaseException):
+    """Not an Exception, which somebody could catch."""
+
+
+@pytest.fixture
+def no_sockets(monkeypatch):
+    def refuse(*args: object, **kwargs: object):
+        raise SocketOpened(args)
+
+    monkeypatch.setattr(socket, "socket", type("Refusing", (socket.socket,), {"__init__": refuse}))
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments"),
+    [
+        ("NUMPYESM_OFFLINE", ("fetch", "esm2-8m")),
+        ("HF_HUB_OFFLINE", ("fetch", "someone/else")),
+        ("HF_HUB_OFFLINE", ("fetch", "esm2-8m", "-o", "there")),
+        ("NUMPYESM_OFFLINE", ("encode", "MKT")),
+        ("HF_HUB_OFFLINE", ("encode", "MKT", "--weights", "someone/else")),
+    ],
+)
+def test_offline_nothing_asks_the_network(run, no_sockets, monkeypatch, variable, arguments):
+    monkeypatch.setenv("NUMPYESM_OFFLINE", "0")
+    with pytest.raises(SocketOpened):  # it would, if it were allowed to
+        run(*arguments, bare=True)
+    monkeypatch.setenv(variable, "1")
+    done = run(*arguments, bare=True)
+    assert done.code == 1
+    assert "forbids downloading" in done.err
+    assert "point NUMPYESM_WEIGHTS to it" in done.err  # the way out
+
+
+@pytest.mark.parametrize(
+    ("value", "forbidden"),
+    [("1", True), ("TRUE", True), (" yes ", True), ("y", True), ("2", True), ("", False), ("0", False), ("No", False)],
+)
+def test_what_is_not_a_no_forbids(monkeypatch, value, forbidden):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NUMPYESM_OFFLINE", value)
+    assert is_offline() is forbidden
+
+
+@pytest.mark.parametrize("arguments", [("encode", "MKT"), ("predict", "M<mask>"), ("info",)])
+def test_work_on_local_weights_opens_no_socket(run, no_sockets, monkeypatch, arguments):
+    """Not even without the variables."""
+    monkeypatch.delenv("NUMPYESM_OFFLINE")
+    assert run(*arguments).code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        *((f"{command} --weights=", "--weights") for command in ("encode MKT", "verify", "info", "score MKT x.csv")),
+        ("fetch ''", "not an empty text"),
+        ("fetch esm2-8m -o ''", "not an empty text"),
+        ("fetch esm2-8m --revision=", "not an empty text"),
+        ("convert '' -o x", "not an empty text"),
+        ("convert synthetic:esm2-8m -o ''", "not an empty text"),
+        ("convert synthetic:esm2-8m -o x --regression=", "not an empty text"),
+        ("serve --model mine=", "'mine=': expected SLUG=WEIGHTS"),
+        ("serve --model=", "expected SLUG=WEIGHTS"),
+        ("serve --api-keys-file=", "not an empty text"),
+    ],
+)
+def test_what_is_named_and_empty_is_wrong_use(run, tmp_path, command, message):
+    """`-o "$STICK"` where STICK is not set must become neither a default nor a download."""
+    done = run(*shlex.split(command), bare=True)
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "x").exists()

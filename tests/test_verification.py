@@ -1,11 +1,15 @@
-"""`verify` finds a model that is wrong in one point, and says what differs and by how much.
+"""`verify` finds a model that is wrong in one point, and says what differs and by how much; checksums are verified.
 
-Where the official weights are (see weights/README.md), it finds none.
+Where the official weights are (see weights/README.md), nothing differs.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,13 @@ import pytest
 
 from numpyesm import ESM2
 from numpyesm.config import ModelConfig
-from numpyesm.errors import InvalidOption
+from numpyesm.errors import CheckpointError, InvalidOption
+from numpyesm.files import file_sha256
 from numpyesm.verification import compare_with_reference, published_numbers
-from numpyesm.weights import save_canonical
+from numpyesm.weights import convert, load_checkpoint, save_canonical
 from numpyesm.weights.checkpoint import FREQUENCIES, Checkpoint, computed_frequencies
+from numpyesm.weights.integrity import SUMS_FILE
+from numpyesm.weights.load import open_checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 from numpyesm.weights.tensor import StoredTensor
 
@@ -96,3 +103,88 @@ def test_official_weights_compute_the_reference_numbers(backend: str) -> None:
     assert not model.checkpoint.synthetic
     assert [comparison for comparison in compare_with_reference(model) if not comparison.passed] == []
     assert np.count_nonzero(model.checkpoint.array("contact_head.weight")) == 61
+
+
+# -- checksums -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(small_file: str, tmp_path: Path) -> Path:
+    (tmp_path / "weights").mkdir()
+    return Path(shutil.copy(small_file, tmp_path / "weights" / "w.safetensors"))
+
+
+def test_a_flipped_bit_is_found_where_checksums_are_asked_for(
+    small_file: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 0x10
+    weights.write_bytes(content)
+    load_checkpoint(weights)
+    for verify in (open_checkpoint, lambda path: convert(path, tmp_path / "out.safetensors")):
+        with pytest.raises(CheckpointError, match="corrupted"):
+            verify(weights)
+    monkeypatch.setenv("NUMPYESM_VERIFY", "1")
+    with pytest.raises(CheckpointError, match="corrupted"):
+        load_checkpoint(weights)
+    load_checkpoint(small_file)
+    monkeypatch.setenv("NUMPYESM_VERIFY", "sometimes")
+    with pytest.raises(InvalidOption, match="NUMPYESM_VERIFY"):
+        load_checkpoint(weights)
+
+
+def test_verify_compares_every_checksum(run: Any, weights: Path) -> None:
+    verify = ("verify", "--weights", str(weights))
+    sums = weights.with_name(SUMS_FILE)
+    sums.write_text(f"{file_sha256(weights)}  w.safetensors\n")
+    assert "2 checksums verified" in run(*verify).err
+    sums.write_text(f"{'0' * 64}  w.safetensors\n")
+    done = run(*verify)
+    assert (done.code, done.out) == (1, b"")
+    assert "its SHA-256 is not the one stated beside it" in done.err
+
+
+OWN, ALL = "w.safetensors.sha256", SUMS_FILE
+
+
+@pytest.mark.parametrize("name", [ALL, OWN])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_a_list_of_checksums_that_is_no_file(weights: Path, name: str, make: Any) -> None:
+    """Opening a FIFO would wait for ever."""
+    make(weights.with_name(name))
+    with pytest.raises(CheckpointError, match=f"{name} should list checksums, but is not a regular file"):
+        open_checkpoint(weights)
+
+
+WRONG, UNREADABLE = "its SHA-256 is not", r"does not state a SHA-256 for w\.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "outcome"),
+    [
+        (OWN, "{} *w.safetensors\n", WRONG),
+        (ALL, "{} *w.safetensors\n", WRONG),
+        (ALL, "{}  ./w.safetensors\n", WRONG),
+        (ALL, "SHA256 (w.safetensors) = {}", WRONG),  # sha256sum --tag, and BSD
+        (OWN, "SHA256 (w.safetensors) = {}", WRONG),
+        (OWN, "SHA256(w.safetensors)= {}", WRONG),  # openssl
+        (ALL, "{}  weights/w.safetensors", WRONG),  # made from the folder above
+        (OWN, "{}  before-it-was-renamed.safetensors", WRONG),
+        (OWN, "{}", WRONG),
+        (ALL, "\ufeff{}  w.safetensors\r\n", WRONG),
+        # Of other files.
+        (ALL, "{}  another.safetensors\n", None),
+        (ALL, "{0}  older/w.safetensors\n{0}  xw.safetensors\n\n", None),
+        # Of this file by its name: that it cannot be read must not pass for a check.
+        (ALL, "what?  w.safetensors\n", UNREADABLE),
+        (OWN, "what?  w.safetensors\n", UNREADABLE),
+        (OWN, "", UNREADABLE),
+        (OWN, "nothing", UNREADABLE),
+        (OWN, "{0}  a\n{0}  b\n", UNREADABLE),
+    ],
+)
+def test_a_checksum_beside_the_file(weights: Path, place: str, form: str, outcome: str | None) -> None:
+    for digest, message in ((file_sha256(weights), None if outcome is WRONG else outcome), ("0" * 64, outcome)):
+        weights.with_name(place).write_text(form.format(digest), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+            open_checkpoint(weights)

@@ -1,17 +1,24 @@
-"""Where fetched models are kept, and under which names. Nothing here uses the network."""
+"""Where models are kept, and under which names: in our cache, in those of huggingface-hub and of torch.hub.
+
+Nothing here uses the network. huggingface-hub names each large file by its SHA-256, which is verified. torch.hub states
+none, but a `.pt` file contains a checksum of each tensor, which its reader verifies; that of 35M is compared with the
+published one.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
-from ..errors import InvalidOption
-from ..files import atomic_write
+from ..errors import CheckpointError, InvalidOption
+from ..files import atomic_write, file_sha256
+from .hugging_face import adapter_file, files_of, weight_files
 
 # The commit of "facebook/<official name>" that each preset means.
 PINNED_COMMITS = {
@@ -22,8 +29,17 @@ PINNED_COMMITS = {
     "esm2-3b": "476b639933c8baad5ad09a60ac1a87f987b656fc",
     "esm2-15b": "5fbca39631164edc1d402a5aa369f982f72ee282",
 }
+# Of fair-esm's files and of the Hub's; those of the other models were not available.
+_PUBLISHED = {"esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"}
+PINNED_SHA256 = {  # of model.safetensors at the pinned commit
+    "esm2-8m": "24c5fa474c48f3b754b86efe752d5f189d2bcd88190fa2270fc92b2ef3034189",
+    "esm2-150m": "c3f1da8aea53bddd32c246c86168c23b9fd72341fb9db9a94436f855f5053566",
+    "esm2-650m": "a08adabb949fa67ad3c14b509d04fd60368b35007b0095e3358f81200c4f4db0",
+}
+_FAIR_ESM_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
@@ -38,6 +54,20 @@ def cache_dir() -> Path:
 def user_cache() -> Path:
     """Where the programs of this user keep their caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
+def hub_folder() -> Path:
+    """Return the cache of huggingface-hub, where its own variables place it."""
+    for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if chosen := os.environ.get(variable):
+            return Path(os.path.expandvars(chosen)).expanduser() / below
+    return user_cache() / "huggingface" / "hub"
+
+
+def torch_hub_folder() -> Path:
+    """Return where torch.hub keeps checkpoints, according to its own variables."""
+    chosen = os.environ.get("TORCH_HOME")
+    return (Path(chosen).expanduser() if chosen else user_cache() / "torch") / "hub" / "checkpoints"
 
 
 def file_name(name: str, dtype: str = "fp32") -> str:
@@ -102,8 +132,69 @@ class RemoteModel:
                 commit = (self.folder / "main").read_text().strip()
         return commit if is_commit(commit) else None
 
+    def snapshot(self, commit: str | None) -> Path | None:
+        """The folder of a commit in the cache of huggingface-hub, if all files are there, not only some shards."""
+        folder = self._snapshots / (commit or "none")
+        try:
+            whole = ((folder / "config.json").is_file() and weight_files(folder)) or adapter_file(folder)
+        except CheckpointError:
+            return None
+        return folder if whole else None
+
+    def any_snapshot(self) -> Path | None:
+        """The same of the commit that is asked for, of what `main` was at the last download, or of any other."""
+        commits = [self.revision]
+        with suppress(OSError, ValueError):  # a download of one commit does not write it
+            commits.append((self._snapshots.parent / "refs" / "main").read_text().strip())
+        with suppress(OSError):
+            commits += sorted(os.listdir(self._snapshots))
+        return next(filter(None, map(self.snapshot, commits)), None)
+
+    @property
+    def _snapshots(self) -> Path:
+        return hub_folder() / f"models--{self.repository.replace('/', '--')}" / "snapshots"
+
     def remember(self, commit: str) -> None:
         """Note what `main` is, so that the next run needs no network."""
         if self.revision is None:
             with atomic_write(self.folder / "main") as file:
                 file.write(commit.encode())
+
+
+def source_name(place: Path) -> str:
+    """Return what to call the source of weights: `organisation/name@commit` of a snapshot, else the file's name."""
+    if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--"):
+        return f"{place.parents[1].name.removeprefix('models--').replace('--', '/', 1)}@{place.name[:12]}"
+    return place.name
+
+
+def check_official(place: Path) -> None:
+    """Verify weights in the cache of huggingface-hub or torch.hub, if their SHA-256 is known.
+
+    CheckpointError if a file of huggingface-hub differs from the SHA-256 that it is named by; a warning if one of
+    torch.hub is not the published one, though it has its name.
+    """
+    published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
+    if published is not None and file_sha256(place) != published:
+        warnings.warn(f"{place} does not have the SHA-256 of the published file of this name", stacklevel=4)
+    for file in files_of(place):
+        blob = Path(os.path.realpath(file))
+        if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:
+            raise CheckpointError(f"{file} is corrupted: its checksum is not the one that names it in the cache")
+
+
+def ways_out(name: str) -> str:
+    """What a user without a network can do, as the end of a sentence."""
+    preset, download, synthetic = preset_name(name), "", "synthetic"
+    if preset is not None:
+        official, synthetic = OFFICIAL_NAMES[preset], f"synthetic:{preset}"
+        download = (
+            f"or download {_FAIR_ESM_URL}/models/{official}.pt and "
+            f"{_FAIR_ESM_URL}/regression/{official}-contact-regression.pt and run "
+            f"`numpyesm convert {official}.pt -o weights/{preset}.safetensors`; "
+        )
+    return (
+        f"what you can do: run `numpyesm fetch {name} -o DIR` on a connected machine, copy the file here, and point "
+        f"NUMPYESM_WEIGHTS to it or put it into weights/; {download}"
+        f"to try things out on random weights, ask for '{synthetic}' by name (its numbers mean nothing)"
+    )

@@ -15,11 +15,10 @@ from pathlib import Path
 from ..config import PRESETS
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
 from ..files import file_sha256
-from .cache import RemoteModel, is_commit
+from .cache import PINNED_SHA256, RemoteModel, check_official, hub_folder, is_commit, ways_out
 from .conversion import check_target, write
 from .hugging_face import ADAPTER_FILES, WEIGHT_FILES, adapter_file, files_of, weight_files, weight_map
 from .load import Opened, open_checkpoint
-from .official import PINNED_SHA256, check_official, hub_folder, is_whole, snapshot_folder, ways_out
 
 _TIMEOUT = 10  # seconds to the first answer of the Hub
 _ABSENT = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}
@@ -72,7 +71,7 @@ def fetch(
     found = model.cached(dtype)
     if found is not None and (opened := _opened(found)):  # a damaged file is fetched again
         return found if output is None else write(opened, output, dtype, progress)
-    snapshot = _downloaded(model) or _download(model, progress)
+    snapshot = model.snapshot(model.cached_commit()) or _download(model, progress)
     _verify(model, snapshot)
     commit = snapshot.name
     path = model.cache_path(commit, dtype)
@@ -90,13 +89,6 @@ def fetch(
     if output is None:
         model.remember(commit)
     return path
-
-
-def _downloaded(model: RemoteModel) -> Path | None:
-    """The folder in huggingface-hub's cache, if an earlier run, or another program, has downloaded it all."""
-    commit = model.cached_commit()
-    folder = None if commit is None else snapshot_folder(model.repository, commit)
-    return folder if folder is not None and is_whole(folder) else None
 
 
 def _download(model: RemoteModel, progress: bool) -> Path:

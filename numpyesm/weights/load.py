@@ -13,10 +13,10 @@ from typing import Any
 from ..errors import CheckpointError, WeightsNotFound
 from ..printable import listed, quoted
 from . import hugging_face
+from .cache import source_name
 from .canonical import checkpoint_from, is_canonical
 from .checkpoint import Checkpoint
 from .integrity import verify_at_load, verify_data, verify_files
-from .official import source_name
 from .reading import reading
 from .recognise import find_model, named_tensors, refuse_learned_positions
 from .safetensors_file import looks_like_safetensors, read_safetensors

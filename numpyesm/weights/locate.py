@@ -14,12 +14,11 @@ from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import PINNED_COMMITS, RemoteModel, cache_dir, file_name, is_hub_id
+from .cache import RemoteModel, cache_dir, check_official, file_name, is_hub_id, torch_hub_folder, ways_out
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
 from .load import WEIGHT_SUFFIXES, find_in_folder, load_checkpoint
-from .official import check_official, hub_snapshot, torch_hub_folder, ways_out
 from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 from .tensor import PRECISION_DTYPES
@@ -121,7 +120,8 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Pat
         path = Path(spec).expanduser()
         if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
             return _existing(path, bare_name=spec)
-        if found := RemoteModel.named(spec).cached() or hub_snapshot(spec):
+        model = RemoteModel.named(spec)
+        if found := model.cached() or model.any_snapshot():
             return found
     if not allow_download:
         raise WeightsNotFound(f"no weights of {name or spec} were found on this machine; {ways_out(name or spec)}")
@@ -151,9 +151,8 @@ def find_local(name: str) -> Path | None:
     for folder in (Path.cwd() / "weights", *checkout_folders(), cache_dir()):
         if found := _in_folder(folder, preset):
             return found
-    name = OFFICIAL_NAMES[preset]
-    path = torch_hub_folder() / f"{name}.pt"
-    return hub_snapshot(f"facebook/{name}", PINNED_COMMITS[preset]) or (path if path.is_file() else None)
+    path = torch_hub_folder() / f"{OFFICIAL_NAMES[preset]}.pt"
+    return RemoteModel.named(preset).any_snapshot() or (path if path.is_file() else None)
 
 
 def _chosen(value: str, preset: str) -> Path:

@@ -190,9 +190,9 @@ PINNED = PINNED_COMMITS["esm2-8m"]
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """(expectation of a loaded checkpoint, bytes of its model.safetensors, of its `.pt`, of its regression)."""
-    mk = pytest.importorskip("make_checkpoints")
+    mk = pytest.importorskip("fair_esm_models")
     folder = tmp_path_factory.mktemp("official")
-    model = mk.fair_esm_model(TINY["esm2-8m"])
+    model = mk.random_model(TINY["esm2-8m"])
     mk.write_hugging_face(folder, mk.hugging_face_state(model))
     mk.write_fair_esm(folder / "m.pt", model)
     names = ("model.safetensors", "m.pt", "m-contact-regression.pt")

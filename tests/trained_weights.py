@@ -75,11 +75,9 @@ def fetch(destination: Path) -> None:
 @functools.cache
 def real_proteins() -> dict[str, str]:
     """Name to sequence: natural proteins of 21 to 659 residues, on which the gates of bf16 and int8 are measured."""
-    proteins: dict[str, str] = {}
-    for record in (ROOT / "tests" / "data" / "real_proteins.fasta").read_text(encoding="ascii").split(">")[1:]:
-        header, *lines = record.splitlines()
-        proteins[header.split()[0]] = "".join(lines)
-    return proteins
+    from numpyesm.fasta import read_fasta
+
+    return {record.id: record.sequence for record in read_fasta(ROOT / "tests" / "data" / "real_proteins.fasta")}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_safe_pickle import Call
+from test_hostile import Call
 
 from numpyesm.errors import CheckpointError
 from numpyesm.weights.load import load_checkpoint

@@ -150,7 +150,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "DoRA": (lora(), {"use_dora": True}, "an adapter of DoRA; numpyesm merges LoRA and rsLoRA"),
     "IA3": (lora(), {"peft_type": "IA3"}, "an adapter of IA3"),
     "prompt tuning": (lora(), {"peft_type": "PROMPT_TUNING"}, "an adapter of prompt tuning"),
-    "another kind": (lora(), {"peft_type": "VERA"}, "an adapter of VERA"),
     "PiSSA": (lora(), {"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4, which changes the base"),
     "another preset": (
         lora(),

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import deserialize
+from safetensors.numpy import save_file
 
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
@@ -322,19 +324,18 @@ def test_tensors_and_metadata_come_back(tmp_path, written):
 
 
 def test_the_official_library_reads_what_we_write_and_writes_what_we_read(tmp_path, written):
-    torch = pytest.importorskip("torch")  # the NumPy side of safetensors has no bfloat16
-    from safetensors.torch import load_file, save_file
-
-    theirs = load_file(written)
-    assert theirs["a.first"].dtype == torch.bfloat16
-    save_file(theirs | {"ids": torch.arange(4)}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    tensors, metadata = read_safetensors(tmp_path / "theirs.safetensors")
-    assert metadata == {"format": "pt"}
-    assert tensors.pop("ids").dtype == "I64"
-    assert tensors.keys() == TENSORS.keys()
+    theirs = dict(deserialize(written.read_bytes()))
+    assert theirs.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert tensors[name].dtype == tensor.dtype
-        assert tensors[name].raw.tobytes() == tensor.raw.tobytes()
+        found = theirs[name]
+        assert (found["dtype"], found["shape"]) == (tensor.dtype, list(tensor.shape))
+        assert bytes(found["data"]) == tensor.raw.tobytes()
+    arrays = {name: tensor.raw for name, tensor in TENSORS.items() if tensor.dtype != "BF16"} | {"ids": np.arange(4)}
+    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    tensors, metadata = read_safetensors(tmp_path / "theirs.safetensors")
+    assert (metadata, tensors["ids"].dtype) == ({"format": "pt"}, "I64")
+    for name, array in arrays.items():
+        assert tensors[name].raw.tobytes() == array.tobytes()
 
 
 def test_misaligned_data_are_copied(tmp_path):
@@ -370,7 +371,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (b'{"\\ud800":%b}' % json.dumps(ONE).encode(), "damaged"),
         (b'{"x":%b,"x":%b}' % ((json.dumps(ONE).encode(),) * 2), "a name appears twice"),
         ({"x": ONE | {"shape": [1] * 100}}, "of 100 dimensions"),
-        ({"x": ONE | {"dtype": "F8_E8M0", "shape": [4]}}, "stored as 'F8_E8M0', as quantised models are"),
+        ({"x": ONE | {"dtype": "F8_E8M0", "shape": [4]}}, "stored as 'F8_E8M0'|damaged"),  # of older versions
     ],
 )
 def test_impossible_headers(tmp_path, header, message):

@@ -20,7 +20,7 @@ from numpyesm.errors import CheckpointError, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, open_weights, save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
-mk = pytest.importorskip("fair_esm_models")
+mk = pytest.importorskip("make_checkpoints")
 torch = mk.torch
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
@@ -127,7 +127,7 @@ def test_patterns_biases_and_old_names(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["canonical", "hf"])
 def test_further_models_of_a_base_take_little_memory(tmp_path: Path, backend: str, stored: str) -> None:
     config = ModelConfig(2, 320, 20, 1280)
-    state = mk.hugging_face_state(mk.random_model(config))
+    state = mk.hugging_face_state(mk.fair_esm_model(config))
     place = mk.write_hugging_face(tmp_path / "hf", state, mk.hugging_face_config(config))
     if stored == "canonical":
         plain, place = load_checkpoint(place), tmp_path / "base.safetensors"

@@ -179,7 +179,7 @@ def test_bad_synthetic_specs(spec: str) -> None:
 
 @pytest.mark.parametrize("name", ["weights.dat", "odd.safetensors", "folder", "folder/pytorch_model.bin"])
 def test_every_source_by_its_content_not_by_its_name(tmp_path: Path, name: str) -> None:
-    mk = pytest.importorskip("fair_esm_models")
+    mk = pytest.importorskip("make_checkpoints")
     source, regression = tmp_path / name, None
     if name.startswith("folder"):
         mk.write_hugging_face(tmp_path / "folder", mk.hugging_face_state(mk.MODEL), binary=name != "folder")

@@ -32,7 +32,8 @@ from numpyesm.weights.synthetic import random_checkpoint
 torch = pytest.importorskip("torch")
 fair = pytest.importorskip("esm")
 
-from fair_esm_models import as_checkpoint, fair_esm_model, largest, random_model, write_fair_esm  # noqa: E402
+import make_checkpoints  # noqa: E402
+from fair_esm_models import as_checkpoint, fair_esm_model, largest  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")]
 
@@ -196,7 +197,7 @@ def test_attributes_and_torch_habits(models: Any) -> None:
 
 
 def test_without_heads() -> None:
-    checkpoint = as_checkpoint(random_model())
+    checkpoint = as_checkpoint(make_checkpoints.fair_esm_model())
     trunk = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(("lm_head", "contact_head"))}
     model = look_alike.ESM2(ESM2(replace(checkpoint, tensors=trunk), backend="numpy"))
     assert list(model([[0, 5, 2]], repr_layers=[2])) == ["representations"]
@@ -298,8 +299,8 @@ def test_fasta_as_people_have_it(tmp_path: Path) -> None:
 
 def test_checkpoints_on_disk(tmp_path: Path) -> None:
     """A .pt file as fair-esm publishes them, the regression beside it."""
-    theirs = random_model()
-    path = write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
+    theirs = make_checkpoints.fair_esm_model()
+    path = make_checkpoints.write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
     tokens = batch("MKTAYI", "MK<mask>")
     for name in ("load_model_and_alphabet", "load_model_and_alphabet_local", "load_model_and_alphabet_hub"):
         model, alphabet = getattr(look_alike.pretrained, name)(str(path), backend="numpy")

@@ -24,14 +24,14 @@ from numpyesm.weights import convert, load_checkpoint, save_canonical
 from numpyesm.weights.checkpoint import computed_frequencies
 from numpyesm.weights.synthetic import random_checkpoint
 
-mk = pytest.importorskip("fair_esm_models")
+mk = pytest.importorskip("make_checkpoints")
 torch = mk.torch
 pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 REGRESSION = Path(__file__).parent / "data" / "esm2_t12_35M_UR50D-contact-regression.pt"
 SIX = ModelConfig(num_layers=6, embed_dim=160, num_heads=20, ffn_dim=640)
 MODEL = mk.MODEL
-OTHER = mk.random_model(seed=1)
+OTHER = mk.fair_esm_model(seed=1)
 State = dict[str, Any]
 
 
@@ -150,7 +150,7 @@ def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heads", [1, 5, 20])
 def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
-    model = mk.random_model(ModelConfig(2, 40, heads, 160))
+    model = mk.fair_esm_model(ModelConfig(2, 40, heads, 160))
     state = fair_esm("", model)
     for known in (state, without(state, "inv_freq")):
         assert load_checkpoint(save(tmp_path / "m.pt", known)).config.num_heads == heads
@@ -169,7 +169,7 @@ def test_where_no_frequencies_are_stored_the_formula_counts(tmp_path: Path) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_untied_decoder_is_used(tmp_path: Path, backend: str) -> None:
     shape = ModelConfig(2, 64, 4, 256)
-    model = mk.random_model(shape)
+    model = mk.fair_esm_model(shape)
     model.lm_head.weight = torch.nn.Parameter(torch.randn(33, 64))
     state = mk.hugging_face_state(model) | {"lm_head.decoder.weight": model.lm_head.weight.detach()}
     mk.write_hugging_face(tmp_path / "hf", state, mk.hugging_face_config(shape, tie_word_embeddings=False))
@@ -267,7 +267,7 @@ def test_unfinished_downloads(tmp_path: Path, file: str) -> None:
 
 
 def test_the_real_regression(tmp_path: Path) -> None:
-    model = mk.random_model(ModelConfig(12, 40, 20, 160))
+    model = mk.fair_esm_model(ModelConfig(12, 40, 20, 160))
     path = mk.write_fair_esm(tmp_path / "m.pt", model, regression=False)
     checkpoint = load_checkpoint(path, regression=REGRESSION)
     assert np.count_nonzero(checkpoint.array("contact_head.weight")) == 61
@@ -286,7 +286,7 @@ def test_fair_esm_itself_reads_our_test_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32")])
 def test_storage_dtypes(tmp_path: Path, dtype: str, precision: str) -> None:
-    model = mk.random_model().to(getattr(torch, dtype))
+    model = mk.fair_esm_model().to(getattr(torch, dtype))
     checkpoint = load_checkpoint(mk.write_fair_esm(tmp_path / "m.pt", model))
     assert checkpoint.precision == precision
     assert checkpoint.tensors["layers.0.ffn_norm.weight"].dtype == "F32"
@@ -414,7 +414,7 @@ def test_shards(tmp_path: Path, ending: str) -> None:
 @pytest.mark.slow
 def test_conversion_holds_a_few_matrices_at_a_time(tmp_path: Path) -> None:
     """Of a model as fair-esm writes large ones, in shards, and as a canonical file."""
-    model = mk.random_model(SIX)
+    model = mk.fair_esm_model(SIX)
     config, state = mk.hugging_face_config(SIX), mk.hugging_face_state(model)
     mk.write_hugging_face(tmp_path / "hf", state, config, binary=True, shard_size="3MB")
     mk.write_fair_esm(tmp_path / "m.pt", model.half())

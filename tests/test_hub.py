@@ -21,7 +21,7 @@ from numpyesm.weights import fetch, load_checkpoint, open_weights
 from numpyesm.weights.cache import PINNED_COMMITS
 
 pytest.importorskip("huggingface_hub")
-mk = pytest.importorskip("fair_esm_models")
+mk = pytest.importorskip("make_checkpoints")
 pytestmark = pytest.mark.usefixtures("quick_calibration")
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def write_model(folder: Path, value: float = 0.5) -> Path:
     """A Hugging Face folder with all numbers the same, and a file that nobody needs."""
-    model = mk.random_model()
+    model = mk.fair_esm_model()
     for parameter in model.parameters():
         parameter.data.fill_(value)
     mk.write_hugging_face(folder, mk.hugging_face_state(model))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -109,17 +110,12 @@ def _download(model: RemoteModel, progress: bool) -> Path:
             raise CheckpointError(
                 f"the Hub answers for commit {commit[:40]!r} of {model.repository}, not for {revision}"
             )
-
-        def download(name: str) -> Path:
-            return Path(
-                hf_hub_download(model.repository, name, revision=commit, cache_dir=hub_folder(), endpoint=endpoint)
-            )
-
-        *beside, weights = _wanted(model, [sibling.rfilename for sibling in info.siblings or []])
-        for name in beside:  # that an adapter is not applied is said where the folder is opened
-            download(name)
-        path = download(weights)
-        if weights.endswith(".index.json"):
+        download = partial(
+            hf_hub_download, model.repository, revision=commit, cache_dir=hub_folder(), endpoint=endpoint
+        )
+        for name in _wanted(model, [sibling.rfilename for sibling in info.siblings or []]):
+            path = Path(download(name))
+        if path.name.endswith(".index.json"):
             for shard in sorted(set(weight_map(path).values())):
                 download(shard)
     return path.parent
@@ -128,6 +124,7 @@ def _download(model: RemoteModel, progress: bool) -> Path:
 def _wanted(model: RemoteModel, names: list[str]) -> list[str]:
     """What is needed of the files in a repository; the weights, or the index of their shards, come last."""
     weights = next((name for name in WEIGHT_FILES if name in names), None)
+    # That an adapter is not applied is said where the folder is opened.
     beside = [name for name in ("config.json", "adapter_config.json") if name in names]
     if weights is None and "adapter_config.json" in beside:
         weights = next((name for name in ADAPTER_FILES if name in names), None)

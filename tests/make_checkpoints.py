@@ -1,0 +1,149 @@
+"""Checkpoints in the exact formats of fair-esm and Hugging Face, made with their own code. Needs torch and fair-esm."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trained_weights import HUGGING_FACE_NAMES, renamed
+
+from numpyesm.config import ModelConfig
+
+torch = pytest.importorskip("torch")
+esm = pytest.importorskip("esm")
+
+TINY = ModelConfig(num_layers=2, embed_dim=40, num_heads=20, ffn_dim=160)
+
+# numpyesm's name for each part of fair-esm's.
+CANONICAL_NAMES = {
+    "emb_layer_norm_after": "final_norm",
+    "self_attn_layer_norm": "attention_norm",
+    "final_layer_norm": "ffn_norm",
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "self_attn.out_proj": "out_proj",
+    "lm_head.layer_norm": "lm_head.norm",
+    "contact_head.regression": "contact_head",
+}
+
+
+def with_half_precision_frequencies(model: Any) -> Any:
+    """`model`, its rotary buffers rounded to half precision as those of the official checkpoints are."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.half())
+    return model
+
+
+def fair_esm_model(config: ModelConfig = TINY, seed: int = 0) -> Any:
+    """fair-esm's own model with random numbers everywhere, also where it would start with zeros and ones."""
+    torch.manual_seed(seed)
+    alphabet = esm.data.Alphabet.from_architecture("ESM-1b")
+    model = esm.model.esm2.ESM2(config.num_layers, config.embed_dim, config.num_heads, alphabet).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return with_half_precision_frequencies(model)
+
+
+MODEL = fair_esm_model()  # for tests that only read it
+
+
+def fair_esm_content(model: Any) -> dict[str, Any]:
+    """What the official `.pt` holds: names with prefixes, no contact head, a Namespace."""
+    namespace = Namespace(
+        arch="esm2",
+        encoder_layers=model.num_layers,
+        encoder_embed_dim=model.embed_dim,
+        encoder_attention_heads=model.attention_heads,
+        token_dropout=True,
+    )
+    state = {
+        ("encoder." if name.startswith("lm_head") else "encoder.sentence_encoder.") + name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("contact_head")
+    }
+    return {"cfg": {"model": namespace, "task": Namespace(mask_idx=32)}, "model": state}
+
+
+def write_fair_esm(path: Path, model: Any, *, regression: bool = True) -> Path:
+    """An official-looking `.pt`, with its regression beside it."""
+    torch.save(fair_esm_content(model), path)
+    if regression:
+        state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("contact_head")}
+        torch.save({"model": state}, path.with_name(f"{path.stem}-contact-regression.pt"))
+    return path
+
+
+def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False, writer: int = 4) -> dict[str, Any]:
+    """The tensors of a fair-esm model under the names that transformers 4 or 5 gives them."""
+    state: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        theirs = renamed(name, HUGGING_FACE_NAMES)
+        if gamma:
+            theirs = theirs.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if writer == 5:  # once, not in each layer
+            theirs = re.sub(r"encoder\.layer\.\d+\.attention\.self\.(?=rotary)", "", theirs)
+        if name != "lm_head.weight":
+            state[theirs if name.startswith("lm_head") else prefix + theirs] = tensor.clone().contiguous()
+    return state
+
+
+def hugging_face_config(config: ModelConfig = TINY, **changes: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ffn_dim,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": True,
+        "vocab_size": 33,
+        "mask_token_id": 32,
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-05,
+        "is_folding_model": False,
+    } | changes
+
+
+def write_hugging_face(
+    folder: Path,
+    state: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    *,
+    binary: bool = False,
+    shard_size: int | str = "5GB",
+) -> Path:
+    """A Hugging Face folder."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or hugging_face_config()))
+    save_torch_state_dict(state, folder, safe_serialization=not binary, max_shard_size=shard_size)
+    return folder
+
+
+def expect_same_model(checkpoint: Any, model: Any, *, lm_head: bool = True, contact_head: bool = True) -> None:
+    """Every tensor of the canonical checkpoint is, bit for bit, the one of the fair-esm model."""
+    parts: dict[str, list[Any]] = {}
+    state = model.state_dict()
+    for name in sorted(state, key=lambda name: name.replace("q_proj", "")):  # query, key, value
+        parts.setdefault(renamed(name, CANONICAL_NAMES), []).append(state[name].detach().numpy())
+    frequencies = [parts.pop(f"layers.{layer}.self_attn.rot_emb.inv_freq")[0] for layer in range(model.num_layers)]
+    absent = ("lm_head.weight", *(() if lm_head else ("lm_head.",)), *(() if contact_head else ("contact_head.",)))
+    expected = {name: np.concatenate(values).T for name, values in parts.items() if not name.startswith(absent)}
+    expected |= {"embed_tokens.weight": expected["embed_tokens.weight"].T, "rotary.frequencies": frequencies[0]}
+    if contact_head:
+        expected["contact_head.weight"] = expected["contact_head.weight"][:, 0]
+    found = {name for name in checkpoint.tensors if not name.startswith(("input_means.", "classifier."))}
+    assert found == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(checkpoint.array(name), values, err_msg=name)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import cache_dir as cache_dir
     from .canonical import save_canonical as save_canonical
-    from .checkpoint import Checkpoint as Checkpoint
     from .conversion import convert as convert
     from .hub import fetch as fetch
     from .load import load_checkpoint as load_checkpoint
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache_dir": "cache",
     "save_canonical": "canonical",
-    "Checkpoint": "checkpoint",
     "convert": "conversion",
     "fetch": "hub",
     "load_checkpoint": "load",

@@ -121,8 +121,8 @@ class RemoteModel:
     def cached(self, dtype: str = "fp32") -> Path | None:
         """The canonical file that an earlier `fetch` left in the cache."""
         commit = self.cached_commit()
-        path = None if commit is None else self.cache_path(commit, dtype)
-        return path if path is not None and path.is_file() else None
+        path = self.cache_path(commit or "", dtype)
+        return path if commit and path.is_file() else None
 
     def cached_commit(self) -> str | None:
         """The commit, if it is known without asking the Hub: a full hash, or what `main` was when first fetched."""

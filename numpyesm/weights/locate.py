@@ -173,15 +173,11 @@ def _chosen(value: str, preset: str) -> Path:
     return found
 
 
-def candidate_names(preset: str) -> list[str]:
-    """Return the file names to look for: those of exact weights before those of rounded ones."""
-    official = OFFICIAL_NAMES[preset]
-    exact = [file_name(preset), file_name(official), f"{official}.pt", official, preset]
-    return [*exact, *(file_name(preset, dtype) for dtype in PRECISION_DTYPES if dtype != "fp32")]
-
-
 def _in_folder(folder: Path, preset: str) -> Path | None:
-    for path in (folder / name for name in candidate_names(preset)):
+    official = OFFICIAL_NAMES[preset]
+    exact = (file_name(preset), file_name(official), f"{official}.pt", official, preset)
+    rounded = (file_name(preset, dtype) for dtype in PRECISION_DTYPES if dtype != "fp32")
+    for path in (folder / name for name in (*exact, *rounded)):
         if path.is_dir() and find_in_folder(path):
             return path
         if path.is_file() and _canonical_metadata(path).get("synthetic") != "true":

@@ -9,7 +9,7 @@ import os
 from .function import Function
 
 _function = Function()
-if os.environ.get("AWS_LAMBDA_FUNCTION_NAME") and os.environ.get("NUMPYESM_LAZY", "") != "1":
+if os.environ.get("AWS_LAMBDA_FUNCTION_NAME"):
     _function.load()
 handler = _function.handle
 

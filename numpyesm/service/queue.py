@@ -116,9 +116,6 @@ class FairQueue:
 
         `admit` says whether there is memory for a job's results.
         """
-        waiting: dict[str, list[Job]] = {}  # ordered: clients with equal shares are served as they came
-        for one in self._jobs:
-            waiting.setdefault(one.client, []).append(one)
         taken: list[Part] = []
         rows_left = max_rows
 
@@ -126,21 +123,19 @@ class FairQueue:
             fits = not taken or (job.group == taken[0][0].group and job.rows[job.taken] <= rows_left)
             return fits and admit(job)
 
-        while waiting:
-            client = min(waiting, key=self._given.__getitem__)
-            job = next(filter(may_join, waiting[client]), None)
-            if job is None:
-                del waiting[client]
+        candidates = list(self._jobs)  # in order: clients with equal shares are served as they came
+        while candidates:
+            job = min(candidates, key=lambda one: self._given[one.client])
+            if not may_join(job):
+                candidates.remove(job)  # room only shrinks during a pass
                 continue
             taken.append((job, job.taken))
             rows_left -= job.rows[job.taken]
-            self._given[client] += job.rows[job.taken]
+            self._given[job.client] += job.rows[job.taken]
             job.taken += 1
             if job.all_taken:
+                candidates.remove(job)
                 self.remove(job)
-                waiting[client].remove(job)
-                if not waiting[client]:
-                    del waiting[client]
         unfinished = {job.client for job, _ in taken if not job.all_taken}
         self._jobs.sort(key=lambda job: job.client in unfinished and (job.taken > 0 or sum(job.rows) > max_rows))
         return taken

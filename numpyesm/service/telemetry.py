@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import queue
+import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import Scope
 
-from .access_log import AccessLog
+from ..formats import json_bytes
 from .engine import Engine
 
 # Logged and counted for a client that left; nothing is sent. (The same number as nginx.)
 HUNG_UP = 499
+# Lines of the log that may wait for a reader of stdout; more are dropped.
+_MAX_WAITING = 10_000
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -38,11 +46,29 @@ def record_of(scope: Scope) -> Record:
     return record
 
 
+class _Quiet(logging.Handler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop lines that cannot be written: the queue is full, or the reader of the pipe is gone."""
+
+
+class _ToQueue(_Quiet, QueueHandler): ...
+
+
+class _ToStream(_Quiet, logging.StreamHandler[TextIO]): ...
+
+
 class Telemetry:
-    """Counters in a registry of their own, and a log to `log_to`, stdout by default."""
+    """Counters in a registry of their own, and a log to `log_to`, stdout by default.
+
+    A thread writes the log, so that a stuck pipe stops nothing else.
+    """
 
     def __init__(self, log_to: TextIO | None = None) -> None:
-        self._log = AccessLog(log_to)
+        waiting: queue.Queue[Any] = queue.Queue(_MAX_WAITING)
+        self._log = logging.Logger("numpyesm.access")
+        self._log.addHandler(_ToQueue(waiting))
+        self._writer = QueueListener(waiting, _ToStream(log_to or sys.stdout))
+        self._writer.start()
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
 
@@ -90,7 +116,7 @@ class Telemetry:
             "bytes": record.sent,
             **record.facts,
         }
-        self._log.add(entry)
+        self._log.info("%s", json_bytes(entry).decode())
 
     def forward_pass(self, slug: str, sequences: int, rows: int, seconds: float) -> None:
         """Count a finished pass."""
@@ -105,4 +131,10 @@ class Telemetry:
 
     def stop(self) -> None:
         """Write the lines of the log that wait, if the reader takes them within two seconds."""
-        self._log.stop()
+        stopping = threading.Thread(target=self._stop_writer, daemon=True)
+        stopping.start()
+        stopping.join(timeout=2)
+
+    def _stop_writer(self) -> None:
+        with suppress(queue.Full):  # nobody has read for long
+            self._writer.stop()

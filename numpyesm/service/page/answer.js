@@ -4,11 +4,8 @@
 // with null for what was not asked for, because the weights have no such head.
 import { readNpz } from "./npz.js";
 
-// Columns of logits where the answer does not name them (numpyesm/alphabet.py).
-const COLUMNS = [..."LAGVSERTIDPKQNFYMHWC"];
-
-export async function readAnswer(buffer, contentType, length) {
-  const result = /json/.test(contentType) ? fromJson(buffer) : await fromNpz(buffer);
+export function readAnswer(buffer, contentType, length) {
+  const result = /json/.test(contentType) ? fromJson(buffer) : fromNpz(buffer);
   const { contacts, logits, attentions, classes, labels } = result;
   const layers = attentions.length / length;
   if ((contacts?.length ?? length ** 2) !== length ** 2 || (logits?.length ?? 20 * length) !== 20 * length || layers % 1
@@ -26,21 +23,21 @@ function fromJson(buffer) {
     attentions: flat(result.attentions),
     classes: result.classes ? Float32Array.from(result.classes.flat()) : null,
     labels: result.labels ?? [],
-    vocabulary: result.vocab_tokens ?? COLUMNS,
+    vocabulary: result.vocab_tokens ?? [],
   };
 }
 
-async function fromNpz(buffer) {
-  const arrays = await readNpz(buffer);
+function fromNpz(buffer) {
+  const arrays = readNpz(buffer);
   // Outputs that have a size of their own each item are named contacts_0, contacts_1, …
-  const named = (name) => (arrays[`${name}_0`] ?? arrays[name])?.data ?? null;
+  const named = (name) => arrays[`${name}_0`] ?? arrays[name] ?? null;
   return {
     contacts: named("contacts"),
     logits: named("logits"),
     attentions: named("attentions"),
     classes: named("classes"),
     labels: named("labels") ?? [],
-    vocabulary: named("vocab_tokens") ?? COLUMNS,
+    vocabulary: named("vocab_tokens") ?? [],
   };
 }
 

@@ -13,7 +13,7 @@ const TRIES = 5;
 const LONGEST_WAIT = 60;
 
 /** A failure to show: `kind` is network, auth, busy, refused, server or cancelled. */
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(kind, message, { retryAfter = null } = {}) {
     super(message);
     this.kind = kind;
@@ -24,8 +24,7 @@ export class ApiError extends Error {
 /** The models that the server has loaded. */
 export async function fetchModels() {
   const response = await ask("api/v3/models/", { headers: authorization() });
-  const body = await response.json();
-  return Array.isArray(body) ? body : body.models;
+  return (await response.json()).models;
 }
 
 /** Everything about one sequence. `onProgress` is told where it stands: words, and what changes fast. */
@@ -41,7 +40,7 @@ export async function encode(model, sequence, { signal, onProgress }) {
       onProgress("Computing …");
       const response = await ask(`api/v3/${encodeURIComponent(model.slug)}/encode/`, request);
       const buffer = await receive(response, onProgress);
-      return await readAnswer(buffer, response.headers.get("Content-Type") ?? "", sequence.length);
+      return readAnswer(buffer, response.headers.get("Content-Type") ?? "", sequence.length);
     } catch (error) {
       if (signal.aborted) throw new ApiError("cancelled", "Cancelled.");
       if (!(error instanceof ApiError)) throw new ApiError("server", `The server’s answer could not be read: ${error.message}.`);

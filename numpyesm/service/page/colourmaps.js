@@ -18,7 +18,7 @@ const TABLES = {
 };
 
 /** 256 colours, [r, g, b] each. */
-export function table(name) {
+function table(name) {
   const hex = TABLES[name];
   const anchors = Array.from({ length: hex.length / 6 }, (_, i) =>
     [0, 2, 4].map((k) => parseInt(hex.slice(6 * i + k, 6 * i + k + 2), 16)),

@@ -20,7 +20,7 @@ export function layout(length, width, scale, tallest = 720) {
 }
 
 /** The first and last cell that a pixel shows: one, or several where the map has more cells than the screen pixels. */
-export function cellsOf(pixel, pixels, length) {
+function cellsOf(pixel, pixels, length) {
   const first = Math.floor((pixel * length) / pixels);
   return [first, length <= pixels ? first : Math.max(first, Math.ceil(((pixel + 1) * length) / pixels) - 1)];
 }

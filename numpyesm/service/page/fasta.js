@@ -2,9 +2,8 @@
 // is raised, blanks and one trailing * a record are dropped. Every problem names record and position, and knows
 // where in the text it sits.
 
-export const AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY";
 export const MAX_RECORDS = 100;
-const ALLOWED = new Set(`${AMINO_ACIDS}BXZUO-`);
+const ALLOWED = new Set("ACDEFGHIKLMNPQRSTVWYBXZUO-");
 const EXPECTED = "expected one of ACDEFGHIKLMNPQRSTVWY, BXZUO or -";
 export const MAX_TEXT = 4_000_000;
 // The rule of numpyesm/fasta.py for lines without a header: what is one sequence, wrapped, and what is one a line.

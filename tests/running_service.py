@@ -162,7 +162,7 @@ class ServiceHere(Running):
 
         log = io.StringIO()
         self.log = log.getvalue
-        self.service = Service(Catalog(models), KeyRing(keys), Settings(**{"local_only": not keys} | settings), log)
+        self.service = Service(Catalog(models), KeyRing(keys), Settings(**settings), log)
         sockets = bind("127.0.0.1", 0)
         self.port = sockets[0].getsockname()[1]
         self.server = Server(self.service)

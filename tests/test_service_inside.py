@@ -20,18 +20,10 @@ pytest.importorskip("starlette")
 from numpyesm import ESM2
 from numpyesm.alphabet import TOKEN_ID
 from numpyesm.api.requests import Work
-from numpyesm.config import ModelConfig
 from numpyesm.passes import Passes
 from numpyesm.service.queue import Admission, FairQueue, Job
-from numpyesm.weights.synthetic import random_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 ROWS = 100
-
-
-@pytest.fixture(scope="module")
-def model() -> ESM2:
-    return ESM2(random_checkpoint(ModelConfig(3, 32, 4, 64), 1), backend="numpy", threads=1)
 
 
 def job(client: str, lengths: list[int], group: str = "mean", memory: int = 0) -> Job:
@@ -177,8 +169,8 @@ class Held:
 
     def check_idle(self) -> None:
         """Nothing is held when all is done."""
-        self.service.wait_until(lambda: self.service.service.gate.active == 0)
-        assert (self.engine.waiting, self.engine.admission.held) == (0, 0)
+        gate, engine = self.service.service.gate, self.engine
+        self.service.wait_until(lambda: (gate.active, engine.waiting, engine.admission.held) == (0, 0, 0))
 
 
 @pytest.fixture
@@ -239,20 +231,31 @@ def test_who_hangs_up_frees_its_place(hold: Any) -> None:
     held.check_idle()
 
 
-@pytest.mark.slow
-def test_deadline_and_share_of_the_queue(hold: Any) -> None:
+def refused(answer: requests.Response, status: int, code: str) -> None:
+    assert check_error(answer, status)["code"] == code
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_share_of_the_queue(hold: Any) -> None:
     """One client fills its share and gets 429; another still gets in, until the queue itself is full: 503."""
-    held = hold("aaa", "bbb", "ccc", queue_size=4, deadline=1.0)
+    held = hold("aaa", "bbb", "ccc", queue_size=4)
     answers = [held.first(key="aaa")]
     for waiting, key in enumerate(["aaa", "aaa", "aaa", "bbb"], start=1):
         answers.append(held.ask(key=key))
         held.wait(waiting)
-    answers += [held.ask(key="aaa"), held.ask(key="ccc")]
-    codes = [check_error(one.result(60), one.result().status_code)["code"] for one in answers]
-    assert codes == ["server.deadline"] * 5 + ["user.rate", "server.queue_full"]
-    assert all(int(one.result().headers["retry-after"]) >= 1 for one in answers)
+    refused(held.ask(key="aaa").result(60), 429, "user.rate")
+    refused(held.ask(key="ccc").result(60), 503, "server.queue_full")
     held.go.set()
-    assert held.ask(key="aaa").result(60).status_code == 200
+    assert [one.result(60).status_code for one in answers] == [200] * 5
+    held.check_idle()
+
+
+def test_deadline(hold: Any) -> None:
+    """Of what is being computed, and of what waits."""
+    held = hold(deadline=0.2)
+    for answer in [held.ask(), held.ask()]:
+        refused(answer.result(60), 503, "server.deadline")
+    held.go.set()
     held.check_idle()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALL, random_sequence
+from conftest import ALL, SMALL, random_sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -26,7 +26,6 @@ from numpyesm.api.catalog import Catalog
 from numpyesm.api.errors import ApiError
 from numpyesm.api.keys import KeyRing
 from numpyesm.api.schema import request_schema
-from numpyesm.config import ModelConfig
 from numpyesm.errors import NotEnoughMemory
 from numpyesm.passes import Passes
 from numpyesm.serverless.function import Function
@@ -51,16 +50,11 @@ Ask = Callable[..., Answer]
 
 
 @pytest.fixture(scope="module")
-def model() -> ESM2:
-    return ESM2(random_checkpoint(ModelConfig(3, 32, 4, 64), 1), backend="numpy", threads=1)
-
-
-@pytest.fixture(scope="module")
 def catalog(model: ESM2) -> Catalog:
-    headless = random_checkpoint(ModelConfig(2, 32, 4, 64), 1)
+    headless = random_checkpoint(SMALL)
     for name in [name for name in headless.tensors if name.startswith(("lm_head", "contact_head"))]:
         del headless.tensors[name]
-    return Catalog({"esm2-35m": model, "headless": ESM2(headless, backend="numpy", threads=1)})
+    return Catalog({"esm2-35m": model, "headless": ESM2(headless, backend="numpy")})
 
 
 @contextmanager
@@ -185,7 +179,7 @@ def test_what_there_is_to_read(ask: Ask, path: str) -> None:
     assert (first["slug"], first["actions"]) == ("esm2-35m", list(ACTIONS))
     assert (second["slug"], second["actions"]) == ("headless", ["encode"])
     assert first["source"].startswith("synthetic")
-    assert [first[name] for name in ("layers", "width", "max_items", "max_length")] == [3, 32, 8, 2048]
+    assert [first[name] for name in ("layers", "width", "max_items", "max_length")] == [3, 80, 8, 2048]
     for action in ACTIONS:
         schema = ask("GET", path.format(f"schema/esm2-35m/{action}")).json()
         Draft202012Validator.check_schema(schema)
@@ -247,7 +241,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     *(("encode", with_params(repr_layers=layers), ["params__repr_layers"]) for layers in (-1, None, [0] * 257)),
     ("encode", with_params(repr_layers=[True, 1.0, "1", None, [], 10**60, -5, 4, 3, -4]), at("repr_layers", *range(8))),
     ("encode", with_params(include="mean"), ["params__include"]),
-    ("encode", with_params(include=["mean", "sum", 1, None]), at("include", 1, 2, 3)),
+    ("encode", with_params(include=["mean", "sum", 1, None, [], {}]), at("include", 1, 2, 3, 4, 5)),
     ("encode", {"items": items("M1", 2), "params": {"include": ["x"]}}, [*at("items", 0, 1), *at("include", 0)]),
     ("predict", {"items": [*ONE, *MASKED, *items("-<mask>", "<mask", "<MASK>")]}, at("items", 0, 2, 3, 4)),
     ("predict", {"items": items("<mask>" * 2049)}, at("items", 0)),
@@ -305,6 +299,12 @@ GOOD = json.dumps({"items": ONE}).encode()
 )
 def test_not_quite_json(ask: Ask, body: bytes, reason: str) -> None:
     assert reason in check_error(ask("POST", "/api/v3/esm2-35m/encode", body, JSON), 422, "__all__")["detail"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=300), gzipped=st.booleans())
+def test_any_bytes(ask: Ask, data: bytes, gzipped: bool) -> None:
+    check_error(ask("POST", "/api/v3/esm2-35m/encode", data, GZIP if gzipped else JSON), 422)
 
 
 PACKED = gzip.compress(GOOD)
@@ -403,34 +403,3 @@ def test_a_failure_inside(
     assert document["code"] == code
     assert "secret" not in str(document)
     assert ("max_memory" in document["detail"]) == (status == 413)
-
-
-# -- whatever comes ----------------------------------------------------------------------------------------------------
-
-ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
-    max_leaves=10,
-)
-ITEM = st.fixed_dictionaries({"sequence": st.text("ACDEFGHIKLMNPQRSTVWYBXZUO-acgt1 <>", max_size=12) | ANY})
-LAYERS = st.lists(st.integers(-6, 6) | ANY, max_size=4)
-INCLUDE = st.lists(st.sampled_from(["mean", "bos", "per_residue", "x"]), max_size=3)
-PARAMS = st.fixed_dictionaries({}, optional={"repr_layers": LAYERS | ANY, "include": INCLUDE | ANY})
-NEARLY = st.fixed_dictionaries({"items": st.lists(ITEM, max_size=10) | ANY}, optional={"params": PARAMS, "other": ANY})
-
-
-@pytest.mark.slow
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(document=NEARLY | ANY, action=st.sampled_from(ACTIONS))
-def test_any_document(ask: Ask, document: Any, action: str) -> None:
-    answer = post(ask, action, document)
-    if answer.status_code == 200:
-        assert len(answer.json()["results"]) == len(document["items"])
-    else:
-        check_error(answer, 422)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.binary(max_size=300), gzipped=st.booleans())
-def test_any_bytes(ask: Ask, data: bytes, gzipped: bool) -> None:
-    check_error(ask("POST", "/api/v3/esm2-35m/encode", data, GZIP if gzipped else JSON), 422)

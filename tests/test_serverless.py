@@ -1,4 +1,4 @@
-"""The Lambda handler called directly: events of every kind, limits, the process, the zip.
+"""The Lambda handler, called directly and by Amazon's own runtime client: events, limits, the process, the zip.
 
 What is asked and answered is in test_api.py, for this door and the service.
 """
@@ -6,19 +6,26 @@ What is asked and answered is in test_api.py, for this door and the service.
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from running_service import Answer, answer_of, check_error, items, url_event
+from conftest import random_sequence
+from running_service import Answer, answer_of, check_error, items, same, url_event
 
 from numpyesm import ESM2
 from numpyesm.api.catalog import Catalog
@@ -30,6 +37,7 @@ from tools.build_lambda import main as build_lambda
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 ROOT = Path(__file__).parents[1]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Lambda is Linux")
 ITEMS = {"items": items("MKTFF")}
 PACKED = gzip.compress(json.dumps(ITEMS).encode())
 
@@ -97,21 +105,9 @@ def test_health(function) -> None:
     assert ask(function, v1("/readyz/", None, "GET")).json() == {"status": "ready", "models": ["esm2-8m"]}
 
 
-class Context:
-    """Lambda's, with so much time left."""
-
-    aws_request_id = "abc-1"
-
-    def __init__(self, seconds: float) -> None:
-        self.ends = time.monotonic() + seconds
-
-    def get_remaining_time_in_millis(self) -> int:
-        return max(0, int((self.ends - time.monotonic()) * 1000))
-
-
 def test_every_answer_says_synthetic_and_has_the_request_id(function) -> None:
     for event in (v2(), v2("/nothing"), {}):
-        headers = ask(function, event, Context(60)).headers
+        headers = ask(function, event, SimpleNamespace(aws_request_id="abc-1")).headers
         assert "synthetic" in headers["x-numpyesm-weights"]
         assert headers["x-request-id"] == "abc-1"
 
@@ -132,16 +128,6 @@ def test_every_answer_says_synthetic_and_has_the_request_id(function) -> None:
 )
 def test_refusals(function, event, status, code) -> None:
     assert check_error(ask(function, event), status)["code"] == code
-
-
-def test_an_alarm_rings_in_the_midst_of_the_work(function, monkeypatch) -> None:
-    never = threading.Event()
-    monkeypatch.setattr(Passes, "encode", lambda *_: never.wait(60))
-    answer = ask(function, v2(), Context(0.4))
-    assert check_error(answer, 503)["code"] == "server.deadline"
-    assert answer.headers["retry-after"]
-    monkeypatch.undo()
-    assert ask(function, v2(), Context(60)).status_code == 200
 
 
 def test_too_large_an_answer_is_not_computed(function, monkeypatch) -> None:
@@ -227,7 +213,7 @@ print(sorted(names & heavy))
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.skipif(sys.platform != "linux", reason="runs the wheels that it packs")
+@linux
 def test_the_zip(tmp_path, capfd) -> None:
     """It is not made if Lambda would refuse it; made twice it is the same; it runs as Lambda runs it."""
     paths = [tmp_path / name for name in ("large.zip", "one.zip", "two.zip")]
@@ -274,10 +260,138 @@ assert numpy.__file__.startswith({task!r})
         (["--python", "312"], "needs 3.10 or newer"),
     ],
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@linux
 def test_what_cannot_become_a_zip_is_said_before_the_work(tmp_path, monkeypatch, capfd, options, reason) -> None:
     monkeypatch.chdir(tmp_path)
     assert build_lambda(["--weights", "none", *options]) == 1
     err = capfd.readouterr().err
     assert reason in err
     assert len(err.splitlines()) == 1
+
+
+# -- under Amazon's own runtime client, against a runtime API on loopback ----------------------------------------------
+
+
+class RuntimeApi(ThreadingHTTPServer):
+    """`GET .../invocation/next` waits for an event; what is posted is kept."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[tuple[Any, float]] = queue.Queue()
+        self.posted: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def invoke(self, event: Any, seconds: float = 60.0) -> Answer:
+        """Hand out one event and wait for the function's answer to it."""
+        self.events.put((event, seconds))
+        path, content = self.posted.get(timeout=120)
+        assert path.endswith("/invocation/request-1/response"), (path, content[:2000])
+        assert len(content) <= 6 * 1024 * 1024 + 100  # Lambda refuses what is larger: the function has then failed
+        return answer_of(json.loads(content))
+
+    def ask(self, action: str, document: object, seconds: float = 60.0, **headers: str) -> Answer:
+        """Ask through a function URL."""
+        return self.invoke(v2(f"/api/v3/small/{action}/", document, **headers), seconds)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RuntimeApi
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        event, seconds = self.server.events.get()
+        headers = {
+            "Content-Type": "application/json",
+            "Lambda-Runtime-Aws-Request-Id": "request-1",
+            "Lambda-Runtime-Deadline-Ms": str(int((time.time() + seconds) * 1000)),
+            "Lambda-Runtime-Invoked-Function-Arn": "arn:aws:lambda:eu-west-1:1:function:esm2",
+        }
+        self.answer(200, json.dumps(event).encode(), headers)
+
+    def do_POST(self) -> None:
+        self.server.posted.put((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.answer(202, b"{}", {})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def running_function(**variables: str) -> Iterator[RuntimeApi]:
+    """`python -m awslambdaric numpyesm.serverless.handler`, with the environment that Lambda gives."""
+    pytest.importorskip("awslambdaric")
+    with RuntimeApi() as api:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{api.server_port}",
+            "AWS_LAMBDA_FUNCTION_NAME": "esm2",
+            SIZE: "1024",
+            "NUMPYESM_BACKEND": "numpy",
+            "NUMPYESM_THREADS": "2",
+            **variables,
+        }
+        command = [sys.executable, "-m", "awslambdaric", "numpyesm.serverless.handler"]
+        with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
+            yield api
+            process.kill()
+        api.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lambda_(small_file: str) -> Iterator[RuntimeApi]:
+    with running_function(NUMPYESM_MODEL=f"small={small_file}") as api:
+        yield api
+
+
+@pytest.mark.slow
+def test_cold_and_warm_and_whatever_comes_between(lambda_: RuntimeApi, loaded: ESM2) -> None:
+    sequences = [random_sequence(n) for n in (12, 100)]
+    expected = [result.to_dict() for result in loaded.encode(sequences)]
+    for odd, field in (("text", "__all__"), ({"items": items("MKT", "MK1")}, "items__1__sequence"), ("{", "__all__")):
+        same(lambda_.ask("encode", {"items": items(*sequences)}).json(), {"results": expected})
+        check_error(lambda_.ask("encode", odd), 422, field)
+    for odd in (None, [], "text", {}, {"Records": []}, 7):
+        check_error(lambda_.invoke(odd), 400)
+
+
+@pytest.mark.slow
+def test_too_large_an_answer_is_refused_and_as_gzip_it_goes_through(lambda_: RuntimeApi, loaded: ESM2) -> None:
+    sequences = [random_sequence(1000, i) for i in range(8)]
+    document = {"params": {"include": ["per_token"]}, "items": items(*sequences)}
+    refusal = check_error(lambda_.ask("encode", document), 413)
+    assert refusal["code"] == "user.answer_too_large"
+    assert "gzip" in refusal["detail"]
+    answer = lambda_.ask("encode", document, **{"accept-encoding": "gzip"})
+    assert answer.status_code == 200, answer.content[:500]
+    result = json.loads(gzip.decompress(answer.content))["results"][7] | {"sequence_index": 0}
+    same(result, loaded.encode(sequences[7:], include=["per_token"])[0].to_dict())
+
+
+@pytest.mark.slow
+def test_a_time_out_that_is_near_is_answered(lambda_: RuntimeApi) -> None:
+    """Eight long proteins take seconds; with less than that left the answer says so, and comes in time."""
+    document = {"params": {"include": ["attentions"]}, "items": items(*[random_sequence(2000)] * 8)}
+    answer = lambda_.ask("encode", document, seconds=0.4)
+    refusal = check_error(answer, 503)
+    assert refusal["code"] == "server.deadline"
+    assert "fewer or shorter" in refusal["detail"]
+    assert answer.headers["retry-after"]
+    assert lambda_.ask("log_prob", {"items": items("MKT")}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_function_without_weights_says_so_when_it_starts(tmp_path: Path) -> None:
+    nowhere = {"NUMPYESM_CACHE": str(tmp_path), "NUMPYESM_WEIGHTS": str(tmp_path / "none")}
+    with running_function(LAMBDA_TASK_ROOT=str(tmp_path), **nowhere) as api:
+        path, content = api.posted.get(timeout=60)
+    assert path.endswith("/init/error")
+    assert "WeightsNotFound" in content.decode()
+    assert "none" in content.decode()

@@ -245,7 +245,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("encode", {"items": items("M1", 2), "params": {"include": ["x"]}}, [*at("items", 0, 1), *at("include", 0)]),
     ("predict", {"items": [*ONE, *MASKED, *items("-<mask>", "<mask", "<MASK>")]}, at("items", 0, 2, 3, 4)),
     ("predict", {"items": items("<mask>" * 2049)}, at("items", 0)),
-    ("predict", with_params(MASKED, positions="ALL"), ["params__positions"]),
+    *(("predict", with_params(MASKED, positions=value), ["params__positions"]) for value in ("ALL", [], {})),
     ("predict", with_params(MASKED, positions=None, include=[]), ["params__positions", "params__include"]),
     ("log_prob", with_params(x=1), ["params__x"]),
     ("log_prob", {"items": MASKED}, at("items", 0)),

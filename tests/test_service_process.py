@@ -1,11 +1,14 @@
-"""`numpyesm serve`: its options, and the process: signals, two hundred clients at once, memory."""
+"""`numpyesm serve`: its options, and the process: signals, two hundred clients at once, memory; the hosted API's SDK."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import ALL, random_sequence
-from running_service import ENCODE, GOOD, check_error, items, same, serving
+from running_service import ENCODE, GOOD, check_error, items, same, serving, serving_here
 
 from numpyesm import ESM2, InvalidOption
 from numpyesm.api.keys import read_keys
@@ -147,17 +150,14 @@ def test_keys_in_the_log_and_sigterm(weights: list[str], tmp_path: Path) -> None
 
 
 def cases(library: ESM2) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Requests of all kinds, each with what the library says to it alone."""
+    """Requests of several groups, each with what the library says to it alone."""
     for number in range(20):
         sequences = [random_sequence(1 + 3 * number, i) for i in range(1 + number % 4)]
-        masked = [sequence + "<mask>" for sequence in sequences]
         params = {"repr_layers": [number % 4, -1], "include": ["per_token", "mean"] if number % 2 else ["contacts"]}
         encoded = [result.to_dict() for result in library.encode(sequences, **params)]
         yield "encode", {"params": params, "items": items(*sequences)}, {"results": encoded}
         scores = [{"log_prob": score} for score in library.log_prob(sequences).tolist()]
         yield "log_prob", {"items": items(*sequences)}, {"results": scores}
-        predicted = [result.to_dict() for result in library.predict(masked)]
-        yield "predict", {"items": items(*masked)}, {"results": predicted}
 
 
 @pytest.mark.slow
@@ -235,3 +235,90 @@ def test_largest_request(tmp_path: Path) -> None:
         np.testing.assert_allclose(arrays["contacts_7"], expected.contacts, atol=1e-5)
         np.testing.assert_allclose(arrays["attentions_7"], expected.attentions, atol=1e-5)
         assert arrays["per_token_0_3"].shape == (2048, 80)
+
+
+SDK_VERSION = "0.4.0"
+SDK_SCRIPT = """
+import json, sys
+from biolmai import BioLM
+from biolmai.client import BioLMApi
+
+asked = json.load(sys.stdin)
+key, eight, one_bad = asked["key"], asked["items"][:8], asked["one_bad"]
+ours = BioLMApi("esm2-35m", api_key=key)
+print(json.dumps({
+    "encode": ours.encode(items=asked["items"], params={"include": ["mean", "contacts"], "repr_layers": [-1, 1]}),
+    "predict": ours.predict(items=asked["masked"], params={"positions": "masked"}),
+    "log_prob": ours.call("log_prob", eight),
+    "one_bad": ours.encode(items=one_bad),
+    "one_bad_in_its_batch": BioLMApi("esm2-35m", api_key=key, retry_error_batches=False).encode(items=one_bad),
+    "wrong_key": BioLMApi("esm2-35m", api_key="no").encode(items=eight[:2]),
+    "one_off": BioLM(entity="esm2-35m", action="encode", type="sequence", items="MSILV", api_key=key),
+    "max_items": ours.extract_max_items(ours.schema("esm2-35m", "encode")),
+}))
+"""
+
+
+@pytest.fixture(scope="session")
+def sdk() -> Path:
+    """The programs of an environment that has the SDK: it would pull other versions into ours."""
+    python = "py{}{}".format(*sys.version_info)
+    folder = Path(__file__).parents[1] / f".venv-biolmai-{SDK_VERSION}-{python}"
+    programs, done = folder / "bin", folder / ".installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", f"biolmai=={SDK_VERSION}"], check=True)
+        done.touch()
+    return programs
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_sdk(loaded: ESM2, sdk: Path, tmp_path: Path) -> None:
+    """The `biolmai` SDK, pointed here."""
+    key = "a-key-of-ours"
+    sequences = [random_sequence(5 + 3 * i, i) for i in range(40)]
+    masked = [sequence[:2] + "<mask>" + sequence[2:] for sequence in sequences[:20]]
+    one_bad = items(*sequences[:13], "MK1T", *sequences[14:])
+    asked = {"key": key, "items": items(*sequences), "masked": items(*masked), "one_bad": one_bad}
+    with serving_here({"esm2-35m": loaded}, [key]) as service:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "BIOLMAI_THREADS": "1",  # its default of 16 does not import on machines of less than four CPUs
+            "BIOLMAI_BASE_API_URL": f"{service.url}/api/v3",
+            "BIOLMAI_BASE_DOMAIN": service.url,
+            "BIOLMAI_TOKEN": key,
+        }
+
+        def run(program: str, *arguments: str) -> str:
+            command, text = [str(sdk / program), *arguments], json.dumps(asked)
+            done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=tmp_path, env=environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        got = json.loads(run("python", "-c", SDK_SCRIPT))
+        for command in (["list"], ["show", "esm2-35m", "--include-schemas"]):
+            run("biolmai", "model", *command, "--format", "json", "-o", f"{command[0]}.json")
+    listed, shown = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("list", "show"))
+    actions = ["encode", "predict", "log_prob"]
+    assert [(model["model_slug"], model["actions"]) for model in [*listed, shown]] == [("esm2-35m", actions)] * 2
+    assert list(shown["schemas"]) == actions
+    assert got["max_items"] == 8
+
+    encoded = [result.to_dict() for result in loaded.encode(sequences, [-1, 1], ["mean", "contacts"])]
+    # The SDK sends batches of eight: an index is that in the batch.
+    assert [result["sequence_index"] for result in got["encode"]] == [i % 8 for i in range(40)]
+    same([result | {"sequence_index": i} for i, result in enumerate(got["encode"])], encoded)
+    same(got["predict"], [result.to_dict() for result in loaded.predict(masked, "masked")])
+    same(got["log_prob"], [{"log_prob": score} for score in loaded.log_prob(sequences[:8]).tolist()])
+    assert got["one_off"]["sequence_index"] == 0
+
+    bad = got["one_bad"].pop(13)
+    assert bad["status_code"] == 422
+    assert "'1' at position 3" in bad["error"]["items__0__sequence"][0]
+    assert all("embeddings" in result for result in got["one_bad"])
+    # Without its retries the whole batch of eight fails, and the answer names the one that is to blame.
+    errors = [list(result.get("error", ())) for result in got["one_bad_in_its_batch"]]
+    assert errors == [["items__5__sequence"] if 8 <= i < 16 else [] for i in range(40)]
+    assert [result["status_code"] for result in got["wrong_key"]] == [401, 401]

@@ -115,7 +115,6 @@ def test_every_answer_says_synthetic_and_has_the_request_id(function) -> None:
 @pytest.mark.parametrize(
     ("event", "status", "code"),
     [
-        (v2("/api/v3/esm2-8m/encode/x"), 404, "user.not_found"),
         (v2("/a/b/api/v3/esm2-8m/encode"), 404, "user.not_found"),
         (v2(body=None), 422, "user.validation"),
         (v2(body=" " * 3_000_000), 413, "user.too_large"),

@@ -206,12 +206,3 @@ def test_what_is_refused_is_said_and_logged(service: ServiceHere, status: int, s
     assert request_id is not None
     told = (request_id[1], status)
     service.wait_until(lambda: any((entry["id"], entry["status"]) == told for entry in service.entries()))
-
-
-def test_requests_one_behind_the_other_on_one_connection(service: ServiceHere) -> None:
-    with service.connect() as connection:
-        connection.sendall((HEAD.encode() + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY) * 5)
-        got = b""
-        while got.count(b'"results"') < 5:
-            got += connection.recv(65536)
-        assert got.count(b"HTTP/1.1 200") == 5

@@ -1,4 +1,4 @@
-"""`numpyesm serve`: its options, and the process: signals, two hundred clients at once, memory; the hosted API's SDK."""
+"""`numpyesm serve`: its options, and the process: signals, two hundred clients, memory; the hosted API's own SDK."""
 
 from __future__ import annotations
 

@@ -28,10 +28,11 @@ from .gate import Gate
 from .settings import Settings
 from .telemetry import Telemetry, record_of
 
-# Nothing is loaded from elsewhere; pictures that the page draws itself are blob: or data: URLs.
+# Nothing is loaded from elsewhere, no text becomes HTML; pictures that the page draws itself are blob: or data: URLs.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
-    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
 )
 _PAGE = Path(__file__).parent / "page"
 

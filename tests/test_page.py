@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pytest
 from conftest import SMALL, random_sequence
 from PIL import Image
-from running_service import serving_here
+from running_service import ServiceHere
 
 import numpyesm
 from numpyesm import ESM2, InvalidSequence
@@ -139,7 +139,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(model: ESM2) -> Iterator[str]:
-    with serving_here({"esm2-8m": model}) as running:
+    with ServiceHere({"esm2-8m": model}) as running:
         yield f"{running.url}/"
 
 
@@ -487,7 +487,7 @@ def test_only_the_heads_that_weights_have_are_asked_and_shown(tab: Any, head: st
     for name in [name for name in checkpoint.tensors if name.startswith("contact_head")]:
         del checkpoint.tensors[name]
     model = ESM2(checkpoint, backend="numpy")
-    with serving_here({"tuned": model}) as running:
+    with ServiceHere({"tuned": model}) as running:
         page = tab(f"{running.url}/").compute("MKTAYI")
         found = json.loads(page.download("#save-json"))["results"][0]
     expected = model.classify(["MKTAYI"])[0]
@@ -655,7 +655,7 @@ def test_key_is_kept_in_the_tab_and_shown_code_gives_what_is_shown(tab: Any, tmp
     sequence = UBIQUITIN + "X-"
     model = ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
     expected = model.encode([sequence], include=INCLUDE)[0]
-    with serving_here({"esm2-8m": model}, [KEY]) as service:
+    with ServiceHere({"esm2-8m": model}, [KEY]) as service:
         page = tab(f"{service.url}/")
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.fill("#sequence", sequence)

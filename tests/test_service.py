@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from running_service import ENCODE, GOOD, HEAD, ServiceHere, check_error, items, receive_all, serving_here
+from running_service import ENCODE, GOOD, HEAD, ServiceHere, check_error, items, receive_all
 
 from numpyesm import ESM2
 
@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def service(loaded: ESM2) -> Iterator[ServiceHere]:
     limits = {"head_timeout": 0.5, "body_timeout": 0.5, "write_timeout": 0.5}
-    with serving_here({"esm2-35m": loaded}, allowed_hosts=("proteins.example",), **limits) as running:
+    with ServiceHere({"esm2-35m": loaded}, allowed_hosts=("proteins.example",), **limits) as running:
         yield running
 
 
@@ -97,7 +97,7 @@ def test_dns_rebinding(service: ServiceHere) -> None:
 
 
 def test_too_many_connections_are_refused(loaded: ESM2) -> None:
-    with serving_here({"esm2-35m": loaded}, max_connections=2) as service, contextlib.ExitStack() as stack:
+    with ServiceHere({"esm2-35m": loaded}, max_connections=2) as service, contextlib.ExitStack() as stack:
         *_, third = [stack.enter_context(service.connect()) for _ in range(3)]
         assert receive_all(third).startswith(b"HTTP/1.1 503")
 
@@ -161,15 +161,11 @@ def test_a_client_that_does_not_read(service: ServiceHere) -> None:
     service.wait_until(lambda: service.service.gate.active == 0)
 
 
-BODY = json.dumps(GOOD).encode()
-CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+BODY = json.dumps(GOOD)
+CHUNKED = f"{len(BODY):x}\r\n{BODY}\r\n0\r\n\r\n"
+LENGTHS = [f"Content-Length: {len(CHUNKED)}", "Transfer-Encoding: chunked"]
 HEALTH = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 NOWHERE = "POST /nowhere HTTP/1.1\r\nHost: localhost\r\n"
-
-
-def two_lengths(lines: str) -> bytes:
-    """A proxy in front may believe the other length: what follows is then another client's request."""
-    return f"{HEAD}{lines.format(len(CHUNKED))}\r\n\r\n".encode() + CHUNKED + f"{HEALTH}\r\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -181,9 +177,8 @@ def two_lengths(lines: str) -> bytes:
         (400, f"{HEALTH}Content-Length: 1\r\nContent-Length: 2\r\n\r\n"),
         (400, f"{HEALTH}X: " + "x" * 200_000),
         (400, f"{HEALTH}Content-Length: -1\r\n\r\n"),
-        # Two lengths close the connection.
-        (400, two_lengths("Content-Length: {}\r\nTransfer-Encoding: chunked")),
-        (400, two_lengths("Transfer-Encoding: chunked\r\nContent-Length: {}")),
+        # Two lengths close the connection: a proxy that believes the other one takes the rest for another's request.
+        *((400, f"{HEAD}{a}\r\n{b}\r\n\r\n{CHUNKED}{HEALTH}\r\n") for a, b in (LENGTHS, LENGTHS[::-1])),
         # Who says that a body is too large, or asks before sending it, is answered at once.
         *((413, f"{HEAD}Content-Length: {length}\r\n\r\n") for length in ("999999999999", "1048577")),
         (404, f"{NOWHERE}Connection: close\r\nExpect: 100-continue\r\nContent-Length: 2000\r\n\r\n"),

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 from conftest import ALL, random_sequence
-from running_service import ENCODE, GOOD, check_error, items, same, serving, serving_here
+from running_service import ENCODE, GOOD, ServiceHere, check_error, items, same, serving
 
 from numpyesm import ESM2, InvalidOption
 from numpyesm.api.keys import read_keys
@@ -281,7 +281,7 @@ def test_sdk(loaded: ESM2, sdk: Path, tmp_path: Path) -> None:
     masked = [sequence[:2] + "<mask>" + sequence[2:] for sequence in sequences[:20]]
     one_bad = items(*sequences[:13], "MK1T", *sequences[14:])
     asked = {"key": key, "items": items(*sequences), "masked": items(*masked), "one_bad": one_bad}
-    with serving_here({"esm2-35m": loaded}, [key]) as service:
+    with ServiceHere({"esm2-35m": loaded}, [key]) as service:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(tmp_path),

@@ -206,10 +206,6 @@ class RunningService(Running):
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
-    def open_files(self) -> int:
-        """File descriptors."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
 
 @contextlib.contextmanager
 def serving(*options: str, before: Sequence[str] = (), **variables: str) -> Iterator[RunningService]:

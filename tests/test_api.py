@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import itertools
 import json
 import tracemalloc
 import zlib
@@ -43,8 +42,6 @@ pytestmark = [
 ACTIONS = ("encode", "predict", "log_prob")
 JSON = {"content-type": "application/json"}
 GZIP = {**JSON, "content-encoding": "gzip"}
-
-
 Ask = Callable[..., Answer]
 
 
@@ -108,7 +105,7 @@ ANSWERED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("action", "sequences", "params"), ANSWERED, ids=itertools.count())
+@pytest.mark.parametrize(("action", "sequences", "params"), ANSWERED)
 def test_answers_are_the_librarys(
     ask: Ask, model: ESM2, action: str, sequences: list[str], params: dict[str, Any] | None
 ) -> None:
@@ -267,7 +264,6 @@ def test_heads_that_the_weights_lack(ask: Ask) -> None:
     document = {"items": ONE, "params": {"include": ["logits", "mean", "contacts"]}}
     error = check_error(post(ask, "encode", document, "headless"), 422, "params__include")
     assert len(error["error"]["params__include"]) == 2
-    check_error(post(ask, "log_prob", {"items": ONE}, "headless"), 404)
 
 
 GOOD = json.dumps({"items": ONE}).encode()
@@ -349,20 +345,15 @@ def test_wrong_addresses_and_methods(ask: Ask, method: str, path: str, status: i
     assert (status == 405) == ("allow" in answer.headers)
 
 
-def test_hostile_text_comes_back_tame(ask: Ask) -> None:
-    body = json.dumps({"\ud800" + "k" * 5000: 1, "items": items("\udfff")}).encode()
-    answer = ask("POST", "/api/v3/esm2-35m/encode", body, JSON)
-    check_error(answer, 422)
-    assert len(answer.content) < 5000
-
-
 def test_every_item_is_named_however_many_problems_another_has(ask: Ask) -> None:
-    unknown = {f"x{i}": 1 for i in range(2_000)}
-    several = [{"sequence": "M", **unknown}, *items(*"1234567")]
+    """And hostile text comes back tame."""
+    unknown = {"\ud800" + "k" * 100_000: 1} | {f"x{i}": 1 for i in range(2_000)}
+    several = [{"sequence": "M", **unknown}, *items(*"123456", "\udfff")]
     answer = post(ask, "encode", {"items": several, "params": {"repr_layers": [9] * 256}, **unknown})
     document = check_error(answer, 422)
     assert len(document["errors"]) == 64
-    assert {*at("items", *range(1, 8)), "items__0__x0", "params__repr_layers__0"} <= set(document["error"])
+    assert {*at("items", *range(1, 8)), "params__repr_layers__0"} <= set(document["error"])
+    assert any(name.startswith("items__0__") for name in document["error"])
     assert len(answer.content) < 50_000
 
 

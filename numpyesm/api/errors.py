@@ -17,20 +17,24 @@ _MAX_PROBLEMS = 64
 _MAX_TEXT = 1000
 _MAX_NAME = 100
 
-# The kind of failure, for programs: `user.*` is for the client to fix; `server.*` is for the operator, or temporary.
-_CODES = {
-    400: "user.bad_request",
-    401: "user.authentication",
-    403: "user.forbidden",
-    404: "user.not_found",
-    405: "user.method_not_allowed",
-    408: "user.timeout",
-    413: "user.too_large",
-    415: "user.media_type",
-    422: "user.validation",
-    429: "user.rate",
-    500: "server.internal",
-    503: "server.unavailable",
+# The kind of failure for programs (`user.*` is for the client to fix; `server.*` is for the operator, or temporary),
+# and for people who read the API's description.
+STATUSES = {
+    400: ("user.bad_request", "Not HTTP, or a body of two lengths"),
+    401: ("user.authentication", "No API key, or an unknown one"),
+    403: ("user.forbidden", "The Host header names another machine (services without keys only)"),
+    404: ("user.not_found", "No such model or action"),
+    405: ("user.method_not_allowed", "Wrong method"),
+    408: ("user.timeout", "The body did not arrive in time"),
+    413: ("user.too_large", "The body is too large, or the request would take too much memory"),
+    415: ("user.media_type", "Not JSON, or an unknown Content-Encoding"),
+    422: ("user.validation", "The request is not valid; every bad item is named"),
+    429: ("user.rate", "Too many requests from this client are waiting; see Retry-After"),
+    500: ("server.internal", "The service failed"),
+    503: (
+        "server.unavailable",
+        "The queue is full, the deadline passed, or the service is shutting down; see Retry-After",
+    ),
 }
 # What a client is told about a wrong address or method.
 ADDRESS_ERRORS = {404: "there is nothing at this address", 405: "this address does not accept this method"}
@@ -66,7 +70,7 @@ class ApiError(Exception):
         self.status = status
         self.detail = detail
         self.problems = list(problems)
-        self.code = code or _CODES[status]
+        self.code = code or STATUSES[status][0]
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
@@ -91,6 +95,11 @@ def invalid(problems: Sequence[Problem]) -> ApiError:
     return ApiError(422, f"{where}{message}{more}", problems=problems)
 
 
+def unavailable(kind: str, message: str, retry_after: int = 5) -> ApiError:
+    """Make the 503 for a failure that may pass; its code is `server.` and the kind."""
+    return ApiError(503, message, code=f"server.{kind}", headers={"Retry-After": str(retry_after)})
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Turn any exception into what a client may be told about it."""
     if isinstance(error, ApiError):
@@ -98,7 +107,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, NotEnoughMemory):
         return ApiError(413, str(error), code="user.memory")
     if isinstance(error, MemoryError):
-        return ApiError(503, "not enough memory at the moment", code="server.memory", headers={"Retry-After": "10"})
+        return unavailable("memory", "not enough memory at the moment", retry_after=10)
     known = isinstance(error, NumpyesmError)
     return ApiError(500, "the model could not compute this request" if known else "internal error")
 

@@ -9,6 +9,7 @@ from .._version import __version__
 from ..alphabet import AMINO_ACIDS
 from .bodies import JSON_TYPE, NPZ_TYPE
 from .catalog import ACTIONS, Catalog, ServedModel
+from .errors import STATUSES
 from .requests import Schema, body_schema, list_schema, object_schema
 
 # Read by the `biolmai` SDK, which delays requests beyond it. This service has no rate limit (clients that fill the
@@ -20,19 +21,6 @@ _SUMMARIES = {
     "predict": "Logits of sequences with masks",
     "log_prob": "Log-probability of sequences, from one pass",
     "classify": "Classes of sequences or residues, by a fine-tuned model",
-}
-_ERRORS = {
-    401: "No API key, or an unknown one",
-    403: "The Host header names another machine (services without keys only)",
-    404: "No such model or action",
-    405: "Wrong method",
-    408: "The body did not arrive in time",
-    413: "The body is too large, or the request would take too much memory",
-    415: "Not JSON, or an unknown Content-Encoding",
-    422: "The request is not valid; every bad item is named",
-    429: "Too many requests from this client are waiting; see Retry-After",
-    500: "The service failed",
-    503: "The queue is full, the deadline passed, or the service is shutting down; see Retry-After",
 }
 _ONE_ITEM = {"items": [{"sequence": "MKTFFVLVLLLSGALAAPVA"}]}
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -134,7 +122,7 @@ def openapi_document(catalog: Catalog) -> Schema:
                 JSON_TYPE: {"schema": _reference(f"{title}Answer")},
                 NPZ_TYPE: {"schema": _TEXT | {"contentMediaType": NPZ_TYPE}},
             }
-            operation = _operation(name, _SUMMARIES[name], [_path_parameter("slug", slugs)], content, _ERRORS)
+            operation = _operation(name, _SUMMARIES[name], [_path_parameter("slug", slugs)], content, STATUSES)
             operation["security"] = [{"token": []}, {}]
             operation["requestBody"] = {"required": True, "content": {JSON_TYPE: form}}
             paths[f"/api/v3/{{slug}}/{name}/"] = {"post": operation}
@@ -168,7 +156,7 @@ def _operation(
 ) -> dict[str, Any]:
     error = {JSON_TYPE: {"schema": _reference("ErrorAnswer")}}
     responses = {"200": {"description": summary, "content": content}}
-    responses |= {str(status): {"description": _ERRORS[status], "content": error} for status in errors}
+    responses |= {str(status): {"description": STATUSES[status][1], "content": error} for status in errors}
     return {"operationId": name, "summary": summary, "parameters": list(parameters), "responses": responses}
 
 

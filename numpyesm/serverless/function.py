@@ -18,7 +18,7 @@ from typing import Any
 
 from ..api.bodies import JSON_TYPE, AnswerForm, check_media, parse_json
 from ..api.catalog import Catalog, ServedModel, check_slug
-from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error
+from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error, unavailable
 from ..api.keys import KeyRing, read_keys
 from ..api.requests import check_request
 from ..errors import InvalidOption, NotEnoughMemory
@@ -171,12 +171,11 @@ def _before_the_deadline(context: Any) -> Iterator[None]:
         return
 
     def ring(_: int, __: FrameType | None) -> None:
-        raise ApiError(
-            503,
+        raise unavailable(
+            "deadline",
             "the function's time was nearly up: send fewer or shorter sequences at a time, or raise the function's "
             "time-out or memory",
-            code="server.deadline",
-            headers={"Retry-After": "1"},
+            retry_after=1,
         )
 
     before = signal.signal(signal.SIGALRM, ring)

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..api.bodies import AnswerForm, check_media, gunzip, parse_json, too_large
 from ..api.catalog import Catalog
-from ..api.errors import ApiError
+from ..api.errors import ApiError, unavailable
 from ..api.keys import KeyRing
 from ..api.requests import Work, check_request
 from .engine import Engine
@@ -90,8 +90,7 @@ class Actions:
             await asyncio.wait_for(job.done, due - time.monotonic())
         except asyncio.TimeoutError:
             message = f"no result within {self.settings.deadline:g} seconds"
-            wait = {"Retry-After": str(self.engine.retry_after())}
-            raise ApiError(503, message, code="server.deadline", headers=wait) from None
+            raise unavailable("deadline", message, self.engine.retry_after()) from None
 
 
 async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], send: Send) -> None:

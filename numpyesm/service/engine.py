@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from ..api.catalog import Catalog
-from ..api.errors import ApiError, as_api_error
+from ..api.errors import ApiError, as_api_error, unavailable
 from ..api.requests import Work, check_request
 from ..errors import InvalidOption
 from ..formats import Result
@@ -88,7 +88,7 @@ class Engine:
         """Fail all jobs, running ones too: clients are told now, and the current pass is discarded."""
         self.draining = True
         for job in [*self._queue, *self._running]:
-            self._fail(job, _unavailable("draining", "the service is shutting down"))
+            self._fail(job, unavailable("draining", "the service is shutting down"))
 
     @property
     def waiting(self) -> int:
@@ -100,13 +100,13 @@ class Engine:
     def check_alive(self) -> None:
         """Raise ApiError 503 if jobs are not being served."""
         if self._task is None or self._task.done():
-            raise _unavailable("not_ready", "the engine has stopped")
+            raise unavailable("not_ready", "the engine has stopped")
 
     def check_accepting(self) -> None:
         """Raise ApiError 503 if no new jobs are accepted."""
         self.check_alive()
         if self.draining:
-            raise _unavailable("draining", "the service is shutting down")
+            raise unavailable("draining", "the service is shutting down")
 
     def check_place(self, client: str) -> None:
         """Raise ApiError 503 or 429 if a job would not be accepted now; called before the body is read."""
@@ -117,7 +117,7 @@ class Engine:
             wait = {"Retry-After": str(self.retry_after())}
             raise ApiError(429, f"this client already has {limit} requests waiting", headers=wait)
         if len(self._queue) >= size:
-            raise _unavailable("queue_full", f"the queue is full ({size} requests)", self.retry_after())
+            raise unavailable("queue_full", f"the queue is full ({size} requests)", self.retry_after())
 
     def submit(self, work: Work, client: str) -> Job:
         """Queue a job.
@@ -206,7 +206,3 @@ def _warm_up(catalog: Catalog) -> None:
         include = [name for name in INCLUDES if missing_head(served.checkpoint, name) is None]
         for length in (20, 120):
             served.model.encode(["MKTLVAGSER" * (length // 10)], include=include)
-
-
-def _unavailable(kind: str, message: str, retry_after: int = 5) -> ApiError:
-    return ApiError(503, message, code=f"server.{kind}", headers={"Retry-After": str(retry_after)})

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..api.errors import ApiError
+from ..api.errors import ApiError, unavailable
 from ..errors import InvalidOption
 from .app import Service
 from .gate import is_loopback
@@ -131,7 +131,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(ApiError(503, "too many connections", code="server.connections", headers={"Retry-After": "5"}))
+            self._refuse(unavailable("connections", "too many connections"))
         else:
             self._watch_head()
 

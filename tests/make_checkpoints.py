@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ import pytest
 from trained_weights import HUGGING_FACE_NAMES, renamed
 
 from numpyesm.config import ModelConfig
+from numpyesm.weights import load_checkpoint
+from numpyesm.weights.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
 esm = pytest.importorskip("esm")
 
+ALPHABET = esm.data.Alphabet.from_architecture("ESM-1b")
 TINY = ModelConfig(num_layers=2, embed_dim=40, num_heads=20, ffn_dim=160)
 
 # numpyesm's name for each part of fair-esm's.
@@ -41,15 +47,46 @@ def with_half_precision_frequencies(model: Any) -> Any:
     return model
 
 
-def fair_esm_model(config: ModelConfig = TINY, seed: int = 0) -> Any:
-    """fair-esm's own model with random numbers everywhere, also where it would start with zeros and ones."""
+def fair_esm_model(config: ModelConfig = TINY, seed: int = 0, sharpness: float = 1.0) -> Any:
+    """fair-esm's own model with random numbers everywhere, also where it would start with zeros and ones.
+
+    `sharpness` multiplies query and key weights; above 1, contact coefficients are drawn, too, so that attention peaks
+    and contacts spread over 0 to 1.
+    """
     torch.manual_seed(seed)
-    alphabet = esm.data.Alphabet.from_architecture("ESM-1b")
-    model = esm.model.esm2.ESM2(config.num_layers, config.embed_dim, config.num_heads, alphabet).eval()
+    model = esm.model.esm2.ESM2(config.num_layers, config.embed_dim, config.num_heads, ALPHABET).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+            elif name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.mul_(sharpness)
+            elif sharpness > 1 and name == "contact_head.regression.weight":
+                parameter.normal_(0, 4).mul_(torch.rand_like(parameter) < 0.25)
+        if sharpness > 1:
+            model.contact_head.regression.bias.fill_(-1.0)
     return with_half_precision_frequencies(model)
+
+
+def as_checkpoint(model: Any) -> Checkpoint:
+    """The numbers of a fair-esm model in numpyesm's layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": model.state_dict()}, path := Path(folder, "model.pt"))
+        return load_checkpoint(path)
+
+
+def tokens_of(sequences: list[str]) -> Any:
+    """fair-esm's own padded batch."""
+    return ALPHABET.get_batch_converter()([(str(i), sequence) for i, sequence in enumerate(sequences)])[2]
+
+
+@contextlib.contextmanager
+def float64_softmax() -> Iterator[None]:
+    """fair-esm computes softmax in float32 even in a float64 model; inside, it does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        exact = lambda x, dim, onnx_trace=False: torch.softmax(x, dim=dim)  # noqa: E731
+        patch.setattr(esm.multihead_attention, "utils_softmax", exact)
+        yield
 
 
 MODEL = fair_esm_model()  # for tests that only read it

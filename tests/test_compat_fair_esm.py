@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, SMALL, random_sequence
+from conftest import BACKENDS, SMALL, largest, random_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +32,7 @@ from numpyesm.weights.synthetic import random_checkpoint
 torch = pytest.importorskip("torch")
 fair = pytest.importorskip("esm")
 
-import make_checkpoints  # noqa: E402
-from fair_esm_models import as_checkpoint, fair_esm_model, largest  # noqa: E402
+from make_checkpoints import as_checkpoint, fair_esm_model, write_fair_esm  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")]
 
@@ -73,7 +72,7 @@ TOKENS = {
 @pytest.fixture(scope="module", params=BACKENDS)
 def models(request: pytest.FixtureRequest) -> Any:
     """(fair-esm, look-alike) with the same random weights, attention peaked and contacts spread."""
-    theirs = fair_esm_model(2, 2.0, SMALL)
+    theirs = fair_esm_model(SMALL, 2, 2.0)
     return theirs, look_alike.ESM2(ESM2(as_checkpoint(theirs), backend=request.param, threads=2))
 
 
@@ -197,7 +196,7 @@ def test_attributes_and_torch_habits(models: Any) -> None:
 
 
 def test_without_heads() -> None:
-    checkpoint = as_checkpoint(make_checkpoints.fair_esm_model())
+    checkpoint = as_checkpoint(fair_esm_model())
     trunk = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(("lm_head", "contact_head"))}
     model = look_alike.ESM2(ESM2(replace(checkpoint, tensors=trunk), backend="numpy"))
     assert list(model([[0, 5, 2]], repr_layers=[2])) == ["representations"]
@@ -299,8 +298,8 @@ def test_fasta_as_people_have_it(tmp_path: Path) -> None:
 
 def test_checkpoints_on_disk(tmp_path: Path) -> None:
     """A .pt file as fair-esm publishes them, the regression beside it."""
-    theirs = make_checkpoints.fair_esm_model()
-    path = make_checkpoints.write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
+    theirs = fair_esm_model()
+    path = write_fair_esm(tmp_path / "esm2_tiny.pt", theirs)
     tokens = batch("MKTAYI", "MK<mask>")
     for name in ("load_model_and_alphabet", "load_model_and_alphabet_local", "load_model_and_alphabet_hub"):
         model, alphabet = getattr(look_alike.pretrained, name)(str(path), backend="numpy")

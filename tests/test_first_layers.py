@@ -15,6 +15,7 @@ from numpyesm.errors import CheckpointError, InvalidOption
 from numpyesm.reference import forward, nested
 from numpyesm.verification import compare_with_reference
 from numpyesm.weights import convert, load_checkpoint, save_canonical
+from numpyesm.weights.checkpoint import FREQUENCIES, computed_frequencies
 from numpyesm.weights.synthetic import random_checkpoint
 
 SEQUENCES = [random_sequence(n) for n in (1, 40, 200)]
@@ -46,6 +47,9 @@ def test_representations_are_those_of_the_whole_model(
     assert_same(found, expected, within=1e-6)
     exact = forward(tokenize(SEQUENCES[:1])[0], **nested(two.checkpoint))["representations"]
     np.testing.assert_allclose(expected[0].bos_embeddings[2], exact[2, 0], rtol=0, atol=within)
+    frequencies = load_checkpoint(folder / "whole.safetensors").array(FREQUENCIES)
+    assert not np.array_equal(frequencies, computed_frequencies(SMALL.head_dim))
+    np.testing.assert_array_equal(two.checkpoint.array(FREQUENCIES), frequencies)
 
 
 def test_what_needs_all_layers_says_why(folder: Path) -> None:

@@ -8,16 +8,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 
 pytest.importorskip("numba")
 
+from numpyesm.cli import main
 from numpyesm.errors import InvalidOption, MissingExtra
 from numpyesm.kernels import build
 from numpyesm.kernels.compiled.code import ARGUMENTS, needed, symbol
 from numpyesm.kernels.compiled.isa import host_isa, host_levels, levels
 from numpyesm.kernels.compiled.library import abi, library_code, library_name
+from numpyesm.kernels.numba_ import cache
 from numpyesm.options import PRECISIONS
 
 pytestmark = pytest.mark.slow
@@ -191,6 +194,19 @@ def test_warmup_builds_a_library_that_is_used(tmp_path: Path) -> None:
     assert f"library {made}" in out
 
 
+def test_warmup_compiles_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all precisions that the CPU has where none is named."""
+    warmup = Mock(return_value=Path("folder"))
+    monkeypatch.setattr("numpyesm.kernels.warmup.warmup", warmup)
+    for options in ([], ["--precision", "fp32"], ["--cache", "there"]):
+        assert main(["warmup", *options]) == 0
+    assert warmup.mock_calls == [
+        call(None, cache_dir=None),
+        call(["fp32"], cache_dir=None),
+        call(None, cache_dir="there"),
+    ]
+
+
 def test_building_needs_numba_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -234,6 +250,22 @@ from numpyesm.kernels.numba_.cache import cache_folder, compile_kernel
 assert cache_folder() is None
 assert compile_kernel("lm_head").library.get_pointer_to_function(compile_kernel("lm_head").fndesc.llvm_func_name)"""
     finish(start("-c", auto, NUMBA_CACHE_DIR=blocked))
+
+
+def test_filled_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled, temporary = tmp_path / "filled", tmp_path / "tmp"
+    (filled / cache._key()).mkdir(parents=True)
+    (filled / cache._key() / "fp32.ready").touch()
+    (filled / cache._key()).chmod(0o555)
+    temporary.mkdir(mode=0o700)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(filled))
+    monkeypatch.setattr(cache, "_temporary_folder", lambda: temporary)
+    usable = cache._usable
+    monkeypatch.setattr(cache, "_usable", lambda folder: filled not in folder.parents and usable(folder))
+    found = cache.cache_folder.__wrapped__()
+    assert found == temporary / cache._key()
+    assert (found / "fp32.ready").exists()
+    assert found.stat().st_mode & 0o200, "Numba does not read what it cannot write to"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -6,6 +6,7 @@ import _thread
 import copy
 import math
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,19 +19,22 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ALL, BACKENDS, ROUNDING, SMALL, assert_same, random_sequence, small_model
+from conftest import ALL, BACKENDS, ROUNDING, SMALL, assert_close, assert_same, random_sequence, small_model
 
-from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingHead
+from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingExtra, MissingHead
 from numpyesm.alphabet import tokenize
+from numpyesm.kernels import make_kernels
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.kernels.numpy_steps import gelu
+from numpyesm.memory import Sizes
 from numpyesm.options import Outputs
 from numpyesm.results import count_numbers, fields
-from numpyesm.weights import save_canonical
+from numpyesm.weights import convert, save_canonical
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")
 
 
 # -- outputs -------------------------------------------------------------------------------------------------------
@@ -124,9 +128,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda m: m.encode(["MKT"], []), InvalidOption, "repr_layers is empty"),
     (lambda m: m.predict(["M<mask>"], positions="some"), InvalidOption, "all, masked"),
     (lambda m: m.encode(["MKT", "M1"]), InvalidSequence, "item 1.*position 2"),
-    (lambda m: m.log_prob(["MKT", "M1"]), InvalidSequence, "item 1.*position 2"),
     (lambda m: m.predict(["MKT"]), InvalidSequence, "item 0.*no <mask>"),
-    (lambda m: m.predict("M<mask>"), InvalidSequence, "list of sequences"),
     (pickle.dumps, pickle.PicklingError, "save it"),
 ]
 
@@ -163,24 +165,27 @@ def test_trunk_without_a_head(head: tuple[str, ...], message: str) -> None:
 MIXED = [random_sequence(n, n) for n in (5, 64, 1, 130, 33, 2, 200, 31, 3, 400, 12, 65)]
 
 
-def test_results_do_not_depend_on_batch_mates_passes_or_threads(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [0, 1, 2, 3]
-    together = model.encode(MIXED, layers, ALL)
+def test_results_do_not_depend_on_batch_mates_threads_passes_or_limits(
+    model: ESM2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, masked = [0, 1, 2, 3], [s + "<mask>" for s in MIXED]
+    together, predicted, scores = model.encode(MIXED, layers, ALL), model.predict(masked), model.log_prob(MIXED)
     assert_same(model.encode(MIXED, layers, ALL), together)  # bitwise, from run to run
     alone = [model.encode([sequence], layers, ALL)[0] for sequence in MIXED]
     assert_same(alone, together, within=ROUNDING)
     assert_same(model.encode(MIXED[::-1], layers, ALL)[::-1], together, within=ROUNDING)
-    for threads in (1, 3, 5):
+    for threads in (1, 5):
         other = small_model(backend="numpy", threads=threads)
         assert other.threads == threads
         assert_same(other.encode(MIXED, layers, ALL), together, within=ROUNDING)
-    masked = [s + "<mask>" for s in MIXED]
-    predicted = model.predict(masked)
-    monkeypatch.setattr("numpyesm.passes.ROWS_PER_PASS", 140)
-    in_passes = model.encode(MIXED, layers, ALL)
-    assert [r.sequence_index for r in in_passes] == list(range(len(MIXED)))
-    assert_same(in_passes, together, within=ROUNDING)
-    assert_same(model.predict(masked), predicted, within=1e-5)
+    limited = small_model(backend="numpy", threads=3, max_memory="64G")  # whose weights are left in place
+    for sizes in (Sizes(4096), Sizes(140, 64, 1), Sizes(400, 128, 2)):
+        monkeypatch.setattr(limited.passes, "sizes", lambda *_, sizes=sizes: sizes)
+        in_passes = limited.encode(MIXED, layers, ALL)
+        assert [r.sequence_index for r in in_passes] == list(range(len(MIXED)))
+        assert_same(in_passes, together, within=ROUNDING)
+        assert_same(limited.predict(masked), predicted, within=1e-5)
+        assert_close(limited.log_prob(MIXED), scores)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,6 +275,37 @@ def test_every_storage_runs_in_every_precision(stored: str, tmp_path: Path, load
         assert 0 < difference < max(differs[stored], differs[precision])
 
 
+@needs_numba
+@pytest.mark.slow
+def test_int8_file_gives_what_rounding_at_load_gives(small_file: str, tmp_path: Path) -> None:
+    narrow = convert(small_file, tmp_path / "narrow.safetensors", dtype="int8").path
+    a, b = (ESM2.from_pretrained(path, backend="compiled", precision="int8") for path in (small_file, narrow))
+    sequences = ["MKTAYIAKQR", "W"]
+    assert_same(a.encode(sequences), b.encode(sequences))
+
+
+@needs_numba
+def test_auto_is_compiled() -> None:
+    checkpoint = random_checkpoint(SMALL, seed=1)
+    assert make_kernels(checkpoint).name == make_kernels(checkpoint, "numba").name == "compiled"
+    assert make_kernels(checkpoint, precision="fp64").name == "numpy"
+    with pytest.raises(InvalidOption, match="fp64"):
+        make_kernels(checkpoint, "numba", "fp64")
+    with pytest.raises(InvalidOption, match="compiled backend has it"):
+        make_kernels(checkpoint, "numpy", "int8")
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setenv("NUMPYESM_KERNELS", "none")
+    checkpoint = random_checkpoint(SMALL, seed=1)
+    assert make_kernels(checkpoint).name == "numpy"
+    with pytest.raises(MissingExtra, match=r"numpyesm\[fast\]"):
+        make_kernels(checkpoint, "numba")
+    with pytest.raises(InvalidOption, match="not installed"):
+        make_kernels(checkpoint, "auto", "bf16")
+
+
 def test_model_from_a_file_can_be_pickled_and_saved(loaded: ESM2, tmp_path: Path) -> None:
     sequences, include = ["MKT"], ["mean", "contacts"]
     expected = loaded.encode(sequences, include=include)
@@ -300,6 +336,30 @@ def test_failure_in_a_worker_reaches_the_caller_and_leaves_the_model_usable(
         with pytest.raises(MemoryError, match="no room"):
             model.encode(MIXED)
     assert len(model.encode(MIXED)) == len(MIXED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("startable", [0, 1])
+def test_threads_that_cannot_be_started(backend: str, startable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes, or a platform without threads: those there are do the work, and none is left behind."""
+    sequences = [random_sequence(n, n) for n in (300, 40, 290)]
+    expected, within = small_model(backend=backend).encode(sequences, [-1], ALL), ROUNDING * (backend == "numpy")
+    start, started = threading.Thread.start, []
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if len(started) >= startable:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_or_refuse)
+        limited = small_model(backend=backend, threads=3)  # whose weights are packed by threads, too
+        assert_same(limited.encode(sequences, [-1], ALL), expected, within)
+    assert len(started) == startable
+    # Calls that were queued for threads that never came do not run later, on memory that is no longer theirs.
+    for _ in range(3):
+        assert_same(limited.encode(sequences, [-1], ALL), expected, within)
 
 
 def test_interrupt_stops_the_workers(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> None:

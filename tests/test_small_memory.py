@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ALL, ROUNDING, SMALL, Done, assert_close, assert_same, random_sequence, small_model
+from conftest import ALL, ROUNDING, SMALL, Done, assert_same, random_sequence
 
 from numpyesm import ESM2, InvalidOption, NotEnoughMemory
 from numpyesm.batch import BLOCK_ROWS, Batch
@@ -57,16 +57,6 @@ def measured(name, file="status"):
 """
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "I8"])
-def test_slices_are_the_stored_numbers(dtype: str) -> None:
-    values = np.random.default_rng(0).standard_normal((70, 40)).astype(np.float32) * np.float32(0.03)
-    values[0, :6] = [0.0, -0.0, 65504.0, -65504.0, 6e-8, -3e-5]  # the ends of float16, and subnormals
-    tensor = StoredTensor(values).stored_as(dtype)
-    matrix, expected = NarrowMatrix(tensor), tensor.astype(np.float32)
-    for rows in (slice(0, 70), slice(13, 40), slice(69, 70)):
-        np.testing.assert_array_equal(matrix[rows].view(np.uint32), expected[rows].view(np.uint32))
-
-
 def test_every_finite_half_precision_number_is_widened_exactly() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     np.testing.assert_array_equal(NarrowMatrix(StoredTensor(bits, "F16"))[:], bits.astype(np.float32))  # NaN, inf too
@@ -84,12 +74,6 @@ def test_results_are_those_of_widened_weights(stored: str) -> None:
     found, expected = (ESM2(Checkpoint(SMALL, kept, "test"), backend="numpy", threads=2) for kept in (narrow, wide))
     sequences = [random_sequence(n) for n in (5, 70, 300)]
     assert_same(found.encode(sequences, [0, 1, -1], ALL), expected.encode(sequences, [0, 1, -1], ALL), within=ROUNDING)
-
-
-def test_weights_left_in_place_give_the_same_numbers(model: ESM2) -> None:
-    limited = small_model(backend="numpy", threads=2, max_memory="64G")
-    sequences = [random_sequence(n) for n in (1, 33, 250)]
-    assert_same(limited.encode(sequences, [-1], ALL), model.encode(sequences, [-1], ALL), within=ROUNDING)
 
 
 @linux
@@ -169,17 +153,6 @@ def test_less_memory_gives_smaller_blocks_and_passes_and_at_last_an_error() -> N
     assert (little.threads, little.block_rows) < (4, BLOCK_ROWS)
     with pytest.raises(NotEnoughMemory, match="fewer outputs"):
         sizes(101)
-
-
-@pytest.mark.slow
-def test_results_do_not_depend_on_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(backend="numpy", threads=3, max_memory="64G")
-    sequences = [random_sequence(n) for n in (200, 3, 90, 1, 260)]
-    expected, scores = model.encode(sequences, include=ALL), model.log_prob(sequences)
-    for sizes in (Sizes(262, 64, 1), Sizes(400, 128, 2)):
-        monkeypatch.setattr(model.passes, "sizes", lambda *_, sizes=sizes: sizes)
-        assert_same(model.encode(sequences, include=ALL), expected, within=ROUNDING)
-        assert_close(model.log_prob(sequences), scores)
 
 
 def test_blocks_have_the_rows_that_are_asked_for() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trained_weights
-from conftest import cosines
 
 from numpyesm import ESM2
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
@@ -47,6 +46,12 @@ def encode(path: Path, backend: str, precision: str) -> list[Vectors]:
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> list[Vectors]:
     return encode(folder / "fp32.safetensors", "numpy", "fp64")
+
+
+def cosines(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Cosines between the vectors on the last axis, in float64."""
+    found = found.astype(np.float64)
+    return (found * exact).sum(-1) / np.sqrt((found * found).sum(-1) * (exact * exact).sum(-1))
 
 
 def assert_in_gates(found: list[Vectors], exact: list[Vectors], precision: str) -> None:

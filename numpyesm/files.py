@@ -175,8 +175,3 @@ def safe_stem(id: str) -> str:
     """Turn an id into a file name, without its ending, that is valid on every system."""
     stem = _UNSAFE.sub("_", id).strip("._")[:_LONGEST_STEM] or "record"
     return f"_{stem}" if _WINDOWS_DEVICES.match(stem) or stem.startswith("-") else stem
-
-
-def native_name(name: str) -> str:
-    """Make a name usable in any locale: its bytes are UTF-8 even where the locale cannot encode it."""
-    return os.fsdecode(name.encode("utf-8", "surrogateescape"))

@@ -219,10 +219,8 @@ def test_tokenize_like_fair_esm(text: str) -> None:
         assert OURS.encode(text) == THEIRS.encode(text)
 
 
-@pytest.mark.parametrize(
-    "name", ["ESM-1", "protein_bert_base", "ESM-1b", "roberta_large", "MSA Transformer", "invariant_gvp"]
-)
-def test_alphabets(name: str) -> None:
+@pytest.mark.parametrize("name", ["ESM-1b", "roberta_large"])
+def test_alphabet(name: str) -> None:
     ours, theirs = (package.Alphabet.from_architecture(name) for package in (look_alike, fair))
     assert len(ours) == len(theirs)
     assert len(vars(theirs)) > 10
@@ -232,13 +230,8 @@ def test_alphabets(name: str) -> None:
     for token in ("A", "<mask>", "nothing"):
         assert ours.get_idx(token) == theirs.get_idx(token)
     assert ours.get_tok(7) == theirs.get_tok(7)
-
-
-def test_unknown_architecture_and_alignments() -> None:
-    with pytest.raises(ValueError, match="ESM-1b"):
-        look_alike.Alphabet.from_architecture("ESM-7")
-    with pytest.raises(NotSupported):
-        look_alike.Alphabet.from_architecture("msa_transformer").get_batch_converter()
+    with pytest.raises(ValueError, match="'msa_transformer': numpyesm has ESM-2 only"):
+        look_alike.Alphabet.from_architecture("msa_transformer")
 
 
 @pytest.mark.parametrize("truncation", [None, 0, 1, 5, 1022])
@@ -328,15 +321,9 @@ def run_extract(small_file: str, tmp_path: Path) -> Any:
 
     def call(fasta: str, *options: str, weights: str = "") -> int:
         (tmp_path / "x.fasta").write_text(fasta)
-        command = [
-            weights or small_file,
-            str(tmp_path / "x.fasta"),
-            str(tmp_path / "out"),
-            "--backend",
-            "numpy",
-            *options,
-        ]
-        return extract.main(command)
+        return extract.main(
+            [weights or small_file, f"{tmp_path}/x.fasta", f"{tmp_path}/out", "--backend", "numpy", *options]
+        )
 
     return call
 
@@ -350,7 +337,8 @@ def test_extract(run_extract: Any, small_file: str, tmp_path: Path, capsys: Any)
     model, alphabet = look_alike.pretrained.load_model_and_alphabet(small_file, backend="numpy")
     for label, sequence in look_alike.FastaBatchedDataset.from_file(tmp_path / "x.fasta"):
         found = extract.load(tmp_path / "out" / f"{label}.npz")
-        assert list(found) == ["label", "representations", "mean_representations", "bos_representations", "contacts"]
+        kinds = {"representations", "mean_representations", "bos_representations"}
+        assert found.keys() == kinds | {"label", "contacts"}
         assert found["label"] == label
         _, _, tokens = alphabet.get_batch_converter(40)([(label, sequence)])
         expected = model(tokens, repr_layers=[0, 2, 3], return_contacts=True)
@@ -380,7 +368,6 @@ FIRST = "--repr_layers 1 3 --include mean per_tok"
         (ONE, f"{FIRST} --truncation_seq_length 9", False),
         (ONE, f"{FIRST} --weights synthetic:esm2-8m:2", False),
         ("MKTAYIAKQK", FIRST, False),
-        ("MK<pad>TAYIAKQR", FIRST, False),
         ("damaged", FIRST, False),
     ],
 )
@@ -416,6 +403,7 @@ def test_extract_skips_only_files_that_hold_what_is_asked(
         (f">{'x' * 300}\nMKT\n", [], "too long"),
         (">a\nMKT\n>b\nMKtA\n", [], "record 'b': 't' at position 3"),
         (">a\n\n", [], "no sequence"),
+        (">a\nMK<pad>\n", [], "record 'a': <pad> and <eos> are no residues"),
         (">a\nMK\n>a\nMT\n", [], "two records"),
         (">a\nMK\n>./a\nMT\n", [], "two records"),
         (">a\nMKT\n", ["--repr_layers", "7"], "3 layers"),

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,25 +22,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..alphabet import SequenceNotes
+from ..alphabet import EOS, PAD, SequenceNotes, frame
 from ..cli import guarded
 from ..cli.parser import add_arithmetic
 from ..errors import InvalidOption, InvalidSequence
-from ..files import atomic_write, native_name
-from ..options import check_layers
+from ..files import atomic_write
+from ..options import Outputs
+from ..results import Field, fields
 from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
-from .fair_esm.data import without_padding
-from .fair_esm.model import ESM2
 
-Array = npt.NDArray[Any]
-
-# For `--include`: the name of a layer's output in a file, and how it follows from the rows of `<cls>` and residues.
-_BY_LAYER: dict[str, tuple[str, Callable[[Array], Array]]] = {
-    "per_tok": ("representations", lambda rows: rows[1:]),
-    "mean": ("mean_representations", lambda rows: rows[1:].mean(axis=0)),
-    "bos": ("bos_representations", lambda rows: rows[0]),
+# What each output is called in a file.
+_NAMES = {
+    "per_token": "representations",
+    "mean": "mean_representations",
+    "bos": "bos_representations",
+    "contacts": "contacts",
 }
+_ALPHABET = esm.Alphabet.from_architecture("ESM-1b")
 _LONGEST_NAME = 255  # of a file, in bytes, on common file systems
 
 
@@ -81,53 +80,50 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [_path(arguments.output_dir, label) for label in dataset.sequence_labels]
     if len({os.path.normpath(path) for path in paths}) < len(paths):
         raise InvalidSequence(f"{arguments.fasta_file}: labels such as 'a' and './a' would give two records one file")
-    alphabet = esm.Alphabet.from_architecture("ESM-1b")
-    converter = alphabet.get_batch_converter(arguments.truncation_seq_length)
     notes = SequenceNotes()
+    tokens = []
     for label, sequence in zip(dataset.sequence_labels, dataset.sequence_strs, strict=True):  # before hours of work
-        try:
-            if not alphabet.encode(sequence):
-                raise InvalidSequence("there is no sequence")
-        except InvalidSequence as error:
-            raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
+        tokens.append(_tokens(label, sequence, arguments.truncation_seq_length))
         notes.look(sequence, label)
     notes.warn()
     options = {"backend": arguments.backend, "precision": arguments.precision, "threads": arguments.threads}
-    model, _ = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)
-    layers = check_layers(arguments.repr_layers, model.num_layers)
-    weights = f"{weights_sha256(model.core.checkpoint)} {arguments.precision}"
+    model = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)[0].core
+    include = ["per_token" if name == "per_tok" else name for name in arguments.include]
+    outputs = Outputs.check(model.checkpoint, arguments.repr_layers, include)
+    weights = f"{weights_sha256(model.checkpoint)} {arguments.precision}"
     print(f"Read {arguments.fasta_file} with {len(dataset)} sequences")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
     for number, batch in enumerate(batches, start=1):
-        labels, _, tokens = converter.convert([dataset[index] for index in batch])
-        stamps = [_stamp(weights, *each) for each in zip(labels, tokens, strict=True)]
-        todo = list(range(len(batch)))
-        if arguments.skip_existing:
-            todo = [i for i in todo if not _holds(paths[batch[i]], layers, arguments.include, stamps[i])]
+        stamps = {i: _stamp(weights, dataset.sequence_labels[i], tokens[i]) for i in batch}
+        todo = [i for i in batch if not (arguments.skip_existing and _holds(paths[i], outputs, stamps[i]))]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
             print(f"Skipping {len(batch) - len(todo)} sequences whose files already hold these outputs")
-        if todo:
-            results = _extract(model, tokens[todo], layers, arguments.include)
-            for i, result in zip(todo, results, strict=True):
-                _save(paths[batch[i]], stamps[i], label=labels[i], **result)
+        for i, result in zip(
+            todo, model.passes.encode([tokens[i] for i in todo], outputs) if todo else (), strict=True
+        ):
+            arrays = {name: result.to_arrays()[field.name] for name, field in _arrays(outputs).items()}
+            _save(paths[i], stamps[i], label=dataset.sequence_labels[i], **arrays)
     return 0
 
 
-def _extract(model: ESM2, tokens: Array, layers: Sequence[int], include: Sequence[str]) -> Iterator[dict[str, Array]]:
-    """Yield the arrays of each file of one padded batch (B, T)."""
-    by_layer = layers if _BY_LAYER.keys() & set(include) else []
-    out = model.outputs(tokens, by_layer, contacts="contacts" in include)
-    for i, row in enumerate(tokens):
-        end = len(without_padding(row)) - 1
-        found: dict[str, Array] = {}
-        for kind, (name, take) in _BY_LAYER.items():
-            if kind in include:
-                found |= {f"{name}_{layer}": take(rows[i, :end]) for layer, rows in out["representations"].items()}
-        if "contacts" in include:
-            found["contacts"] = out["contacts"][i, : end - 1, : end - 1]
-        yield found
+def _tokens(label: str, sequence: str, longest: int) -> npt.NDArray[np.uint8]:
+    """Token numbers (T,) of a record cut to `longest` residues; InvalidSequence, which names the record."""
+    try:
+        ids = _ALPHABET.encode(sequence)
+        if not ids:
+            raise InvalidSequence("there is no sequence")
+        if {PAD, EOS} & set(ids):
+            raise InvalidSequence("<pad> and <eos> are no residues")
+        return frame(np.array(ids[:longest], np.uint8))
+    except InvalidSequence as error:
+        raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
+
+
+def _arrays(outputs: Outputs) -> dict[str, Field]:
+    """Names of a file's arrays, and what they are in a result."""
+    return {_NAMES[field.kind] + ("" if field.layer is None else f"_{field.layer}"): field for field in fields(outputs)}
 
 
 def _save(path: Path, stamp: bytes, **arrays: Any) -> None:
@@ -138,20 +134,17 @@ def _save(path: Path, stamp: bytes, **arrays: Any) -> None:
         file.write(struct.pack("<H", len(stamp)) + stamp)
 
 
-def _stamp(weights: str, label: str, tokens: npt.NDArray[np.int64]) -> bytes:
+def _stamp(weights: str, label: str, tokens: npt.NDArray[np.uint8]) -> bytes:
     """Hash what a file's numbers depend on: weights and precision, label, and tokens after truncation."""
-    row = without_padding(tokens).astype("<i8").tobytes()
+    row = tokens.astype("<i8").tobytes()
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
 
 
-def _holds(path: Path, layers: Sequence[int], include: Sequence[str], stamp: bytes) -> bool:
+def _holds(path: Path, outputs: Outputs, stamp: bytes) -> bool:
     """Whether a file has these arrays (and perhaps others), of the same weights, label and sequence."""
-    by_layer = _BY_LAYER.keys() & set(include)
-    members = {f"{_BY_LAYER[kind][0]}_{layer}.npy" for kind in by_layer for layer in layers}
-    members |= {f"{name}.npy" for name in {"label", *include} - by_layer}
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.comment == stamp and members <= set(archive.namelist())
+            return archive.comment == stamp and {f"{name}.npy" for name in _arrays(outputs)} <= set(archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
 
@@ -176,7 +169,8 @@ def _path(folder: Path, label: str) -> Path:
         raise InvalidSequence(f"record {label[:80]!r}: its file would be outside {folder}")
     if any(len(part.encode()) > _LONGEST_NAME for part in parts):
         raise InvalidSequence(f"record {label[:80]!r}…: the label is too long for the name of a file")
-    return folder.joinpath(*map(native_name, parts))
+    # In UTF-8 even where the locale cannot encode it.
+    return folder.joinpath(*(os.fsdecode(part.encode("utf-8", "surrogateescape")) for part in parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

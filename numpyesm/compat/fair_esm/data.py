@@ -5,34 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...alphabet import PAD, TOKENS, letter_hint, warn_of_odd_sequences
+from ...alphabet import CLS, EOS, MASK, PAD, TOKEN_ID, TOKENS, letter_hint, warn_of_odd_sequences
 from ...errors import InvalidSequence, NumpyesmError
 from ...fasta import Draft, read_drafts, split_records
 
 TokenArray = npt.NDArray[np.int64]
-
-_STANDARD = TOKENS[4:31]  # L … C X B U Z O . -
-
-# First and last tokens, whether <cls> is prepended and <eos> appended, whether for alignments; by fair-esm's names.
-_ESM_1 = (("<null_0>", "<pad>", "<eos>", "<unk>"), ("<cls>", "<mask>", "<sep>"), True, False, False)
-_ESM_1B = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, True, False)
-_MSA = (("<cls>", "<pad>", "<eos>", "<unk>"), ("<mask>",), True, False, True)
-_INVERSE_FOLDING = (("<null_0>", "<pad>", "<eos>", "<unk>"), ("<mask>", "<cath>", "<af2>"), True, False, False)
-_ARCHITECTURES = {
-    "ESM-1": _ESM_1,
-    "protein_bert_base": _ESM_1,
-    "ESM-1b": _ESM_1B,
-    "roberta_large": _ESM_1B,
-    "MSA Transformer": _MSA,
-    "msa_transformer": _MSA,
-}
 
 
 class UnknownToken(InvalidSequence, KeyError):
@@ -43,7 +27,7 @@ class UnknownToken(InvalidSequence, KeyError):
 
 
 class Alphabet:
-    """Tokens and their numbers; ESM-2's is `Alphabet.from_architecture("ESM-1b")`, 33 tokens.
+    """The 33 tokens of ESM-2 and their numbers: `Alphabet.from_architecture("ESM-1b")`.
 
     Attributes
     ----------
@@ -54,41 +38,23 @@ class Alphabet:
         Whether `<cls>` is put before each sequence of a batch, and `<eos>` after it.
     """
 
-    def __init__(
-        self,
-        standard_toks: Sequence[str],
-        prepend_toks: Sequence[str] = _ESM_1[0],
-        append_toks: Sequence[str] = _ESM_1[1],
-        prepend_bos: bool = True,
-        append_eos: bool = False,
-        use_msa: bool = False,
-    ) -> None:
-        self.standard_toks = list(standard_toks)
-        self.prepend_toks = list(prepend_toks)
-        self.append_toks = list(append_toks)
-        self.prepend_bos = prepend_bos
-        self.append_eos = append_eos
-        self.use_msa = use_msa
-        named = [*self.prepend_toks, *self.standard_toks]
-        fill = [f"<null_{i + 1}>" for i in range(-len(named) % 8)]  # up to a multiple of eight
-        self.all_toks = [*named, *fill, *self.append_toks]
-        self.tok_to_idx = {token: index for index, token in enumerate(self.all_toks)}
-        self.unk_idx = self.tok_to_idx["<unk>"]
-        self.padding_idx = self.get_idx("<pad>")
-        self.cls_idx = self.get_idx("<cls>")
-        self.mask_idx = self.get_idx("<mask>")
-        self.eos_idx = self.get_idx("<eos>")
+    def __init__(self) -> None:
+        self.prepend_toks, self.standard_toks, self.append_toks = list(TOKENS[:4]), list(TOKENS[4:31]), ["<mask>"]
+        self.all_toks = self.unique_no_split_tokens = list(TOKENS)
+        self.tok_to_idx = TOKEN_ID.copy()
+        self.unk_idx, self.padding_idx = TOKEN_ID["<unk>"], PAD
+        self.cls_idx, self.mask_idx, self.eos_idx = CLS, MASK, EOS
         self.all_special_tokens = ["<eos>", "<unk>", "<pad>", "<cls>", "<mask>"]
-        self.unique_no_split_tokens = self.all_toks
+        self.prepend_bos = self.append_eos = True
+        self.use_msa = False
         self._pattern = re.compile("|".join(map(re.escape, self.all_toks)))
 
     @classmethod
     def from_architecture(cls, name: str) -> Alphabet:
-        """The alphabet of one of fair-esm's architectures; ESM-2 has that of `ESM-1b`."""
-        parts = _INVERSE_FOLDING if "invariant_gvp" in name.lower() else _ARCHITECTURES.get(name)
-        if parts is None:
-            raise ValueError(f"unknown architecture {name!r}: ESM-2 has the alphabet of 'ESM-1b'")
-        return cls(_STANDARD, *parts)
+        """The alphabet of ESM-2, by fair-esm's names of it: `ESM-1b`, `roberta_large`."""
+        if name not in ("ESM-1b", "roberta_large"):
+            raise ValueError(f"architecture {name!r}: numpyesm has ESM-2 only, whose alphabet is that of 'ESM-1b'")
+        return cls()
 
     def __len__(self) -> int:
         return len(self.all_toks)
@@ -107,8 +73,6 @@ class Alphabet:
 
     def get_batch_converter(self, truncation_seq_length: int | None = None) -> BatchConverter:
         """Make a converter that cuts sequences to `truncation_seq_length` tokens."""
-        if self.use_msa:
-            raise NotSupported("alignments are for the MSA Transformer; numpyesm has ESM-2 only")
         return BatchConverter(self, truncation_seq_length)
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
@@ -125,7 +89,7 @@ class Alphabet:
             position = tokens.index(token) + 1
             raise UnknownToken(
                 f"{token!r} at position {position} is not a token{letter_hint(token, masks=True)}; "
-                f"expected {''.join(_STANDARD)} or one such as <mask>",
+                f"expected {''.join(self.standard_toks)} or one such as <mask>",
                 position=position,
                 character=token,
             ) from None
@@ -145,7 +109,6 @@ class BatchConverter:
 
     def convert(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
         """Convert without warnings about unusual input."""
-        alphabet = self.alphabet
         pairs = list(raw_batch)
         if not pairs:
             raise InvalidSequence("the batch is empty; give at least one (label, sequence) pair")
@@ -153,16 +116,14 @@ class BatchConverter:
         encoded = []
         for item, sequence in enumerate(strs):
             try:
-                encoded.append(alphabet.encode(sequence)[: self.truncation_seq_length or None])
+                encoded.append(self.alphabet.encode(sequence)[: self.truncation_seq_length or None])
             except UnknownToken as error:
                 raise UnknownToken(
                     error.reason, item=item, position=error.position, character=error.character
                 ) from None
-        first, last = [alphabet.cls_idx] * alphabet.prepend_bos, [alphabet.eos_idx] * alphabet.append_eos
-        framed = [[*first, *ids, *last] for ids in encoded]
-        tokens = np.full((len(pairs), max(map(len, framed))), alphabet.padding_idx, np.int64)
-        for row, ids in zip(tokens, framed, strict=True):
-            row[: len(ids)] = ids
+        tokens = np.full((len(pairs), max(map(len, encoded)) + 2), PAD, np.int64)
+        for row, ids in zip(tokens, encoded, strict=True):
+            row[: len(ids) + 2] = [CLS, *ids, EOS]
         return labels, strs, tokens
 
 

@@ -131,10 +131,12 @@ def _identity(file: _AnyPath | int) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def release_pages(arrays: Iterable[Any]) -> None:
-    """Drop from memory the pages of the mapped files that these arrays are views of."""
-    for mapped in {file for array in arrays if (file := _mapped(array)) is not None}:
+def release_pages(arrays: Iterable[Any]) -> int:
+    """Drop from memory the pages of the mapped files that these arrays are views of; return the arrays' bytes there."""
+    views = [(array, mapped) for array in arrays if (mapped := _mapped(array)) is not None]
+    for mapped in {mapped for _, mapped in views}:
         mapped.release()
+    return sum(array.nbytes for array, _ in views)
 
 
 def overwritten_files(arrays: Iterable[Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from .batch import BLOCK_ROWS
 from .config import ModelConfig
 from .errors import InvalidOption, NotEnoughMemory
+from .files import release_pages
 from .options import Outputs
 from .results import count_numbers
 from .weights.checkpoint import Checkpoint
@@ -51,8 +52,6 @@ _RESULT_OBJECT = 600
 # library of kernels.
 _NUMBA, _NUMBA_ADDRESS_SPACE = 330 << 20, 900 << 20
 _LIBRARY, _LIBRARY_ADDRESS_SPACE = 20 << 20, 150 << 20
-# A mapped file in /proc/self/smaps: first and last address, and what of it is in memory.
-_MAPPED_FILE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (?:\S+ ){3}[1-9].*\n(?:\w+:.*\n)*?Rss: +(\d+) kB", re.MULTILINE)
 
 
 # -- sizes as text -------------------------------------------------------------------------------------------------
@@ -174,18 +173,9 @@ def compiled_fits(limit: int | None, checkpoint: Checkpoint, ahead: bool) -> boo
 
 
 def unread_weights(checkpoint: Checkpoint) -> int:
-    """Mapped weights that are not in memory yet and will be once the model has run, in bytes."""
-    mapped = [tensor for tensor in checkpoint.tensors.values() if not isinstance(tensor, DeferredTensor)]
-    addresses = [tensor.raw.__array_interface__["data"][0] for tensor in mapped]
-    maps = _text("/proc/self/smaps")
-    if not maps:
-        return sum(tensor.raw.nbytes for tensor in mapped)
-    unread = 0
-    for start, stop, resident in _MAPPED_FILE.findall(maps):
-        first, last = int(start, 16), int(stop, 16)
-        if any(first <= address < last for address in addresses):
-            unread += max(0, last - first - (int(resident) << 10))
-    return unread
+    """Drop mapped weights from memory, and return their bytes: they will be read again once the model has run."""
+    mapped = (tensor for tensor in checkpoint.tensors.values() if not isinstance(tensor, DeferredTensor))
+    return release_pages(array for tensor in mapped for array in tensor.arrays)
 
 
 def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: str, ahead: bool) -> None:

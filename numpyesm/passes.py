@@ -129,40 +129,32 @@ class Passes:
             logits = head.shaped(found)
             yield ClassifyResult(index, logits, head.probabilities(logits), list(head.classifier.labels))
 
-    def full(
-        self,
-        tokens: Sequence[Tokens],
-        layers: Collection[int],
-        sizes: Sizes,
-        *,
-        logits: bool,
-        contacts: bool,
-        attentions: Sequence[Array] | None,
-    ) -> Iterator[FullOutput]:
-        """Yield every row, all 33 logits and every attention map of each sequence, as fair-esm returns them.
+    def full(self, tokens: Sequence[Tokens], outputs: Sequence[FullOutput], sizes: Sizes) -> None:
+        """Fill every row, all 33 logits and every attention map of each sequence, as fair-esm returns them.
 
-        Layers are 0 to num_layers, `sizes` is what `full_sizes` gives, and `attentions` holds an array
-        (num_layers, H, T, T) for each sequence, to be filled. For contacts, each sequence has at least three tokens:
-        the map leaves out the first and the last, whatever they are.
+        All `outputs` ask for the same, and `sizes` is what `full_sizes` gives. For contacts, each sequence has at least
+        three tokens: the map leaves out the first and the last, whatever they are.
         """
-        wanted = {*layers, *([self.config.num_layers] if logits else [])}
         for part in _cut(tokens, sizes.rows_per_pass):
-            batch = Batch.pack(tokens[part])
-            results = [FullOutput() for _ in batch.spans]
+            batch, places, last = Batch.pack(tokens[part]), outputs[part], self.config.num_layers
+            layers, logits = places[0].representations.keys(), places[0].logits is not None
+            contacts = [place.contacts for place in places if place.contacts is not None]
+            maps = [place.attentions for place in places if place.attentions is not None]
             readers: list[AttentionReader] = []
             if contacts:
                 readers.append(ContactHead(self.checkpoint, batch, self.kernels.dtype))
-            if attentions is not None:
-                readers.append(FullAttention(attentions[part]))
-            for layer, x in self._layers(batch, wanted, sizes, readers):
-                if layer in layers:
-                    for result, rows in zip(results, _split(x, tokens[part]), strict=True):
-                        result.representations[layer] = rows
-                if layer == self.config.num_layers and logits:
-                    for result, rows in zip(results, _split(self._lm_head(x), tokens[part]), strict=True):
-                        result.logits = rows
-            self._store(readers, results)
-            yield from results
+            if maps:
+                readers.append(FullAttention(maps))
+            for layer, x in self._layers(batch, {*layers, *([last] if logits else [])}, sizes, readers):
+                every = self._lm_head(x) if logits and layer == last else None
+                for place, (first, stop) in zip(places, batch.spans, strict=True):
+                    if layer in layers:
+                        place.representations[layer][...] = x[first:stop]
+                    if every is not None and place.logits is not None:
+                        place.logits[...] = every[first:stop]
+            self._store(readers, places)
+            for array, place in zip(contacts, places, strict=False):
+                array[...] = place.contacts
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -174,11 +166,11 @@ class Passes:
         results = sum(result_bytes(self.config, len(ids), outputs) for ids in tokens)
         return self.budget.sizes(results, [len(ids) for ids in tokens], outputs.include, most)
 
-    def full_sizes(self, lengths: Sequence[int], layers: int, *, contacts: bool, held: int) -> Sizes:
+    def full_sizes(self, lengths: Sequence[int], *, contacts: bool, held: int) -> Sizes:
         """Choose how to split a call of `full` whose caller holds `held` bytes of results, or raise NotEnoughMemory."""
         if self.budget is None:
             return Sizes(ROWS_PER_PASS)
-        row_bytes = 4 * (layers * self.config.embed_dim + VOCAB_SIZE + (max(lengths) if contacts else 0))
+        row_bytes = 4 * (VOCAB_SIZE + (max(lengths) if contacts else 0))
         wanted = ("logits", *(("contacts",) if contacts else ()))
         return self.budget.sizes(held, lengths, wanted, ROWS_PER_PASS, row_bytes)
 

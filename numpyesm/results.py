@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -133,11 +133,15 @@ class EncodeResult:
 
 @dataclass
 class FullOutput:
-    """Everything about one sequence of T tokens, `<cls>` and `<eos>` included, for the fair-esm look-alike."""
+    """Where everything about one sequence of T tokens goes, `<cls>` and `<eos>` included, for the fair-esm look-alike.
 
-    representations: dict[int, FloatArray] = field(default_factory=dict)  # of each layer (T, D)
-    logits: FloatArray | None = None  # (T, 33)
-    contacts: FloatArray | None = None  # (T - 2, T - 2)
+    Arrays to be filled; None for what is not asked for.
+    """
+
+    representations: dict[int, FloatArray]  # of each layer (T, D)
+    logits: FloatArray | None  # (T, 33)
+    attentions: FloatArray | None  # (num_layers, H, T, T)
+    contacts: FloatArray | None  # (T - 2, T - 2)
 
 
 @dataclass(eq=False)

@@ -140,12 +140,9 @@ class ESM2:
         result |= {name: zeros(shapes[name]) for name in ("attentions", "contacts") if name in shapes}
         if contacts:
             result["contacts"][:] = sigmoid(self.core.checkpoint.array("contact_head.bias"))
-        indices = np.flatnonzero(usual)
-        rows = [ids[i, : lengths[i]] for i in indices]
-        maps = [result["attentions"][i, :, :, : lengths[i], : lengths[i]] for i in indices] if attentions else None
-        outputs = self.core.passes.full(rows, layers, sizes, logits=logits, contacts=contacts, attentions=maps)
-        for index, output in zip(indices, outputs, strict=True):
-            _put(output, int(index), result)
+        usual_rows = np.flatnonzero(usual).tolist()
+        places = [_place(result, i, lengths[i], lengths[i]) for i in usual_rows]
+        self.core.passes.full([ids[i, : lengths[i]] for i in usual_rows], places, sizes)
         if not usual.all():
             _fill_rows(self.core, ids, np.flatnonzero(~usual), result)
         return result
@@ -157,7 +154,7 @@ class ESM2:
         held = 4 * (sum(map(math.prod, shapes.values())) + layers * ids.size * self.embed_dim)
         held += _exact_bytes(self.core.checkpoint, ids.shape[1]) if exact else 0
         try:
-            return self.core.passes.full_sizes(lengths, layers, contacts="contacts" in shapes, held=held)
+            return self.core.passes.full_sizes(lengths, contacts="contacts" in shapes, held=held)
         except NotEnoughMemory as error:
             if "attentions" not in shapes:
                 raise
@@ -240,15 +237,14 @@ def _is_usual(row: npt.NDArray[np.uint8], contacts: bool) -> bool:
     return not contacts or (len(tokens) >= 3 and whole and EOS not in tokens[1:-1])
 
 
-def _put(output: FullOutput, index: int, result: dict[str, Any]) -> None:
-    """Copy one sequence's outputs to its place in the padded arrays."""
-    for layer, rows in output.representations.items():
-        result["representations"][layer][index, : len(rows)] = rows
-    if output.logits is not None:
-        result["logits"][index, : len(output.logits)] = output.logits
-    if output.contacts is not None:
-        size = len(output.contacts)
-        result["contacts"][index, :size, :size] = output.contacts
+def _place(result: dict[str, Any], row: int, rows: int, length: int) -> FullOutput:
+    """Where the outputs of a row of a batch go that has this many tokens; its map of contacts has `length - 2`."""
+    return FullOutput(
+        {layer: values[row, :rows] for layer, values in result["representations"].items()},
+        result["logits"][row, :rows] if "logits" in result else None,
+        result["attentions"][row, :, :, :rows, :rows] if "attentions" in result else None,
+        result["contacts"][row, : max(length - 2, 0), : max(length - 2, 0)] if "contacts" in result else None,
+    )
 
 
 def _exact_bytes(checkpoint: Checkpoint, length: int) -> int:
@@ -267,33 +263,31 @@ def _fill_rows(model: Core, tokens: npt.NDArray[np.uint8], rows: npt.NDArray[np.
     weights = nested(model.checkpoint, np.float32)
     with blas_threads(model.threads):
         for row in rows:
-            _fill_row(weights, tokens[row], row, result)
+            stop = len(without_padding(tokens[row]))
+            some = tokens[row, : stop + 1]  # with one <pad>, if there is any: contacts leave out the last column
+            _fill_row(weights, some, stop, _place(result, row, stop, len(some)))
 
 
-def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], row: int, result: dict[str, Any]) -> None:
-    stop = len(without_padding(tokens))
-    tokens = tokens[: stop + 1]  # with one <pad>, if there is any: contacts leave out the last column
-    real, length = tokens != PAD, len(tokens)
-    representations = result["representations"]
+def _fill_row(weights: dict[str, Any], tokens: npt.NDArray[np.uint8], stop: int, place: FullOutput) -> None:
+    """Compute the outputs of one row (T,), whose last token that is not `<pad>` is before `stop`."""
+    real = (tokens != PAD)[:stop]
     x = embed(tokens, **weights["embed_tokens"])
     contacts: Array = np.zeros(1, np.float32)
     for number, layer in enumerate(weights["layers"]):
-        if number in representations:
-            representations[number][row, :stop] = x[:stop]
+        if number in place.representations:
+            place.representations[number][...] = x[:stop]
         x, attention = transformer_layer(x, tokens, weights["rotary"], **layer)
-        if "attentions" in result:
-            result["attentions"][row, number, :, :length, :length] = attention * (real & real[:, None])
-        if "contacts" in result:
+        if place.attentions is not None:
+            place.attentions[number] = attention[:, :stop, :stop] * (real & real[:, None])
+        if place.contacts is not None:
             coefficients = weights["contact_head"]["weight"].reshape(len(weights["layers"]), -1)[number]
             with np.errstate(invalid="ignore"):  # fair-esm divides 0 by 0 where no attention falls on residues
                 features = np.nan_to_num(contact_features(attention, tokens), copy=False)
             contacts = contacts + np.tensordot(coefficients, features, axes=1)
     x = layer_norm(x, **weights["final_norm"]) if "final_norm" in weights else x
-    if len(weights["layers"]) in representations:
-        representations[len(weights["layers"])][row, :stop] = x[:stop]
-    if "logits" in result:
-        vocabulary = weights["embed_tokens"]["weight"]
-        result["logits"][row, :stop] = language_model(x[:stop], vocabulary, **weights["lm_head"])
-    if "contacts" in result:
-        inside = max(length - 2, 0)
-        result["contacts"][row, :inside, :inside] = sigmoid(contacts + weights["contact_head"]["bias"])
+    if len(weights["layers"]) in place.representations:
+        place.representations[len(weights["layers"])][...] = x[:stop]
+    if place.logits is not None:
+        place.logits[...] = language_model(x[:stop], weights["embed_tokens"]["weight"], **weights["lm_head"])
+    if place.contacts is not None:
+        place.contacts[...] = sigmoid(contacts + weights["contact_head"]["bias"])

@@ -72,8 +72,6 @@ def _tokenize_one(sequence: object, item: int, masks: bool) -> npt.NDArray[np.ui
         raise InvalidSequence(f"expected a string, got {type(sequence).__name__}", item=item)
     if not sequence:
         raise InvalidSequence(f"the sequence is empty; 1 to {MAX_RESIDUES} residues are allowed", item=item)
-    if len(sequence) > 4 * MAX_RESIDUES * len(MASK_TOKEN):  # too long even if all were masks: not worth parsing
-        raise InvalidSequence(f"{len(sequence)} characters, at most {MAX_RESIDUES} residues are allowed", item=item)
     check_letters(sequence, besides=MASK_TOKEN if masks else "-", item=item)
     ids = residue_ids(sequence)
     if len(ids) > MAX_RESIDUES:

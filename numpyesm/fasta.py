@@ -141,7 +141,7 @@ def read_drafts(source: str | Path | BinaryIO, strict: bool = False, *, verbatim
     try:
         with open(source, "rb") if isinstance(source, str | Path) else nullcontext(source) as file:
             text = decoded(unpacked(file, name), name)
-            yield from split_records(_lines(text, name, strict), name, strict, verbatim=verbatim)
+            yield from _split_records(_lines(text, name, strict), name, strict, verbatim=verbatim)
     except UnreadableFile as error:
         raise InvalidSequence(str(error)) from error
 
@@ -256,7 +256,7 @@ class Draft:
         return "no sequence" + (" (is it in the header's line?)" if "\t" in self.header else "")
 
 
-def split_records(lines: Iterable[str], name: str, strict: bool, *, verbatim: bool) -> Iterator[Draft]:
+def _split_records(lines: Iterable[str], name: str, strict: bool, *, verbatim: bool) -> Iterator[Draft]:
     """Split lines into records; without headers, each line or each wrapped sequence is one.
 
     With `verbatim`, text without headers is refused, and A3M is not. InvalidSequence: the text is in another format, or

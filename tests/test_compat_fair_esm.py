@@ -265,9 +265,6 @@ def test_fasta_batched_dataset(tmp_path: Path) -> None:
         assert ours.get_batch_indices(tokens, extra) == theirs.get_batch_indices(tokens, extra)
     assert list(look_alike.data.read_fasta(path, to_upper=True)) == list(fair.data.read_fasta(path, to_upper=True))
     path.write_text("> a\nMKT-\n>>b c\nMKabT.\nA\n")  # A3M
-    with open(path) as ours_of, open(path) as theirs_of:
-        expected = list(fair.data.read_alignment_lines(theirs_of))
-        assert list(look_alike.data.read_alignment_lines(ours_of)) == expected == list(look_alike.data.read_fasta(path))
     for options in ({}, {"keep_gaps": False}, {"keep_insertions": False}):
         assert list(look_alike.data.read_fasta(path, **options)) == list(fair.data.read_fasta(path, **options))
     for text, said in ((">a\nMK\n>a\nMT\n", "'a'"), ("MK\n>a\nMT\n", "line 1: expected a header")):

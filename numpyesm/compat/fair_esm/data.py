@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ...alphabet import CLS, EOS, MASK, PAD, TOKEN_ID, TOKENS, letter_hint, warn_of_odd_sequences
 from ...errors import InvalidSequence, NumpyesmError
-from ...fasta import Draft, read_drafts, split_records
+from ...fasta import read_drafts
 
 TokenArray = npt.NDArray[np.int64]
 
@@ -177,21 +177,8 @@ def read_fasta(
     path: str | os.PathLike[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Yield (header, sequence) of a FASTA or A3M file, optionally without `-` or lower-case insertions."""
-    return _alignment(read_drafts(Path(path), strict=True, verbatim=True), keep_gaps, keep_insertions, to_upper)
-
-
-def read_alignment_lines(
-    lines: Iterable[str], keep_gaps: bool = True, keep_insertions: bool = True, to_upper: bool = False
-) -> Iterator[tuple[str, str]]:
-    """As `read_fasta`, from lines of text."""
-    return _alignment(split_records(lines, "input", True, verbatim=True), keep_gaps, keep_insertions, to_upper)
-
-
-def _alignment(
-    drafts: Iterable[Draft], keep_gaps: bool, keep_insertions: bool, to_upper: bool
-) -> Iterator[tuple[str, str]]:
     draft = None
-    for draft in drafts:
+    for draft in read_drafts(Path(path), strict=True, verbatim=True):
         sequence = draft.text() if keep_gaps else draft.text().replace("-", "")
         if not keep_insertions:
             sequence = re.sub("[a-z]", "", sequence)

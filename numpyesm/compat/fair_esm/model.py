@@ -176,25 +176,26 @@ class ESM2:
             raise NotSupported("numpyesm computes outputs only: models cannot be trained")
         return self
 
-    def cuda(self, device: object = None) -> ESM2:
-        """Stay on the CPU, with a warning."""
-        return self._ignored("cuda()", "numpyesm runs on the CPU")
-
-    def half(self) -> ESM2:
-        """Keep the precision in which the model was loaded, with a warning."""
-        return self._ignored("half()", 'outputs are float32; load with precision="bf16" for speed')
-
-    bfloat16 = half
-
     def to(self, *args: object, **kwargs: object) -> ESM2:
         """Stay on the CPU in float32, with a warning if something else is asked."""
         asked = [str(value).removeprefix("torch.") for value in (*args, *kwargs.values())]
         if all(value.split(":")[0] in ("cpu", "float32", "float", "None", "True", "False") for value in asked):
             return self
-        return self._ignored(f"to({', '.join(asked)})", "numpyesm runs on the CPU and gives float32")
+        return self._ignored(f"to({', '.join(asked)})")
 
-    def _ignored(self, what: str, why: str) -> ESM2:
-        warnings.warn(f"{what} changes nothing: {why}", stacklevel=3)
+    def cuda(self, device: object = None) -> ESM2:
+        """Stay on the CPU, with a warning."""
+        return self._ignored("cuda()")
+
+    def half(self) -> ESM2:
+        """Keep the precision in which the model was loaded, with a warning."""
+        return self._ignored("half()")
+
+    bfloat16 = half
+
+    def _ignored(self, what: str) -> ESM2:
+        hint = 'numpyesm runs on the CPU and gives float32; load with precision="bf16" for speed'
+        warnings.warn(f"{what} changes nothing: {hint}", stacklevel=3)
         return self
 
 

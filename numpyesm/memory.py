@@ -189,9 +189,7 @@ def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: st
     else:
         deferred = (tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DeferredTensor))
         weights = unread_weights(checkpoint) + sum(tensor.nbytes for tensor in deferred)
-    needed = resident_memory() + weights + pass_bytes(checkpoint.config, 16, 16, (), 1, _BLOCK_SIZES[-1])
-    if needed > limit:
-        raise _too_little(limit, checkpoint, needed)
+    MemoryBudget.of(limit, checkpoint, 1, weights)
 
 
 def packed_bytes(checkpoint: Checkpoint, precision: str) -> int:
@@ -200,15 +198,6 @@ def packed_bytes(checkpoint: Checkpoint, precision: str) -> int:
     narrow = config.num_layers * 2 * config.embed_dim * (2 * config.embed_dim + config.ffn_dim)
     size = {"bf16": 2.0, "int8": 1 + 4 / GROUP}.get(precision, 4.0)
     return int(narrow * size) + 4 * (checkpoint.num_parameters - narrow)
-
-
-def _too_little(limit: int, checkpoint: Checkpoint, needed: int) -> NotEnoughMemory:
-    narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
-    smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
-    return NotEnoughMemory(
-        f"max_memory is {format_memory(limit)}, but a process with {checkpoint.config.name} stored as "
-        f"{checkpoint.precision} takes {format_memory(needed)} for the shortest sequence{smaller}"
-    )
 
 
 # -- what a call takes ---------------------------------------------------------------------------------------------
@@ -278,7 +267,12 @@ class MemoryBudget:
             needed = fixed + pass_bytes(config, rows, rows, (), count, _BLOCK_SIZES[-1])
             if needed <= limit:
                 return cls(limit, fixed, config, count)
-        raise _too_little(limit, checkpoint, needed)
+        narrower = {"int8": "", "fp32": "int8 or fp16"}.get(checkpoint.precision, "int8")
+        smaller = f"; weights stored as {narrower} take less (convert)" if narrower else ""
+        raise NotEnoughMemory(
+            f"max_memory is {format_memory(limit)}, but a process with {config.name} stored as "
+            f"{checkpoint.precision} takes {format_memory(needed)} for the shortest sequence{smaller}"
+        )
 
     def sizes(
         self, results: int, lengths: Sequence[int], wanted: Collection[str], most_rows: int, row_bytes: int = 0

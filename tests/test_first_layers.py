@@ -56,15 +56,9 @@ def test_what_needs_all_layers_says_why(folder: Path) -> None:
     model = ESM2.from_pretrained(folder / "two.safetensors", backend="numpy")
     assert model.config.whole_layers == 3
     assert model.name == "custom-first-2"
-    for call in (
-        lambda: model.encode(["MK"], include=["contacts"]),
-        lambda: model.encode(["MK"], include=["logits"]),
-        lambda: model.predict(["M<mask>"]),
-        lambda: model.log_prob(["MK"]),
-        lambda: model.classify(["MK"]),
-    ):
+    for output in ("contacts", "logits"):
         with pytest.raises(MissingHead, match=r"are the first 2 of 3 layers, and the .* head needs all of them"):
-            call()
+            model.encode(["MK"], include=[output])
     with pytest.raises(InvalidOption, match="the first 2 of 3 layers: the reference numbers are those of whole models"):
         compare_with_reference(model)
 

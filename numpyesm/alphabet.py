@@ -32,7 +32,6 @@ ENCODE_LETTERS = "ACDEFGHIKLMNPQRSTVWYBXZUO-"
 PREDICT_LETTERS = ENCODE_LETTERS.removesuffix("-")
 MASK_TOKEN = "<mask>"
 
-_RESIDUE = re.compile(r"<mask>|.", re.DOTALL)
 # Letters as bytes to token ids; `<mask>` is written as one byte for it.
 _MASK_BYTE = "\0"
 _IDS = bytes([MASK, *(TOKEN_ID.get(chr(byte), 0) for byte in range(1, 256))])
@@ -99,11 +98,6 @@ def check_letters(sequence: str, *, besides: str = "-", item: int | None = None)
         position=position,
         character=character,
     )
-
-
-def residue_tokens(sequence: str) -> list[str]:
-    """Split a sequence into residues, `<mask>` being one: `M<mask>F` is `["M", "<mask>", "F"]`."""
-    return _RESIDUE.findall(sequence)
 
 
 def residue_ids(sequence: str) -> npt.NDArray[np.uint8]:

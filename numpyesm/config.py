@@ -117,14 +117,9 @@ PRESETS: dict[str, ModelConfig] = {
     "esm2-15b": ModelConfig(48, 5120, 40, 20480),
 }
 
-# What fair-esm calls each preset; on the Hugging Face Hub the same name follows "facebook/".
+# What fair-esm calls each preset, such as esm2_t12_35M_UR50D; on the Hugging Face Hub the same follows "facebook/".
 OFFICIAL_NAMES: dict[str, str] = {
-    "esm2-8m": "esm2_t6_8M_UR50D",
-    "esm2-35m": "esm2_t12_35M_UR50D",
-    "esm2-150m": "esm2_t30_150M_UR50D",
-    "esm2-650m": "esm2_t33_650M_UR50D",
-    "esm2-3b": "esm2_t36_3B_UR50D",
-    "esm2-15b": "esm2_t48_15B_UR50D",
+    name: f"esm2_t{config.num_layers}_{name.removeprefix('esm2-').upper()}_UR50D" for name, config in PRESETS.items()
 }
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..alphabet import AMINO_ACIDS, nothing_to_score, residue_tokens
+from ..alphabet import AMINO_ACIDS, nothing_to_score
 from ..config import Classifier
 from ..errors import InputWarning, InvalidOption
 from ..fasta import Record
@@ -99,7 +99,7 @@ def _write(
 
 
 def _score_rows(records: Sequence[Record], scores: Sequence[float]) -> Table:
-    rows = [(r.id, len(residue_tokens(r.sequence)), score) for r, score in zip(records, scores, strict=True)]
+    rows = [(r.id, len(r.sequence), score) for r, score in zip(records, scores, strict=True)]
     return ("id", "length", "log_prob"), rows
 
 
@@ -149,7 +149,7 @@ def _class_rows(
 
     def rows() -> Iterator[Sequence[object]]:
         for record, result in zip(records, results, strict=True):
-            letters = residue_tokens(record.sequence) if residues else [""]
+            letters: Sequence[str] = record.sequence if residues else [""]
             for position, (letter, row) in enumerate(zip(letters, np.atleast_2d(result.probabilities), strict=True), 1):
                 place = [position, letter] if residues else []
                 label = [] if regression else [_label(row, classifier)]

@@ -22,8 +22,7 @@ from numpyesm.weights.synthetic import random_checkpoint
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from fair_esm_models import tokens_of  # noqa: E402
-from make_checkpoints import hugging_face_config, with_half_precision_frequencies  # noqa: E402
+from make_checkpoints import hugging_face_config, tokens_of, with_half_precision_frequencies  # noqa: E402
 
 pytestmark = pytest.mark.slow  # importing transformers takes seconds
 

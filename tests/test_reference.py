@@ -99,7 +99,7 @@ BATCHES = {
     "33": [random_sequence(33, seed) for seed in range(8)],
     "257": [random_sequence(257)],
     "unusual letters": ["BXZUO-", "-", "X" * 40, "ACDBXZUO-EFGHIKLMNPQRSTVWY", "MKT-----AYIAK"],
-    "600": [random_sequence(600)],  # 1022 and 2048 residues: test_trained_parity.py
+    "600": [random_sequence(600)],  # 1022 and 2048 residues: test_trained.py
 }
 
 

@@ -91,7 +91,7 @@ def test_without_rotary_frequencies_the_formula_counts(tmp_path: Path) -> None:
 LAYERS = [0, 6, 12]
 # Largest differences, where averages or few numbers leave torch too small an error to compare with.
 ALLOWED = {"per_token_0": 1e-6, "mean": 1e-4, "bos": 1e-4, "attentions": 1e-5}
-PEAKED = 2, 2.5  # attention; and contacts spread over 0 to 1
+PEAKED = 3, 2.5  # attention; contacts spread over 0 to 1, of which torch's own stay within 1.2e-5
 EVEN = 0, 1.0  # every position gets about the same attention
 # Few residues make few numbers: several sequences of a short length are judged together.
 BATCHES = {

@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 from numpyesm.cli import main
 from numpyesm.errors import InvalidOption, MissingExtra
 from numpyesm.kernels import build
+from numpyesm.kernels.compiled import isa as simd
 from numpyesm.kernels.compiled.code import ARGUMENTS, needed, symbol
 from numpyesm.kernels.compiled.isa import host_isa, host_levels, levels
 from numpyesm.kernels.compiled.library import abi, library_code, library_name
@@ -223,6 +224,19 @@ def test_building_needs_numba_and_a_compiler(tmp_path: Path, monkeypatch: pytest
 def test_every_kernel_is_needed_by_some_precision_of_some_level() -> None:
     used = {name for isa in levels().values() for precision in PRECISIONS for name in needed(isa, precision)}
     assert used == set(ARGUMENTS)
+
+
+def test_bf16_products_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's cores that have AMX, which the system may withhold, take longer for `vdpbf16ps` than for float32."""
+    x86 = {level.name: level for level in simd._LEVELS["x86_64"]}
+    monkeypatch.setattr(simd, "levels", lambda: x86)
+    monkeypatch.setattr(simd, "tiles_granted", lambda: False)
+    monkeypatch.setattr(simd, "host_levels", simd.host_levels.__wrapped__)  # what this machine has stays cached
+    monkeypatch.delenv("NUMPYESM_ISA", raising=False)
+    zen4 = frozenset(x86["avx512-bf16"].needs)
+    for features, best in (zen4, "avx512-bf16"), (zen4 | {"avx512fp16", "amx-tile", "amx-bf16"}, "avx512"):
+        monkeypatch.setattr(simd, "host_features", lambda found=features: found)
+        assert next(iter(simd.wanted_levels.__wrapped__())) == best
 
 
 def test_unknown_level() -> None:

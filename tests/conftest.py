@@ -1,7 +1,8 @@
-"""Fixtures shared by the tests: small synthetic models, protein-like sequences, and the command line."""
+"""Shared by the tests: small synthetic models, protein-like sequences, the command line, and outputs read back."""
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import random
@@ -35,7 +36,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Small, but with every part of the real thing: several layers, 20 heads, some contact coefficients zero.
 SMALL = ModelConfig(num_layers=3, embed_dim=80, num_heads=20, ffn_dim=320)
-
+DIM = SMALL.embed_dim
+LAST = SMALL.num_layers
 
 BACKENDS = [
     "numpy",
@@ -57,12 +59,15 @@ ALL = ["mean", "per_token", "bos", "contacts", "logits", "attentions"]
 
 
 def assert_same(found: Any, expected: Any, within: float = 0.0) -> None:
-    """Lists of equal results, every number of them, to a share of the scale."""
+    """Lists of equal results, or of equal `rows`, every number of them, to a share of the scale."""
     for a, b in zip(found, expected, strict=True):
-        ours, theirs = a.to_arrays(), b.to_arrays()
+        ours, theirs = (one if isinstance(one, dict) else one.to_arrays() for one in (a, b))
         assert ours.keys() == theirs.keys()
         for name, values in theirs.items():
-            assert_close(ours[name], values, within)
+            if np.asarray(values).dtype.kind == "f":
+                assert_close(ours[name], values, within)
+            else:
+                assert ours[name] == values
 
 
 def largest(a: Any, b: Any) -> float:
@@ -99,6 +104,46 @@ def outputs_of_reference(weights: dict[str, Any], tokens: Any) -> dict[str, Any]
 
 def random_sequence(length: int, seed: int = 0, letters: str = "".join(AMINO_ACIDS)) -> str:
     return "".join(random.Random(f"{length} {seed}").choices(letters, k=length))
+
+
+def fasta(path: Path, *records: tuple[str, str]) -> Path:
+    path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in records))
+    return path
+
+
+def write_fasta(path: Path, count: int, *, seed: int = 0, longest: int = 120, duplicates: int = 0) -> Path:
+    """`count` records of mixed lengths, and so many more that repeat earlier sequences under other names."""
+    rng = random.Random(seed)
+    records = [(f"P{i}", random_sequence(rng.randint(1, longest), seed * 100003 + i)) for i in range(count)]
+    records += [(f"D{i}", rng.choice(records)[1]) for i in range(duplicates)]
+    rng.shuffle(records)
+    return fasta(path, *((f"{name} protein {name}", sequence) for name, sequence in records))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """All of an output, record by record: texts, counts, and arrays by their names, whatever the format."""
+    if path.is_dir():
+        with open(path / "index.tsv", newline="") as index:
+            return [row | dict(np.load(path / row["file"])) for row in csv.DictReader(index, delimiter="\t")]
+    if path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path) as file:
+            datasets = {key: item for key, item in file.items() if isinstance(item, h5py.Dataset)}
+            groups = {name: item for name, item in file.items() if name not in datasets}
+            found = []
+            for key, item in datasets.items():
+                main = {f"per_token_{LAST}" if item.ndim == 2 else f"mean_{LAST}": item[...], "key": key}
+                beside = {name: group[key][...] for name, group in groups.items()}
+                found.append(main | beside | dict(item.attrs) | {"id": item.attrs["original_id"]})
+        return sorted(found, key=lambda row: row["record"])
+    import pyarrow.parquet
+
+    found = pyarrow.parquet.read_table(path).to_pylist()
+    for row in found:
+        for name in [name for name in row if f"{name}_shape" in row]:
+            row[name] = np.reshape(row[name], row.pop(f"{name}_shape"))
+    return found
 
 
 def small_model(**options: object) -> ESM2:

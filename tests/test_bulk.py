@@ -19,8 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from bulk_runs import DIM, LAST, fasta, rows, write_fasta
-from conftest import ALL, ROUNDING, assert_close, assert_same, random_sequence
+from conftest import ALL, DIM, LAST, ROUNDING, assert_close, assert_same, fasta, random_sequence, rows, write_fasta
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -19,8 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from bulk_runs import assert_same, rows, write_fasta
-from conftest import SMALL
+from conftest import SMALL, assert_same, rows, write_fasta
 
 from numpyesm import ESM2
 from numpyesm.bulk import Progress, Summary, embed_fasta, job
@@ -122,7 +121,7 @@ def place(small_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(place: Path, out: Path) -> None:
     """The output is that of a quiet run, and nothing else is left."""
-    assert_same(out, place / out.name)
+    assert_same(rows(out), rows(place / out.name))
     if out.suffix == ".parquet":
         assert out.read_bytes() == (place / out.name).read_bytes()
     assert out.with_name("out.rejected.tsv").read_text() == (place / "out.rejected.tsv").read_text()
@@ -292,4 +291,4 @@ def test_weights_that_are_overwritten_during_a_run(
         again()
     shutil.copyfile(place / "small.safetensors", weights)
     assert 0 < again().computed < COUNT
-    assert_same(out, place / "out.parquet")
+    assert_same(rows(out), rows(place / "out.parquet"))

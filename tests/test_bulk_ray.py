@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bulk_runs import write_fasta
-from conftest import SMALL, small_model
+from conftest import SMALL, small_model, write_fasta
 
 from numpyesm import ESM2, InvalidOption
 from numpyesm.bulk import Progress, embed_fasta

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bulk_runs import rows
+from conftest import rows
 
 from numpyesm import ESM2, InvalidSequence
 from numpyesm.bulk import embed_fasta

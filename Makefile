@@ -18,7 +18,7 @@ test: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels lint
 
 # The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.
 MINIMUM_PYTHON ?= python3.10
-MINIMUM_TESTS = tests/test_alphabet.py tests/test_fasta.py tests/test_model.py tests/test_structure.py \
+MINIMUM_TESTS = tests/test_text.py tests/test_model.py tests/test_structure.py \
   tests/test_canonical.py tests/test_hostile.py tests/test_locate.py tests/test_small_memory.py \
   tests/test_verification.py tests/test_serverless.py
 test-minimum: .venv-minimum/.installed

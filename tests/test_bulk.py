@@ -114,7 +114,7 @@ def test_names_of_files_in_a_folder(model: ESM2, tmp_path: Path) -> None:
 
 
 def test_odd_records(model: ESM2, tmp_path: Path) -> None:
-    """See test_fasta.py for what a file may look like."""
+    """See test_text.py for what a file may look like."""
     source = tmp_path / "odd.fasta"
     source.write_bytes(
         b">first one\r\nmkta\r\n\r\nyi*\r\n>\r\nMK-X\r\n>dup\r\nMKTAYI\n>dup again\r\nMKT AYI\n>empty\n>star\n*\n"

@@ -27,6 +27,7 @@ import numpyesm
 from numpyesm import ESM2, InvalidOption, InvalidSequence, MissingExtra
 from numpyesm.bulk import embed_fasta
 from numpyesm.bulk.lock import FolderLock
+from numpyesm.bulk.ray_engine import pool_size
 from numpyesm.bulk.settings import Shard
 from numpyesm.bulk.writers import free_name, output_format, tsv_line
 from numpyesm.bulk.writers.hdf5 import hdf5_name
@@ -70,16 +71,12 @@ def test_the_numbers_of_encode_in_input_order(model: ESM2, tmp_path: Path, name:
         assert row["sequence_hash"] == hashlib.sha256(sequence.encode()).hexdigest()
         for kind, array in result.to_arrays().items():
             assert_close(row[kind], array, HALF if dtype == "fp16" else BATCHED)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_means_in_parquet_are_lists_of_one_size(model: ESM2, tmp_path: Path, dtype: str) -> None:
-    embed_fasta(fasta(tmp_path / "in.fasta", ("a", "MKT")), tmp_path / "o.parquet", model, dtype=f"fp{dtype[5:]}")
-    schema = pyarrow.parquet.read_schema(tmp_path / "o.parquet")
-    assert schema.field(f"mean_{LAST}").type == pyarrow.list_(getattr(pyarrow, dtype)(), DIM)
-    about = json.loads(schema.metadata[b"numpyesm"])
-    assert (about["weights"]["synthetic"], len(about["weights"]["sha256"])) == (True, 64)
-    assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [LAST])
+    if name == "out.parquet":
+        schema = pyarrow.parquet.read_schema(path)
+        assert schema.field(MEAN).type == pyarrow.list_(getattr(pyarrow, dtype.replace("fp", "float"))(), DIM)
+        about = json.loads(schema.metadata[b"numpyesm"])
+        assert (about["weights"]["synthetic"], len(about["weights"]["sha256"])) == (True, 64)
+        assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [0, LAST])
 
 
 def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path) -> None:
@@ -139,20 +136,6 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     assert all(reason in line[4] for line, reason in zip(lines, reasons.values(), strict=True))
 
 
-def test_strict_stops_at_the_first_and_leaves_nothing(model: ESM2, tmp_path: Path) -> None:
-    source = fasta(tmp_path / "in.fasta", ("good", "MKT"), ("bad", "MKJ"), ("worse", "1"))
-    with pytest.raises(InvalidSequence, match=r"record 2 \(bad\): 'J' at position 3"):
-        embed_fasta(source, tmp_path / "o.parquet", model, strict=True)
-    assert list(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize("name", ["o.parquet", "o.h5", "o"])
-def test_all_rejected_is_an_empty_table(model: ESM2, tmp_path: Path, name: str) -> None:
-    summary = embed_fasta(fasta(tmp_path / "in.fasta", ("bad", "J")), tmp_path / name, model)
-    assert (summary.records, summary.rejected) == (0, 1)
-    assert rows(tmp_path / name) == []
-
-
 @pytest.mark.slow
 def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -> None:
     source = fasta(tmp_path / "in.fasta", ("good", "MKT"), ("long", LONG))
@@ -164,10 +147,13 @@ def test_outputs_of_one_stem_keep_their_own_lists(model: ESM2, tmp_path: Path) -
     assert embed_fasta(source, tmp_path / "p.h5", model, long="truncate").rejected == 0
     assert embed_fasta(bad, tmp_path / "p.h5", model, overwrite=True).rejected_file == tmp_path / "p.h5.rejected.tsv"
     assert embed_fasta(bad, tmp_path / "p", model).rejected_file == tmp_path / "p.folder.rejected.tsv"
+    assert rows(tmp_path / "p.h5") == rows(tmp_path / "p") == []
     assert listed.read_text() == before
     listed.unlink()
     assert embed_fasta(source, tmp_path / "p.parquet", model).already_complete
     assert listed.read_text() == before
+    assert embed_fasta(bad, tmp_path / "p.parquet", model, overwrite=True).records == 0
+    assert rows(tmp_path / "p.parquet") == []
 
 
 @pytest.mark.slow
@@ -267,26 +253,29 @@ def test_asking_for_what_is_done_does_not_undo_what_is_begun(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"dtype": "fp64"}, "dtype"),
-        ({"long": "cut"}, "long"),
-        ({"overlap": 2000}, "overlap"),
-        ({"engine": "spark"}, "engine"),
-        ({"workers": 2}, "engine='ray'"),
-        ({"engine": "ray", "address": "ray://host:10001"}, "Ray client"),
-        ({"inputs": []}, "no input"),
-        ({"inputs": ["-", "-"]}, "once"),
-        ({"output": "in.parquet"}, "input itself"),
+        ({"dtype": "fp64"}, InvalidOption, "dtype"),
+        ({"long": "cut"}, InvalidOption, "long"),
+        ({"overlap": 2000}, InvalidOption, "overlap"),
+        ({"engine": "spark"}, InvalidOption, "engine"),
+        ({"workers": 2}, InvalidOption, "engine='ray'"),
+        ({"engine": "ray", "address": "ray://host:10001"}, InvalidOption, "Ray client"),
+        ({"engine": "ray", "address": "127.0.0.1:1"}, BulkError, r"no Ray cluster at 127\.0\.0\.1:1"),
+        ({"inputs": []}, InvalidOption, "no input"),
+        ({"inputs": ["-", "-"]}, InvalidOption, "once"),
+        ({"output": "in.parquet"}, InvalidOption, "input itself"),
+        ({"strict": True}, InvalidSequence, r"record 2 \(bad\): 'J' at position 3"),
     ],
 )
-def test_wrong_options(model: ESM2, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_leaves_nothing_behind(
+    model: ESM2, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     pytest.importorskip("ray")
-    source = fasta(tmp_path / "in.parquet", ("a", "MKT"))
-    inputs = options.pop("inputs", [source])
-    output = tmp_path / options.pop("output", "o.parquet")
-    with pytest.raises(InvalidOption, match=message):
-        embed_fasta(inputs, output, model, **options)
+    source = fasta(tmp_path / "in.parquet", ("good", "MKT"), ("bad", "MKJ"), ("worse", "1"))
+    options = {"inputs": [source], "output": "o.parquet"} | options
+    with pytest.raises(error, match=message):
+        embed_fasta(model=model, **options | {"output": tmp_path / options["output"]})
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -395,6 +384,23 @@ def test_windows_cover_everything_and_overlap(length: int, overlap: int) -> None
     assert all(a[1] - b[0] >= overlap for a, b in itertools.pairwise(windows))
     if length > 2048:
         assert len(windows) == -(-(length - overlap) // (2048 - overlap))  # no more than it takes
+
+
+def test_a_pool_that_fits_the_nodes() -> None:
+    """What does not fit is refused: Ray would wait for it for ever."""
+    for nodes, workers, threads, pool in (
+        ([2], None, None, (1, 2)),
+        ([2], 2, None, (2, 1)),
+        ([0, 64, 64], None, None, (32, 4)),
+        ([0, 64, 64], 4, None, (4, 32)),
+        ([8, 3], None, None, (3, 3)),
+        ([8, 8], None, 8, (2, 8)),
+        ([4, 4, 4], 1, None, (1, 4)),
+    ):
+        assert pool_size(nodes, workers, threads) == pool
+    for workers, threads in ((3, 8), (None, 16)):
+        with pytest.raises(InvalidOption, match="room for"):
+            pool_size([8, 8], workers, threads)
 
 
 def test_shards_are_a_partition_and_keep_twins_together() -> None:

@@ -1,39 +1,50 @@
-"""Killed, interrupted or out of disk at any moment: the same command resumes, and the output is the same."""
+"""Killed, interrupted or out of disk at any moment: the same command resumes, and the output is the same.
+
+On a Ray cluster of this machine too.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import pkgutil
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
-from conftest import SMALL, assert_same, rows, write_fasta
+from conftest import SMALL, assert_same, rows, small_model, write_fasta
 
 from numpyesm import ESM2
 from numpyesm.bulk import Progress, Summary, embed_fasta, job
 from numpyesm.bulk.journal import Journal
+from numpyesm.bulk.ray_engine import check_ray
 from numpyesm.cli import main
 from numpyesm.errors import BulkError
 from numpyesm.weights.canonical import save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
+from numpyesm.weights.tensor import StoredTensor
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("h5py")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
+    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
 ]
 
 NAMES = {"parquet": "out.parquet", "h5": "out.h5", "folder": "out"}
@@ -292,3 +303,93 @@ def test_weights_that_are_overwritten_during_a_run(
     shutil.copyfile(place / "small.safetensors", weights)
     assert 0 < again().computed < COUNT
     assert_same(rows(out), rows(place / "out.parquet"))
+
+
+# -- Ray: the local engine's output, also if a worker is killed on the way -----------------------------------------
+
+
+on_ray = pytest.mark.skipif(sys.platform != "linux" or find_spec("ray") is None, reason="needs Ray, reads /proc")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster that is there already; more CPUs than the machine may have: two actors whatever it is."""
+    ray = check_ray(None, None)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def below(ancestor: int) -> dict[int, str]:
+    """All processes below one, and what they are called."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == ancestor:
+                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
+                found |= below(int(stat.parent.name))
+    return found
+
+
+def kill_one_of_two() -> None:
+    """Kill a worker, once both have started."""
+    while len(pool := [pid for pid, name in below(os.getpid()).items() if "ray::_Worker" in name]) < 2:
+        pass
+    os.kill(pool[0], signal.SIGKILL)
+
+
+@on_ray
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+    source = write_fasta(tmp_path / "in.fasta", 90, duplicates=20)
+    source.write_text(source.read_text() + ">bad\nMKJ\n")
+    model = small_model(backend="numpy", threads=1)
+    ray: dict[str, Any] = {"engine": "ray", "workers": 2, "threads": 1, "progress": Acting(1, kill_one_of_two)}
+    for engine, options in (("ray", ray), ("local", {})):
+        # One name in two folders: a table's metadata name its list of rejected records.
+        done = embed_fasta(source, tmp_path / engine / "out.parquet", model, tokens_per_batch=300, **options)
+        assert (done.computed, done.sequences, done.rejected) == (90, 90, 1)
+        assert {path.name for path in (tmp_path / engine).iterdir()} == {"out.parquet", "out.rejected.tsv"}
+    for name in ("out.parquet", "out.rejected.tsv"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+@on_ray
+@pytest.mark.usefixtures("cluster")
+def test_an_error_in_a_worker_is_the_run_s_error(tmp_path: Path) -> None:
+    """The message of the local engine, although it happens in another process."""
+    checkpoint = random_checkpoint(SMALL, seed=1)
+    tensors = dict(checkpoint.tensors)
+    tensors["final_norm.bias"] = StoredTensor(tensors["final_norm.bias"].raw + np.float32(1e6))
+    model = ESM2(replace(checkpoint, tensors=tensors), backend="numpy", threads=1)
+    source = write_fasta(tmp_path / "in.fasta", 10)
+    for engine in ("local", "ray"):
+        with pytest.raises(BulkError, match=r"^mean_3 has 1e\+06, beyond float16: use dtype fp32$"):
+            embed_fasta(source, tmp_path / "o.parquet", model, dtype="fp16", engine=engine)
+
+
+@on_ray
+def test_interrupted_on_ray_and_finished_here(tmp_path: Path) -> None:
+    """Both engines resume from the same journal; Ctrl-C leaves no process behind; Ray's own talk is not heard."""
+    source = write_fasta(tmp_path / "in.fasta", 60, longest=300, seed=3)
+    weights, out = "synthetic:esm2-8m", tmp_path / "out.parquet"
+    options = f"--weights {weights} --backend numpy --threads 1 --tokens-per-batch 600 --engine ray --workers 1"
+    command = [sys.executable, "-m", "numpyesm", "embed", source, "-o", out, *options.split(), "--json-progress"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    for line in process.stderr:  # a line of Ray's is no JSON
+        if json.loads(line).get("records", 0) > 8:
+            break
+    started = below(process.pid)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, b"")
+    assert [json.loads(line)["event"] for line in stderr.splitlines()][-1] == "error"
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    model = ESM2.from_pretrained(weights, backend="numpy", threads=1)
+    assert 0 < embed_fasta(source, out, model, tokens_per_batch=600).computed < 60
+    embed_fasta(source, tmp_path / "fresh.parquet", model, tokens_per_batch=600)
+    assert out.read_bytes() == (tmp_path / "fresh.parquet").read_bytes()

@@ -1,4 +1,4 @@
-"""Tokens, and bad letters with item, position and what is allowed; FASTA as people have it; formats that are refused."""
+"""Tokens; bad letters, with item, position and what is allowed; FASTA as people have it; formats that are refused."""
 
 from __future__ import annotations
 

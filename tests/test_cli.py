@@ -201,6 +201,8 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["encode", "-"], 1, "record 2 (sp|P1|BAD): 'J' at position 3"),
         (["encode", "MKT", "--layers", "9"], 2, "3 layers"),
         (["encode", "MKT", "--weights", ""], 2, "an unset variable?"),
+        (["encode", "MKT", "--max-memory", "plenty"], 2, "max_memory='plenty'"),
+        (["encode", "MKT", "--max-memory", "10M"], 1, "max_memory is 10 MiB, but a process with"),
         (["convert", "missing.pt", "-o", "x.safetensors"], 1, "missing.pt"),
         (["embed", PROTEINS, "-o", "x/", "--max-memory", "2G", "--engine", "ray"], 2, "with the local engine only"),
         (["embed", "gone.fasta", "-o", "x/"], 1, "gone.fasta"),
@@ -239,18 +241,15 @@ def test_wrong_use_and_bad_input(run: Any, arguments: list[str], code: int, mess
 # -- weights files -----------------------------------------------------------------------------------------------
 
 
-def test_convert_says_what_it_made(run: Any) -> None:
+def test_convert_info_and_verify(run: Any) -> None:
     done = run("convert", "synthetic:esm2-8m:1", "-o", "half.safetensors", "--dtype", "fp16")
-    assert (done.code, done.out.decode().strip()) == (0, "half.safetensors")
-    assert "esm2-8m" in done.err
-
-
-def test_info_and_verify(run: Any) -> None:
+    assert (done.code, done.out, "esm2-8m" in done.err) == (0, b"half.safetensors\n", True)
+    assert b"stored as fp16" in run("info", "--weights", "half.safetensors").out
     done = run("info")
     assert done.code == 0
     for part in ("custom: 3 layers, width 80", "NUMPYESM_WEIGHTS", "threads"):
         assert part in done.out.decode()
-    done = run("verify", "--weights", "synthetic:esm2-8m")
+    done = run("verify", "--weights", "half.safetensors")
     assert (done.code, "DIFFERS" in done.out.decode()) == (1, True)
     assert "synthetic weights cannot reproduce" in done.err
     done = run("verify")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
-import re
 import subprocess
 import sys
-import tracemalloc
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -22,12 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numpyesm.compat.fair_esm as look_alike
-from numpyesm import ESM2, InvalidSequence, MissingHead, NotEnoughMemory
+from numpyesm import ESM2, InvalidSequence, MissingHead
 from numpyesm.compat import extract
 from numpyesm.compat.fair_esm.data import NotSupported, UnknownToken
-from numpyesm.config import OFFICIAL_NAMES, PRESETS
+from numpyesm.config import OFFICIAL_NAMES
 from numpyesm.errors import InputWarning
-from numpyesm.weights.synthetic import random_checkpoint
 
 torch = pytest.importorskip("torch")
 fair = pytest.importorskip("esm")
@@ -120,36 +117,6 @@ def test_what_was_not_asked_for_is_absent(models: Any) -> None:
         found, expected = ours(tokens, **options), run_theirs(theirs, tokens, **options)
         assert list(found) == list(expected)
         assert list(found["representations"]) == list(expected["representations"])
-
-
-# Outputs of 3 x 200 tokens, how many `<pad>` there are inside, and what a refusal says.
-LIMITED: list[tuple[dict[str, Any], int, str]] = [
-    ({"attentions": True, "contacts": True}, 0, "predict_contacts does without"),
-    ({"attentions": True}, 0, "attention maps are"),
-    ({"repr_layers": range(7)}, 0, "takes about"),
-    ({"contacts": True}, 0, "takes about"),
-    ({"attentions": True, "contacts": True}, 1, "takes about"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("outputs", "gaps", "said"), LIMITED)
-def test_memory_limit(outputs: dict[str, Any], gaps: int, said: str) -> None:
-    """Refused before anything is allocated; what the refusal says it takes is enough, and is not exceeded."""
-    tokens = np.full((3, 200), 5)
-    tokens[:, 100 : 100 + gaps] = 1
-    model = look_alike.ESM2(ESM2(random_checkpoint(PRESETS["esm2-8m"]), backend="numpy", threads=2, max_memory="64G"))
-    passes, budget = model.core.passes, model.core.passes.budget
-    passes.budget = replace(budget, limit=budget.fixed)
-    tracemalloc.start()
-    with pytest.raises(NotEnoughMemory, match=said) as caught:
-        model.outputs(tokens, **outputs)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    least = (int(re.search(r"takes about (\d+) MiB", str(caught.value))[1]) + 1) << 20  # type: ignore[index]
-    passes.budget = replace(budget, limit=least)
-    model.outputs(tokens, **outputs)
-    assert tracemalloc.get_traced_memory()[1] < least - budget.fixed
-    tracemalloc.stop()
 
 
 @pytest.mark.slow
@@ -271,11 +238,7 @@ def test_fasta_batched_dataset(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InvalidSequence, match=said):
             look_alike.FastaBatchedDataset.from_file(path)
-
-
-def test_fasta_as_people_have_it(tmp_path: Path) -> None:
-    """Both readers are those of `numpyesm.fasta`: any encoding, compressed, with grep's separators."""
-    path = tmp_path / "x.fasta"
+    # Both readers are those of `numpyesm.fasta`: any encoding, compressed, with grep's separators.
     path.write_bytes(gzip.compress(">Protéine A\r\nMKT\r\nAYI\r\n--\r\n>b\r\nM<mask>T\r\n".encode("latin-1")))
     expected = [("Protéine A", "MKTAYI"), ("b", "M<mask>T")]
     for read in (look_alike.FastaBatchedDataset.from_file, look_alike.data.read_fasta):

@@ -85,13 +85,6 @@ def test_what_is_no_option(options: dict[str, Any]) -> None:
         embedder(**options).fit(["MKT"]).transform(["MKT"])
 
 
-def test_one_note_for_all_batches() -> None:
-    embedder = ESM2Embedder("synthetic:esm2-8m", backend="numpy", batch_size=1)
-    with pytest.warns(InputWarning) as told:
-        embedder.fit(["MK-T"]).transform(["MK-T", "MKT", "M-KT"])
-    assert [str(one.message)[:11] for one in told if one.category is InputWarning] == ["2 sequences"]
-
-
 def test_copies_carry_no_weights_and_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those in other processes are pickled; nothing is loaded before it is needed."""
     embedder(threads=2).transform(["MKT"])  # one model is held at a time
@@ -107,10 +100,12 @@ def test_copies_carry_no_weights_and_share_one_model(monkeypatch: pytest.MonkeyP
     assert loads.call_count == 1
 
 
-def test_synthetic_weights_warn_every_time() -> None:
+def test_warnings_come_once_a_call_and_at_every_call() -> None:
+    """That the weights are synthetic, and a note for all batches together."""
     for _ in range(2):
-        with pytest.warns(numpyesm.SyntheticWeightsWarning):
-            embedder().transform(["MKT"])
+        with pytest.warns(numpyesm.SyntheticWeightsWarning) as told:
+            embedder(batch_size=1).transform(["MK-T", "MKT", "M-KT"])
+        assert [str(one.message)[:11] for one in told if one.category is InputWarning] == ["2 sequences"]
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ALL, ROUNDING, SMALL, Done, assert_same, random_sequence
+from conftest import ALL, ROUNDING, SMALL, assert_same, random_sequence
 
 from numpyesm import ESM2, InvalidOption, NotEnoughMemory
 from numpyesm.batch import BLOCK_ROWS, Batch
@@ -87,10 +85,21 @@ def test_peak_of_a_mean_of_512(weights: dict[str, Path], stored: str, most: int)
     assert 50 < float(python(code, limit=f"-v {512 * 1024}")) < most
 
 
+def encode(sequences: list[str], include: list[str]) -> str:
+    return f"model.encode({sequences!r}, include={include!r})"
+
+
+LOOK_ALIKE = "fair_esm.ESM2(model).outputs"
+# A call, and what its refusal says.
 CALLS = {
-    "mean of many": ([random_sequence(n) for n in range(20, 300, 14)], ["mean"]),
-    "contacts of 1400": ([random_sequence(1400)], ["contacts"]),
-    "everything": ([random_sequence(700)] * 3, ALL),
+    "mean of many": (encode([random_sequence(n) for n in range(20, 300, 14)], ["mean"]), ""),
+    "contacts of 1400": (encode([random_sequence(1400)], ["contacts"]), ""),
+    "everything": (encode([random_sequence(700)] * 3, ALL), ""),
+    "maps and contacts": (f"{LOOK_ALIKE}(TOKENS, attentions=True, contacts=True)", "predict_contacts does without"),
+    "maps": (f"{LOOK_ALIKE}(TOKENS, attentions=True)", "attention maps are"),
+    "representations": (f"{LOOK_ALIKE}(TOKENS, repr_layers=range(13))", ""),
+    "contacts": (f"{LOOK_ALIKE}(TOKENS, contacts=True)", ""),
+    "padding inside": (f"TOKENS[:, 100] = 1; {LOOK_ALIKE}(TOKENS[:1, :300], attentions=True, contacts=True)", ""),
 }
 
 
@@ -98,23 +107,27 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.slow
 def test_the_least_memory_that_is_accepted_is_kept(weights: dict[str, Path], call: str) -> None:
-    """Whatever the budget says a call takes is enough to run it, and is not exceeded."""
-    sequences, include = CALLS[call]
-    encode = f"model.encode({sequences!r}, include={include!r})"
+    """Refused before anything is allocated; whatever the budget says a call takes is enough, and is not exceeded."""
+    run, said = CALLS[call]
     code = f"""{MEASURED.format(path=str(weights["int8"]), options=", max_memory='4G'")}
 from dataclasses import replace
-budget = model.passes.budget
+import numpy, tracemalloc, numpyesm.compat.fair_esm as fair_esm
+budget, TOKENS = model.passes.budget, numpy.full((3, 500), 5)
+tracemalloc.start()
 try:
     model.passes.budget = replace(budget, limit=budget.fixed)
-    {encode}
+    {run}
 except numpyesm.NotEnoughMemory as error:
-    least = int(re.search(r"takes about (\\d+) MiB", str(error))[1]) + 1
+    text, allocated = str(error), tracemalloc.get_traced_memory()[1]
+tracemalloc.stop()
+least = int(re.search(r"takes about (\\d+) MiB", text)[1]) + 1
 model.passes.budget = replace(budget, limit=least << 20)
-{encode}
-print(least, measured("VmHWM"))
+{run}
+print(least, measured("VmHWM"), allocated < 1 << 20, {said!r} in text)
 """
-    least, used = map(float, python(code).split())
-    assert 0.6 * least < used < least
+    least, used, *rest = python(code).split()
+    assert 0.6 * float(least) < float(used) < float(least)
+    assert rest == ["True", "True"]
 
 
 @pytest.mark.slow
@@ -181,15 +194,6 @@ def test_with_numba_installed_a_small_address_space_takes_numpy(weights: dict[st
     code = f"import numpyesm; model = numpyesm.ESM2.from_pretrained({str(weights['fp32'])!r})"
     code += "; model.encode(['MKT']); print(model.backend)"
     assert python(code, limit=limit) == "numpy\n"
-
-
-def test_command_line(run: Callable[..., Done]) -> None:
-    encode = ("encode", "MKTAYIAK", "--max-memory")
-    assert run(*encode, "64G").code == 0
-    assert "max_memory='plenty'" in run(*encode, "plenty").err
-    done = run(*encode, "10M")
-    assert done.code == 1
-    assert re.search(r"max_memory is 10 MiB, but a process with .* takes \d+ MiB", done.err)
 
 
 # -- where Python has no threads, no mmap, no subprocesses -----------------------------------------------------------

@@ -17,18 +17,12 @@ import pytest
 from conftest import rows
 
 from numpyesm import ESM2, InvalidMutation, InvalidSequence
-from numpyesm.alphabet import AMINO_ACIDS, TOKENS, SequenceNotes, tokenize
+from numpyesm.alphabet import TOKENS, SequenceNotes, tokenize
 from numpyesm.bulk import embed_fasta
 from numpyesm.cli.inputs import read_records
 from numpyesm.compat import fair_esm
 from numpyesm.errors import InputWarning
 from numpyesm.fasta import MAX_LETTERS, Record, clean_sequence, read_fasta, record_name, scan_fasta
-
-
-def test_vocabulary_is_fair_esms() -> None:
-    esm = pytest.importorskip("esm")
-    assert list(TOKENS) == esm.data.Alphabet.from_architecture("ESM-1b").all_toks
-    assert "".join(AMINO_ACIDS) == "LAGVSERTIDPKQNFYMHWC"
 
 
 def test_tokens() -> None:

@@ -146,9 +146,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def small_model(**options: object) -> ESM2:
+def small_model(config: ModelConfig = SMALL, **options: object) -> ESM2:
     with pytest.warns(SyntheticWeightsWarning, match="mean nothing"):
-        return ESM2(random_checkpoint(SMALL, seed=1), **options)  # type: ignore[arg-type]
+        return ESM2(random_checkpoint(config, seed=1), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
@@ -160,8 +160,7 @@ def model() -> ESM2:
 @pytest.fixture(scope="session")
 def tiny() -> ESM2:
     """As small as can be, for sequences of thousands of residues."""
-    with pytest.warns(SyntheticWeightsWarning):
-        return ESM2(random_checkpoint(ModelConfig(1, 16, 2, 32), seed=1), backend="numpy", threads=1)
+    return small_model(ModelConfig(1, 16, 2, 32), backend="numpy", threads=1)
 
 
 @pytest.fixture(scope="session")

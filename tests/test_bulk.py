@@ -37,7 +37,6 @@ from numpyesm.fasta import Record
 from numpyesm.files import safe_stem
 from numpyesm.options import Outputs
 from numpyesm.passes import Passes
-from numpyesm.results import EncodeResult
 from numpyesm.streaming.batches import cuts
 from numpyesm.streaming.packing import check_budget, pack, token_budget
 
@@ -50,10 +49,6 @@ BATCHED = 1e-5
 MEAN = f"mean_{LAST}"
 LONG = random_sequence(2500)
 HALF = 1e-3  # what is left of a number in float16
-
-
-def means(results: list[EncodeResult]) -> list[Any]:
-    return [result.to_arrays()[MEAN] for result in results]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -79,15 +74,16 @@ def test_the_numbers_of_encode_in_input_order(model: ESM2, tmp_path: Path, name:
         assert (about["version"], about["parameters"]["repr_layers"]) == (numpyesm.__version__, [0, LAST])
 
 
-def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path) -> None:
+def test_odd_names_and_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path) -> None:
     """A data set per id; bio_embeddings and biotrainer read `original_id` of every item, groups included."""
-    names = {"P1": "P1", "a%2Fb": "a/b", "P1#2": "P1", "%2E": ".", "%25": "%", "contacts#2": "contacts"}
-    sequences = [random_sequence(n, n) for n in (12, 30, 7, 12, 9, 5)]
+    names = {"P1": "P1", "a%2Fb": "a/b", "P1#2": "P1", "%2E": ".", "%25": "%", "contacts#2": "contacts", "p1": "p1",
+             "..%2Fescape": "../escape", "%2E%2E": ".."}  # fmt: skip
+    sequences = [random_sequence(n, n) for n in (12, 30, 7, 12, 9, 5, 3, 4, 6)]
     headers = [f"{id} {'x' * 100_000}" for id in names.values()]
     source = fasta(tmp_path / "in.fasta", *zip(headers, sequences, strict=True))
     embed_fasta(source, tmp_path / "o.h5", model, include=["per_token", "contacts"], dtype="fp16")
     with h5py.File(tmp_path / "o.h5") as file:
-        assert (json.loads(file.attrs["numpyesm"])["counts"]["records"], file.attrs["model_name"]) == (6, model.name)
+        assert (json.loads(file.attrs["numpyesm"])["counts"]["records"], file.attrs["model_name"]) == (9, model.name)
         for group in (file, file["contacts"]):
             found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}
             assert {key: item.attrs["original_id"] for key, item in found.items()} == names
@@ -99,15 +95,10 @@ def test_hdf5_as_uniprot_has_it(model: ESM2, tmp_path: Path) -> None:
         assert file["contacts"].attrs["original_id"] == "contacts"
     embed_fasta(source, tmp_path / "mean.h5", model, include=["mean", "bos"])
     assert {row[MEAN].shape for row in rows(tmp_path / "mean.h5")} == {(DIM,)}
-
-
-def test_names_of_files_in_a_folder(model: ESM2, tmp_path: Path) -> None:
-    ids = ["sp|P1|X", "sp/P1/X", "SP_p1_x", "../escape", "..", "a"]
-    source = fasta(tmp_path / "in.fasta", *((id, "MKT") for id in ids))
     embed_fasta(source, f"{tmp_path}/out/", model)
-    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == len(ids) + 2
-    assert set(tmp_path.iterdir()) == {source, tmp_path / "out"}
-    assert [row["id"] for row in rows(tmp_path / "out")] == ids
+    assert [row["id"] for row in rows(tmp_path / "out")] == [*names.values()]
+    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == len(names) + 2
+    assert {path.name for path in tmp_path.iterdir()} == {"in.fasta", "o.h5", "mean.h5", "out"}
 
 
 def test_odd_records(model: ESM2, tmp_path: Path) -> None:
@@ -126,7 +117,7 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     assert [row["length"] for row in found] == [*map(len, sequences)]
     assert [row["record"] for row in found] == [1, 2, 3, 4, 10, 11, 14]
     assert found[4]["description"] == "Espèce in Latin-1"
-    assert_close([row[MEAN] for row in found], means(model.encode(sequences)))
+    assert_close([row[MEAN] for row in found], [result.embeddings[LAST] for result in model.encode(sequences)])
     reasons = {
         "id": "reason", "empty": "no sequence", "star": "no sequence", "inner": "'*' at position 3",
         "j": "'J' at position 4", "mask": "<mask>", "long": "2500 residues, at most 2048", "endless": "1000000 letters",

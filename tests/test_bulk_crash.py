@@ -47,7 +47,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
 ]
 
-NAMES = {"parquet": "out.parquet", "h5": "out.h5", "folder": "out"}
 COUNT, DUPLICATES, REJECTED = 60, 20, 2
 WRITES_ALL = COUNT + DUPLICATES + REJECTED + 10  # steps of a run until it computes
 # What a run does to the disk for good.
@@ -124,7 +123,7 @@ def place(small_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(small_file, folder / "small.safetensors")
     fasta = write_fasta(folder / "in.fasta", COUNT, duplicates=DUPLICATES)
     fasta.write_text(fasta.read_text() + ">bad1\nMKJ\n>bad2\n\n")
-    for name in NAMES.values():
+    for name in ("out.parquet", "out.h5", "out"):
         assert run(folder, folder / name).rejected == REJECTED
         assert len(rows(folder / name)) == COUNT + DUPLICATES
     return folder
@@ -148,10 +147,10 @@ def has_read(out: Path) -> bool:
         return journal.fingerprint is not None
 
 
-@pytest.mark.parametrize(("form", "step"), [("parquet", 2), ("h5", 4), ("folder", 4)])
-def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, form: str, step: int) -> None:
+@pytest.mark.parametrize(("name", "step"), [("out.parquet", 2), ("out.h5", 4), ("out", 4)])
+def test_killed_at_many_points_of_the_way(place: Path, tmp_path: Path, name: str, step: int) -> None:
     """Each run is killed at its n-th step and resumes where the one before was: nothing lost, doubled or torn."""
-    out = tmp_path / NAMES[form]
+    out = tmp_path / name
     # While reading, and about its end; then a few steps further each time, through computing and writing.
     reading, later = iter([3, 50, *range(82, 100)]), iter(range(2, 100, step))
     killed = 0
@@ -166,18 +165,18 @@ HDF5_WRITES = ["numpyesm.bulk.writers.hdf5.UnfailingFile.write"]
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "form", "at", "steps"),
+    ("number", "code", "name", "at", "steps"),
     [
-        (signal.SIGINT, 130, "parquet", WRITES_ALL + 10, DISK_STEPS),
-        (signal.SIGTERM, 143, "parquet", WRITES_ALL + 10, DISK_STEPS),
-        (signal.SIGINT, 130, "h5", 1, HDF5_WRITES),  # the library itself would crash, or leave tracebacks
-        (signal.SIGINT, 130, "h5", 100, HDF5_WRITES),
+        (signal.SIGINT, 130, "out.parquet", WRITES_ALL + 10, DISK_STEPS),
+        (signal.SIGTERM, 143, "out.parquet", WRITES_ALL + 10, DISK_STEPS),
+        (signal.SIGINT, 130, "out.h5", 1, HDF5_WRITES),  # the library itself would crash, or leave tracebacks
+        (signal.SIGINT, 130, "out.h5", 100, HDF5_WRITES),
     ],
 )
 def test_a_signal_keeps_what_is_done(
-    place: Path, tmp_path: Path, number: signal.Signals, code: int, form: str, at: int, steps: list[str]
+    place: Path, tmp_path: Path, number: signal.Signals, code: int, name: str, at: int, steps: list[str]
 ) -> None:
-    out = tmp_path / NAMES[form]
+    out = tmp_path / name
     found, said = run_and(partial(signal.raise_signal, number), place, out, at, steps)
     assert (found, said) == (code, "numpyesm: interrupted\n" if code == 130 else "")
     assert not out.exists()
@@ -224,21 +223,21 @@ WRITING = ["numpyesm.bulk.progress.BarProgress.writing"]
 
 
 @pytest.mark.parametrize(
-    ("form", "size", "steps", "file"),
+    ("name", "size", "steps", "file"),
     [
-        ("parquet", 300 << 10, DISK_STEPS, "journal.sqlite"),
-        ("parquet", 1000, WRITING, "output"),
-        ("h5", 1000, WRITING, "output"),  # the library itself crashes when it cannot write while it closes a data set
-        ("h5", 300 << 10, WRITING, "output"),
-        ("h5", -1, WRITING, "output"),  # a byte is missing
-        ("folder", 10 << 10, WRITING, "output"),
-        ("folder", 5000, WRITING, "output"),  # its list of names
+        ("out.parquet", 300 << 10, DISK_STEPS, "journal.sqlite"),
+        ("out.parquet", 1000, WRITING, "output"),
+        ("out.h5", 1000, WRITING, "output"),  # the library crashes when it cannot write while it closes a data set
+        ("out.h5", 300 << 10, WRITING, "output"),
+        ("out.h5", -1, WRITING, "output"),  # a byte is missing
+        ("out", 10 << 10, WRITING, "output"),
+        ("out", 5000, WRITING, "output"),  # its list of names
     ],
 )
-def test_a_full_disk(place: Path, tmp_path: Path, form: str, size: int, steps: list[str], file: str) -> None:
+def test_a_full_disk(place: Path, tmp_path: Path, name: str, size: int, steps: list[str], file: str) -> None:
     """A limit on the size of a file takes its place: that needs no rights. One line says which file, and what to do."""
-    out = tmp_path / NAMES[form]
-    limit = size if size > 0 else (place / NAMES[form]).stat().st_size + size
+    out = tmp_path / name
+    limit = size if size > 0 else (place / name).stat().st_size + size
     code, said = run_and(partial(limit_files, limit), place, out, steps=steps)
     assert (code, said.count("\n")) == (1, 1)
     assert said.startswith(f"numpyesm: error: {out}.partial/{file} cannot be written (")

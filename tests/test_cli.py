@@ -216,8 +216,6 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["score", "two.fasta", "v.csv"], 1, "2 sequences (a, b), expected one wild type"),
         (["score", "MKX", "v.csv", "--method", "log-prob"], 1, "v.csv, line 3: X3A: X is not one of the 20 amino"),
         (["score", "MKX", "v.csv", "-o", "v.csv"], 2, "is the input itself"),
-        (["score", "MKX", "v.csv", "--mutation-col", "x"], 1, "no column 'x'; its columns are 'mutant': choose with"),
-        (["score", "MKX", "v.csv", "--column", "mutant"], 2, "already"),
         (["score", "MKX", "v.csv", "--window", "0"], 2, "from 1 to 2048"),
         (["score", "MKX", "v.csv", "--window", "gym"], 2, "expected a number of residues, or proteingym"),
         (["score", "-", "-"], 2, "cannot both come from standard input"),
@@ -414,7 +412,6 @@ def test_excels_delimiter_comments_and_fields_of_any_length(score: Any, loaded: 
         ("mutant,DMS_score\n", ["not defined"]),
         (",mutant,2500,pseudo-ppl,note\n0,M1A,1,5,a\n1,M1C,NA,6,b\n2,M1D,3,7,c\n", ["log-prob and 2500"]),
         ("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n", ["say with --measured-col which of 'ddG', 'position' is measured"]),
-        ("mutant\nM1A\n", []),
     ],
 )  # fmt: skip
 def test_correlation(score: Any, table: str, said: list[str]) -> None:
@@ -451,7 +448,7 @@ def test_skip_invalid(score: Any, loaded: ESM2) -> None:
         (b"mutant,x\nM1A,\n,1\n", "line 3: the mutation is empty"),
         (b"mutated_sequence\nMKTAYIAKQRA\nMKTAYIAKQR\n", "line 3: the mutated_sequence has 10 residues, the wild type"),
         (b"mutant,mutated_sequence\nM1A,CKTAYIAKQRW\n", "line 2: M1A does not turn the wild type into"),
-        (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already"),
+        (b"mutant,masked-marginals\nM1A,1\n", "has a column 'masked-marginals' already: choose another name with --c"),
         (b"# nothing\n", "holds comments only"),
         (b"\xff\xfem\0u\0t\0a\0n\0t\0\n", "the UTF-16-LE text is damaged or cut short"),
         (gzip.compress(GYM.encode())[:-9], "damaged or cut short"),

@@ -119,8 +119,8 @@ def test_tutorial_commands_run(monkeypatch: pytest.MonkeyPatch, folder: Path, sm
     """All that need neither the network nor another program."""
     chosen = ["--weights", small_file, "--backend", "numpy"]
     runnable = {"encode", "embed", "predict", "contacts", "score", "scan"}
-    found = [words[1:] for words in commands("docs/tutorial.md") if words[0] == "numpyesm" and words[1] in runnable]
-    found = [words for words in found if "--weights" not in words]
+    ours = [words[1:] for words in commands("docs/tutorial.md") if words[0] == "numpyesm" and "--weights" not in words]
+    found = [words for words in ours if words[0] in runnable]
     assert {words[0] for words in found} == runnable
     for words in found:
         assert main([*words, *chosen]) == 0, words

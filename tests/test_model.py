@@ -22,7 +22,6 @@ import pytest
 from conftest import ALL, BACKENDS, ROUNDING, SMALL, assert_close, assert_same, random_sequence, small_model
 
 from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingExtra, MissingHead
-from numpyesm.alphabet import tokenize
 from numpyesm.kernels import make_kernels
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.kernels.numpy_steps import gelu
@@ -64,6 +63,7 @@ def test_shapes_types_and_what_is_absent(model: ESM2) -> None:
     plain = model.encode(sequences)[0]
     assert plain.to_dict().keys() == {"sequence_index", "embeddings"}
     assert plain.contacts is plain.logits is plain.attentions is plain.bos_embeddings is None
+    assert model.encode(["MKT"], repr_layers=[], include=["contacts"])[0].contacts is not None
 
 
 def test_dictionary_is_the_services_shape(model: ESM2) -> None:
@@ -81,14 +81,6 @@ def test_dictionary_is_the_services_shape(model: ESM2) -> None:
     predicted = model.predict(["M<mask>T"])[0].to_dict()
     assert predicted.keys() == {"logits", "sequence_tokens", "vocab_tokens"}
     assert predicted["sequence_tokens"] == ["M", "<mask>", "T"]
-
-
-def test_nothing_may_be_asked_for_where_a_door_allows_it(model: ESM2) -> None:
-    outputs = Outputs.check(model.checkpoint, [], ["mean", "logits"], allow_nothing=True)
-    assert outputs == Outputs(("logits",))
-    nothing = Outputs.check(model.checkpoint, [-1], [], allow_nothing=True)
-    assert [result.to_arrays() for result in model.passes.encode(tokenize(["MKT", "W"]), nothing)] == [{}, {}]
-    assert model.encode(["MKT"], repr_layers=[], include=["contacts"])[0].contacts is not None
 
 
 def test_predict_rows(model: ESM2) -> None:

@@ -161,19 +161,15 @@ def shapes(logits: mock.Mock) -> list[Any]:
 
 
 @mock.patch.object(Passes, "logits", autospec=True, side_effect=Passes.logits)
-def test_only_needed_positions_run_and_each_has_one_row(logits: mock.Mock, model: ESM2) -> None:
+def test_what_runs(logits: mock.Mock, model: ESM2, tiny: ESM2) -> None:
+    """Needed positions alone, one row of logits each; and few token rows at a time, though a scan has many."""
     model.score_mutations(WILD_TYPE, [*MUTATIONS, single(7, "A"), single(9, WILD_TYPE[8])])
     model.score_mutations(WILD_TYPE, MUTATIONS, "wt-marginals")
     # Positions 1, 3, 7, 20 and 41: the unchanged ninth costs nothing.
     assert shapes(logits) == [[(43, 1, 1)] * 5, [(43, 0, 5)]]
-
-
-@mock.patch.object(Passes, "logits", autospec=True, side_effect=Passes.logits)
-def test_memory_is_bounded(logits: mock.Mock, tiny: ESM2) -> None:
-    """Few token rows at a time, though the scan has many."""
     progress: list[tuple[int, int]] = []
     tiny.scan_mutations(random_sequence(300), progress=lambda *done: progress.append(done))
-    assert [len(call) for call in shapes(logits)] == [108, 108, 84]  # of 302 tokens: at most 32768
+    assert [len(call) for call in shapes(logits)[2:]] == [108, 108, 84]  # of 302 tokens: at most 32768
     assert progress[-1] == (300, 300)
 
 
@@ -200,6 +196,9 @@ def test_scan_is_all_mutations(model: ESM2) -> None:
         expected = model.score_mutations(WILD_TYPE, mutants, method, offset=offset).reshape(41, 20)
         np.testing.assert_array_equal(scan.scores, expected)
         assert (scan.scores[np.arange(41), [SCAN_LETTERS.index(w) for w in WILD_TYPE]] == 0).all()
+    for method in SCORING_METHODS[2:]:
+        with pytest.raises(InvalidOption, match="expected one of masked-marginals, wt-marginals"):
+            model.scan_mutations(WILD_TYPE, method)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -297,13 +296,6 @@ def test_refused(model: ESM2, error: type[Exception], said: str) -> None:
         if mutants is WT and more[:1] not in (["log-prob"], ["pseudo-ppl"]):
             with pytest.raises(error, match=said):
                 model.scan_mutations(wild_type, *more[:1], **dict(*more[1:]))
-
-
-def test_scans_are_of_marginals_and_windows_for_long_wild_types(model: ESM2) -> None:
-    for method in SCORING_METHODS[2:]:
-        with pytest.raises(InvalidOption, match="expected one of masked-marginals, wt-marginals"):
-            model.scan_mutations(WILD_TYPE, method)
-    assert np.isfinite(model.score_mutations(LONG, END, window=64)).all()
 
 
 # -- Spearman's correlation ----------------------------------------------------------------------------------------

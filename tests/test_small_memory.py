@@ -146,12 +146,9 @@ def test_sizes_are_read() -> None:
         "2kb": 2000, "2k": 2048, "1T": 1 << 40, 1000: 1000, "7": 7, "7B": 7, format_memory(300 << 20): 300 << 20,
     }  # fmt: skip
     assert {text: parse_memory(text) for text in sizes} == sizes
-
-
-@pytest.mark.parametrize("text", ["", "M", "-1", "0", 0, -5, "12X", "1e9", "nan", True, None, 1.5, "9" * 40])
-def test_other_sizes_are_refused(text) -> None:
-    with pytest.raises(InvalidOption, match="max_memory"):
-        parse_memory(text)
+    for wrong in ("", "M", "-1", "0", 0, -5, "12X", "1e9", "nan", True, None, 1.5, "9" * 40):
+        with pytest.raises(InvalidOption, match="max_memory"):
+            parse_memory(wrong)
 
 
 def test_less_memory_gives_smaller_blocks_and_passes_and_at_last_an_error() -> None:

@@ -30,7 +30,6 @@ from numpyesm.compat.extract import create_parser
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 VERSION: str = numpyesm.__version__
 WITH_PYTHON = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "scoring", "from-fair-esm", "service"))]
 OTHERS = ["weights/README.md", *(f"docs/{name}.md" for name in ("scaling", "lambda", "small-machines", "fine-tuned"))]
@@ -139,7 +138,7 @@ def test_curl_runs(page: str, service: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
             name = (target[0] or target[1]).partition("#")[0]
             if name and not name.startswith(("http:", "https:")):

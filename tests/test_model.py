@@ -97,10 +97,7 @@ def test_log_prob_counts_canonical_residues_only(model: ESM2) -> None:
     log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = sum(log_softmax[i, "LAGVSERTIDPKQNFYMHWC".index(a)] for i, a in [(0, "M"), (1, "K"), (3, "T")])
     assert model.log_prob(["MKXT-"]) == pytest.approx(expected, abs=1e-9)
-
-
-def test_log_prob_without_any_amino_acid_is_not_a_number(model: ESM2) -> None:
-    """The empty sum, 0, would be the best score there is."""
+    # The empty sum, 0, would be the best score there is.
     with pytest.warns(InputWarning, match=r"NaN.*amino acids: item 1, item 3$") as caught:
         scores = model.log_prob(["MK", "XBZUO", "-W", "----"])
     assert np.isnan(scores).tolist() == [False, True, False, True]

@@ -89,6 +89,25 @@ def float64_softmax() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def exact_rotary() -> Iterator[None]:
+    """transformers rotates in float32 even in a float64 model; inside, it rotates in the model's own precision."""
+    from transformers.models.esm import modeling_esm
+
+    def tables(self: Any, x: Any, position_ids: Any, layer_type: Any = None) -> Any:
+        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # the heads
+        return angles.cos(), angles.sin()
+
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int) -> Any:
+        return tuple(x * cos + modeling_esm.rotate_half(x) * sin for x in (q, k))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_esm.EsmRotaryEmbedding, "forward", tables)
+        patch.setattr(modeling_esm, "apply_rotary_pos_emb", rotate)
+        yield
+
+
 MODEL = fair_esm_model()  # for tests that only read it
 
 

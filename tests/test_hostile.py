@@ -83,10 +83,8 @@ HOSTILE: list[Any] = [
     OURS | {"config": "\ud800"},
     OURS | {"format_version": "\x1b]0;title\x07"},
     OURS | {"precision": "\x1b[2J"},
-    {"format": 3},
     [],
     # Keys of a state dict.
-    (1,),
     (None, ("a",)),
     ("\ud800",),
     (3, b"x", "\udc00\x1b[2J"),
@@ -242,27 +240,21 @@ def payloads(marker: Path) -> Iterator[bytes]:
 
 
 def test_no_payload_runs(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-    made = list(payloads(marker))
-    modules = set(sys.modules)
-    for data in made:
-        with contextlib.suppress(CheckpointError):
-            read_pickle(data)
-        assert not marker.exists(), data
-    assert set(sys.modules) == modules
-    assert read_pickle(pickle.dumps(collections.OrderedDict(a=1))) == {"a": 1}  # no class was changed
-
-
-def test_the_payloads_are_real(tmp_path: Path) -> None:
-    """The same pickles do run under Python's own reader: otherwise the test above would show nothing."""
+    """Under Python's own reader they do: otherwise this would show nothing."""
     marker = tmp_path / "ran"
     ran = 0
     for data in payloads(marker):
+        modules = set(sys.modules)
+        with contextlib.suppress(CheckpointError):
+            read_pickle(data)
+        assert not marker.exists(), data
+        assert set(sys.modules) == modules
         with contextlib.suppress(Exception):
             pickle.loads(data)  # noqa: S301
         ran += marker.exists()
         marker.unlink(missing_ok=True)
     assert ran > 65
+    assert read_pickle(pickle.dumps(collections.OrderedDict(a=1))) == {"a": 1}  # no class was changed
 
 
 # A tuple of a tuple of a tuple ..., each element twice: its hash takes 2**64 steps.
@@ -283,10 +275,8 @@ HOSTILE_PICKLES = {
     "absurd memo index": b"Np" + b"9" * 5000 + b"\n.",
     "memo of 2**31": b"\x80\x02Nr\x00\x00\x00\x80.",
     "huge string": b"X\xff\xff\xff\xff.",
-    "huge bytearray": b"\x96" + b"\xff" * 7 + b"\x7f.",
     "huge long": b"\x8b\x00\x00\x01\x00" + b"\x01" * 65536 + b".",
     "huge number text": b"I" + b"9" * 100_000 + b"\n.",
-    "huge frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7fN.",
     "unhashable key": b"}]Ns.",
     "billion laughs as key": b"}" + BILLION_LAUGHS + b"Ns.",
     "billion laughs in a set": b"\x8f(" + BILLION_LAUGHS + b"\x90.",

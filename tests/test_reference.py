@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import make_checkpoints as mk
 import numpy as np
 import pytest
 import trained_weights
 from conftest import ALL, assert_close, assert_float32_rule, largest, outputs_of_reference, random_sequence
-from make_checkpoints import as_checkpoint, esm, fair_esm_model, float64_softmax, tokens_of, torch
+from make_checkpoints import as_checkpoint, fair_esm_model, float64_softmax, tokens_of, torch
 
 from numpyesm import ESM2
 from numpyesm.alphabet import TOKENS, tokenize
 from numpyesm.config import PRESETS
 from numpyesm.options import Outputs
 from numpyesm.reference import EOS, PAD, forward, nested
-from numpyesm.weights import load_checkpoint
-from numpyesm.weights.checkpoint import FREQUENCIES, computed_frequencies
 
 pytestmark = pytest.mark.parity
 
@@ -75,15 +71,6 @@ def test_trained_weights() -> None:
     # The regression is trained: it finds ubiquitin's first hairpin, strands 1 to 7 and 10 to 17.
     contacts = forward(ubiquitin, **weights)["contacts"]
     assert min(contacts[1, 13], contacts[3, 11]) > 0.9
-
-
-def test_without_rotary_frequencies_the_formula_counts(tmp_path: Path) -> None:
-    state = {name: tensor for name, tensor in mk.hugging_face_state(mk.MODEL).items() if "inv_freq" not in name}
-    checkpoint = load_checkpoint(mk.write_hugging_face(tmp_path / "hf", state))
-    np.testing.assert_array_equal(checkpoint.array(FREQUENCIES), computed_frequencies(mk.TINY.head_dim))
-    for head_dim in (2, 16, 24, 32, 64):
-        fresh = esm.rotary_embedding.RotaryEmbedding(head_dim).inv_freq
-        np.testing.assert_array_equal(computed_frequencies(head_dim), fresh)
 
 
 # -- DESIGN.md's rule for float32, on random weights of the true 35M shape -------------------------------------------

@@ -39,12 +39,6 @@ def right() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def wrong(right: Checkpoint) -> Checkpoint:
-    """The same weights, the frequencies computed instead of as stored."""
-    return replace(right, tensors=right.tensors | {FREQUENCIES: StoredTensor(computed_frequencies(SHAPE.head_dim))})
-
-
-@pytest.fixture(scope="module")
 def numbers(right: Checkpoint) -> dict[str, Any]:
     """What the right model computes in float64, in the form of the published numbers."""
     model = ESM2(right, backend="numpy", precision="fp64")
@@ -60,15 +54,13 @@ def numbers(right: Checkpoint) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["numpy", pytest.param("numba", marks=pytest.mark.slow)])
 def test_wrong_frequencies_alone_are_found_and_printed(
-    right: Checkpoint,
-    wrong: Checkpoint,
-    numbers: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    run: Any,
-    backend: str,
+    right: Checkpoint, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch, run: Any, backend: str
 ) -> None:
+    """Frequencies that are computed, instead of as stored."""
     pytest.importorskip(backend)
     monkeypatch.setattr("numpyesm.verification.published_numbers", lambda name: numbers)
+    computed = {FREQUENCIES: StoredTensor(computed_frequencies(SHAPE.head_dim))}
+    wrong = replace(right, tensors=right.tensors | computed)
     for checkpoint, code in ((right, 0), (wrong, 1)):
         save_canonical("x.safetensors", checkpoint)
         done = run("verify", "--weights", "x.safetensors", "--backend", backend)
@@ -163,10 +155,8 @@ WRONG, UNREADABLE = "its SHA-256 is not", r"does not state a SHA-256 for w\.safe
     ("place", "form", "outcome"),
     [
         (OWN, "{} *w.safetensors\n", WRONG),
-        (ALL, "{} *w.safetensors\n", WRONG),
         (ALL, "{}  ./w.safetensors\n", WRONG),
         (ALL, "SHA256 (w.safetensors) = {}", WRONG),  # sha256sum --tag, and BSD
-        (OWN, "SHA256 (w.safetensors) = {}", WRONG),
         (OWN, "SHA256(w.safetensors)= {}", WRONG),  # openssl
         (ALL, "{}  weights/w.safetensors", WRONG),  # made from the folder above
         (OWN, "{}  before-it-was-renamed.safetensors", WRONG),
@@ -177,7 +167,6 @@ WRONG, UNREADABLE = "its SHA-256 is not", r"does not state a SHA-256 for w\.safe
         (ALL, "{0}  older/w.safetensors\n{0}  xw.safetensors\n\n", None),
         # Of this file by its name: that it cannot be read must not pass for a check.
         (ALL, "what?  w.safetensors\n", UNREADABLE),
-        (OWN, "what?  w.safetensors\n", UNREADABLE),
         (OWN, "", UNREADABLE),
         (OWN, "nothing", UNREADABLE),
         (OWN, "{0}  a\n{0}  b\n", UNREADABLE),

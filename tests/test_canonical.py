@@ -5,7 +5,6 @@ Its container, safetensors, is tested against the official library and against d
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -21,10 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import deserialize
-from safetensors.numpy import save_file
 
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
@@ -312,15 +308,6 @@ def test_tensors_and_metadata_come_back(tmp_path, written):
     assert (tmp_path / "again.safetensors").read_bytes() == written.read_bytes()
 
 
-def test_what_the_official_library_writes(tmp_path):
-    arrays = {name: tensor.raw for name, tensor in TENSORS.items() if tensor.dtype != "BF16"} | {"ids": np.arange(4)}
-    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    tensors, metadata = read_safetensors(tmp_path / "theirs.safetensors")
-    assert (metadata, tensors["ids"].dtype) == ({"format": "pt"}, "I64")
-    for name, array in arrays.items():
-        assert tensors[name].raw.tobytes() == array.tobytes()
-
-
 def test_misaligned_data_are_copied(tmp_path):
     values = np.array([1, 2, 3], np.float32)
     x = {"dtype": "F32", "shape": [3], "data_offsets": [1, 13]}
@@ -375,17 +362,3 @@ def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):
     written.write_bytes(written.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged, truncated"):
         read_safetensors(written)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_bytes_never_do_anything_else(written, changes):
-    content = bytearray(written.read_bytes())
-    for where, byte in changes:
-        content[where % len(content)] = byte
-    damaged = written.with_name("damaged.safetensors")
-    damaged.write_bytes(content)
-    with contextlib.suppress(CheckpointError):
-        tensors, metadata = read_safetensors(damaged)
-        assert all(tensor.raw.sum() is not None for tensor in tensors.values())
-        assert all(isinstance(value, str) for value in metadata.values())

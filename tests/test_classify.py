@@ -199,12 +199,6 @@ def test_the_command_writes_tsv_json_and_npz(run: Any, weights: Any, models: Any
         np.testing.assert_array_equal(second, expected[1].probabilities)
 
 
-def test_the_command_refuses_weights_without_a_head(run: Any) -> None:
-    done = run("classify", "MKT", "-o", "x.tsv", "--weights", "synthetic:esm2-8m")
-    assert (done.code, list(Path().glob("x*"))) == (1, [])
-    assert "classify: the weights (synthetic:esm2-8m:0) have no classification head" in done.err
-
-
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 def test_the_service_and_lambda(models: dict[str, ESM2]) -> None:
     from jsonschema import Draft202012Validator

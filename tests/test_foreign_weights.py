@@ -333,9 +333,7 @@ def test_official_files(tmp_path: Path, binary: bool) -> None:
         mk.expect_same_model(load_checkpoint(place), MODEL)
 
 
-@pytest.mark.parametrize(
-    "kind", ["EsmForMaskedLM", "EsmModel", "EsmForSequenceClassification", "EsmForTokenClassification"]
-)
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel"])  # classifiers: test_classify.py
 def test_what_transformers_writes(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.EsmConfig(**{k: v for k, v in mk.hugging_face_config().items() if k != "architectures"})

@@ -14,10 +14,12 @@ from conftest import BACKENDS, assert_float32_rule, outputs_of_reference
 
 from numpyesm import ESM2, reference
 from numpyesm.alphabet import tokenize
+from numpyesm.config import PRESETS
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
 from numpyesm.weights.conversion import convert
 
-torch = pytest.importorskip("torch")
+mk = pytest.importorskip("make_checkpoints")
+torch = mk.torch
 
 pytestmark = [pytest.mark.trained_weights, pytest.mark.slow]
 
@@ -41,15 +43,20 @@ def sequences_of(length: int) -> list[str]:
     return [text[length * i : length * (i + 1)] for i in range(20 if length < 10 else 1)]
 
 
+def write(folder: Path, random_contacts: bool = False) -> Path:
+    """The trained model as transformers wrote it."""
+    tensors = trained_weights.hugging_face_tensors(random_contacts)
+    return mk.write_hugging_face(folder, tensors, mk.hugging_face_config(PRESETS["esm2-8m"]))
+
+
 def outputs_of_transformers(checkpoint: Path, sequence: str, dtype: Any) -> Outputs:
     """The frequencies are those in the file: in float64, others would be far from `reference.py`."""
-    from make_checkpoints import exact_rotary
     from transformers import EsmForMaskedLM
 
     model = EsmForMaskedLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=dtype).eval()
     tokens = torch.from_numpy(tokenize([sequence])[0].astype(np.int64))[None]
     maps = len(sequence) <= LONGEST_FOR_MAPS
-    with torch.no_grad(), exact_rotary():
+    with torch.no_grad(), mk.exact_rotary():
         found = model(tokens, output_hidden_states=True, output_attentions=maps)
         outputs = {f"per_token_{n}": found.hidden_states[n][0, 1:-1].numpy() for n in LAYERS}
         outputs["logits"] = found.logits[0, 1:-1, 4:24].numpy()
@@ -63,7 +70,7 @@ def outputs_of_transformers(checkpoint: Path, sequence: str, dtype: Any) -> Outp
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_weights.write_hugging_face(tmp_path_factory.mktemp("trained"), random_contacts=True)
+    return write(tmp_path_factory.mktemp("trained"), random_contacts=True)
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
@@ -104,7 +111,7 @@ Vectors = tuple[np.ndarray, np.ndarray]  # of one protein: the mean (D,), and re
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trunk as transformers wrote it, and converted to every precision."""
-    folder = trained_weights.write_hugging_face(tmp_path_factory.mktemp("trained"))
+    folder = write(tmp_path_factory.mktemp("trained"))
     for dtype in ("fp32", *GATES):
         convert(folder, folder / f"{dtype}.safetensors", dtype=dtype)
     return folder

@@ -11,7 +11,6 @@ marked `trained_weights` and skip where they are missing. NUMPYESM_TRAINED names
 from __future__ import annotations
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -102,17 +101,6 @@ def hugging_face_tensors(random_contacts: bool = False) -> dict[str, torch.Tenso
         weight = tensors["esm.contact_head.regression.weight"]
         tensors["esm.contact_head.regression.weight"] = 2 * draw(*weight.shape)
     return tensors
-
-
-def write_hugging_face(destination: Path, random_contacts: bool = False) -> Path:
-    """Write `hugging_face_tensors` as a folder that numpyesm and transformers load. Returns it."""
-    import torch
-
-    destination.mkdir(parents=True, exist_ok=True)
-    torch.save(hugging_face_tensors(random_contacts), destination / "pytorch_model.bin")
-    config = json.loads((folder() / "config.json").read_text()) | {"architectures": ["EsmForMaskedLM"]}
-    (destination / "config.json").write_text(json.dumps(config))
-    return destination
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

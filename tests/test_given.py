@@ -30,7 +30,6 @@ TAKEN: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
     "array of one column": (lambda: np.array(FEW, object)[:, None], [None] * 3),
     "series": (lambda: pandas.Series(FEW, index=[7, 8, 9]), [None] * 3),
     "series with names": (lambda: pandas.Series(FEW, index=IDS, dtype="category"), list(IDS)),
-    "frame": (lambda: pandas.DataFrame({"sequence": FEW}), [None] * 3),
     "frame with names": (lambda: pandas.DataFrame({"sequence": FEW}, index=IDS), list(IDS)),
     "polars series": (lambda: polars.Series(FEW), [None] * 3),
     "polars frame": (lambda: polars.DataFrame({"any name": FEW}), [None] * 3),
@@ -41,7 +40,6 @@ TAKEN: dict[str, tuple[Callable[[], Any], list[str | None]]] = {
 REFUSED: dict[str, tuple[Any, str]] = {
     "set": (set(FEW), "a set, which has no order"),
     "text": ("MKT", "put it into a list"),
-    "bytes": (b"MKT", "put it into a list"),
     "sequences as keys": ({"MKT": 1}, "MKT'?: expected a string, got int"),
     "frame": (pandas.DataFrame({"id": IDS, "sequence": FEW}), r"frame of 2 \('id', 'sequence'\): choose one"),
     "arrow table": (pyarrow.table({"id": IDS, "sequence": FEW}), "frame of 2"),

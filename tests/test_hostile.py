@@ -30,10 +30,8 @@ from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numpyesm import ESM2, InvalidOption
 from numpyesm.errors import CheckpointError
 from numpyesm.printable import printable, quoted
-from numpyesm.threads import check_threads
 from numpyesm.weights import save_canonical
 from numpyesm.weights.safe_pickle import Inert, read_pickle
 from numpyesm.weights.synthetic import random_checkpoint
@@ -124,19 +122,6 @@ def test_input_is_never_overwritten_by_its_output(run: Any, command: str) -> Non
     code, _, err = run(command, "x.txt", "-o", "x.txt")
     assert (code, "is the input itself" in err) == (2, True)
     assert Path("x.txt").read_text() == ">a\nMKT\n"
-
-
-def test_repr_shows_narrow_storage(tmp_path: Path) -> None:
-    save_canonical(tmp_path / "x.safetensors", random_checkpoint(SMALL), precision="int8")
-    with pytest.warns(UserWarning, match="SYNTHETIC"):
-        assert "stored as int8" in repr(ESM2.from_pretrained(tmp_path / "x.safetensors", backend="numpy"))
-
-
-def test_threads_as_numpy_integer() -> None:
-    assert check_threads(np.int64(2)) == 2
-    for bad in (True, 1.0, None, "two", -1, 10**6):
-        with pytest.raises(InvalidOption, match="whole number"):
-            check_threads(bad)
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------

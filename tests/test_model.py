@@ -111,7 +111,7 @@ def test_log_prob_counts_canonical_residues_only(model: ESM2) -> None:
 
 LAYERS = [[4], [-5], [1.0], ["1"], [None], [True], 3, None]
 INCLUDES = [["man"], [], "mean", [3], None, ["mean", None]]
-WRONG = [("backend", "torch"), ("precision", "fp8"), ("threads", 0), ("threads", 1.5)]
+WRONG = [("backend", "torch"), ("precision", "fp8"), *(("threads", bad) for bad in (0, 1.5, True, "two", 10**6))]
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     *((lambda m, bad=bad: m.encode(["MKT"], bad), InvalidOption, "layer|repr_layers") for bad in LAYERS),
     *((lambda m, bad=bad: m.encode(["MKT"], include=bad), InvalidOption, "include") for bad in INCLUDES),
@@ -159,7 +159,7 @@ def test_results_do_not_depend_on_batch_mates_threads_passes_or_limits(
     alone = [model.encode([sequence], layers, ALL)[0] for sequence in MIXED]
     assert_same(alone, together, within=ROUNDING)
     assert_same(model.encode(MIXED[::-1], layers, ALL)[::-1], together, within=ROUNDING)
-    for threads in (1, 5):
+    for threads in (1, np.int64(5)):
         other = small_model(backend="numpy", threads=threads)
         assert other.threads == threads
         assert_same(other.encode(MIXED, layers, ALL), together, within=ROUNDING)
@@ -254,6 +254,7 @@ def test_every_storage_runs_in_every_precision(stored: str, tmp_path: Path, load
         narrow = ESM2.from_pretrained(tmp_path / "narrow.safetensors", precision=precision)
         difference = np.abs(narrow.encode(["MKTAYIAKQR"])[0].embeddings[3] - expected).max()
         assert 0 < difference < max(differs[stored], differs[precision])
+        assert f"stored as {stored}" in repr(narrow)
 
 
 @needs_numba

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from numpyesm.config import PRESETS, ModelConfig
+from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
 from numpyesm.weights import convert, load_checkpoint, save_canonical
 from numpyesm.weights.checkpoint import Checkpoint
@@ -106,7 +106,6 @@ def test_quantising_again_changes_nothing(tmp_path: Path, tiny: Checkpoint) -> N
         ("fp32", {"config": None}, "configuration"),
         ("fp32", {"config": "[]"}, "configuration"),
         ("fp32", {"config": "[" * 100_000}, "configuration"),
-        ("fp32", {"config": PRESETS["esm2-8m"].to_json()}, "is missing|has shape"),
         ("fp32", {"config": ModelConfig(3, 40, 20, 160).to_json()}, "is missing"),
         ("fp32", {"config": ModelConfig(1, 40, 20, 160).to_json()}, "has shape|not part"),
         ("fp32", {"config": ModelConfig(10**9, 40, 20, 160).to_json()}, "1000000000 layers"),
@@ -317,15 +316,6 @@ def test_misaligned_data_are_copied(tmp_path):
     assert tensors["x"].raw.flags.aligned
 
 
-def test_every_truncation_is_an_error(tmp_path, written):
-    whole = written.read_bytes()
-    cut = tmp_path / "cut.safetensors"
-    for content in (*(whole[:length] for length in range(len(whole))), whole + b"\0"):
-        cut.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"cut\.safetensors is (empty|damaged, truncated|not an intact)"):
-            read_safetensors(cut)
-
-
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
@@ -338,6 +328,7 @@ MANY = {f"t{i}": ONE | {"shape": [0], "data_offsets": [0, 0]} for i in range(10_
         (b"[" * 100_000, "damaged"),
         ({"x": ONE | {"shape": [1 << 62, 1 << 62]}}, "damaged"),
         ({"x": ONE, "y": ONE}, "damaged"),  # an overlap
+        ({"x": ONE | {"shape": [2], "data_offsets": [0, 8]}}, "damaged, truncated"),
         (b'{"x":%b,"x":%b}' % ((json.dumps(ONE).encode(),) * 2), "a name appears twice"),
         ({"x": ONE | {"shape": [1] * 100}}, "of 100 dimensions"),
         ({"x": ONE | {"dtype": "F8_E8M0", "shape": [4]}}, "stored as 'F8_E8M0'|damaged"),  # of older versions

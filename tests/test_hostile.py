@@ -250,7 +250,6 @@ KEYWORDS = b"".join(b"X\x04\x00\x00\x00%04dN" % i for i in range(9999))
 UNUSUAL = [b"\x82\1", b"\x83\1\0", b"\x84\1\0\0\0", b"\x97", b"\x98"]  # a registry of the writer, buffers out of band
 
 HOSTILE_PICKLES = {
-    "empty": b"",
     "no stop": b"\x80\x02}",
     "empty stack": b".",
     **{f"opcode {code[0]}": b"\x80\x05N" + code + b"." for code in UNUSUAL},

@@ -142,7 +142,6 @@ def test_wrong_entries(tmp_path, saved, change, message):
         (6, 0, (2, 3), (-3, 1)),
         (6, 0, (2, 3), (1,)),
         (6, 0, (1 << 40,), (0,)),  # a small file that would fill the memory
-        (6, 1 << 60, (1,), (1,)),
         (6, 0, (1,) * 20, (1,) * 20),
         (6, 0, (2, 3), (3, 1), "../data.pkl"),
         (-6, 0, (2, 3), (3, 1)),

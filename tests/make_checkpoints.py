@@ -137,13 +137,11 @@ def write_fair_esm(path: Path, model: Any, *, regression: bool = True) -> Path:
     return path
 
 
-def hugging_face_state(model: Any, *, prefix: str = "esm.", gamma: bool = False, writer: int = 4) -> dict[str, Any]:
+def hugging_face_state(model: Any, *, prefix: str = "esm.", writer: int = 4) -> dict[str, Any]:
     """The tensors of a fair-esm model under the names that transformers 4 or 5 gives them."""
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         theirs = renamed(name, HUGGING_FACE_NAMES)
-        if gamma:
-            theirs = theirs.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         if writer == 5:  # once, not in each layer
             theirs = re.sub(r"encoder\.layer\.\d+\.attention\.self\.(?=rotary)", "", theirs)
         if name != "lm_head.weight":

@@ -84,7 +84,7 @@ ALIASES: dict[str, Any] = {
     **{f"transformers in {prefix}": hugging_face(prefix) for prefix in WRAPPERS},
     "in a training checkpoint": training(hugging_face(), "ema"),
     "in several": {"run": {"last": training(fair_esm("esm."), "best")}},
-    "gamma and beta": mk.hugging_face_state(MODEL, gamma=True),
+    "gamma and beta": within(within(hugging_face(), "Norm.weight", "Norm.gamma"), "Norm.bias", "Norm.beta"),
     "frequencies once": mk.hugging_face_state(MODEL, writer=5),
     "compiled layers": within(fair_esm(), "layers.0.", "layers.0._orig_mod."),
     "sharded layers": within(hugging_face(), "encoder.layer.1.", "encoder.layer.1._fsdp_wrapped_module."),

@@ -16,6 +16,7 @@ import pytest
 from conftest import ALL, SMALL, random_sequence
 from jsonschema import Draft202012Validator
 from running_service import Answer, answer_of, check_error, items, same, url_event
+from starlette.testclient import TestClient
 
 from numpyesm import ESM2
 from numpyesm.api.bodies import gunzip
@@ -27,12 +28,8 @@ from numpyesm.errors import NotEnoughMemory
 from numpyesm.passes import Passes
 from numpyesm.results import stack_results
 from numpyesm.serverless.function import Function
-from numpyesm.weights.synthetic import random_checkpoint
-
-pytest.importorskip("starlette")
-from starlette.testclient import TestClient
-
 from numpyesm.service.app import Service
+from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
@@ -267,6 +264,7 @@ def test_heads_that_the_weights_lack(ask: Ask) -> None:
 
 
 GOOD = json.dumps({"items": ONE}).encode()
+PACKED = gzip.compress(GOOD)
 
 
 @pytest.mark.parametrize(
@@ -293,14 +291,10 @@ def test_not_quite_json(ask: Ask, body: bytes, reason: str) -> None:
     assert reason in check_error(ask("POST", "/api/v3/esm2-35m/encode", body, JSON), 422, "__all__")["detail"]
 
 
-PACKED = gzip.compress(GOOD)
-
-
 @pytest.mark.parametrize(
     ("status", "body", "headers"),
     [
-        (200, GOOD, {"content-type": "Application/JSON"}),
-        (200, GOOD, {"content-type": 'application/json; charset="utf-8"'}),
+        *((200, GOOD, {"content-type": media}) for media in ("Application/JSON", 'application/json; charset="utf-8"')),
         *((415, GOOD, {"content-type": media}) for media in ("text/plain", "multipart/form-data; boundary=x")),
         *((415, GOOD, {"content-type": f"application/json{end}"}) for end in ("; charset=latin-1", "p")),
         (415, GOOD, {}),

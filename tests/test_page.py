@@ -197,15 +197,21 @@ def check_map(page: Tab, contacts: np.ndarray, table: str = "LIGHT.sequential", 
 # -- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def test_example_is_drawn_as_the_library_computes_it(tab: Any, library: Any) -> None:
-    page = tab()
+def test_example_is_drawn_as_the_library_computes_it_in_both_themes(tab: Any, library: Any) -> None:
+    page = tab(color_scheme="dark")
     page.get_by_role("button", name="Ubiquitin").click()
     page.wait_for_selector("#results:not([hidden])")
     assert page.text_content("#result-title") == "P0CG48"
     contacts = library(UBIQUITIN).contacts
+    check_map(page, contacts, "DARK.sequential")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(14, 18, 29)"
+    page.get_by_role("button", name="Light colours").click()
     check_map(page, contacts)
     page.uncheck("#split")
     check_map(page, contacts, split=False)
+    page.reload()  # the choice stays
+    assert page.evaluate(ground) == "rgb(243, 245, 246)"
 
 
 def test_mutations_and_attention_are_drawn(tab: Any, library: Any) -> None:
@@ -229,8 +235,17 @@ def test_mutations_and_attention_are_drawn(tab: Any, library: Any) -> None:
         page.check("#by-layer")
 
 
-def test_values_and_threshold(tab: Any, library: Any) -> None:
+def test_values_threshold_and_a_warning_in_sight_wherever_one_scrolls(tab: Any, library: Any) -> None:
     page = tab().compute(UBIQUITIN)
+    for y in (0, 1200, 10**6):
+        page.evaluate("y => scrollTo(0, y)", y)
+        page.settle()
+        box = page.locator("#synthetic").bounding_box()
+        assert 0 <= box["y"] < 200 - box["height"]
+    assert "synthetic weights" in page.inner_text("#synthetic").lower()
+    assert "synthetic weights" in page.text_content("#result-about")
+    assert "SYNTHETIC WEIGHTS" in (PAGE / "picture.js").read_text()
+
     expected = library(UBIQUITIN)
     contacts = expected.contacts
     page.locator("#contact-map").scroll_into_view_if_needed()
@@ -259,32 +274,6 @@ def test_values_and_threshold(tab: Any, library: Any) -> None:
     assert strongest == [
         f"{UBIQUITIN[a]}{a + 1} – {UBIQUITIN[b]}{b + 1}" for a, b in zip(i[order], j[order], strict=True)
     ]
-
-
-def test_synthetic_weights_are_in_sight_wherever_one_scrolls(tab: Any) -> None:
-    page = tab().compute(UBIQUITIN)
-    for y in (0, 1200, 10**6):
-        page.evaluate("y => scrollTo(0, y)", y)
-        page.settle()
-        box = page.locator("#synthetic").bounding_box()
-        assert 0 <= box["y"] < 200 - box["height"]
-    assert "synthetic weights" in page.inner_text("#synthetic").lower()
-    assert "synthetic weights" in page.text_content("#result-about")
-    assert "SYNTHETIC WEIGHTS" in (PAGE / "picture.js").read_text()
-
-
-def test_one_and_two_residues(tab: Any, library: Any) -> None:
-    page = tab()
-    for sequence, message in (("M", "One residue"), ("XB", "No two of 2 residues are 6 apart")):
-        page.compute(sequence)
-        assert message in page.text_content("#contact-count")
-        page.uncheck("#separated")
-        page.uncheck("#split")
-        contacts = library(sequence).contacts
-        page.assert_colours(page.cells("#contact-map", *contacts.shape), "LIGHT.sequential", contacts)
-        page.focus("#contact-map")
-        page.press("ArrowLeft", "ArrowDown", "ArrowRight", "ArrowUp", "n", "p", "End", "PageDown")
-        page.load()
 
 
 def test_2048_residues(tab: Any, library: Any) -> None:
@@ -406,27 +395,32 @@ def test_examples_are_the_proteins_they_say(tab: Any) -> None:
     assert {name: len(sequence) for name, sequence in ours.items()} == lengths
 
 
-def test_several_records(tab: Any, library: Any) -> None:
+def test_records_of_one_residue_of_two_and_with_a_hostile_header(tab: Any, library: Any) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'{{7*7}}../../etc/passwd\u202e"
     second = random_sequence(40)
-    page = tab().compute(f">one some words\n{UBIQUITIN}\n>two\n{second}\n>three\nMK\n", "3 of 3 done")
+    page = tab().compute(f">{evil}\nMKTAYI\n>two some words\n{second}\n>three\nM\n>four\nXB\n", "4 of 4 done")
+    assert page.locator("main img, main script").count() == 0
     records = page.locator("#record-list button")
-    assert [text.split()[0] for text in records.all_inner_texts()] == ["one", "two", "three"]
-    assert page.text_content("#result-title") == "one"
+    assert [text.split()[0] for text in records.all_inner_texts()] == [evil.split()[0], "two", "three", "four"]
+    assert page.text_content("#result-title") == evil.split()[0]
+    with page.expect_download() as waiting:
+        page.click("text=These contacts (CSV)")
+    assert re.fullmatch(r"[A-Za-z0-9_][\w.-]*\.contacts\.csv", waiting.value.suggested_filename)
     records.nth(1).click()
     assert page.text_content("#result-title") == "two"
     assert records.nth(1).get_attribute("aria-current") == "true"
     check_map(page, library(second).contacts)
     assert second in page.text_content("#code")
-
-
-def test_hostile_header_is_text(tab: Any) -> None:
-    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'{{7*7}}../../etc/passwd\u202e"
-    page = tab().compute(f">{evil}\nMKTAYI\n>b\nMK\n", "2 of 2 done")
-    assert page.locator("main img, main script").count() == 0
-    assert page.text_content("#result-title") == evil.split()[0]
-    with page.expect_download() as waiting:
-        page.click("text=These contacts (CSV)")
-    assert re.fullmatch(r"[A-Za-z0-9_][\w.-]*\.contacts\.csv", waiting.value.suggested_filename)
+    for number, sequence, message in ((2, "M", "One residue"), (3, "XB", "No two of 2 residues are 6 apart")):
+        records.nth(number).click()
+        assert message in page.text_content("#contact-count")
+        for box in ("#separated", "#split"):
+            page.uncheck(box)
+        contacts = library(sequence).contacts
+        page.assert_colours(page.cells("#contact-map", *contacts.shape), "LIGHT.sequential", contacts)
+        page.focus("#contact-map")
+        page.press("ArrowLeft", "ArrowDown", "ArrowRight", "ArrowUp", "n", "p", "End", "PageDown")
+        page.check("#separated")
 
 
 # -- when it does not go well ----------------------------------------------------------------------------------------
@@ -457,13 +451,9 @@ def test_what_goes_wrong_is_said_and_input_is_kept(tab: Any) -> None:
     assert "no tryptophan" in page.locator("#record-list button").nth(0).inner_text()
     assert page.text_content("#result-title") == "k"
     page.complaints.clear()  # Chromium logs what was refused
-
-
-def test_cancel(tab: Any) -> None:
-    page = tab()
+    page.load()
     page.route("**/encode/", lambda route: None, times=1)  # never answered
-    page.fill("#sequence", "MKTAYI")
-    page.click("#compute")
+    page.compute("MKTAYI", "Computing")
     page.click("#cancel")
     page.wait_for_selector("text=Cancelled.")
     assert page.is_hidden("#cancel")
@@ -560,18 +550,6 @@ def test_phone_has_no_sideways_scroll(tab: Any) -> None:
         assert wide == []
     page.tap("#contact-map", position={"x": 200, "y": 100})
     assert page.is_visible("#tip")
-
-
-def test_dark(tab: Any, library: Any) -> None:
-    sequence = random_sequence(60)
-    page = tab(color_scheme="dark").compute(sequence)
-    ground = "getComputedStyle(document.body).backgroundColor"
-    check_map(page, library(sequence).contacts, "DARK.sequential")
-    assert page.evaluate(ground) == "rgb(14, 18, 29)"
-    page.get_by_role("button", name="Light colours").click()
-    check_map(page, library(sequence).contacts)
-    page.reload()  # the choice stays
-    assert page.evaluate(ground) == "rgb(243, 245, 246)"
 
 
 def test_text_has_the_contrast_of_wcag_aa() -> None:

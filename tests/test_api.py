@@ -150,8 +150,12 @@ def test_npz(ask: Ask, model: ESM2) -> None:
 @pytest.mark.parametrize(
     ("coding", "gzipped"),
     [
-        *((coding, True) for coding in ("gzip", "deflate, gzip;q=0.5", "*")),
-        *((coding, False) for coding in ("identity", "br", "gzip;q=0")),
+        ("gzip", True),
+        ("deflate, gzip;q=0.5", True),
+        ("*", True),
+        ("identity", False),
+        ("br", False),
+        ("gzip;q=0", False),
     ],
 )
 def test_gzip(ask: Ask, coding: str, gzipped: bool) -> None:
@@ -255,9 +259,7 @@ def test_messages_say_which_position_and_what_is_meant(ask: Ask) -> None:
     assert document["detail"].startswith("items__0__sequence: ")
     assert document["detail"].endswith("(and 1 more)")
     assert "predict" in document["error"]["items__1__sequence"][0]
-
-
-def test_heads_that_the_weights_lack(ask: Ask) -> None:
+    # Every head that the weights lack is named.
     document = {"items": ONE, "params": {"include": ["logits", "mean", "contacts"]}}
     error = check_error(post(ask, "encode", document, "headless"), 422, "params__include")
     assert len(error["error"]["params__include"]) == 2
@@ -273,14 +275,9 @@ PACKED = gzip.compress(GOOD)
         *((body, "empty") for body in (b"", b"  \n")),
         *((body * 100_000, "nested too deeply") for body in (b"[", b'{"items":')),
         *((b'{"items": [' + values * 30_000 + b"1]}", "more than 20000 values") for values in (b"[],", b"1,")),
-        *((body, "not JSON") for body in (b"{", GOOD + b" x", b"{'items': []}", b'{"items": [{"sequence": "M\nK"}]}')),
-        (b'{"items": [{"sequence": "MKT"}],}', "not JSON"),
-        *(
-            (GOOD[:-1] + b', "params": {"repr_layers": [%s]}}' % value, f"{value.decode()} is")
-            for value in (b"NaN", b"-Infinity")
-        ),
+        *((body, "not JSON") for body in (b"{", GOOD + b" x", b'{"items": [{"sequence": "M\nK"}]}')),
+        (GOOD[:-1] + b', "params": {"repr_layers": [-Infinity]}}', "-Infinity is"),
         (GOOD[:-1] + b', "params": {"repr_layers": [' + b"9" * 100_000 + b"]}}", "digits"),
-        (GOOD[:-1] + b', "items": []}', "'items' occurs twice"),
         (b'{"items": [{"sequence": "MKT", "sequence": "MKT"}]}', "'sequence' occurs twice"),
         *((body, "UTF-8") for body in (b'{"items": [{"sequence": "M\xff"}]}', GOOD.decode().encode("utf-16"))),
         (b"\xef\xbb\xbf" + GOOD, "byte order mark"),

@@ -156,10 +156,9 @@ def tab(browser: Any, address: str) -> Iterator[Callable[..., Tab]]:
         return tabs[-1]
 
     yield make
-    complaints = [complaint for one in tabs for complaint in one.complaints]
     for one in tabs:
         one.context.close()
-    assert complaints == []
+    assert [complaint for one in tabs for complaint in one.complaints] == []
 
 
 def log_odds(sequence: str, logits: np.ndarray) -> np.ndarray:
@@ -313,28 +312,25 @@ def test_2048_residues(tab: Any, library: Any) -> None:
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
-# (input, message, what "Show" selects)
-BAD = [
-    ("MKT1A", "The sequence: “1” at position 4 is not allowed (a number", "1"),
-    (">a\nMKTAY\n>b two\nMKTA\nYJAK\n", "Record 2 (b): “J” at position 6 is not allowed", "J"),
-    ("MK<mask>A", "“<” at position 3 is not allowed (masks belong", "<"),
-    (">a\nMK*A\n", "“*” at position 3 is not allowed (a stop inside", "*"),
-    (">a\n>b\nMK\n", "Record 1 (a) has no sequence", ">a"),
-    ("MKTA\n>b\nMK\n", "Sequence before the first > header", "MKTA"),
-    ("MKTAßYI", "“ß” at position 5", "ß"),
-    ("MK\U0001f600T", "“\U0001f600” at position 3", "\U0001f600"),
-    ("MK\u200bT", "“U+200B” at position 3", "\u200b"),
-    ("A" * 2049, "has 2049 residues; at most 2048 are allowed", "A"),
-    *((text, "Paste a sequence, or pick an example.", "") for text in ("", "  \n\t\n", "; only a comment")),
-    (">a\nMK\n" * 101, "101 sequences; the page takes 100", ""),
-    ("A" * 4_000_001, "4.0 million", ""),
-]
-
 
 def test_bad_input_is_named_and_shown(tab: Any) -> None:
     page = tab()
     page.on("request", lambda request: request.method == "POST" and page.complaints.append("sent"))
-    for text, message, selected in BAD:
+    for text, message, selected in (
+        ("MKT1A", "The sequence: “1” at position 4 is not allowed (a number", "1"),
+        (">a\nMKTAY\n>b two\nMKTA\nYJAK\n", "Record 2 (b): “J” at position 6 is not allowed", "J"),
+        ("MK<mask>A", "“<” at position 3 is not allowed (masks belong", "<"),
+        (">a\nMK*A\n", "“*” at position 3 is not allowed (a stop inside", "*"),
+        (">a\n>b\nMK\n", "Record 1 (a) has no sequence", ">a"),
+        ("MKTA\n>b\nMK\n", "Sequence before the first > header", "MKTA"),
+        ("MKTAßYI", "“ß” at position 5", "ß"),
+        ("MK\U0001f600T", "“\U0001f600” at position 3", "\U0001f600"),
+        ("MK\u200bT", "“U+200B” at position 3", "\u200b"),
+        ("A" * 2049, "has 2049 residues; at most 2048 are allowed", "A"),
+        *((text, "Paste a sequence, or pick an example.", "") for text in ("", "  \n\t\n", "; only a comment")),
+        (">a\nMK\n" * 101, "101 sequences; the page takes 100", ""),
+        ("A" * 4_000_001, "4.0 million", ""),
+    ):
         page.evaluate("text => (document.getElementById('sequence').value = text)", text)
         page.click("#compute")
         assert message in page.text_content("#problems")
@@ -385,14 +381,18 @@ def test_fasta_is_read_as_the_library_reads_it(tab: Any) -> None:
     assert page.input_value("#sequence") == texts[10]
 
 
-def test_examples_are_the_proteins_they_say(tab: Any) -> None:
-    examples = tab().evaluate("async () => (await import('/page/examples.js')).EXAMPLES")
+def test_examples_are_the_proteins_they_say_and_docs_name_this_service(tab: Any, address: str) -> None:
+    page = tab()
+    examples = page.evaluate("async () => (await import('/page/examples.js')).EXAMPLES")
     ours = {example["header"].split()[0]: example["sequence"] for example in examples}
     named = {r.id: r.sequence for r in packaged("example_proteins.fasta")}
     for name in ("UniRef50_UPI000836A30F", "UniRef50_A0A1E3NP16"):
         assert ours.pop(name) == named[name]
     lengths = {"P0CG48": 76, "P00974": 58, "P00698": 129, "P01308": 110, "P42212": 238}
     assert {name: len(sequence) for name, sequence in ours.items()} == lengths
+    page.goto(f"{address}docs")
+    page.says("#models", re.compile("^esm2-8m .*: encode, predict, log_prob$"))
+    assert page.inner_text("pre >> nth=0").startswith(f"curl {address}api/v3/esm2-8m/encode/")
 
 
 def test_records_of_one_residue_of_two_and_with_a_hostile_header(tab: Any, library: Any) -> None:
@@ -428,14 +428,8 @@ def test_records_of_one_residue_of_two_and_with_a_hostile_header(tab: Any, libra
 
 def test_what_goes_wrong_is_said_and_input_is_kept(tab: Any) -> None:
     page = tab()
-
-    answer: dict[str, Any] = {}
-
-    def refuse(route: Any) -> None:
-        """As the service does it; without a status, the connection is broken."""
-        body = {"detail": "refused", "errors": [], "error": {"items__0__sequence": ["item 0: no tryptophan here"]}}
-        route.fulfill(json=body, **answer) if answer["status"] else route.abort()
-
+    body = {"detail": "refused", "errors": [], "error": {"items__0__sequence": ["item 0: no tryptophan here"]}}
+    answer: dict[str, Any] = {"json": body}  # as the service does it; without a status, the connection is broken
     busy = "The server is busy; trying again in 1 s (attempt 2 of 5)"
     for status, seconds, text, statuses in (
         (503, "1", "MKTAYI", [busy, "Done in"]),
@@ -443,8 +437,8 @@ def test_what_goes_wrong_is_said_and_input_is_kept(tab: Any) -> None:
         (0, "", "MKTAYI", ["The server cannot be reached"]),
         (422, "", ">w\nWWW\n>k\nKKK\n", ["1 of 2 done, 1 failed."]),
     ):
-        answer |= {"status": status, "headers": {"Retry-After": seconds}}
-        page.route("**/encode/", refuse, times=1)
+        answer.update(status=status, headers={"Retry-After": seconds})
+        page.route("**/encode/", lambda r: r.fulfill(**answer) if answer["status"] else r.abort(), times=1)
         page.compute(text, *statuses)
         assert page.input_value("#sequence") == text
     assert page.text_content("#problems") == "w: no tryptophan here"
@@ -452,7 +446,7 @@ def test_what_goes_wrong_is_said_and_input_is_kept(tab: Any) -> None:
     assert page.text_content("#result-title") == "k"
     page.complaints.clear()  # Chromium logs what was refused
     page.load()
-    page.route("**/encode/", lambda route: None, times=1)  # never answered
+    page.route("**/encode/", lambda _: None, times=1)  # never answered
     page.compute("MKTAYI", "Computing")
     page.click("#cancel")
     page.wait_for_selector("text=Cancelled.")
@@ -473,17 +467,15 @@ def test_only_the_heads_that_weights_have_are_asked_and_shown(tab: Any, head: st
         page = tab(f"{running.url}/").compute("MKTAYI")
         found = json.loads(page.download("#save-json"))["results"][0]
     expected = model.classify(["MKTAYI"])[0]
-    names = {"sequence_index", "logits", "vocab_tokens", "attentions", "classes", "labels"}
-    assert set(found) == names
+    assert set(found) == {"sequence_index", "logits", "vocab_tokens", "attentions", "classes", "labels"}
     assert page.is_hidden("#contacts-section")
     assert page.is_visible("#mutations-section")
     assert '"contacts"' not in page.text_content("#code")
     assert found["labels"] == expected.labels
     np.testing.assert_allclose(found["classes"], expected.probabilities, atol=1e-5)
     if head == "sequence":
-        best = int(expected.probabilities.argmax())
-        row = page.text_content("#class-table tbody tr")
-        assert row == f"{expected.labels[best]}{expected.probabilities[best]:.4f}"
+        probability, label = max(zip(expected.probabilities, expected.labels, strict=True))
+        assert page.text_content("#class-table tbody tr") == f"{label}{probability:.4f}"
     else:
         assert page.is_visible("#class-map canvas.strip")
 
@@ -664,10 +656,3 @@ def test_key_is_kept_in_the_tab_and_shown_code_gives_what_is_shown(tab: Any, tmp
         page.load()  # the tab remembers
         page.compute("MKTA")
         assert page.is_hidden("#key-dialog")
-
-
-def test_docs_name_this_service(tab: Any, address: str) -> None:
-    page = tab()
-    page.goto(f"{address}docs")
-    page.says("#models", re.compile("^esm2-8m .*: encode, predict, log_prob$"))
-    assert page.inner_text("pre >> nth=0").startswith(f"curl {address}api/v3/esm2-8m/encode/")

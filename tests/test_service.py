@@ -132,18 +132,17 @@ def test_only_small_jobs_overtake_one_that_waits_for_memory(admission: Admission
 TWO_PASSES = {"items": items("M" * 2000, "M" * 2000)}
 
 
-class Held:
+class Held(ServiceHere):
     """A service whose passes wait until they are let go; there is no memory for WWW."""
 
-    def __init__(self, service: ServiceHere, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.service, self.engine = service, service.service.engine
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *given: Any, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self.engine = self.service.engine
         self.go = threading.Event()
-        self._begun = threading.Semaphore(0)
         self._pool = ThreadPoolExecutor(16)
         real = Passes.encode
 
         def encode(passes: Passes, tokens: Any, outputs: Any) -> Any:
-            self._begun.release()
             assert self.go.wait(60)
             if any((ids[1:-1] == TOKEN_ID["W"]).all() for ids in tokens):
                 raise MemoryError
@@ -151,37 +150,35 @@ class Held:
 
         monkeypatch.setattr(Passes, "encode", encode)
 
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        super().__exit__()
+
     def ask(self, document: Any = GOOD, key: str = "") -> Future[requests.Response]:
         """Ask in another thread."""
-        return self._pool.submit(self.service.post, ENCODE, document, headers={"Authorization": f"Token {key}"})
+        return self._pool.submit(self.post, ENCODE, document, headers={"Authorization": f"Token {key}"})
 
     def first(self, document: Any = GOOD, key: str = "") -> Future[requests.Response]:
         """Ask, and wait until the engine has begun."""
         answer = self.ask(document, key)
-        assert self._begun.acquire(timeout=60)
+        self.wait_until(lambda: self.engine.admission.held)
         return answer
 
     def wait(self, waiting: int) -> None:
         """Until so many requests wait."""
-        self.service.wait_until(lambda: self.engine.waiting == waiting)
+        self.wait_until(lambda: self.engine.waiting == waiting)
 
     def check_idle(self) -> None:
         """Nothing is held when all is done."""
-        gate, engine = self.service.service.gate, self.engine
-        self.service.wait_until(lambda: (gate.active, engine.waiting, engine.admission.held) == (0, 0, 0))
+        gate, engine = self.service.gate, self.engine
+        self.wait_until(lambda: (gate.active, engine.waiting, engine.admission.held) == (0, 0, 0))
 
 
 @pytest.fixture
 def hold(model: ESM2, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
     """Starts a service whose passes wait."""
     with contextlib.ExitStack() as stack:
-
-        def start(*keys: str, **settings: Any) -> Held:
-            held = Held(stack.enter_context(ServiceHere({"esm2-35m": model}, keys, **settings)), monkeypatch)
-            stack.callback(held.go.set)
-            return held
-
-        yield start
+        yield lambda *keys, **settings: stack.enter_context(Held(monkeypatch, {"esm2-35m": model}, keys, **settings))
 
 
 def refused(answer: requests.Response, status: int, code: str) -> None:
@@ -203,19 +200,19 @@ def test_no_request_suffers_from_another_in_its_pass(hold: Any) -> None:
 def test_who_hangs_up_frees_its_place(hold: Any) -> None:
     held = hold()
     answer = held.first(TWO_PASSES)
-    assert held.service.get("/healthz").status_code == 200
+    assert held.get("/healthz").status_code == 200
     body = json.dumps(TWO_PASSES)
-    connections = [held.service.connect() for _ in range(5)]
+    connections = [held.connect() for _ in range(5)]
     for connection in connections:
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     held.wait(6)
     for connection in connections:
         connection.close()
-    with held.service.connect() as connection:  # half a body, and gone
+    with held.connect() as connection:  # half a body, and gone
         connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
-    held.service.wait_until(lambda: held.service.metric("numpyesm_hang_ups_total") == 6)
+    held.wait_until(lambda: held.metric("numpyesm_hang_ups_total") == 6)
     held.wait(1)
-    assert [entry["status"] for entry in held.service.entries()].count(499) == 6
+    assert [entry["status"] for entry in held.entries()].count(499) == 6
     held.go.set()
     assert answer.result(60).status_code == 200
     held.check_idle()
@@ -252,16 +249,16 @@ def test_who_waits_is_told_when_time_is_up(hold: Any, grace: float, signals: int
     answers = [held.first(TWO_PASSES), held.ask(), held.ask()]
     held.wait(3)
     for _ in range(signals):
-        held.service.signal()
+        held.signal()
     for answer in answers:
         assert check_error(answer.result(60), 503)["code"] == "server.draining"
     held.go.set()
-    held.service.thread.join(60)
-    assert not held.service.thread.is_alive()
+    held.thread.join(60)
+    assert not held.thread.is_alive()
 
 
 def test_an_engine_that_has_stopped_says_so(hold: Any) -> None:
-    service = hold().service
+    service = hold()
     asyncio.run_coroutine_threadsafe(service.service.engine.stop(), service.loop).result(60)
     for answer in (service.get("/healthz"), service.get("/readyz"), service.post(ENCODE, GOOD)):
         assert check_error(answer, 503)["code"] == "server.not_ready"
@@ -359,7 +356,6 @@ def test_too_many_connections_are_refused(loaded: ESM2) -> None:
 
 def test_large_bodies(service: ServiceHere) -> None:
     large = json.dumps(GOOD).encode() + b" " * 2**20
-    check_error(service.post(ENCODE, data=large, headers=JSON), 413)
     check_error(service.post(ENCODE, data=iter([large[:1000], large[1000:]]), headers=JSON), 413)  # chunked
     assert service.post(ENCODE, data=large[: 2**20], headers=JSON).status_code == 200
     assert service.post(ENCODE, data=iter([large[:1000], large[1000 : 2**20]]), headers=JSON).status_code == 200

@@ -1,7 +1,4 @@
-"""The Lambda handler: events, limits, what a process loads and says when it starts, the zip.
-
-What is asked and answered is in test_api.py, for this door and the service.
-"""
+"""The Lambda handler: events, limits, what a process loads and says, the zip. Requests of both doors: test_api.py."""
 
 from __future__ import annotations
 
@@ -251,6 +248,7 @@ assert numpy.__file__.startswith({task!r})
         (["-o", "."], "is a folder"),
         (["-o", "/proc/numpyesm.zip"], "/proc/numpyesm.zip cannot be written"),
         (["--python", "3.9"], "needs 3.10 or newer"),
+        (["--python", "312"], "needs 3.10 or newer"),
     ],
 )
 @linux

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..cli.parser import add_arithmetic
 from ..errors import InvalidOption, InvalidSequence
 from ..files import atomic_write
 from ..options import Outputs
-from ..results import Field, fields
+from ..results import fields
 from ..weights.integrity import weights_sha256
 from . import fair_esm as esm
 
@@ -90,20 +90,21 @@ def run(arguments: argparse.Namespace) -> int:
     model = esm.pretrained.load_model_and_alphabet(arguments.model_location, **options)[0].core
     include = ["per_token" if name == "per_tok" else name for name in arguments.include]
     outputs = Outputs.check(model.checkpoint, arguments.repr_layers, include)
+    names = _names(outputs)
     weights = f"{weights_sha256(model.checkpoint)} {arguments.precision}"
     print(f"Read {arguments.fasta_file} with {len(dataset)} sequences")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batches = dataset.get_batch_indices(arguments.toks_per_batch, extra_toks_per_seq=1)
     for number, batch in enumerate(batches, start=1):
         stamps = {i: _stamp(weights, dataset.sequence_labels[i], tokens[i]) for i in batch}
-        todo = [i for i in batch if not (arguments.skip_existing and _holds(paths[i], outputs, stamps[i]))]
+        todo = [i for i in batch if not (arguments.skip_existing and _holds(paths[i], names, stamps[i]))]
         print(f"Processing {number} of {len(batches)} batches ({len(todo)} sequences)", flush=True)
         if len(todo) < len(batch):
             print(f"Skipping {len(batch) - len(todo)} sequences whose files already hold these outputs")
-        for i, result in zip(
-            todo, model.passes.encode([tokens[i] for i in todo], outputs) if todo else (), strict=True
-        ):
-            arrays = {name: result.to_arrays()[field.name] for name, field in _arrays(outputs).items()}
+        results = model.passes.encode([tokens[i] for i in todo], outputs) if todo else ()
+        for i, result in zip(todo, results, strict=True):
+            found = result.to_arrays()
+            arrays = {name: found[field] for name, field in names.items()}
             _save(paths[i], stamps[i], label=dataset.sequence_labels[i], **arrays)
     return 0
 
@@ -121,9 +122,11 @@ def _tokens(label: str, sequence: str, longest: int) -> npt.NDArray[np.uint8]:
         raise InvalidSequence(f"record {label[:80]!r}: {error.reason}") from error
 
 
-def _arrays(outputs: Outputs) -> dict[str, Field]:
-    """Names of a file's arrays, and what they are in a result."""
-    return {_NAMES[field.kind] + ("" if field.layer is None else f"_{field.layer}"): field for field in fields(outputs)}
+def _names(outputs: Outputs) -> dict[str, str]:
+    """Names of a file's arrays, and what a result calls them."""
+    return {
+        _NAMES[field.kind] + ("" if field.layer is None else f"_{field.layer}"): field.name for field in fields(outputs)
+    }
 
 
 def _save(path: Path, stamp: bytes, **arrays: Any) -> None:
@@ -140,11 +143,11 @@ def _stamp(weights: str, label: str, tokens: npt.NDArray[np.uint8]) -> bytes:
     return f"numpyesm {sha256(f'{weights} {label} '.encode() + row).hexdigest()}".encode()
 
 
-def _holds(path: Path, outputs: Outputs, stamp: bytes) -> bool:
+def _holds(path: Path, names: Collection[str], stamp: bytes) -> bool:
     """Whether a file has these arrays (and perhaps others), of the same weights, label and sequence."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.comment == stamp and {f"{name}.npy" for name in _arrays(outputs)} <= set(archive.namelist())
+            return archive.comment == stamp and {f"{name}.npy" for name in names} <= set(archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,7 +77,8 @@ class CompiledForward(Forward):
         self._model, rotary = packed.model_table(self._length)
         counters = aligned(16 * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
-        even, odd = packed.qkv(rows)
+        even, odd = buffers = packed.take_qkv(rows)
+        weakref.finalize(self, packed.keep_qkv, buffers).atexit = False
         entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
             Pass.POSITIONS: np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),

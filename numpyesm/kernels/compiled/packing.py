@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ class PackedModel:
         self._kept: list[Array] = []  # every array that a table points at
         self._blocks = Blocks()
         self._rooms = threading.local()
+        self._qkv: list[tuple[Array, Array]] = []
         self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
@@ -239,10 +241,16 @@ class PackedModel:
                 buffers[name][:] = 0
         return table(Room, buffers)
 
-    def qkv(self, rows: int) -> list[Array]:
-        """Two buffers for queries, keys and values, which the calling thread's next pass takes over from this one."""
+    def take_qkv(self, rows: int) -> tuple[Array, Array]:
+        """Two buffers for queries, keys and values of one pass: those of an earlier one, if they are large enough."""
         size = 3 * rows * self.config.num_heads * self.head_dim
-        kept: list[Array] = self._rooms.__dict__.setdefault("qkv", [])
-        if not kept or kept[0].size < size:
-            kept[:] = aligned(size), aligned(size)
-        return list(kept)
+        with suppress(IndexError):
+            kept = self._qkv.pop()  # atomic: no two passes get the same
+            if kept[0].size >= size:
+                return kept
+            del kept  # before the larger ones are made
+        return aligned(size), aligned(size)
+
+    def keep_qkv(self, buffers: tuple[Array, Array]) -> None:
+        """Keep the buffers of the pass that has ended last, whichever thread it was of."""
+        self._qkv[:] = [buffers]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from queue import SimpleQueue
+from typing import TypeVar
+from weakref import finalize
 
 from .options import number_within
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 Item = TypeVar("Item")
 
@@ -44,13 +43,21 @@ def _container_quota() -> int | None:
 
 
 class WorkerPool:
-    """`threads` workers shared by all calls to one model, so that concurrent calls do not oversubscribe the CPUs."""
+    """`threads` workers shared by all calls to one model, so that concurrent calls do not oversubscribe the CPUs.
+
+    `concurrent.futures` does this too, but takes 9 ms to import, of 240 from starting Python to a first embedding.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._executor: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
         self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        """No workers yet: they start when there is work for them, and end with this object."""
+        self._process, self._started, self._unfinished = os.getpid(), 0, 0
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        finalize(self, self._tasks.put, None).atexit = False
 
     def run(self, work: Callable[[Item], None], items: Sequence[Item], threads: int | None = None) -> None:
         """Call `work` on every item, in any order, by at most `threads` workers, and return when all are done.
@@ -86,49 +93,77 @@ class WorkerPool:
         On an error, and on KeyboardInterrupt in the caller, `give_up` is called, and must make them return soon:
         compiled code cannot be interrupted. They may run one after the other.
         """
-        from concurrent.futures import Future
-
-        executor = self._get_executor()
-        futures: list[Future[None]] = []
+        tasks = [_Task(work, index) for index in range(count)]
+        queue = self._queue_for(count)
+        if queue is None:
+            for task in tasks:
+                task()
+        else:
+            for task in tasks:
+                queue.put(task)
         try:
-            for index in range(count):
-                # Our own futures: the executor queues a call before it finds that it cannot start a thread for it.
-                futures.append(Future())
-                try:
-                    executor.submit(_fulfil, futures[-1], work, index)
-                except RuntimeError:
-                    # No threads at all (WebAssembly), or no more of them (a limit): the existing ones do all the work.
-                    if futures[-1].cancel():
-                        futures.pop()
-                    if not futures:
-                        work(index)
-                    break
-            for future in futures:
-                future.result()
+            for task in tasks:
+                task.result()
         except BaseException:
             give_up()
-            for future in futures:
-                future.cancel() or future.exception()
+            for task in tasks:
+                task.end()
             raise
+        finally:
+            with self._lock:
+                self._unfinished -= count
 
-    def _get_executor(self) -> ThreadPoolExecutor:
+    def _queue_for(self, count: int) -> SimpleQueue[_Task | None] | None:
+        """Start workers for so many tasks more, as far as that is allowed; None if there is no worker at all."""
         with self._lock:
-            # After a fork the threads are gone though the object is there.
-            if self._executor is None or self._process != os.getpid():
-                from concurrent.futures import ThreadPoolExecutor
+            if self._process != os.getpid():
+                self._begin()  # after a fork the threads are gone
+            self._unfinished += count
+            while self._started < min(self.threads, self._unfinished):
+                worker = threading.Thread(
+                    target=_serve, args=(self._tasks,), name=f"numpyesm_{self._started}", daemon=True
+                )
+                try:
+                    worker.start()
+                except RuntimeError:  # no threads at all (WebAssembly), or no more of them (a limit)
+                    break
+                self._started += 1
+            return self._tasks if self._started else None
 
-                self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="numpyesm")
-                self._process = os.getpid()
-            return self._executor
+
+class _Task:
+    """One call of `work`, made by a worker unless it is cancelled before."""
+
+    def __init__(self, work: Callable[[int], None], index: int) -> None:
+        self._work, self._index = work, index
+        self._claim = threading.Lock()  # never released: whoever takes it decides
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def __call__(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            self._work(self._index)
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def result(self) -> None:
+        """Wait for it, and raise what it raised."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Cancel it, or wait until it is done."""
+        if not self._claim.acquire(blocking=False):
+            self._done.wait()
 
 
-def _fulfil(future: Future[None], work: Callable[[int], None], index: int) -> None:
-    """Do the work unless it has been cancelled."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        work(index)
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(None)
+def _serve(tasks: SimpleQueue[_Task | None]) -> None:
+    """What a worker does."""
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # or a waiting worker would keep what the task has
+    tasks.put(None)  # for the next worker

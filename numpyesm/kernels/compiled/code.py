@@ -6,7 +6,7 @@ Code from other sources has other tables and is not called.
 from __future__ import annotations
 
 import functools
-import hashlib
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ ARGUMENTS = {
     "project_qkv_bf16": 9,
     "project_and_feed_forward": 7,
     "project_and_feed_forward_bf16": 7,
+    "pack_weights": 9,
+    "add_mean": 7,
 }
 
 
@@ -42,7 +44,8 @@ def needed(isa: Isa, precision: str) -> tuple[str, ...]:
     Queries, keys and values; attention; the rest of a layer; then what all precisions share.
     """
     end = "_bf16" if isa.bf16 and precision != "fp32" else ""
-    return f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}", "run_phases", "lm_head"
+    steps = f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}"
+    return *steps, "run_phases", "lm_head", "pack_weights", "add_mean"
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ class Code:
 
 @functools.cache
 def kernel_sources() -> str:
-    """SHA-256 of all that decides what compiled code does."""
-    digest = hashlib.sha256(f"int8 in groups of {GROUP}".encode())
+    """Checksum of all that decides what compiled code does. `hashlib` alone would take 4 ms of a cold start."""
+    found = zlib.crc32(f"int8 in groups of {GROUP}".encode())
     for path in [*sorted((_ROOM / "numba_").glob("*.py")), *(_ROOM / name for name in _BESIDE)]:
         # As in the repository, whatever a checkout on Windows made of the ends of lines.
-        digest.update(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
+        found = zlib.crc32(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"), found)
+    return f"{found:08x}"

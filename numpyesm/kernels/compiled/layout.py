@@ -67,7 +67,7 @@ class Matrix(IntEnum):
 
     WEIGHT = 0
     BIAS = 1
-    SCALES = 2  # of int8, see `gemm.pack_scales`; else 0
+    SCALES = 2  # of int8, (panel, group of rows, tile column); else 0
     CENTRE = 3  # of fc1: what the hidden channels lose before they are rounded to bf16
     STEP_BYTES = 4  # of a panel, for each step of k: fewer than the product takes if it must be widened
 

@@ -19,7 +19,7 @@ from ...weights.cache import cache_dir
 from .code import ARGUMENTS, Code, kernel_sources, symbol
 from .isa import architecture, host_isa, wanted_levels
 
-# Changes when functions are called in another way; what is in the tables, the hash of the sources tells.
+# Changes when functions are called in another way; what is in the tables, the checksum of the sources tells.
 ABI = 1
 VARIABLE = "NUMPYESM_KERNELS"
 _CACHE = "kernels"  # folder in the cache
@@ -38,7 +38,7 @@ def abi() -> str:
 
 def cached_library() -> Path:
     """Where the cache holds the library for these sources and this kind of CPU: clusters share home directories."""
-    return cache_dir() / _CACHE / f"{kernel_sources()[:16]}-{host_isa().name}" / library_name()
+    return cache_dir() / _CACHE / f"{kernel_sources()}-{host_isa().name}" / library_name()
 
 
 def library_code() -> Code | None:
@@ -76,7 +76,7 @@ def _installed() -> Iterator[Path]:
     spec = importlib.util.find_spec("numpyesm_kernels")
     for folder in spec.submodule_search_locations or () if spec else ():
         yield Path(folder) / library_name()
-    if (cache_dir() / _CACHE).is_dir():  # its name has a hash of the sources, which takes longer than all the rest
+    if (cache_dir() / _CACHE).is_dir():  # its name has a checksum of the sources, which takes longer than all the rest
         yield cached_library()
 
 

@@ -15,15 +15,23 @@ import numpy.typing as npt
 from ...threads import WorkerPool
 from ...weights.checkpoint import FREQUENCIES, MATRICES, Checkpoint, input_mean
 from ...weights.rounding import rounded_layers
-from ...weights.tensor import StoredTensor
+from ...weights.tensor import StoredTensor, groups_of
 from ..base import Array
-from ..narrow import NarrowMatrix
-from ..numpy_steps import linear
 from ..rotary import rotary_angles, rotary_pair_order
 from ..shared import shared
 from .code import Code, needed
 from .layout import Layer, Matrix, Model, Norm, Room, address, table
-from .panels import Blocks, aligned, bf16_sizes, pack_panels, pack_scales, padded_columns, panels, strip_size
+from .panels import (
+    Blocks,
+    aligned,
+    bf16_sizes,
+    column_order,
+    in_order,
+    pack_panels,
+    panels,
+    product_steps,
+    strip_size,
+)
 
 # What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
@@ -57,7 +65,7 @@ class PackedModel:
 
     def __init__(self, checkpoint: Checkpoint, precision: str, code: Code, pool: WorkerPool) -> None:
         self.config = config = checkpoint.config
-        self.precision, self.isa = precision, code.isa
+        self.precision, self.isa, self._code = precision, code.isa, code
         self.narrow = code.isa.bf16 and precision != "fp32"
         if precision == "int8" != checkpoint.precision and not checkpoint.synthetic:
             sys.stderr.write(
@@ -80,9 +88,8 @@ class PackedModel:
         self.block_rows = _MOST_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         self.ffn_columns = min(at_a_time, panels(self.isa, config.ffn_dim) * self.isa.columns)
         self._final_norm = self._norm(checkpoint.array, "final_norm") if config.whole_layers is None else [0, 0]
-        changes = enumerate(rounded_layers(checkpoint, precision))
-        rows = [self._pack_layer(checkpoint.tensors, changed, number, pool) for number, changed in changes]
-        self.layers = np.array(rows, np.int64).reshape(config.num_layers, Layer.ENTRIES)
+        self._pairs = column_order(self.isa, self._fill_heads(rotary_pair_order(config), -1))
+        self.layers = self._pack_layers(checkpoint, pool)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
         self.entries = [code.addresses[name] for name in needed(self.isa, precision)[:3]]
 
@@ -96,8 +103,21 @@ class PackedModel:
         """A row of `layout.Norm`."""
         return [address(self._keep(np.array(vector(f"{name}.{kind}"), np.float32))) for kind in ("weight", "bias")]
 
+    def _pack_layers(self, checkpoint: Checkpoint, pool: WorkerPool) -> npt.NDArray[np.int64]:
+        """`layout.Layer` of all layers."""
+        rounded, lock = enumerate(rounded_layers(checkpoint, self.precision)), threading.Lock()
+        layers = np.zeros((self.config.num_layers, Layer.ENTRIES), np.int64)
+
+        def pack_next(_: int) -> None:
+            with lock:
+                number, changed = next(rounded)
+            layers[number] = self._pack_layer(checkpoint.tensors, changed, number)
+
+        pool.run(pack_next, range(len(layers)))
+        return layers
+
     def _pack_layer(
-        self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int, pool: WorkerPool
+        self, origins: Mapping[str, StoredTensor], changed: Mapping[str, StoredTensor], number: int
     ) -> list[int]:
         """The row of `layout.Layer` of one layer, of which some tensors have `changed` when they were rounded."""
         prefix, tensors = f"layers.{number}.", {**origins, **changed}
@@ -115,62 +135,68 @@ class PackedModel:
             centre = means["fc2"]
         norms = [*self._norm(vectors.__getitem__, "attention_norm"), *self._norm(vectors.__getitem__, "ffn_norm")]
         rows: dict[str, list[int]] = {}
-
-        def pack(name: str) -> None:
+        for name in MATRICES:
             origin, weight, bias = origins[f"{prefix}{name}.weight"], parts[f"{name}.weight"], vectors[f"{name}.bias"]
-            if means:
-                (bias,) = linear(means[name][None], NarrowMatrix(weight), bias)
-            rows[name] = self._pack(name, origin, weight, bias)
+            rows[name] = self._pack(name, origin, weight, bias, means.get(name))
             origin.release()  # or the file's pages would stand beside the packed weights
-
-        pool.run(pack, MATRICES)
-        rows["fc1"][Matrix.CENTRE] = address(self._keep(padded_columns(self.isa, centre)))
+        hidden = column_order(self.isa, np.arange(len(centre)))
+        rows["fc1"][Matrix.CENTRE] = address(self._keep(in_order(centre, hidden)))
         return [*norms, *itertools.chain.from_iterable(rows[name] for name in MATRICES)]
 
-    def _pack(self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array) -> list[int]:
-        """The row of `layout.Matrix` of one matrix, rounded from `origin`, which models of one base share."""
+    def _pack(
+        self, name: str, origin: StoredTensor, weight: StoredTensor, bias: Array, mean: Array | None
+    ) -> list[int]:
+        """The row of `layout.Matrix` of one matrix, rounded from `origin`, which models of one base share.
+
+        The bias takes up what the matrix makes of the `mean` that its input lacks.
+        """
+        if mean is not None:
+            self._add_mean(mean, weight, bias)
         own = self.precision == "int8" and weight is not origin  # rounding depends on what goes into the matrix
-        if name == "qkv":
-            bias = self._fill_heads(bias[rotary_pair_order(self.config)], axis=0)
-        packed_bias = padded_columns(self.isa, bias)
+        order = self._pairs if name == "qkv" else column_order(self.isa, np.arange(weight.shape[1]))
         if name == "out_proj" and self.head_dim != self.config.head_dim:
             # Other rows share a scale then.
             dtype = "F32" if self.precision == "fp32" else weight.dtype
-            weight = StoredTensor(self._fill_heads(weight.astype(np.float32), axis=0)).stored_as(dtype)
+            weight = StoredTensor(self._fill_heads(weight.astype(np.float32))).stored_as(dtype)
+        steps = product_steps(self.isa, weight.shape[0], self.narrow)
 
         def panels() -> Array:
             values = weight.astype(np.float32) if self.precision == "fp32" else weight.raw
-            return pack_panels(self.isa, self._ordered(name, values), self.narrow, self._blocks)
+            return pack_panels(self._code, values, order, steps, self.narrow, self._blocks)
 
         packed = panels() if own else shared(origin, (self.precision, name, self.head_dim), panels)
         scales = None
         if self.precision == "int8":
             assert weight.scale is not None
-            scales = self._keep(pack_scales(self.isa, self._ordered(name, weight.scale), weight.shape[0], self.narrow))
-        return self._matrix(packed, packed_bias, scales, self.narrow)
+            groups = groups_of(steps * (2 if self.narrow else 1))
+            scales = self._keep(pack_panels(self._code, weight.scale, order, groups))
+        return self._matrix(packed, in_order(bias, order), scales, self.narrow)
+
+    def _add_mean(self, mean: Array, weight: StoredTensor, bias: Array) -> None:
+        """bias += mean @ weight"""
+        raw, (inner, columns) = np.ascontiguousarray(weight.raw), weight.shape
+        sizes = raw.itemsize, address(raw), inner, columns
+        self._code.call("add_mean", *sizes, address(mean), address(weight.scale), address(bias))
 
     def _matrix(self, packed: Array, bias: Array, scales: Array | None = None, narrow: bool = False) -> list[int]:
         """A row of `layout.Matrix`."""
         step_bytes = self.isa.columns * packed.itemsize * (2 if narrow else 1)
         return [address(self._keep(packed)), address(self._keep(bias)), address(scales), 0, step_bytes]
 
-    def _ordered(self, name: str, array: Array) -> Array:
-        """Columns as the kernels take them: those of `qkv` in pairs that rotate together, heads filled up."""
-        return self._fill_heads(array.take(rotary_pair_order(self.config), axis=1), axis=1) if name == "qkv" else array
-
-    def _fill_heads(self, array: Array, axis: int) -> Array:
-        """Zeros behind the channels of each head, up to the width that the kernels take."""
+    def _fill_heads(self, array: Array, nothing: int = 0) -> Array:
+        """`nothing` behind the rows of each head, up to the width that the kernels take."""
         missing = self.head_dim - self.config.head_dim
         if missing == 0:
             return array
-        shape = array.shape
-        by_head = array.reshape(*shape[:axis], -1, self.config.head_dim, *shape[axis + 1 :])
-        filled = np.pad(by_head, [(0, missing) if i == axis + 1 else (0, 0) for i in range(by_head.ndim)])
-        return filled.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+        by_head = array.reshape(-1, self.config.head_dim, *array.shape[1:])
+        filled = np.pad(by_head, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=nothing)
+        return filled.reshape(-1, *array.shape[1:])
 
     def _pack_lm_head(self, checkpoint: Checkpoint) -> npt.NDArray[np.int64]:
         def matrix(weight: Array, bias: str) -> list[int]:
-            return self._matrix(pack_panels(self.isa, weight), padded_columns(self.isa, checkpoint.array(bias)))
+            order = column_order(self.isa, np.arange(weight.shape[1]))
+            packed = pack_panels(self._code, weight, order, len(weight))
+            return self._matrix(packed, in_order(checkpoint.array(bias), order))
 
         dense = matrix(checkpoint.array("lm_head.dense.weight"), "lm_head.dense.bias")
         norm = self._norm(checkpoint.array, "lm_head.norm")
@@ -237,8 +263,7 @@ class PackedModel:
             sizes |= bf16_sizes(self.isa, block_rows, length, self.head_dim)
         for name, (size, dtype) in sizes.items():
             if name not in buffers or buffers[name].size < size:
-                buffers[name] = aligned(size, dtype)
-                buffers[name][:] = 0
+                buffers[name] = aligned(size, dtype, zeros=True)
         return table(Room, buffers)
 
     def take_qkv(self, rows: int) -> tuple[Array, Array]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...weights.tensor import GROUP
 from ..base import Array
+from .code import Code
 from .isa import HALF_ROWS, ROWS, STEPS, Isa
-from .layout import Room
+from .layout import Room, address
+
+Order = npt.NDArray[np.int64]
 
 # Keys whose exponentials tile registers hold at a time, as pairs of bf16: a part of the first cache.
 CHUNK_KEYS_ON_TILES = 320
@@ -19,10 +20,10 @@ CHUNK_KEYS_ON_TILES = 320
 SCORE_KEYS = 64
 
 
-def aligned(size: int, dtype: npt.DTypeLike = np.float32) -> Array:
-    """A one-dimensional array that begins on a cache line; contents undefined."""
+def aligned(size: int, dtype: npt.DTypeLike = np.float32, *, zeros: bool = False) -> Array:
+    """A one-dimensional array that begins on a cache line: undefined, or zeros that take no memory until used."""
     dtype = np.dtype(dtype)
-    buffer = np.empty(size * dtype.itemsize + 64, np.uint8)
+    buffer = (np.zeros if zeros else np.empty)(size * dtype.itemsize + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size * dtype.itemsize].view(dtype)
 
@@ -57,11 +58,15 @@ def panels(isa: Isa, columns: int) -> int:
     return -(-columns // isa.columns)
 
 
-def padded_columns(isa: Isa, vector: Array) -> Array:
-    """Zeros appended up to a whole number of tiles: (N,) -> (panels · tile columns,) float32."""
-    out = aligned(panels(isa, len(vector)) * isa.columns)
-    out[: len(vector)] = vector
-    out[len(vector) :] = 0
+def column_order(isa: Isa, columns: npt.NDArray[np.intp]) -> Order:
+    """Columns of a weight as tiles hold them: these, then -1 for nothing up to a whole number of tiles."""
+    return np.append(columns, np.full(-len(columns) % isa.columns, -1)).astype(np.int64)
+
+
+def in_order(vector: Array, order: Order) -> Array:
+    """Numbers as `column_order` has them, 0 for nothing: (N,) -> (panels · tile columns,) float32."""
+    out = aligned(len(order))
+    out[:] = np.where(order < 0, 0, vector[order])
     return out
 
 
@@ -70,37 +75,19 @@ def product_steps(isa: Isa, inner: int, narrow: bool) -> int:
     return -(-inner // (2 * isa.narrow_steps)) * isa.narrow_steps if narrow else inner
 
 
-def pack_panels(isa: Isa, weight: Array, narrow: bool = False, room: Blocks | None = None) -> Array:
-    """Weights in the order in which a tile reads them: (K, N) -> flat (panel, K / group, tile column, group).
+def pack_panels(
+    code: Code, weight: Array, order: Order, steps: int, narrow: bool = False, room: Blocks | None = None
+) -> Array:
+    """Weights in the order in which a tile reads them: (K, N) -> flat (panel, steps, tile column, group).
 
     `group` neighbours in K, two for a product in bf16 (`narrow`) and else one, lie together as one step of the product
-    takes them; K and N are padded with zeros.
+    takes them. Columns are as in `column_order`; zeros fill up the steps.
     """
-    inner, columns = weight.shape
-    group, steps, count = 2 if narrow else 1, product_steps(isa, inner, narrow), panels(isa, columns)
-    if (steps * group, count * isa.columns) != weight.shape:
-        padded: npt.NDArray[Any] = np.zeros((steps * group, count * isa.columns), weight.dtype)
-        padded[:inner, :columns] = weight
-        weight = padded
-    if narrow:
-        pairs = np.empty((steps, count * isa.columns, group), weight.dtype)
-        for i in range(group):
-            pairs[..., i] = weight[i::group]
-        weight = pairs
-    out = (room.aligned if room else aligned)(weight.size, weight.dtype)
-    # What a step takes of a panel lies together: it is moved as one item, up to three times as fast as by numbers.
-    item = np.dtype((np.void, isa.columns * group * weight.itemsize))
-    by_step = np.ascontiguousarray(weight).reshape(steps, -1).view(item)
-    out.view(item).reshape(count, steps)[...] = by_step.T
+    weight, group = np.ascontiguousarray(weight), 2 if narrow else 1
+    out = (room.aligned if room else aligned)(group * steps * len(order), weight.dtype)
+    source = weight.itemsize, address(weight), *weight.shape, address(order)
+    code.call("pack_weights", *source, group, steps, len(order) // code.isa.columns, address(out))
     return out
-
-
-def pack_scales(isa: Isa, scale: Array, inner: int, narrow: bool) -> Array:
-    """Scales of int8 weights, panel by panel: (groups, N) -> flat (panel, groups of all steps, tile column)."""
-    rows = product_steps(isa, inner, narrow) * (2 if narrow else 1)
-    padded = np.zeros((-(-rows // GROUP), panels(isa, scale.shape[1]) * isa.columns), np.float32)
-    padded[: len(scale), : scale.shape[1]] = scale
-    return pack_panels(isa, padded)
 
 
 # -- what attention holds -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numba
 from ...options import PRECISIONS
 from ..compiled.code import Code, needed, symbol
 from ..compiled.isa import portable_cpu
-from . import attention, layer, runner  # noqa: F401  # importing them registers the kernels
+from . import attention, layer, load, runner  # noqa: F401  # importing them registers the kernels
 from .cache import cache_folder, compile_kernel
 from .emitter import ISA
 

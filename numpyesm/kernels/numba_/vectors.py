@@ -10,7 +10,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .emitter import FLOAT, I32, I64, LANES, STRIP_COLUMNS, TILE_BYTES, VECTOR_BYTES, Emitter, intrinsic, on_addresses
+from .emitter import (
+    FLOAT,
+    I32,
+    I64,
+    LANES,
+    STRIP_COLUMNS,
+    TILE_BYTES,
+    TILE_COLUMNS,
+    VECTOR_BYTES,
+    Emitter,
+    intrinsic,
+    on_addresses,
+)
 
 # Lanes of a piece that never crosses from one head to the next: head widths are multiples of eight.
 PIECE = min(LANES, 8)
@@ -129,6 +141,56 @@ def widen_int8(e: Emitter, pairs: Any, source: Any, scales: Any, steps: Any, out
         e.loop(steps, [], step)
 
     e.switch(pairs, [0, 1], case)
+
+
+@on_addresses(6)
+def pack_steps(e: Emitter, item: Any, group: Any, source: Any, row_bytes: Any, steps: Any, out: Any) -> None:
+    """`steps` of k of a panel as a product takes them: `group` rows of numbers of `item` bytes, column by column"""
+
+    def pack(item: int, group: int) -> None:
+        columns = ir.VectorType(ir.IntType(8 * item), TILE_COLUMNS)
+        mask = [i // group + i % group * TILE_COLUMNS for i in range(group * TILE_COLUMNS)]
+
+        def step(i: Any, _: list[Any]) -> list[Any]:
+            row = e.b.add(source, e.b.mul(i, e.b.mul(row_bytes, e.number(group))))
+            rows = [e.load(e.b.add(row, e.b.mul(row_bytes, e.number(j))), columns, align=item) for j in range(group)]
+            packed = e.b.shuffle_vector(rows[0], rows[-1], ir.Constant(ir.VectorType(I32, len(mask)), mask))
+            e.store(packed, e.offset(out, i, item * group * TILE_COLUMNS), align=item)
+            return []
+
+        e.fold(steps, [], step)
+
+    e.switch(group, [1, 2], lambda group: e.switch(item, [1, 2, 4], lambda item: pack(item, group)))
+
+
+@on_addresses(6)
+def add_row(e: Emitter, item: Any, row: Any, scales: Any, factor: Any, count: Any, out: Any) -> None:
+    """out += factor · row of a matrix: `count` numbers of `item` bytes, bf16, or int8 with `scales`"""
+    times, whole = e.load(factor, FLOAT), e.b.udiv(count, e.number(LANES))
+    left = e.b.mul(whole, e.number(LANES))
+
+    def add(item: int) -> None:
+        def some(lanes: int, start: Any, steps: Any) -> None:
+            floats, integers = ir.VectorType(FLOAT, lanes), ir.VectorType(I32, lanes)
+
+            def step(i: Any, _: list[Any]) -> list[Any]:
+                at = e.b.add(start, e.b.mul(i, e.number(lanes)))
+                bits = e.load(e.offset(row, at, item), ir.VectorType(ir.IntType(8 * item), lanes), align=item)
+                if item == 1:
+                    levels = e.b.sitofp(e.b.sext(bits, integers), floats)
+                    value = e.b.fmul(levels, e.load(e.offset(scales, at, 4), floats))
+                else:
+                    value = e.b.bitcast(e.b.shl(e.b.zext(bits, integers), ir.Constant(integers, [16] * lanes)), floats)
+                target = e.offset(out, at, 4)
+                e.store(e.fma(value, e.splat(times, lanes), e.load(target, floats)), target)
+                return []
+
+            e.fold(steps, [], step)
+
+        some(LANES, e.number(0), whole)
+        some(1, left, e.b.sub(count, left))
+
+    e.switch(item, [1, 2], add)
 
 
 # -- columns of a strip of scores (keys × queries): one lane is one query -------------------------------------------

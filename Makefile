@@ -5,16 +5,20 @@ TEST_VENV ?= .venv-test
 BIN = $(VENV)/bin
 TEST_BIN = $(TEST_VENV)/bin
 
-.PHONY: demo test test-minimum lint audit api bench bench-full clean
+.PHONY: demo test trained-weights test-minimum lint audit api bench bench-full clean
 
 demo: $(VENV)/.installed $(VENV)/.kernels
 	$(BIN)/numpyesm demo
 
-# Without a network the tests of trained weights skip. The tests start hundreds of processes: bytecode is kept for them.
-test: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels lint
-	-$(TEST_BIN)/python tests/trained_weights.py
+# The tests start hundreds of processes: bytecode is kept for them.
+test: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels
+	$(MAKE) --jobs 2 lint trained-weights
 	PYTHONDONTWRITEBYTECODE= $(TEST_BIN)/python -m pytest -m "" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(TEST_BIN)/numpyesm demo --output demo-output
+
+# Without a network the tests of trained weights skip.
+trained-weights: $(TEST_VENV)/.installed
+	-$(TEST_BIN)/python tests/trained_weights.py
 
 # The lowest Python and the lowest versions that are declared; tests of what is not installed there skip themselves.
 MINIMUM_PYTHON ?= python3.10
@@ -63,12 +67,13 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # torch first and alone, so that nothing else chooses its version. On Linux, PyPI's build brings gigabytes of CUDA:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test takes the small one.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test takes the small one. What is imported is compiled
+# then: all of it would take 40 s more.
 $(TEST_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_BIN)/python -m pip install --quiet --upgrade pip
-	$(TEST_BIN)/python -m pip install --quiet torch==2.13.0
-	$(TEST_BIN)/python -m pip install --quiet --editable '.[test]'
+	$(TEST_BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(TEST_BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	touch $@
 
 # Compiled kernels from this checkout, for this machine; without a C compiler Numba or NumPy does the work.

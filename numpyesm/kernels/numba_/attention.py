@@ -38,6 +38,7 @@ from .vectors import (
     column_maximum,
     exponentials,
     exponentials_bf16,
+    fetch,
     float32_at,
     float64_at,
     int64_at,
@@ -401,6 +402,12 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         for start in range(0, rows, STRIP_COLUMNS):
             count = min(STRIP_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else STRIP_COLUMNS
+            if head + 1 < heads:
+                # The next head comes nearer meanwhile, a part of it with every strip.
+                part, end = length * start // rows * 4 * head_dim, length * (start + count) // rows * 4 * head_dim
+                fetch(queries + at + head_step + start * 4 * head_dim, count * 4 * head_dim)
+                fetch(keys + part_step + at + head_step + part, end - part)
+                fetch(keys + 2 * part_step + at + head_step + part, end - part)
             _gather_queries(head_queries + start * step, step, count, items, lanes, strip)
             if narrow and _TILES:
                 fill_queries(items, lanes, strip)

@@ -14,7 +14,7 @@ from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
 from .emitter import STRIP_COLUMNS
 from .tiles import context_product, tile_scores
-from .vectors import carray, float32_at, transpose_eight, uint16_at, uint32_at
+from .vectors import carray, float32_at, part_pairs, transpose_eight, uint32_at
 
 _ZERO = np.float32(0)
 _BLOCK_ROW = 2 * ROWS  # bytes of one channel of 32 keys
@@ -49,12 +49,8 @@ def transpose_values(values, length, head_dim, room, out):
         if keys < ROWS:
             by_pair[:, keys:] = np.uint32(0)
         for pair in range(pairs):
-            low = carray(uint16_at(target + 2 * pair * _BLOCK_ROW), (ROWS,))
-            high = carray(uint16_at(target + (2 * pair + 1) * _BLOCK_ROW), (ROWS,))
-            both = carray(uint32_at(room + 4 * pair * ROWS), (ROWS,))
-            for key in range(ROWS):
-                low[key] = np.uint16(both[key])
-                high[key] = np.uint16(both[key] >> np.uint32(16))
+            low, high = target + 2 * pair * _BLOCK_ROW, target + (2 * pair + 1) * _BLOCK_ROW
+            part_pairs(room + 4 * pair * ROWS, low, high)
 
 
 @helper

@@ -17,6 +17,7 @@ from .vectors import (
     PIECE,
     add_biased,
     carray,
+    fetch,
     int64_at,
     load_integer,
     load_number,
@@ -224,6 +225,10 @@ def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + late):
         if i < products:
+            if step == ADD:
+                first, start, height = _place(i, tiles, rows)
+                for row in range(start, start + height):  # what the tile is added to, too short for the CPU to foresee
+                    fetch(out + row * out_step + 4 * first, TILE_BYTES)
             _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
         if i >= late:
             first, start, height = _place(i - late, tiles, rows)

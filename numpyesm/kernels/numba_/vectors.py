@@ -336,6 +336,26 @@ def transpose_eight(e: Emitter, source: Any, source_step: Any, out: Any, out_ste
         e.store(rows[j], e.offset(out, out_step, j))
 
 
+@on_addresses(3)
+def part_pairs(e: Emitter, source: Any, low: Any, high: Any) -> None:
+    """Pairs of a strip's keys, or as many, as their two numbers of two bytes: (32,) -> (32,), (32,)"""
+    pairs = e.load(source, ir.VectorType(I32, 32))
+    half = ir.VectorType(_HALF, 32)
+    e.store(e.b.trunc(pairs, half), low, align=2)
+    e.store(e.b.trunc(e.b.lshr(pairs, ir.Constant(pairs.type, [16] * 32)), half), high, align=2)
+
+
+@on_addresses(2)
+def fetch(e: Emitter, start: Any, size: Any) -> None:
+    """Bring so many bytes into the second cache."""
+
+    def line(i: Any, _: list[Any]) -> list[Any]:
+        e.fetch(e.offset(start, i, 64))
+        return []
+
+    e.fold(e.b.lshr(e.b.add(size, e.number(63)), e.number(6)), [], line)
+
+
 def _array_at(dtype: Any, kind: Any) -> Any:
     """An intrinsic that makes an address a pointer for `numba.carray`."""
 

@@ -152,8 +152,12 @@ class _Task:
     def result(self) -> None:
         """Wait for it, and raise what it raised."""
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback would keep this frame, and so all that the caller has
 
     def end(self) -> None:
         """Cancel it, or wait until it is done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import copy
 import math
+import os
 import pickle
 import sys
 import threading
@@ -28,6 +29,7 @@ from numpyesm.kernels.numpy_steps import gelu
 from numpyesm.memory import Sizes
 from numpyesm.options import Outputs
 from numpyesm.results import count_numbers, fields
+from numpyesm.threads import WorkerPool
 from numpyesm.weights import convert, save_canonical
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
@@ -363,3 +365,31 @@ def test_interrupt_stops_the_workers(model: ESM2, monkeypatch: pytest.MonkeyPatc
     done = len(blocks)
     threading.Event().wait(0.2)
     assert len(blocks) == done < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_workers_outlive_errors_and_forks_and_end_with_their_pool() -> None:
+    others, seen = set(threading.enumerate()), list[int]()
+
+    def fail(index: int) -> None:
+        if index == 0:
+            raise ValueError("the first one")
+
+    pool, give_up = WorkerPool(2), Mock()
+    with pytest.raises(ValueError, match="the first one"):
+        pool.run_together(fail, 2, give_up)
+    give_up.assert_called_once_with()
+    if (child := os.fork()) == 0:
+        pool.run_together(seen.append, 3, give_up)  # by workers of its own
+        os._exit(len(seen))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(4):
+            callers.submit(pool.run, seen.append, range(10))
+    assert sorted(seen) == sorted([*range(10)] * 4)
+    workers = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("numpyesm_")]
+    assert len(workers) == 2
+    del pool
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()

@@ -24,7 +24,6 @@ from numpyesm import ESM2
 from numpyesm.alphabet import TOKENS
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.kernels import make_kernels
-from numpyesm.kernels.compiled.code import Code
 from numpyesm.kernels.compiled.forward import CompiledKernels, cut_blocks
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
 from numpyesm.kernels.compiled.layout import SHORT, address
@@ -72,34 +71,27 @@ def test_lm_head_takes_any_number_of_rows(shape: str) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int8])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (30, 90), (64, 96), (97, 256), (480, 50)])
 def test_weights_are_packed_in_any_order_with_zeros_behind(inner: int, columns: int, dtype: Any, narrow: bool) -> None:
-    code, steps, group = packing_code(), product_steps(ISA, inner, narrow) + 3, 2 if narrow else 1
+    code, steps = make_kernels(random_checkpoint(SHAPES["odd"]), "compiled").code, product_steps(ISA, inner, narrow) + 3
     weight = np.random.default_rng(inner).integers(1, 100, (inner, columns)).astype(dtype)
     for wanted in np.arange(columns), np.arange(columns)[::-1], np.arange(columns) // 2:
         order = column_order(ISA, wanted)
-        whole = np.zeros((steps * group, len(order)), dtype)
+        whole = np.zeros(((1 + narrow) * steps, len(order)), dtype)
         whole[:inner, :columns] = weight[:, wanted]
-        expected = whole.reshape(steps, group, -1, ISA.columns).transpose(2, 0, 3, 1)
+        expected = whole.reshape(steps, 1 + narrow, -1, ISA.columns).transpose(2, 0, 3, 1)
         np.testing.assert_array_equal(pack_panels(code, weight, order, steps, narrow), expected.ravel())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "I8"])
 def test_mean_inputs_go_into_the_bias(dtype: str) -> None:
-    stream = np.random.default_rng(0)
+    code, stream = make_kernels(random_checkpoint(SHAPES["odd"]), "compiled").code, np.random.default_rng(0)
     for columns in (1, 15, 48, 90):
         weight = StoredTensor(stream.standard_normal((90, columns), np.float32)).stored_as(dtype)
         mean, bias = stream.standard_normal(90, np.float32), np.full(columns + 2, 7, np.float32)
         sizes, scales = (weight.raw.itemsize, address(weight.raw), 90, columns), address(weight.scale)
-        packing_code().call("add_mean", *sizes, address(mean), scales, address(bias[1:]))
+        code.call("add_mean", *sizes, address(mean), scales, address(bias[1:]))
         exact = mean.astype(np.float64) @ weight.astype(np.float32).astype(np.float64)
         np.testing.assert_allclose(bias[1:-1], 7 + exact, rtol=0, atol=1e-4)
         assert (bias[[0, -1]] == 7).all()
-
-
-@functools.cache
-def packing_code() -> Code:
-    kernels = make_kernels(random_checkpoint(SHAPES["odd"]), "compiled")
-    assert isinstance(kernels, CompiledKernels)
-    return kernels.code
 
 
 def encode(checkpoint: Checkpoint, precision: str, sequences: list[str], backend: str = "compiled") -> list[Any]:

@@ -95,13 +95,12 @@ class WorkerPool:
         """
         tasks = [_Task(work, index) for index in range(count)]
         queue = self._queue_for(count)
-        if queue is None:
-            for task in tasks:
-                task()
-        else:
-            for task in tasks:
-                queue.put(task)
         try:
+            for task in tasks:
+                if queue is None:
+                    task()
+                else:
+                    queue.put(task)
             for task in tasks:
                 task.result()
         except BaseException:

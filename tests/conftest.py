@@ -220,7 +220,7 @@ def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.M
 
 
 # Files that take a minute or more. With `make test`, no worker should be left with one of these at the end.
-LONGEST = ["kernel_library", "reference", "trained", "bench", "small_memory", "bulk_crash"]
+LONGEST = ["kernel_library", "numba_kernels", "trained", "small_memory", "service_process", "page", "bulk_crash"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -187,6 +187,7 @@ def test_short_sequences_in_bf16(shape: str) -> None:
     assert max(errors) > 1e-3
 
 
+@pytest.mark.skipif("NUMPYESM_ISA" in os.environ and not ISA.bf16, reason="products in float32 agree with the best's")
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_contact_gate_of_low_precision(precision: str) -> None:
     """Within 0.02 with the official regression, whose largest coefficient is 21, on proteins of usual length.

@@ -41,11 +41,12 @@ def symbol(isa: Isa, name: str) -> str:
 def needed(isa: Isa, precision: str) -> tuple[str, ...]:
     """Names of the kernels that a precision needs at a level.
 
-    Queries, keys and values; attention; the rest of a layer; then what all precisions share.
+    Queries, keys and values; attention; the rest of a layer; then what all precisions share, short sequences' attention
+    in float32 among it.
     """
     end = "_bf16" if isa.bf16 and precision != "fp32" else ""
     steps = f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}"
-    return *steps, "run_phases", "lm_head", "pack_weights", "add_mean"
+    return *steps, "attend", "run_phases", "lm_head", "pack_weights", "add_mean"
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class CompiledForward(Forward):
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
             Pass.QKV_STEP: packed.entries[0],
             Pass.ATTEND: packed.entries[1],
+            Pass.ATTEND_SHORT: self._code.addresses["attend"],
             Pass.REST: packed.entries[2],
         }
         if packed.narrow:

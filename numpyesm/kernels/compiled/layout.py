@@ -118,9 +118,10 @@ class Pass(IntEnum):
     MAPS = 15  # (pieces, Maps.ENTRIES) or 0
     QKV_STEP = 16  # addresses of compiled functions
     ATTEND = 17
-    REST = 18
-    SHORT_ROWS = 19  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
-    ENTRIES = 20
+    ATTEND_SHORT = 18
+    REST = 19
+    SHORT_ROWS = 20  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
+    ENTRIES = 21
 
 
 class Maps(IntEnum):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..compiled.isa import HALF_ROWS, ROWS
-from ..compiled.layout import SHORT, Maps, Model, Room
+from ..compiled.layout import Maps, Model, Room
 from ..compiled.panels import chunk_keys
 from .attention_tiles import fill_queries, strip_on_tiles, transpose_values
 from .cache import helper, kernel
@@ -450,8 +450,5 @@ def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
 
 @kernel
 def attend_bf16(model, room, queries, rows, keys, length, all_rows, out, maps):
-    """`attend` with products in bf16, summed in float32, unless the sequence is short."""
-    if length <= SHORT:
-        _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
-    else:
-        _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)
+    """`attend` with products in bf16, summed in float32."""
+    _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)

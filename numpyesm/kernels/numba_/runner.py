@@ -13,7 +13,7 @@ import os
 import numpy as np
 from numba import types
 
-from ..compiled.layout import Layer, Maps, Model, Pass, Room
+from ..compiled.layout import SHORT, Layer, Maps, Model, Pass, Room
 from .cache import helper, kernel
 from .steps import layer_norm, load_norm
 from .vectors import call_kernel, carray, float32_at, int64_at, load_integer, load_shared, pause, take_ticket, uint8_at
@@ -69,9 +69,10 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
         if maps != 0:
             maps += 8 * Maps.ENTRIES * index
             wanted = load_integer(maps, Maps.ONLY) == 0
-        out, attend = context + (start - first_row) * out_step, load_integer(run, Pass.ATTEND)
         queries, count = source + start * row_bytes, stop - start
         keys, length = source + first * row_bytes, last - first
+        attend = load_integer(run, Pass.ATTEND if length > SHORT else Pass.ATTEND_SHORT)
+        out = context + (start - first_row) * out_step
         call_kernel(attend, (model, room, queries, count, keys, length, rows, out, maps))
     return wanted
 

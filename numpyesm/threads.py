@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from operator import length_hint
 from queue import SimpleQueue
 from typing import TypeVar
 from weakref import finalize
@@ -59,12 +60,13 @@ class WorkerPool:
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         finalize(self, self._tasks.put, None).atexit = False
 
-    def run(self, work: Callable[[Item], None], items: Sequence[Item], threads: int | None = None) -> None:
+    def run(self, work: Callable[[Item], None], items: Iterable[Item], threads: int | None = None) -> None:
         """Call `work` on every item, in any order, by at most `threads` workers, and return when all are done.
 
-        The first exception stops the rest and is raised here; so does KeyboardInterrupt in the caller.
+        Items are taken one at a time, so that an iterator may make them as they are needed. The first exception, also
+        of the iterator, stops the rest and is raised here; so does KeyboardInterrupt in the caller.
         """
-        workers = min(self.threads, threads or self.threads, len(items))
+        workers = min(self.threads, threads or self.threads, length_hint(items, self.threads))
         if workers <= 1:
             for item in items:
                 work(item)
@@ -75,11 +77,11 @@ class WorkerPool:
 
         def worker(_: int) -> None:
             while not stop.is_set():
-                with take:
-                    item = next(queue, None)
-                if item is None:
-                    return
                 try:
+                    with take:
+                        item = next(queue, None)
+                    if item is None:
+                        return
                     work(item)
                 except BaseException:
                     stop.set()

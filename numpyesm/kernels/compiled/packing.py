@@ -106,15 +106,13 @@ class PackedModel:
 
     def _pack_layers(self, checkpoint: Checkpoint, pool: WorkerPool) -> npt.NDArray[np.int64]:
         """`layout.Layer` of all layers."""
-        rounded, lock = enumerate(rounded_layers(checkpoint, self.precision)), threading.Lock()
         layers = np.zeros((self.config.num_layers, Layer.ENTRIES), np.int64)
 
-        def pack_next(_: int) -> None:
-            with lock:
-                number, changed = next(rounded)
+        def pack(layer: tuple[int, Mapping[str, StoredTensor]]) -> None:
+            number, changed = layer
             layers[number] = self._pack_layer(checkpoint.tensors, changed, number)
 
-        pool.run(pack_next, range(len(layers)))
+        pool.run(pack, enumerate(rounded_layers(checkpoint, self.precision)))
         return layers
 
     def _pack_layer(

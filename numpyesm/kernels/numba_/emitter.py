@@ -203,7 +203,9 @@ class Emitter:
 
     def widen(self, bits: Any) -> Any:
         """bf16, as the bits that memory holds, as float32."""
-        return self.b.bitcast(self.b.shl(self.b.zext(bits, self.integers), self.whole(16)), self.vector)
+        integers = ir.VectorType(I32, bits.type.count)
+        wide = self.b.shl(self.b.zext(bits, integers), ir.Constant(integers, [16] * bits.type.count))
+        return self.b.bitcast(wide, ir.VectorType(FLOAT, bits.type.count))
 
     def split(self, x: Any) -> tuple[Any, Any]:
         """float32 as the sum of two numbers in bf16, good to 16 bits."""

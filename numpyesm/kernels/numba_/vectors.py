@@ -171,16 +171,16 @@ def add_row(e: Emitter, item: Any, row: Any, scales: Any, factor: Any, count: An
 
     def add(item: int) -> None:
         def some(lanes: int, start: Any, steps: Any) -> None:
-            floats, integers = ir.VectorType(FLOAT, lanes), ir.VectorType(I32, lanes)
+            floats = ir.VectorType(FLOAT, lanes)
 
             def step(i: Any, _: list[Any]) -> list[Any]:
                 at = e.b.add(start, e.b.mul(i, e.number(lanes)))
                 bits = e.load(e.offset(row, at, item), ir.VectorType(ir.IntType(8 * item), lanes), align=item)
                 if item == 1:
-                    levels = e.b.sitofp(e.b.sext(bits, integers), floats)
+                    levels = e.b.sitofp(e.b.sext(bits, ir.VectorType(I32, lanes)), floats)
                     value = e.b.fmul(levels, e.load(e.offset(scales, at, 4), floats))
                 else:
-                    value = e.b.bitcast(e.b.shl(e.b.zext(bits, integers), ir.Constant(integers, [16] * lanes)), floats)
+                    value = e.widen(bits)
                 target = e.offset(out, at, 4)
                 e.store(e.fma(value, e.splat(times, lanes), e.load(target, floats)), target)
                 return []

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workloads", type=_words, help=f"of {', '.join(workloads.FULL)}, or any NxL and varlenN")
     p.add_argument("--only", type=_words, help=f"of {', '.join(PARTS)}")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(%(default)s)")
-    p.add_argument("--repeats", type=int, help="timed runs of a cell at most")
+    p.add_argument("--repeats", type=int, help="turns of an engine at a workload; short runs come five in a turn")
     p.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS}; for --full, one of this version)")
     p.add_argument("--model", default="esm2-35m", help="a preset of numpyesm (%(default)s)")
     return p

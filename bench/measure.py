@@ -15,8 +15,8 @@ from .client import EngineFailed, Worker
 
 # Thread pools of the engine that ran last spin for some milliseconds before they sleep.
 SETTLE_SECONDS = 0.1
-# A shorter run follows one that is not timed, in each turn: the caches hold what another engine left there.
-REWARM_SECONDS = 0.5
+# In each turn, several shorter runs follow one that is not timed: the caches hold what another engine left there.
+SHORT_SECONDS, SHORT_RUNS = 0.5, 5
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Limits:
     that is the limit.
     """
 
-    repeats: int  # timed runs at most
+    repeats: int  # turns with timed runs at most
     cell_seconds: float  # a cell gets no more runs once they have taken this long
     warm_up_seconds: float
     skip_seconds: float
@@ -43,8 +43,7 @@ class Cell:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        summary = {"median": median(self.seconds), "best": min(self.seconds)} if self.seconds else {}
-        return asdict(self) | summary
+        return asdict(self) | ({"median": median(self.seconds), "best": min(self.seconds)} if self.seconds else {})
 
 
 class Rounds:
@@ -98,9 +97,10 @@ class Rounds:
                 cell.seconds.clear()
                 self._time(lane, workload)
             return
-        if cell.seconds[0] < REWARM_SECONDS:
+        if short := cell.seconds[0] < SHORT_SECONDS:
             self._ask(name, do="run", name=workload, outputs=outputs)
-        self._time(lane, workload)
+        for _ in range(SHORT_RUNS if short else 1):
+            self._time(lane, workload)
 
     def _expected_seconds(self, lane: tuple[str, str], workload: str) -> float:
         """Estimate from the lowest rate so far of workloads with many sequences; 0 if there is none yet."""

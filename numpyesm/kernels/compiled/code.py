@@ -26,6 +26,8 @@ ARGUMENTS = {
     "attend_bf16": 9,
     "project_qkv": 9,
     "project_qkv_bf16": 9,
+    "linear": 16,
+    "linear_bf16": 16,
     "project_and_feed_forward": 7,
     "project_and_feed_forward_bf16": 7,
     "pack_weights": 9,
@@ -41,12 +43,12 @@ def symbol(isa: Isa, name: str) -> str:
 def needed(isa: Isa, precision: str) -> tuple[str, ...]:
     """Names of the kernels that a precision needs at a level.
 
-    Queries, keys and values; attention; the rest of a layer; then what all precisions share, short sequences' attention
-    in float32 among it.
+    Queries, keys and values; attention; the rest of a layer; its products; then what all precisions share, the LM
+    head's products and short sequences' attention in float32 among it.
     """
     end = "_bf16" if isa.bf16 and precision != "fp32" else ""
-    steps = f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}"
-    return *steps, "attend", "run_phases", "lm_head", "pack_weights", "add_mean"
+    steps = f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}", f"linear{end}"
+    return *steps, "attend", "linear", "run_phases", "lm_head", "pack_weights", "add_mean"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Model(IntEnum):
     ROTARY = 6  # (positions, 4 · HEAD_DIM): cosine and (-sine, sine) for keys, then both scaled for queries
     EMBEDDING = 7  # (33, D)
     FINAL_NORM = 8
-    ENTRIES = 10
+    LINEAR = 10  # address of a compiled function
+    ENTRIES = 11
 
 
 class Layer(IntEnum):
@@ -53,6 +54,7 @@ class LmHead(IntEnum):
     DENSE = 0
     NORM = 5
     VOCABULARY = 7
+    LINEAR = 12
 
 
 class Norm(IntEnum):

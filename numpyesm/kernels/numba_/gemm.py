@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ...weights.tensor import GROUP
 from ..compiled.layout import Matrix, Room
-from .cache import helper
-from .emitter import ISA, LANES, TILE_BYTES, TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, multiply_bf16, multiply_fp32
+from .cache import helper, kernel
+from .emitter import ISA, TILE_BYTES, TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, multiply_bf16, multiply_fp32
 from .steps import any_short, clear_bf16, steps_of
 from .tiles import configure_tiles, multiply_tiles, release_tiles, store_tiles
 from .vectors import (
@@ -33,8 +33,7 @@ from .vectors import (
 )
 
 # What becomes of a finished tile.
-STORE, GELU, ADD, GELU_BF16 = 0, 1, 2, 3
-_VECTORS = TILE_COLUMNS // LANES
+STORE, GELU, ADD = 0, 1, 2
 # Terms that float32 sums in one chain at most: in shorter ones additions round less, and each costs a pass over the
 # tile. Measured: half as many terms, three quarters of the error, 0.5 % of the time.
 _CHAIN = 240
@@ -57,44 +56,47 @@ def low_part(narrow, short, rows, most, step):
 
 
 @helper
-def _finish(step, height, width, tile, bias, centre, out, out_step, low, short):
-    """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it.
-
-    GELU_BF16 also takes off `centre`; `low` and `short` are those of `layer_norm`.
-    """
+def _finish(step, height, width, tile, bias, out, out_step):
+    """Add the bias to a tile and store it, put it through GELU, or add it to what is there; `width` columns of it."""
     for row in range(height):
         source, target = tile + row * TILE_BYTES, out + row * out_step
-        split = False
-        if step == GELU_BF16 and low != 0:
+        # Whole tiles go where they belong, others through their own memory.
+        to = target if width == TILE_COLUMNS else source
+        if step == ADD and width == TILE_COLUMNS:
+            for at in range(0, TILE_BYTES, VECTOR_BYTES):
+                add_biased(source + at, bias + at, to + at)
+        elif step == GELU:
+            for at in range(0, TILE_BYTES, VECTOR_BYTES):
+                store_gelu(source + at, bias + at, to + at)
+        else:
+            for at in range(0, TILE_BYTES, VECTOR_BYTES):
+                store_biased(source + at, bias + at, to + at)
+        if width < TILE_COLUMNS:
+            for column in range(0, 4 * width, 4):
+                value = load_number(source + column)
+                if step == ADD:
+                    value += load_number(target + column)
+                store_number(value, target + column)
+
+
+@helper
+def _finish_hidden(height, tile, bias, centre, out, out_step, low, short):
+    """Add the bias to a tile, put it through GELU, take off `centre` and store it in bf16: there is room for all.
+
+    `low` and `short` are those of `layer_norm`.
+    """
+    for row in range(height):
+        source, target, split = tile + row * TILE_BYTES, out + row * out_step, False
+        if low != 0:
             split = any_short(short, row, row + 1)
             if not split:
                 clear_bf16(target + low, TILE_COLUMNS)
-        if width == TILE_COLUMNS or step == GELU_BF16:  # which has room for whole tiles
-            for vector in range(_VECTORS):
-                at = vector * VECTOR_BYTES
-                if step == GELU:
-                    store_gelu(source + at, bias + at, target + at)
-                elif split:
-                    here = target + at // 2
-                    store_gelu_split(source + at, bias + at, centre + at, here, here + low)
-                elif step == GELU_BF16:
-                    store_gelu_bf16(source + at, bias + at, centre + at, target + at // 2)
-                elif step == ADD:
-                    add_biased(source + at, bias + at, target + at)
-                else:
-                    store_biased(source + at, bias + at, target + at)
-            continue
-        for vector in range(_VECTORS):
-            at = vector * VECTOR_BYTES
-            if step == GELU:
-                store_gelu(source + at, bias + at, source + at)
+        for at in range(0, TILE_BYTES, VECTOR_BYTES):
+            here = target + at // 2
+            if split:
+                store_gelu_split(source + at, bias + at, centre + at, here, here + low)
             else:
-                store_biased(source + at, bias + at, source + at)
-        for column in range(width):
-            value = load_number(source + 4 * column)
-            if step == ADD:
-                value += load_number(target + 4 * column)
-            store_number(value, target + 4 * column)
+                store_gelu_bf16(source + at, bias + at, centre + at, here)
 
 
 @helper
@@ -207,21 +209,15 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
 
 
 @helper
-def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
-    """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
-
-    Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
-    begin at whole tiles and groups. The bias goes with row 0. `narrow` multiplies bf16, else float32.
-
-    `left` is x, its step, R, and what `layer_norm` calls `low` and `short`; `out_low` is the next product's `low`.
-    """
+def _linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
+    """See `linear`."""
     _, _, rows, _, short = left
     tiles, half, late = _begin(narrow, rows)
     tile = load_integer(room, Room.TILE)
     bias, centre = load_integer(matrix, Matrix.BIAS) + 4 * column, load_integer(matrix, Matrix.CENTRE) + 4 * column
     if k > 0:
         bias = load_integer(room, Room.ZEROS)
-    number = 2 if step == GELU_BF16 else 4
+    number = 2 if narrow and step == GELU else 4
     products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
     for i in range(products + late):
         if i < products:
@@ -234,11 +230,40 @@ def linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out
             first, start, height = _place(i - late, tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
             here = bias if k > 0 else bias + 4 * first
-            _finish(step, height, width, tile, here, centre + 4 * first, target, out_step, out_low, short + 8 * start)
+            if narrow and step == GELU:
+                at, below = centre + 4 * first, short + 8 * start
+                _finish_hidden(height, tile, here, at, target, out_step, out_low, below)
+            else:
+                _finish(step, height, width, tile, here, target, out_step)
         if narrow and _TILES:
             store_tiles(half, tile, TILE_BYTES)
     if narrow and _TILES:
         release_tiles()
+
+
+@kernel
+def linear(
+    step, x, x_step, rows, low, short, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
+):
+    """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
+
+    Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
+    begin at whole tiles and groups. The bias goes with row 0. `low` and `short` are what `layer_norm` calls so;
+    `out_low` is the next product's `low`.
+
+    It is called by its address: compiled into its callers, it would take most of the time that they need to compile.
+    """
+    left = x, x_step, rows, low, short
+    _linear(False, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room)
+
+
+@kernel
+def linear_bf16(
+    step, x, x_step, rows, low, short, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
+):
+    """`linear` with products in bf16."""
+    left = x, x_step, rows, low, short
+    _linear(True, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room)
 
 
 @helper

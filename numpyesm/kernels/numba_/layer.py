@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from ..compiled.layout import Layer, LmHead, Model, Room
 from .cache import helper, kernel
-from .gemm import ADD, GELU, GELU_BF16, STORE, linear, linear_heads, low_part
+from .gemm import ADD, GELU, STORE, linear_heads, low_part
 from .steps import layer_norm, load_norm, narrow_rows, row_bytes
-from .vectors import load_integer
+from .vectors import call_kernel, load_integer
 
 
 @helper
@@ -48,7 +48,7 @@ def _project_and_feed_forward(narrow, model, layer, room, context, x, rows, shor
     most = load_integer(model, Model.GROUP_ROWS)
     step, left_step, inner_step = 4 * width, row_bytes(narrow, width), row_bytes(narrow, inner)
     hidden_step = (2 if narrow else 4) * at_a_time
-    gelu = GELU_BF16 if narrow else GELU
+    linear = load_integer(model, Model.LINEAR)
     out_proj, fc1, fc2 = layer + 8 * Layer.OUT_PROJ, layer + 8 * Layer.FC1, layer + 8 * Layer.FC2
     groups = (rows + most - 1) // most
     for group in range(groups):
@@ -60,15 +60,15 @@ def _project_and_feed_forward(narrow, model, layer, room, context, x, rows, shor
             narrow_rows(attended, count, inner, left, inner_step, low, here)
             attended = left
         lines = attended, inner_step, count, low, here
-        linear(narrow, ADD, lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room)
+        call_kernel(linear, (ADD, *lines, out_proj, inner, 0, inner, 0, width, y, step, 0, room))
         lines = _normalised(narrow, y, count, width, norm, left, left_step, most, here)
         low = low_part(narrow, here, count, most, hidden_step)
         hidden_lines = hidden, hidden_step, count, low, here
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
         for first in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - first)
-            linear(narrow, gelu, lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room)
-            linear(narrow, ADD, hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room)
+            call_kernel(linear, (GELU, *lines, fc1, width, 0, width, first, part, hidden, hidden_step, low, room))
+            call_kernel(linear, (ADD, *hidden_lines, fc2, ffn, first, part, 0, width, y, step, 0, room))
 
 
 @kernel
@@ -110,7 +110,8 @@ def lm_head(head, room, x, rows, width, columns, hidden, out):
     """
     step, norm = 4 * width, load_norm(head + 8 * LmHead.NORM)
     dense, vocabulary = head + 8 * LmHead.DENSE, head + 8 * LmHead.VOCABULARY
-    linear(False, GELU, (x, step, rows, 0, 0), dense, width, 0, width, 0, width, hidden, step, 0, room)
+    linear = load_integer(head, LmHead.LINEAR)
+    call_kernel(linear, (GELU, x, step, rows, 0, 0, dense, width, 0, width, 0, width, hidden, step, 0, room))
     layer_norm(False, hidden, rows, width, norm, hidden, step, 0, 0)
     lines = hidden, step, rows, 0, 0
-    linear(False, STORE, lines, vocabulary, width, 0, width, 0, columns, out, 4 * columns, 0, room)
+    call_kernel(linear, (STORE, *lines, vocabulary, width, 0, width, 0, columns, out, 4 * columns, 0, room))

@@ -340,6 +340,7 @@ def test_threads_that_cannot_be_started(backend: str, startable: int, monkeypatc
         patched.setattr(threading.Thread, "start", start_or_refuse)
         limited = small_model(backend=backend, threads=3)  # whose weights are packed by threads, too
         assert_same(limited.encode(sequences, [-1], ALL), expected, within)
+        assert_same(limited.encode(sequences[1:2], [-1], ALL), expected[1:2], within)
     assert len(started) == startable
     # Calls that were queued for threads that never came do not run later, on memory that is no longer theirs.
     for _ in range(3):

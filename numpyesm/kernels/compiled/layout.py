@@ -37,24 +37,36 @@ class Model(IntEnum):
 
 
 class Layer(IntEnum):
-    """Weights of one layer; a `Norm` takes two entries, a `Matrix` five."""
+    """Weights of one layer; a `Norm` takes two entries, a `Matrix` six."""
 
     ATTENTION_NORM = 0
     FFN_NORM = 2
     QKV = 4
-    OUT_PROJ = 9
-    FC1 = 14
-    FC2 = 19
-    ENTRIES = 24
+    OUT_PROJ = 10
+    FC1 = 16
+    FC2 = 22
+    ENTRIES = 28
+
+
+class Steps(IntEnum):
+    """What follows for a row in one phase of a pass, as bits of a number; they are steps 0 to 4."""
+
+    ATTEND = 1  # in phase 0, the embedding
+    OUT_PROJ = 2
+    FC1 = 4
+    FC2 = 8
+    QKV = 16  # after the last layer, the final LayerNorm
+    ALL = 31
+    COUNT = 5
 
 
 class LmHead(IntEnum):
     """Weights of the LM head."""
 
     DENSE = 0
-    NORM = 5
-    VOCABULARY = 7
-    LINEAR = 12
+    NORM = 6
+    VOCABULARY = 8
+    LINEAR = 14
 
 
 class Norm(IntEnum):
@@ -71,7 +83,8 @@ class Matrix(IntEnum):
     BIAS = 1
     SCALES = 2  # of int8, (panel, group of rows, tile column); else 0
     CENTRE = 3  # of fc1: what the hidden channels lose before they are rounded to bf16
-    STEP_BYTES = 4  # of a panel, for each step of k: fewer than the product takes if it must be widened
+    INNER = 4  # rows
+    STEP_BYTES = 5  # of a panel, for each step of k: fewer than the product takes if it must be widened
 
 
 class Room(IntEnum):
@@ -113,7 +126,7 @@ class Pass(IntEnum):
     QKV = 8  # two buffers that take turns: layer n reads the one of n's parity
     QKV_ODD = 9
     LAYERS = 10  # (layers, Layer.ENTRIES)
-    COUNTERS = 11  # (phases, 16): the first of eight are blocks taken, the first of the other eight blocks done
+    COUNTERS = 11  # (phases, Steps.COUNT, 16): the first of eight are parts taken, the first of the other eight done
     STOP = 12  # of a number; not zero: give up
     LAST = 13  # layers to run in all: the last one projects no query, key and value
     NORM_AFTER = 14  # the layer whose rows go through the final LayerNorm
@@ -123,7 +136,10 @@ class Pass(IntEnum):
     ATTEND_SHORT = 18
     REST = 19
     SHORT_ROWS = 20  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
-    ENTRIES = 21
+    SHARES = 21  # parts of a product that threads take; 0: they take blocks of rows, through all steps
+    CONTEXT = 22  # (ROWS, all heads); this and what follows for shares only
+    HIDDEN = 23  # (ROWS, hidden channels), in bf16 as Room.HIDDEN
+    ENTRIES = 24
 
 
 class Maps(IntEnum):

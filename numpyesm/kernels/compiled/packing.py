@@ -77,7 +77,7 @@ class PackedModel:
         self._kept: list[Array] = []  # every array that a table points at
         self._blocks = Blocks()
         self._rooms = threading.local()
-        self._qkv: list[tuple[Array, Array]] = []
+        self._buffers: list[list[Array]] = []
         self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
         self._rotary_lock = threading.Lock()
@@ -87,7 +87,8 @@ class PackedModel:
         self.group_rows = _GROUP_ROWS_ON_TILES if on_tiles else max(self.isa.narrow_rows, most)
         self.block_rows = _BLOCK_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
-        self.ffn_columns = min(at_a_time, panels(self.isa, config.ffn_dim) * self.isa.columns)
+        self.hidden_columns = panels(self.isa, config.ffn_dim) * self.isa.columns
+        self.ffn_columns = min(at_a_time, self.hidden_columns)
         self._final_norm = self._norm(checkpoint.array, "final_norm") if config.whole_layers is None else [0, 0]
         self._pairs = column_order(self.isa, self._fill_heads(rotary_pair_order(config), -1))
         self.layers = self._pack_layers(checkpoint, pool)
@@ -169,7 +170,7 @@ class PackedModel:
             assert weight.scale is not None
             groups = groups_of(steps * (2 if self.narrow else 1))
             scales = self._keep(pack_panels(self._code, weight.scale, order, groups))
-        return self._matrix(packed, in_order(bias, order), scales, self.narrow)
+        return self._matrix(weight.shape[0], packed, in_order(bias, order), scales, self.narrow)
 
     def _add_mean(self, mean: Array, weight: StoredTensor, bias: Array) -> None:
         """bias += mean @ weight"""
@@ -177,10 +178,12 @@ class PackedModel:
         sizes = raw.itemsize, address(raw), inner, columns
         self._code.call("add_mean", *sizes, address(mean), address(weight.scale), address(bias))
 
-    def _matrix(self, packed: Array, bias: Array, scales: Array | None = None, narrow: bool = False) -> list[int]:
+    def _matrix(
+        self, inner: int, packed: Array, bias: Array, scales: Array | None = None, narrow: bool = False
+    ) -> list[int]:
         """A row of `layout.Matrix`."""
         step_bytes = self.isa.columns * packed.itemsize * (2 if narrow else 1)
-        return [address(self._keep(packed)), address(self._keep(bias)), address(scales), 0, step_bytes]
+        return [address(self._keep(packed)), address(self._keep(bias)), address(scales), 0, inner, step_bytes]
 
     def _fill_heads(self, array: Array, nothing: int = 0) -> Array:
         """`nothing` behind the rows of each head, up to the width that the kernels take."""
@@ -195,7 +198,7 @@ class PackedModel:
         def matrix(weight: Array, bias: str) -> list[int]:
             order = column_order(self.isa, np.arange(weight.shape[1]))
             packed = pack_panels(self._code, weight, order, len(weight))
-            return self._matrix(packed, in_order(checkpoint.array(bias), order))
+            return self._matrix(len(weight), packed, in_order(checkpoint.array(bias), order))
 
         dense = matrix(checkpoint.array("lm_head.dense.weight"), "lm_head.dense.bias")
         norm = self._norm(checkpoint.array, "lm_head.norm")
@@ -267,16 +270,23 @@ class PackedModel:
                 buffers[name] = aligned(size, dtype, zeros=True)
         return table(Room, buffers)
 
-    def take_qkv(self, rows: int) -> tuple[Array, Array]:
-        """Two buffers for queries, keys and values of one pass: those of an earlier one, if they are large enough."""
-        size = 3 * rows * self.config.num_heads * self.head_dim
-        with suppress(IndexError):
-            kept = self._qkv.pop()  # atomic: no two passes get the same
-            if kept[0].size >= size:
-                return kept
-            del kept  # before the larger ones are made
-        return aligned(size), aligned(size)
+    def take_buffers(self, rows: int, shares: int) -> list[Array]:
+        """Buffers of one pass: those of an earlier one, if they are large enough.
 
-    def keep_qkv(self, buffers: tuple[Array, Array]) -> None:
+        Two for queries, keys and values; with `shares`, one for attention's result and one for hidden channels.
+        """
+        inner = self.config.num_heads * self.head_dim
+        sizes = [3 * rows * inner] * 2
+        if shares:
+            sizes += [rows * inner, (self.group_rows + self.isa.narrow_rows) * self.hidden_columns]
+        kept: list[Array] = []
+        with suppress(IndexError):
+            kept = self._buffers.pop()  # atomic: no two passes get the same
+        if len(kept) < len(sizes) or any(array.size < size for array, size in zip(kept, sizes, strict=False)):
+            kept.clear()  # before the larger ones are made
+            kept += map(aligned, sizes)
+        return kept
+
+    def keep_buffers(self, buffers: list[Array]) -> None:
         """Keep the buffers of the pass that has ended last, whichever thread it was of."""
-        self._qkv[:] = [buffers]
+        self._buffers[:] = [buffers]

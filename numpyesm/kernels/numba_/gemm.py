@@ -143,6 +143,13 @@ def _begin(narrow, rows):
 
 
 @helper
+def _share(tiles, share):
+    """The first tile of a share, number and count of equal ones, and the one behind its last."""
+    number, count = share
+    return tiles * number // count, tiles * (number + 1) // count
+
+
+@helper
 def _place(i, tiles, rows):
     """Tile i of a product: -> its first column, its first row, its height.
 
@@ -168,13 +175,16 @@ def _widen(narrow, panel, step_bytes, scales, steps, out):
 
 
 @helper
-def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room):
-    """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory."""
+def _multiply(narrow, i, begin, tiles, half, left, matrix, k, inner, column, room):
+    """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory.
+
+    Tiles are taken in order, from `begin` on.
+    """
     x, x_step, rows, low, short = left
     first, start, height = _place(i, tiles, rows)
     first += column
     per_step, step_bytes = 2 if narrow else 1, load_integer(matrix, Matrix.STEP_BYTES)
-    steps, all_steps = steps_of(inner, narrow), steps_of(all_inner, narrow)
+    steps, all_steps = steps_of(inner, narrow), steps_of(load_integer(matrix, Matrix.INNER), narrow)
     panel = load_integer(matrix, Matrix.WEIGHT) + (first // TILE_COLUMNS * all_steps + k // per_step) * step_bytes
     here, tile = x + start * x_step, load_integer(room, Room.TILE)
     # The next panel comes nearer while this one is multiplied, a part of it by every tile.
@@ -182,7 +192,7 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
     ahead = panel + all_steps * step_bytes + (i % tiles) * steps * ahead_step
     if step_bytes != TILE_BYTES:
         wide, scales = load_integer(room, Room.WIDE), load_integer(matrix, Matrix.SCALES)
-        if start == 0:
+        if start == 0 or i == begin:
             if scales != 0:
                 groups = (all_steps * per_step + GROUP - 1) // GROUP
                 scales += (first // TILE_COLUMNS * groups + k // GROUP) * TILE_BYTES
@@ -209,7 +219,7 @@ def _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column,
 
 
 @helper
-def _linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room):
+def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, share):
     """See `linear`."""
     _, _, rows, _, short = left
     tiles, half, late = _begin(narrow, rows)
@@ -218,15 +228,15 @@ def _linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, ou
     if k > 0:
         bias = load_integer(room, Room.ZEROS)
     number = 2 if narrow and step == GELU else 4
-    products = tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + late):
-        if i < products:
+    begin, end = _share(tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS), share)
+    for i in range(begin, end + late):
+        if i < end:
             if step == ADD:
                 first, start, height = _place(i, tiles, rows)
                 for row in range(start, start + height):  # what the tile is added to, too short for the CPU to foresee
                     fetch(out + row * out_step + 4 * first, TILE_BYTES)
-            _multiply(narrow, i, tiles, half, left, matrix, all_inner, k, inner, column, room)
-        if i >= late:
+            _multiply(narrow, i, begin, tiles, half, left, matrix, k, inner, column, room)
+        if i >= begin + late:
             first, start, height = _place(i - late, tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
             here = bias if k > 0 else bias + 4 * first
@@ -243,40 +253,40 @@ def _linear(narrow, step, left, matrix, all_inner, k, inner, column, columns, ou
 
 @kernel
 def linear(
-    step, x, x_step, rows, low, short, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
+    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares
 ):
     """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
-    Of a `matrix` (see layout.py) with `all_inner` rows, `inner` from row k on and `columns` from `column` on; both
-    begin at whole tiles and groups. The bias goes with row 0. `low` and `short` are what `layer_norm` calls so;
-    `out_low` is the next product's `low`.
+    Of a `matrix` (see layout.py), `inner` rows from row k on and `columns` from `column` on; both begin at whole tiles
+    and groups. The bias goes with row 0. `low` and `short` are what `layer_norm` calls so; `out_low` is the next
+    product's `low`. Of its tiles, share number `share` of `shares` is computed.
 
     It is called by its address: compiled into its callers, it would take most of the time that they need to compile.
     """
     left = x, x_step, rows, low, short
-    _linear(False, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room)
+    _linear(False, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, (share, shares))
 
 
 @kernel
 def linear_bf16(
-    step, x, x_step, rows, low, short, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room
+    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares
 ):
     """`linear` with products in bf16."""
     left = x, x_step, rows, low, short
-    _linear(True, step, left, matrix, all_inner, k, inner, column, columns, out, out_step, out_low, room)
+    _linear(True, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, (share, shares))
 
 
 @helper
-def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room):
+def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room, share):
     """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
     rows = left[2]
     tiles, half, late = _begin(narrow, rows)
     tile, bias = load_integer(room, Room.TILE), load_integer(matrix, Matrix.BIAS)
-    products = tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS)
-    for i in range(products + late):
-        if i < products:
-            _multiply(narrow, i, tiles, half, left, matrix, inner, 0, inner, 0, room)
-        if i >= late:
+    begin, end = _share(tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS), share)
+    for i in range(begin, end + late):
+        if i < end:
+            _multiply(narrow, i, begin, tiles, half, left, matrix, 0, inner, 0, room)
+        if i >= begin + late:
             first, start, height = _place(i - late, tiles, rows)
             at, to = bias + 4 * first, out + start * head_dim * 4
             _finish_heads(height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)

@@ -4,6 +4,9 @@ For each block of rows a thread does the attention of layer n, the output projec
 query, key and value of layer n + 1, while the rows are in its cache. Attention reads keys and values of the whole
 sequence, so no thread begins a layer before all blocks of the one before are done; query/key/value have two buffers
 that take turns. A thread takes whichever block is next: one that wakes up late, or never, holds nobody up.
+
+Where each thread would have few rows, threads take shares of every product instead, and go from step to step together:
+a weight is then read once, not once a thread.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import numpy as np
 from numba import types
 
-from ..compiled.layout import SHORT, Layer, Maps, Model, Pass, Room
+from ..compiled.layout import SHORT, Layer, Maps, Model, Pass, Room, Steps
 from .cache import helper, kernel
 from .steps import layer_norm, load_norm
 from .vectors import call_kernel, carray, float32_at, int64_at, load_integer, load_shared, pause, take_ticket, uint8_at
@@ -55,12 +58,11 @@ def _embed(run, model, first, last, width):
 
 
 @helper
-def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
-    """Attention of one block's pieces into `Room.CONTEXT`; whether anything but maps is wanted."""
+def _attend_pieces(run, model, room, source, first_row, pieces, last_piece, context):
+    """Attention of one block's pieces into `context`; whether anything but maps is wanted."""
     rows, head_dim = load_integer(run, Pass.ROWS), load_integer(model, Model.HEAD_DIM)
     row_bytes = 4 * head_dim
     out_step = load_integer(model, Model.HEADS) * row_bytes
-    context = load_integer(room, Room.CONTEXT)
     wanted = True
     for index in range(pieces, last_piece):
         piece = carray(int64_at(load_integer(run, Pass.PIECE_TABLE) + 32 * index), (4,))
@@ -78,38 +80,52 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece):
 
 
 @helper
-def _project(run, model, room, layer, first, last):
-    """Query, key and value of `layer` for one block."""
+def _project(run, model, room, layer, first, last, share, shares):
+    """Query, key and value of `layer` for some rows, or a share of them."""
     out = load_integer(run, Pass.QKV if layer % 2 == 0 else Pass.QKV_ODD)
     step, weights = load_integer(run, Pass.QKV_STEP), load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES
     x, count = load_integer(run, Pass.X) + 4 * first * load_integer(model, Model.WIDTH), last - first
     positions, short = load_integer(run, Pass.POSITIONS) + 8 * first, load_integer(run, Pass.SHORT_ROWS) + 8 * first
     rows, out = load_integer(run, Pass.ROWS), out + 4 * first * load_integer(model, Model.HEAD_DIM)
-    call_kernel(step, (model, weights, room, x, count, positions, short, rows, out))
+    call_kernel(step, (model, weights, room, x, count, positions, short, rows, out, share, shares))
 
 
 @helper
-def _run_block(run, model, room, phase, block):
-    """Phase 0 is the embedding, phase n layer n - 1; both with query, key and value of layer n."""
-    width = load_integer(model, Model.WIDTH)
-    span = carray(int64_at(load_integer(run, Pass.BLOCK_TABLE) + 32 * block), (4,))
-    first, last = span[0], span[1]
-    if phase == 0:
-        _embed(run, model, first, last, width)
-    else:
-        layer = phase - 1
-        source = load_integer(run, Pass.QKV if layer % 2 == 0 else Pass.QKV_ODD)
-        if not _attend_pieces(run, model, room, source, first, span[2], span[3]):
-            return
-        x = load_integer(run, Pass.X) + 4 * first * width
+def _run_part(run, model, room, phase, steps, part, shares):
+    """Some steps of a phase for block `part` or, if there are `shares`, that share of the products of all rows.
+
+    Phase 0 is the embedding, phase n layer n - 1; both with query, key and value of layer n.
+    """
+    width, layer = load_integer(model, Model.WIDTH), phase - 1
+    row_bytes = 4 * load_integer(model, Model.HEADS) * load_integer(model, Model.HEAD_DIM)
+    first, last, share = 0, load_integer(run, Pass.ROWS), part
+    context, hidden = load_integer(run, Pass.CONTEXT), load_integer(run, Pass.HIDDEN)
+    if steps & Steps.ATTEND:
+        span = carray(int64_at(load_integer(run, Pass.BLOCK_TABLE) + 32 * part), (4,))
+        first, last = span[0], span[1]
+        context = load_integer(room, Room.CONTEXT) if shares == 0 else context + first * row_bytes
+        if phase == 0:
+            _embed(run, model, first, last, width)
+        else:
+            source = load_integer(run, Pass.QKV if layer % 2 == 0 else Pass.QKV_ODD)
+            if not _attend_pieces(run, model, room, source, first, span[2], span[3], context):
+                return
+    if shares == 0:
+        hidden, share, shares = 0, 0, 1
+    x = load_integer(run, Pass.X) + 4 * first * width
+    if phase > 0 and steps & (Steps.OUT_PROJ + Steps.FC1 + Steps.FC2):
         weights = load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES
-        context, short = load_integer(room, Room.CONTEXT), load_integer(run, Pass.SHORT_ROWS) + 8 * first
-        call_kernel(load_integer(run, Pass.REST), (model, weights, room, context, x, last - first, short))
+        short = load_integer(run, Pass.SHORT_ROWS) + 8 * first
+        rest = load_integer(run, Pass.REST)
+        call_kernel(rest, (model, weights, room, context, x, last - first, short, hidden, steps, share, shares))
+    if steps & Steps.QKV:
         if phase == load_integer(run, Pass.NORM_AFTER):
             norm = load_norm(model + 8 * Model.FINAL_NORM)
-            layer_norm(False, x, last - first, width, norm, x, 4 * width, 0, 0)
-    if phase < load_integer(run, Pass.LAST):
-        _project(run, model, room, phase, first, last)
+            start, stop = (last - first) * share // shares, (last - first) * (share + 1) // shares
+            x += 4 * start * width
+            layer_norm(False, x, stop - start, width, norm, x, 4 * width, 0, 0)
+        if phase < load_integer(run, Pass.LAST):
+            _project(run, model, room, phase, first, last, share, shares)
 
 
 @kernel
@@ -118,14 +134,18 @@ def run_phases(run, model, room, start, stop):
 
     `run`, `model` and `room` are tables of layout.py, `room` the calling thread's own.
     """
-    blocks, stopped = load_integer(run, Pass.BLOCKS), load_integer(run, Pass.STOP)
+    blocks, shares = load_integer(run, Pass.BLOCKS), load_integer(run, Pass.SHARES)
+    stopped = load_integer(run, Pass.STOP)
     for phase in range(start, stop):
-        taken = load_integer(run, Pass.COUNTERS) + 128 * phase
-        done = taken + 64  # on a line of its own
-        while load_shared(stopped) == 0:
-            block = take_ticket(taken)
-            if block >= blocks:
-                break
-            _run_block(run, model, room, phase, block)
-            take_ticket(done)
-        _wait(done, blocks, stopped)
+        for number in range(Steps.COUNT if shares > 0 else 1):
+            steps = 1 << number if shares > 0 else Steps.ALL
+            parts = blocks if steps & Steps.ATTEND else shares
+            taken = load_integer(run, Pass.COUNTERS) + 128 * (Steps.COUNT * phase + number)
+            done = taken + 64  # on a line of its own
+            while load_shared(stopped) == 0:
+                part = take_ticket(taken)
+                if part >= parts:
+                    break
+                _run_part(run, model, room, phase, steps, part, shares)
+                take_ticket(done)
+            _wait(done, parts, stopped)

@@ -63,8 +63,7 @@ def test_lm_head_takes_any_number_of_rows(shape: str) -> None:
         numbers = address(x), rows, width, columns, address(hidden[1:]), address(found[1:])
         ours.code.call("lm_head", address(head), address(room), *numbers)
         np.testing.assert_allclose(found[1:-1], exact.lm_head(x.astype(np.float64)), rtol=0, atol=2e-5)
-        assert (found[[0, -1]] == 7).all()
-        assert (hidden[[0, -1]] == 7).all()
+        assert all((framed[[0, -1]] == 7).all() for framed in (found, hidden))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -111,10 +110,8 @@ BOUNDS = {"fp32": (1.5e-6, 2e-5), "bf16": (0.006, 0.1), "int8": (0.02, 0.2)}
 
 def spread(found: list[Any], exact: list[Any], output: str) -> float:
     """Root mean square error of one output, as a share of the standard deviation of what is exact."""
-    ours, truth = (
-        np.concatenate([np.ravel(one.to_arrays()[output]) for one in side]).astype(np.float64)
-        for side in (found, exact)
-    )
+    sides = ([np.ravel(one.to_arrays()[output]).astype(np.float64) for one in side] for side in (found, exact))
+    ours, truth = map(np.concatenate, sides)
     return float(np.sqrt(np.mean((ours - truth) ** 2)) / truth.std())
 
 
@@ -131,14 +128,16 @@ def test_model_of_two_layers(shape: str, backend: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_results_do_not_depend_on_batch_mates_threads_maps_or_the_run(precision: str) -> None:
     sequences = [random_sequence(n, n) for n in (1, 2, 30, 100, 64, 7, 300, 45)]
-    models = [small_model(backend="compiled", precision=precision, threads=threads) for threads in (1, 2, 8)]
-    together = models[1].encode(sequences, [0, 2, -1], ALL)
+    options = {"backend": "compiled", "precision": precision}
+    models = [small_model(SHAPES["esm2-35m"], threads=threads, **options) for threads in (1, 2, 3, 8)]
+    together = models[1].encode(sequences, [0, 1, -1], ALL)
     for model in models:
-        assert_same(model.encode(sequences, [0, 2, -1], ALL), together)
-        assert_same([model.encode([s], [0, 2, -1], ALL)[0] for s in sequences], together)
-    assert_same(models[0].encode(sequences[::-1], [0, 2, -1], ALL)[::-1], together)
+        assert_same(model.encode(sequences, [0, 1, -1], ALL), together)
+        for one, other in [*zip(sequences, together, strict=True)] * 5:  # threads take shares of these as it happens
+            assert_same(model.encode([one], [0, 1, -1], ALL), [other])
+    assert_same(models[0].encode(sequences[::-1], [0, 1, -1], ALL)[::-1], together)
     for plain, one in zip(models[1].encode(sequences, include=["per_token"]), together, strict=True):
-        np.testing.assert_array_equal(plain.per_token_embeddings[3], one.per_token_embeddings[3])
+        np.testing.assert_array_equal(plain.per_token_embeddings[2], one.per_token_embeddings[2])
 
 
 @pytest.mark.parametrize("extreme", ["scores", "shifted scores", "hidden"])

@@ -24,12 +24,9 @@ ARGUMENTS = {
     "lm_head": 8,
     "attend": 9,
     "attend_bf16": 9,
-    "project_qkv": 11,
-    "project_qkv_bf16": 11,
-    "linear": 17,
-    "linear_bf16": 17,
-    "project_and_feed_forward": 11,
-    "project_and_feed_forward_bf16": 11,
+    "layer_norm": 9,
+    "linear": 19,
+    "linear_bf16": 19,
     "pack_weights": 9,
     "add_mean": 7,
 }
@@ -43,12 +40,12 @@ def symbol(isa: Isa, name: str) -> str:
 def needed(isa: Isa, precision: str) -> tuple[str, ...]:
     """Names of the kernels that a precision needs at a level.
 
-    Queries, keys and values; attention; the rest of a layer; its products; then what all precisions share, the LM
-    head's products and short sequences' attention in float32 among it.
+    Attention; all other products; then what all precisions share, the LM head's products and short sequences' attention
+    in float32 among it.
     """
     end = "_bf16" if isa.bf16 and precision != "fp32" else ""
-    steps = f"project_qkv{end}", f"attend{end}", f"project_and_feed_forward{end}", f"linear{end}"
-    return *steps, "attend", "linear", "run_phases", "lm_head", "pack_weights", "add_mean"
+    shared = "attend", "linear", "layer_norm", "run_phases", "lm_head", "pack_weights", "add_mean"
+    return f"attend{end}", f"linear{end}", *shared
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,6 @@ class CompiledForward(Forward):
             Pass.STOP: self._stop,
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
-            Pass.QKV_STEP: packed.entries[0],
-            Pass.ATTEND: packed.entries[1],
-            Pass.ATTEND_SHORT: self._code.addresses["attend"],
-            Pass.REST: packed.entries[2],
         }
         if packed.narrow:
             short = np.repeat([length <= SHORT for length in lengths], lengths)

@@ -32,8 +32,12 @@ class Model(IntEnum):
     ROTARY = 6  # (positions, 4 · HEAD_DIM): cosine and (-sine, sine) for keys, then both scaled for queries
     EMBEDDING = 7  # (33, D)
     FINAL_NORM = 8
-    LINEAR = 10  # address of a compiled function
-    ENTRIES = 11
+    NARROW = 10  # not zero: products are in bf16
+    ATTEND = 11  # this and what follows are addresses of compiled functions
+    LINEAR = 12
+    ATTEND_SHORT = 13
+    LAYER_NORM = 14
+    ENTRIES = 15
 
 
 class Layer(IntEnum):
@@ -67,6 +71,7 @@ class LmHead(IntEnum):
     NORM = 6
     VOCABULARY = 8
     LINEAR = 14
+    LAYER_NORM = 15
 
 
 class Norm(IntEnum):
@@ -131,15 +136,11 @@ class Pass(IntEnum):
     LAST = 13  # layers to run in all: the last one projects no query, key and value
     NORM_AFTER = 14  # the layer whose rows go through the final LayerNorm
     MAPS = 15  # (pieces, Maps.ENTRIES) or 0
-    QKV_STEP = 16  # addresses of compiled functions
-    ATTEND = 17
-    ATTEND_SHORT = 18
-    REST = 19
-    SHORT_ROWS = 20  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
-    SHARES = 21  # parts of a product that threads take; 0: they take blocks of rows, through all steps
-    CONTEXT = 22  # (ROWS, all heads); this and what follows for shares only
-    HIDDEN = 23  # (ROWS, hidden channels), in bf16 as Room.HIDDEN
-    ENTRIES = 24
+    SHORT_ROWS = 16  # (ROWS + 1,) int64: how many rows before this one are of short sequences; 0 without bf16
+    SHARES = 17  # parts of a product that threads take; 0: they take blocks of rows, through all steps
+    CONTEXT = 18  # (ROWS, all heads); this and what follows for shares only
+    HIDDEN = 19  # (ROWS, hidden channels), in bf16 as Room.HIDDEN
+    ENTRIES = 20
 
 
 class Maps(IntEnum):

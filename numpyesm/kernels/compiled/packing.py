@@ -60,8 +60,6 @@ class PackedModel:
         `layout.Layer` of each layer.
     lm_head : ndarray int64 or None
         `layout.LmHead`.
-    entries : list of int
-        Addresses of the steps: queries, keys and values; attention; the rest of a layer; its products.
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str, code: Code, pool: WorkerPool) -> None:
@@ -93,7 +91,14 @@ class PackedModel:
         self._pairs = column_order(self.isa, self._fill_heads(rotary_pair_order(config), -1))
         self.layers = self._pack_layers(checkpoint, pool)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
-        self.entries = [code.addresses[name] for name in needed(self.isa, precision)[:4]]
+        attend, linear = needed(self.isa, precision)[:2]
+        names = {
+            Model.ATTEND: attend,
+            Model.LINEAR: linear,
+            Model.ATTEND_SHORT: "attend",
+            Model.LAYER_NORM: "layer_norm",
+        }
+        self._functions: dict[int, int | Array] = {place: code.addresses[name] for place, name in names.items()}
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -203,7 +208,8 @@ class PackedModel:
         dense = matrix(checkpoint.array("lm_head.dense.weight"), "lm_head.dense.bias")
         norm = self._norm(checkpoint.array, "lm_head.norm")
         vocabulary = matrix(checkpoint.vocabulary(), "lm_head.bias")
-        return np.array([*dense, *norm, *vocabulary, self._code.addresses["linear"]], np.int64)
+        functions = (self._code.addresses[name] for name in ("linear", "layer_norm"))
+        return np.array([*dense, *norm, *vocabulary, *functions], np.int64)
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -223,7 +229,8 @@ class PackedModel:
             Model.FFN_COLUMNS: self.ffn_columns,
             Model.ROTARY: rotary,
             Model.EMBEDDING: self.embedding,
-            Model.LINEAR: self.entries[3],
+            Model.NARROW: int(self.narrow),
+            **self._functions,
             Model.FINAL_NORM + Norm.GAIN: self._final_norm[0],
             Model.FINAL_NORM + Norm.SHIFT: self._final_norm[1],
         }

@@ -2,13 +2,14 @@
 
 Weights that are stored in less than the product takes are widened one panel at a time, for all rows at hand.
 
-Rows, weights and outputs are addresses; `step`s are bytes from row to row.
+Rows, weights and outputs are addresses; `step`s are bytes from row to row. Whole products are called by their address:
+compiled into their callers, they would take most of the time that those need to compile.
 """
 
 from __future__ import annotations
 
 from ...weights.tensor import GROUP
-from ..compiled.layout import Matrix, Room
+from ..compiled.layout import Matrix, Model, Room
 from .cache import helper, kernel
 from .emitter import ISA, TILE_BYTES, TILE_COLUMNS, TILE_ROWS, VECTOR_BYTES, multiply_bf16, multiply_fp32
 from .steps import any_short, clear_bf16, steps_of
@@ -33,7 +34,7 @@ from .vectors import (
 )
 
 # What becomes of a finished tile.
-STORE, GELU, ADD = 0, 1, 2
+STORE, GELU, ADD, HEADS = 0, 1, 2, 3
 # Terms that float32 sums in one chain at most: in shorter ones additions round less, and each costs a pass over the
 # tile. Measured: half as many terms, three quarters of the error, 0.5 % of the time.
 _CHAIN = 240
@@ -50,7 +51,7 @@ def low_part(narrow, short, rows, most, step):
 
     The buffer is for `most` rows, and for what tile registers read behind them.
     """
-    if narrow and any_short(short, 0, rows):
+    if narrow != 0 and any_short(short, 0, rows):
         return (most + _NARROW_ROWS) * step
     return 0
 
@@ -100,14 +101,14 @@ def _finish_hidden(height, tile, bias, centre, out, out_step, low, short):
 
 
 @helper
-def _finish_heads(height, first_column, tile, bias, table, positions, heads, head_dim, rows, out):
+def _finish_heads(height, first_column, tile, bias, model, positions, head_step, out):
     """Rotate queries and keys of a tile and put every head's rows where they follow each other.
 
-    The columns are (part, head, channel); at `out` lies row `first row` of query head 0, and the heads of `rows` rows
-    each follow it, then keys, then values.
+    The columns are (part, head, channel); at `out` lies row `first row` of query head 0. Heads are `head_step` bytes
+    apart: those of queries, then of keys, then of values.
     """
-    width = heads * head_dim
-    head_step = rows * head_dim * 4
+    heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
+    table, width = load_integer(model, Model.ROTARY), heads * head_dim
     position = carray(int64_at(positions), (height,))
     for column in range(first_column, min(first_column + TILE_COLUMNS, 3 * width), PIECE):
         at = 4 * (column - first_column)
@@ -219,7 +220,7 @@ def _multiply(narrow, i, begin, tiles, half, left, matrix, k, inner, column, roo
 
 
 @helper
-def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, share):
+def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, share, heads):
     """See `linear`."""
     _, _, rows, _, short = left
     tiles, half, late = _begin(narrow, rows)
@@ -240,7 +241,11 @@ def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step
             first, start, height = _place(i - late, tiles, rows)
             width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
             here = bias if k > 0 else bias + 4 * first
-            if narrow and step == GELU:
+            if step == HEADS:
+                model, positions = heads
+                at = out + start * load_integer(model, Model.HEAD_DIM) * 4
+                _finish_heads(height, first, tile, here, model, positions + 8 * start, out_step, at)
+            elif narrow and step == GELU:
                 at, below = centre + 4 * first, short + 8 * start
                 _finish_hidden(height, tile, here, at, target, out_step, out_low, below)
             else:
@@ -253,44 +258,25 @@ def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step
 
 @kernel
 def linear(
-    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares
-):
+    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares,
+    model, positions,
+):  # fmt: skip
     """`step` of x @ weight + bias: (R, K), (K, N), (N,) -> out (R, N).
 
     Of a `matrix` (see layout.py), `inner` rows from row k on and `columns` from `column` on; both begin at whole tiles
     and groups. The bias goes with row 0. `low` and `short` are what `layer_norm` calls so; `out_low` is the next
-    product's `low`. Of its tiles, share number `share` of `shares` is computed.
-
-    It is called by its address: compiled into its callers, it would take most of the time that they need to compile.
+    product's `low`. Of its tiles, share number `share` of `shares` is computed. HEADS alone, which rotates and parts
+    query, key and value, needs a `layout.Model` and positions (R,) int64: see `_finish_heads`.
     """
-    left = x, x_step, rows, low, short
-    _linear(False, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, (share, shares))
+    left, part, heads = (x, x_step, rows, low, short), (share, shares), (model, positions)
+    _linear(False, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, part, heads)
 
 
 @kernel
 def linear_bf16(
-    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares
-):
+    step, x, x_step, rows, low, short, matrix, k, inner, column, columns, out, out_step, out_low, room, share, shares,
+    model, positions,
+):  # fmt: skip
     """`linear` with products in bf16."""
-    left = x, x_step, rows, low, short
-    _linear(True, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, (share, shares))
-
-
-@helper
-def linear_heads(narrow, left, matrix, inner, table, positions, heads, head_dim, all_rows, out, room, share):
-    """Query, key and value of the rows of `left`, see `linear` and `_finish_heads`."""
-    rows = left[2]
-    tiles, half, late = _begin(narrow, rows)
-    tile, bias = load_integer(room, Room.TILE), load_integer(matrix, Matrix.BIAS)
-    begin, end = _share(tiles * ((3 * heads * head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS), share)
-    for i in range(begin, end + late):
-        if i < end:
-            _multiply(narrow, i, begin, tiles, half, left, matrix, 0, inner, 0, room)
-        if i >= begin + late:
-            first, start, height = _place(i - late, tiles, rows)
-            at, to = bias + 4 * first, out + start * head_dim * 4
-            _finish_heads(height, first, tile, at, table, positions + 8 * start, heads, head_dim, all_rows, to)
-        if narrow and _TILES:
-            store_tiles(half, tile, TILE_BYTES)
-    if narrow and _TILES:
-        release_tiles()
+    left, part, heads = (x, x_step, rows, low, short), (share, shares), (model, positions)
+    _linear(True, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, part, heads)

@@ -16,9 +16,9 @@ import os
 import numpy as np
 from numba import types
 
-from ..compiled.layout import SHORT, Layer, Maps, Model, Pass, Room, Steps
+from ..compiled.layout import SHORT, Maps, Model, Pass, Room, Steps
 from .cache import helper, kernel
-from .steps import layer_norm, load_norm
+from .layer import project_and_feed_forward, project_qkv
 from .vectors import call_kernel, carray, float32_at, int64_at, load_integer, load_shared, pause, take_ticket, uint8_at
 
 # Looks at the counter before a waiting thread lets others run: about 0.1 ms; and before it sleeps between looks.
@@ -73,21 +73,10 @@ def _attend_pieces(run, model, room, source, first_row, pieces, last_piece, cont
             wanted = load_integer(maps, Maps.ONLY) == 0
         queries, count = source + start * row_bytes, stop - start
         keys, length = source + first * row_bytes, last - first
-        attend = load_integer(run, Pass.ATTEND if length > SHORT else Pass.ATTEND_SHORT)
+        attend = load_integer(model, Model.ATTEND if length > SHORT else Model.ATTEND_SHORT)
         out = context + (start - first_row) * out_step
         call_kernel(attend, (model, room, queries, count, keys, length, rows, out, maps))
     return wanted
-
-
-@helper
-def _project(run, model, room, layer, first, last, share, shares):
-    """Query, key and value of `layer` for some rows, or a share of them."""
-    out = load_integer(run, Pass.QKV if layer % 2 == 0 else Pass.QKV_ODD)
-    step, weights = load_integer(run, Pass.QKV_STEP), load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES
-    x, count = load_integer(run, Pass.X) + 4 * first * load_integer(model, Model.WIDTH), last - first
-    positions, short = load_integer(run, Pass.POSITIONS) + 8 * first, load_integer(run, Pass.SHORT_ROWS) + 8 * first
-    rows, out = load_integer(run, Pass.ROWS), out + 4 * first * load_integer(model, Model.HEAD_DIM)
-    call_kernel(step, (model, weights, room, x, count, positions, short, rows, out, share, shares))
 
 
 @helper
@@ -112,20 +101,16 @@ def _run_part(run, model, room, phase, steps, part, shares):
                 return
     if shares == 0:
         hidden, share, shares = 0, 0, 1
-    x = load_integer(run, Pass.X) + 4 * first * width
     if phase > 0 and steps & (Steps.OUT_PROJ + Steps.FC1 + Steps.FC2):
-        weights = load_integer(run, Pass.LAYERS) + layer * 8 * Layer.ENTRIES
-        short = load_integer(run, Pass.SHORT_ROWS) + 8 * first
-        rest = load_integer(run, Pass.REST)
-        call_kernel(rest, (model, weights, room, context, x, last - first, short, hidden, steps, share, shares))
+        project_and_feed_forward(run, model, room, layer, first, last, context, hidden, steps, share, shares)
     if steps & Steps.QKV:
         if phase == load_integer(run, Pass.NORM_AFTER):
-            norm = load_norm(model + 8 * Model.FINAL_NORM)
+            layer_norm, norm = load_integer(model, Model.LAYER_NORM), model + 8 * Model.FINAL_NORM
             start, stop = (last - first) * share // shares, (last - first) * (share + 1) // shares
-            x += 4 * start * width
-            layer_norm(False, x, stop - start, width, norm, x, 4 * width, 0, 0)
+            x = load_integer(run, Pass.X) + 4 * width * (first + start)
+            call_kernel(layer_norm, (0, x, stop - start, width, norm, x, 4 * width, 0, 0))
         if phase < load_integer(run, Pass.LAST):
-            _project(run, model, room, phase, first, last, share, shares)
+            project_qkv(run, model, room, phase, first, last, share, shares)
 
 
 @kernel

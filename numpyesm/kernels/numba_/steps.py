@@ -8,7 +8,7 @@ import numpy as np
 
 from ..compiled.layout import Norm
 from ..constants import LAYER_NORM_EPSILON
-from .cache import helper
+from .cache import helper, kernel
 from .emitter import ISA, LANES
 from .rows import row_normalise, row_normalise_bf16, row_normalise_split, row_squares, row_sum
 from .vectors import (
@@ -30,7 +30,7 @@ _MULTIPLE = ISA.narrow_steps
 @helper
 def steps_of(inner, narrow):
     """`panels.product_steps` for compiled code."""
-    return (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE if narrow else inner
+    return inner if narrow == 0 else (inner + 2 * _MULTIPLE - 1) // (2 * _MULTIPLE) * _MULTIPLE
 
 
 @helper
@@ -78,21 +78,15 @@ def _begin_row(target, width, step, low, short, row):
     return low if any_short(short, row, row + 1) else 0
 
 
-@helper
-def load_norm(norm):
-    """Addresses of gain and shift (D,), of a `layout.Norm`."""
-    return load_integer(norm, Norm.GAIN), load_integer(norm, Norm.SHIFT)
-
-
-@helper
+@kernel
 def layer_norm(narrow, x, rows, width, norm, out, out_step, low, short):
     """(x - mean) / sqrt(variance + 1e-5) · gain + shift for each row: (R, D) -> out (R, D) as a product takes it.
 
-    `norm` is what `load_norm` returns; the others are addresses, and rows of `out` are `out_step` bytes apart. With
-    `narrow` they are rounded to bf16, with zeros up to the next row. Then, if `low` is not 0, what rounding takes off
-    the rows of `short` sequences goes so many bytes further, rounded to bf16 too, and zeros for the others.
+    `norm` is a `layout.Norm`; rows of `out` are `out_step` bytes apart. With `narrow` they are rounded to bf16, with
+    zeros up to the next row. Then, if `low` is not 0, what rounding takes off the rows of `short` sequences goes so
+    many bytes further, rounded to bf16 too, and zeros for the others.
     """
-    gain, shift = norm
+    gain, shift = load_integer(norm, Norm.GAIN), load_integer(norm, Norm.SHIFT)
     weight, bias = carray(float32_at(gain), (width,)), carray(float32_at(shift), (width,))
     whole = width // LANES
     for i in range(rows):

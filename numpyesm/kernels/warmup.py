@@ -56,13 +56,13 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
     if folder is not None:
         _check_writable(folder)
     if linker() is not None:
-        sys.stderr.write("numpyesm: compiling a library of kernels for this CPU (once, a minute or two) ...\n")
+        sys.stderr.write("numpyesm: compiling a library of kernels for this CPU (once, half a minute or more) ...\n")
         return build(folder or cached_library().parent, [host_isa().name])
     return _fill_numba_cache(wanted, folder)
 
 
 def _check_writable(folder: Path) -> None:
-    """To say it before half a minute of compiling, not after."""
+    """To say it before compiling for so long, not after."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=folder):

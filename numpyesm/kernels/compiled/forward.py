@@ -81,8 +81,8 @@ class CompiledForward(Forward):
         self._model, rotary = packed.model_table(self._length)
         counters = aligned(16 * Steps.COUNT * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
-        self._shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
-        buffers = packed.take_buffers(rows, self._shares)
+        shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
+        buffers = packed.take_buffers(rows, shares)
         weakref.finalize(self, packed.keep_buffers, buffers).atexit = False
         entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
@@ -94,6 +94,7 @@ class CompiledForward(Forward):
             Pass.LAYERS: packed.layers,
             Pass.COUNTERS: counters,
             Pass.STOP: self._stop,
+            Pass.SHARES: shares,
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
         }
@@ -114,19 +115,20 @@ class CompiledForward(Forward):
             blocks = cut_blocks(self._batch.spans, self._threads, self._most_rows, columns, wanted)
         self._pieces = list(itertools.chain.from_iterable(blocks))
         self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = max(min(self._threads, len(blocks)), self._shares)
+        self._workers = max(min(self._threads, len(blocks)), int(self._table[Pass.SHARES]))
         counts = [0, *itertools.accumulate(map(len, blocks))]
         block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
         self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
-        self._table[Pass.BLOCKS], self._table[Pass.SHARES] = len(blocks), self._shares
+        self._table[Pass.BLOCKS] = len(blocks)
         self._table[Pass.BLOCK_TABLE] = address(self._block_table)
         self._table[Pass.PIECE_TABLE] = address(self._piece_table)
 
     def advance(
         self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
+        if rows is not None or maps_only:  # a part of the rows, or of the steps
+            self._table[Pass.SHARES] = 0
         if rows is not None:
-            self._shares = 0
             self._use_blocks(np.sort(rows))
         self._table[Pass.MAPS] = 0
         if not maps:
@@ -135,8 +137,6 @@ class CompiledForward(Forward):
         lengths = [last - first for _, _, first, last in self._pieces]
         rows, summaries, kept = map_table(maps, lengths, self._packed.config.num_heads, maps_only)
         self._table[Pass.MAPS] = address(rows)
-        if maps_only:
-            self._table[Pass.SHARES] = 0
         self._run(stop + 1)
         del kept  # until here, compiled code reads them
         for left, summary in zip(maps, summaries, strict=True):

@@ -20,6 +20,7 @@ from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels
 from .kernels.blas import blas_threads
 from .kernels.compiled.library import library_code
+from .kernels.scratch import scratch
 from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
 from .options import Outputs
 from .results import ClassifyResult, EncodeResult, FullOutput, PredictResult
@@ -119,13 +120,13 @@ class Passes:
 
         `columns` says which of the 33 tokens; by default the 20 amino acids.
         """
-        return self._last_rows(tokens, rows, "logits", lambda x: self._lm_head(x)[:, columns])
+        return self._last_rows(tokens, rows, "logits", lambda x, rows: self._lm_head(x, rows)[:, columns])
 
     def classify(self, tokens: Sequence[Tokens]) -> Iterator[ClassifyResult]:
         """Yield the classification of each sequence; the weights must have a classification head."""
         head = ClassificationHead(self.checkpoint, self.kernels.dtype)
         rows = [head.rows(len(ids)) for ids in tokens]
-        for index, found in enumerate(self._last_rows(tokens, rows, "classes", head.logits)):
+        for index, found in enumerate(self._last_rows(tokens, rows, "classes", lambda x, rows: head.logits(x[rows]))):
             logits = head.shaped(found)
             yield ClassifyResult(index, logits, head.probabilities(logits), list(head.classifier.labels))
 
@@ -146,7 +147,7 @@ class Passes:
             if maps:
                 readers.append(FullAttention(maps))
             for layer, x in self._layers(batch, {*layers, *([last] if logits else [])}, sizes, readers):
-                every = self._lm_head(x) if logits and layer == last else None
+                every = self._lm_head(x, np.arange(len(x))) if logits and layer == last else None
                 for place, (first, stop) in zip(places, batch.spans, strict=True):
                     if layer in layers:
                         place.representations[layer][...] = x[first:stop]
@@ -179,7 +180,7 @@ class Passes:
         tokens: Sequence[Tokens],
         rows: Sequence[npt.NDArray[np.intp]],
         output: str,
-        compute: Callable[[Array], Array],
+        compute: Callable[[Array, npt.NDArray[np.intp]], Array],
     ) -> Iterator[Array]:
         """Yield `compute` of some rows of each sequence's last layer; the other rows of that layer are not computed."""
         sizes = self.sizes(tokens, Outputs((output,)))
@@ -187,7 +188,7 @@ class Passes:
             batch = Batch.pack(tokens[part])
             flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, rows[part], strict=True)])
             for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
-                yield from _split(compute(x[flat]), rows[part])
+                yield from _split(compute(x, flat), rows[part])
 
     def _encode_pass(
         self, tokens: Sequence[Tokens], outputs: Outputs, first_index: int, sizes: Sizes
@@ -205,8 +206,8 @@ class Passes:
             if layer in outputs.by_layer:
                 _pool_rows(results, batch, layer, x, include)
             if layer == last and "logits" in include:
-                residues = [x[first + 1 : stop - 1] for first, stop in batch.spans]
-                logits = self._lm_head(np.concatenate(residues))[:, AMINO_ACID_COLUMNS]
+                residues = [np.arange(first + 1, stop - 1) for first, stop in batch.spans]
+                logits = self._lm_head(x, np.concatenate(residues))[:, AMINO_ACID_COLUMNS]
                 for result, rows in zip(results, _split(logits, residues), strict=True):
                     result.logits = rows
             if layer == last and "classes" in include:
@@ -239,6 +240,7 @@ class Passes:
         threads = sizes.threads or self.pool.threads
         forward = self.kernels.forward(self.pool, batch, last, threads, sizes.block_rows, whole_tiles=map_layers > 0)
         if 0 in wanted:
+            forward.advance(0)
             yield 0, forward.x
         tiles = batch.tiles() if map_layers else []
         layer = 0
@@ -266,27 +268,32 @@ class Passes:
             with blas_threads(self.pool.threads):
                 reader.store(results)
 
-    def _lm_head(self, x: Array) -> Array:
-        """Logits of all tokens for rows of the last layer: (R, D) -> (R, 33)."""
-        logits = np.empty((len(x), VOCAB_SIZE), self.kernels.dtype)
+    def _lm_head(self, x: Array, rows: npt.NDArray[np.intp]) -> Array:
+        """Logits of all tokens for some rows of the last layer: (T, D), (R,) -> (R, 33)."""
+        logits = np.empty((len(rows), VOCAB_SIZE), self.kernels.dtype)
         least, most = _LM_HEAD_ROWS
-        step = min(max(-(-len(x) // self.pool.threads), least), most)
+        step = min(max(-(-len(rows) // self.pool.threads), least), most)
 
         def run(start: int) -> None:
-            logits[start : start + step] = self.kernels.lm_head(x[start : start + step])
+            part = rows[start : start + step]
+            taken = scratch("lm_head_rows", (len(part), x.shape[1]), x.dtype)
+            logits[start : start + step] = self.kernels.lm_head(x.take(part, axis=0, out=taken, mode="clip"))
 
         with blas_threads(1):
-            self.pool.run(run, range(0, len(x), step))
+            self.pool.run(run, range(0, len(rows), step))
         return logits
 
 
 def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[slice]:
-    """Cut a batch into passes of at most `most_rows` rows, or of one sequence, in order."""
-    start = rows = 0
+    """Cut a batch into passes of near-equal size, of at most `most_rows` rows or of one sequence, in order."""
+    total = sum(map(len, tokens))
+    count = -(-total // most_rows)
+    start = rows = done = number = 0
     for i, ids in enumerate(tokens):
-        if i > start and rows + len(ids) > most_rows:
+        full = rows + len(ids) > most_rows or done + rows + len(ids) / 2 > total * (number + 1) / count
+        if i > start and full:
             yield slice(start, i)
-            start, rows = i, 0
+            start, rows, done, number = i, 0, done + rows, number + 1
         rows += len(ids)
     if rows:
         yield slice(start, len(tokens))

@@ -60,7 +60,7 @@ class AttentionMaps:
 
 
 class Forward(ABC):
-    """A forward pass under way: the embedding is done, and layers follow as far as they are asked for.
+    """A forward pass under way: the embedding and layers follow as far as they are asked for.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class Forward(ABC):
         Parameters
         ----------
         stop : int
-            Layers done afterwards; the next one where there are maps.
+            Layers done afterwards, 0 for the embedding alone; the next one where there are maps.
         maps : sequence of AttentionMaps, optional
             What each tile of the batch must leave.
         maps_only : bool

@@ -22,8 +22,8 @@ _BESIDE = ("compiled/code.py", "compiled/isa.py", "compiled/layout.py", "compile
 ARGUMENTS = {
     "run_phases": 5,
     "lm_head": 8,
-    "attend": 9,
-    "attend_bf16": 9,
+    "attend": 12,
+    "attend_bf16": 12,
     "layer_norm": 9,
     "linear": 19,
     "linear_bf16": 19,

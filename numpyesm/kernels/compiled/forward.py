@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ...config import VOCAB_SIZE
 from ...threads import WorkerPool
 from ...weights.checkpoint import Checkpoint
 from ..base import Array, AttentionMaps, Forward, Kernels
+from ..scratch import scratch
 from .code import Code
 from .layout import SHORT, Maps, Pass, Steps, address, table
 from .packing import PackedModel
@@ -22,6 +24,9 @@ from .panels import aligned
 # Up to so many rows for each thread, threads take shares of the products. Measured with two threads: 18 to 30 rows take
 # 0.65 to 0.75 of the time so, 46 to 62 the same, 100 a few per cent more.
 _SHARED_ROWS = 32
+# Whole sequences are given to threads if the largest has at most so many rows, and the busiest thread so much more than
+# its share: what is lost then is less than what waiting for each other and a third cache would take.
+_MOST_APART, _IMBALANCE = 1100, 1.08
 
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
@@ -47,7 +52,7 @@ class CompiledKernels(Kernels):
     def lm_head(self, x: Array) -> Array:
         assert self.packed.lm_head is not None
         x = np.ascontiguousarray(x, np.float32)
-        hidden, out = np.empty(x.shape, np.float32), np.empty((len(x), VOCAB_SIZE), np.float32)
+        hidden, out = scratch("lm_head", x.shape, self.dtype), np.empty((len(x), VOCAB_SIZE), np.float32)
         room = self.packed.room(block_rows=1, length=1, with_maps=False)
         sizes, buffers = (len(x), self.config.embed_dim, VOCAB_SIZE), (address(hidden), address(out))
         self.code.call("lm_head", address(self.packed.lm_head), address(room), address(x), *sizes, *buffers)
@@ -82,7 +87,8 @@ class CompiledForward(Forward):
         counters = aligned(16 * Steps.COUNT * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
         shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
-        buffers = packed.take_buffers(rows, shares)
+        self._apart = None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.apart_rows)
+        buffers = packed.take_buffers(0 if self._apart else rows, shares)
         weakref.finalize(self, packed.keep_buffers, buffers).atexit = False
         entries: dict[int, int | Array] = {
             Pass.ROWS: rows,
@@ -95,6 +101,7 @@ class CompiledForward(Forward):
             Pass.COUNTERS: counters,
             Pass.STOP: self._stop,
             Pass.SHARES: shares,
+            Pass.APART: int(self._apart is not None),
             Pass.LAST: layers,
             Pass.NORM_AFTER: config.num_layers if config.whole_layers is None else -1,
         }
@@ -103,33 +110,38 @@ class CompiledForward(Forward):
             entries[Pass.SHORT_ROWS] = np.cumsum(np.append(False, short), dtype=np.int64)
         self._table, self._kept = table(Pass, entries), (rotary, entries)  # what the tables point at
         self._use_blocks()
-        self._run(1)
 
     def _use_blocks(self, wanted: Array | None = None) -> None:
         """Cut the batch into what the phases that follow work on; with `wanted`, sorted, they need those rows only."""
-        if self._whole_tiles:
+        columns = self._code.isa.strip_columns
+        if self._apart is not None:
+            blocks = self._apart
+        elif self._whole_tiles:
             parts = self._batch.blocks(self._threads, self._most_rows)
             blocks = [[(tile.start, tile.stop, tile.first, tile.last) for tile in part.tiles] for part in parts]
         else:
-            columns = self._code.isa.strip_columns
             blocks = cut_blocks(self._batch.spans, self._threads, self._most_rows, columns, wanted)
+        spans = [(block[0][0], block[-1][1]) for block in blocks]
+        if self._apart is not None and wanted is not None:
+            blocks = [pieces_with(block, columns, wanted) for block in blocks]
         self._pieces = list(itertools.chain.from_iterable(blocks))
-        self._block_rows = max(block[-1][1] - block[0][0] for block in blocks)
-        self._workers = max(min(self._threads, len(blocks)), int(self._table[Pass.SHARES]))
+        self._block_rows = max(last - first for first, last in spans)
         counts = [0, *itertools.accumulate(map(len, blocks))]
-        block_table = [(block[0][0], block[-1][1], *counts[i : i + 2]) for i, block in enumerate(blocks)]
+        block_table = [(*span, *counts[i : i + 2]) for i, span in enumerate(spans) if blocks[i]]
+        self._workers = max(min(self._threads, len(block_table)), int(self._table[Pass.SHARES]))
         self._block_table, self._piece_table = np.array(block_table, np.int64), np.array(self._pieces, np.int64)
-        self._table[Pass.BLOCKS] = len(blocks)
+        self._table[Pass.BLOCKS] = len(block_table)
         self._table[Pass.BLOCK_TABLE] = address(self._block_table)
         self._table[Pass.PIECE_TABLE] = address(self._piece_table)
 
     def advance(
         self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
+        if rows is not None:
+            self._run(stop)  # but for the last of these layers
+            self._use_blocks(np.sort(rows))
         if rows is not None or maps_only:  # a part of the rows, or of the steps
             self._table[Pass.SHARES] = 0
-        if rows is not None:
-            self._use_blocks(np.sort(rows))
         self._table[Pass.MAPS] = 0
         if not maps:
             self._run(stop + 1)
@@ -145,10 +157,12 @@ class CompiledForward(Forward):
 
     def _run(self, stop: int) -> None:
         """Phases up to `stop`, on all threads that have work."""
+        if self._phase == stop:
+            return
         arguments = address(self._table), address(self._model)
 
         def work(_: int) -> None:
-            room = self._packed.room(self._block_rows, self._length, self._whole_tiles)
+            room = self._packed.room(self._block_rows, self._length, self._whole_tiles, self._apart is not None)
             self._code.call("run_phases", *arguments, address(room), self._phase, stop)
 
         def give_up() -> None:
@@ -201,13 +215,42 @@ def cut_blocks(
     rows = spans[-1][1]
     count = threads * -(-rows // (threads * block_rows))
     # Attention takes a register tile of queries at a time; where each thread has one block, equal shares matter more.
-    step = columns if count > threads else 8
+    strips = _strips(spans, columns if count > threads else 8, wanted)
+    return _gather(strips, count, rows)
+
+
+def whole_sequences(spans: Sequence[Span], threads: int, block_rows: int) -> list[list[Piece]] | None:
+    """Blocks of whole sequences, largest first; None if some are too large, or would not keep all threads busy."""
+    rows = spans[-1][1]
+    count = threads * -(-rows // (threads * block_rows))
+    blocks = _gather([(first, last, first, last) for first, last in spans], count, rows)
+    blocks.sort(key=lambda block: block[0][0] - block[-1][1])
+    sizes = [block[-1][1] - block[0][0] for block in blocks]
+    busy = [0] * threads
+    for size in sizes:
+        heapq.heapreplace(busy, busy[0] + size)
+    return None if sizes[0] > _MOST_APART or max(busy) * threads > _IMBALANCE * rows else blocks
+
+
+def pieces_with(block: Sequence[Piece], columns: int, wanted: Array) -> list[Piece]:
+    """The pieces of some whole sequences that hold these rows, which are sorted."""
+    strips = _strips([(first, last) for _, _, first, last in block], columns, wanted)
+    return list(itertools.chain.from_iterable(_gather(strips, 1, block[-1][1])))
+
+
+def _strips(spans: Sequence[Span], step: int, wanted: Array | None) -> list[Piece]:
+    """Pieces of up to `step` rows; those that hold `wanted` rows, which are sorted, or all."""
     strips = [
         (start, min(start + step, last), first, last) for first, last in spans for start in range(first, last, step)
     ]
-    if wanted is not None:
-        before = np.searchsorted(wanted, [(start, stop) for start, stop, _, _ in strips])
-        strips = [strip for strip, (first, last) in zip(strips, before, strict=True) if first < last]
+    if wanted is None:
+        return strips
+    before = np.searchsorted(wanted, [(start, stop) for start, stop, _, _ in strips])
+    return [strip for strip, (first, last) in zip(strips, before, strict=True) if first < last]
+
+
+def _gather(strips: Sequence[Piece], count: int, rows: int) -> list[list[Piece]]:
+    """About `count` blocks of near-equal numbers of rows, of `rows` in all; a new one begins also where strips miss."""
     blocks: list[list[Piece]] = []
     share = -1
     for start, stop, first, last in strips:

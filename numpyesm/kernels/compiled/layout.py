@@ -37,7 +37,8 @@ class Model(IntEnum):
     LINEAR = 12
     ATTEND_SHORT = 13
     LAYER_NORM = 14
-    ENTRIES = 15
+    HEADS_AT_A_TIME = 15  # heads whose queries, keys and values are neighbours among the columns of Layer.QKV
+    ENTRIES = 16
 
 
 class Layer(IntEnum):
@@ -114,7 +115,8 @@ class Room(IntEnum):
     SHIFT = 15  # what keys are moved by: (head_dim,)
     VALUES = 16  # values of one head, neighbours in pairs
     PAIRS = 17  # a chunk of exponentials as pairs, where SCORES keeps them for maps
-    ENTRIES = 18
+    QKV = 18  # queries, keys and values of some heads, where a block is whole sequences
+    ENTRIES = 19
 
 
 class Pass(IntEnum):
@@ -140,7 +142,8 @@ class Pass(IntEnum):
     SHARES = 17  # parts of a product that threads take; 0: they take blocks of rows, through all steps
     CONTEXT = 18  # (ROWS, all heads); this and what follows for shares only
     HIDDEN = 19  # (ROWS, hidden channels), in bf16 as Room.HIDDEN
-    ENTRIES = 20
+    APART = 20  # not zero: blocks are whole sequences, which one thread takes through all phases
+    ENTRIES = 21
 
 
 class Maps(IntEnum):

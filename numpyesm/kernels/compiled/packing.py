@@ -26,6 +26,7 @@ from .panels import (
     aligned,
     bf16_sizes,
     column_order,
+    heads_at_a_time,
     in_order,
     pack_panels,
     panels,
@@ -51,8 +52,8 @@ class PackedModel:
     """The weights of one model for one precision.
 
     Query and key columns are reordered so that the two channels that rotate together are neighbours, and heads are
-    filled up with zeros to a multiple of eight channels. Queries also take up log2(e), so that scores are exponents
-    of two.
+    filled up with zeros to a multiple of eight channels. Queries, keys and values of some heads lie together. Queries
+    also take up log2(e), so that scores are exponents of two.
 
     Attributes
     ----------
@@ -83,12 +84,15 @@ class PackedModel:
         on_tiles = self.isa.tiles and self.narrow
         most = min(_MOST_GROUP_ROWS, _GROUP_BYTES // (4 * (config.embed_dim + _FFN_COLUMNS)))
         self.group_rows = _GROUP_ROWS_ON_TILES if on_tiles else max(self.isa.narrow_rows, most)
+        self.apart_rows = self.group_rows if on_tiles else 2 * self.group_rows
         self.block_rows = _BLOCK_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
         self.hidden_columns = panels(self.isa, config.ffn_dim) * self.isa.columns
         self.ffn_columns = min(at_a_time, self.hidden_columns)
         self._final_norm = self._norm(checkpoint.array, "final_norm") if config.whole_layers is None else [0, 0]
-        self._pairs = column_order(self.isa, self._fill_heads(rotary_pair_order(config), -1))
+        self.heads_at_a_time = heads_at_a_time(self.isa, config.num_heads, self.head_dim)
+        by_part = self._fill_heads(rotary_pair_order(config), -1).reshape(3, -1, self.heads_at_a_time * self.head_dim)
+        self._heads = column_order(self.isa, by_part.swapaxes(0, 1).ravel())
         self.layers = self._pack_layers(checkpoint, pool)
         self.lm_head = self._pack_lm_head(checkpoint) if checkpoint.has_lm_head else None
         attend, linear = needed(self.isa, precision)[:2]
@@ -158,7 +162,7 @@ class PackedModel:
         if mean is not None:
             self._add_mean(mean, weight, bias)
         own = self.precision == "int8" and weight is not origin  # rounding depends on what goes into the matrix
-        order = self._pairs if name == "qkv" else column_order(self.isa, np.arange(weight.shape[1]))
+        order = self._heads if name == "qkv" else column_order(self.isa, np.arange(weight.shape[1]))
         if name == "out_proj" and self.head_dim != self.config.head_dim:
             # Other rows share a scale then.
             dtype = "F32" if self.precision == "fp32" else weight.dtype
@@ -230,6 +234,7 @@ class PackedModel:
             Model.ROTARY: rotary,
             Model.EMBEDDING: self.embedding,
             Model.NARROW: int(self.narrow),
+            Model.HEADS_AT_A_TIME: self.heads_at_a_time,
             **self._functions,
             Model.FINAL_NORM + Norm.GAIN: self._final_norm[0],
             Model.FINAL_NORM + Norm.SHIFT: self._final_norm[1],
@@ -247,17 +252,19 @@ class PackedModel:
         turns[:, 1] *= math.log2(math.e) * config.head_dim**-0.5
         return turns.reshape(length, -1).astype(np.float32)
 
-    def room(self, block_rows: int, length: int, with_maps: bool) -> npt.NDArray[np.int64]:
+    def room(self, block_rows: int, length: int, with_maps: bool, apart: bool = False) -> npt.NDArray[np.int64]:
         """`layout.Room` of the calling thread, with its buffers made large enough; they are kept for later."""
         buffers: dict[Room, Array] = self._rooms.__dict__.setdefault("buffers", {})
         width, rows = self.config.embed_dim, self.group_rows
+        lines = max(rows, block_rows) if apart else rows
         spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
         columns, lanes, context = self.isa.columns, self.isa.strip_columns, self.config.num_heads * self.head_dim
         number, parts = (np.uint16, 2) if self.narrow else (np.float32, 1)
         # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
         widest = max(width, context) + 32
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
-            Room.LEFT: (parts * (rows + spare) * widest, number),
+            Room.LEFT: (parts * (lines + spare) * widest, number),
+            Room.QKV: (3 * block_rows * self.heads_at_a_time * self.head_dim if apart else 0, np.float32),
             Room.HIDDEN: (parts * (rows + spare) * self.ffn_columns, number),
             Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * columns, np.float32),
             Room.WIDE: (max(widest, self.ffn_columns) * columns, np.float32),
@@ -278,7 +285,7 @@ class PackedModel:
         return table(Room, buffers)
 
     def take_buffers(self, rows: int, shares: int) -> list[Array]:
-        """Buffers of one pass: those of an earlier one, if they are large enough.
+        """Buffers of one pass over so many rows: those of an earlier one, if they are large enough.
 
         Two for queries, keys and values; with `shares`, one for attention's result and one for hidden channels.
         """

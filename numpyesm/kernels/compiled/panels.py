@@ -63,6 +63,19 @@ def column_order(isa: Isa, columns: npt.NDArray[np.intp]) -> Order:
     return np.append(columns, np.full(-len(columns) % isa.columns, -1)).astype(np.int64)
 
 
+# Queries, keys and values that are computed at a time have at least so many columns.
+_LEAST_HEAD_COLUMNS = 192
+
+
+def heads_at_a_time(isa: Isa, heads: int, head_dim: int) -> int:
+    """How many heads' queries, keys and values lie together: they fill whole panels, a few of them."""
+    for count in range(1, heads):
+        columns = 3 * count * head_dim
+        if heads % count == 0 and columns % isa.columns == 0 and columns >= _LEAST_HEAD_COLUMNS:
+            return count
+    return heads
+
+
 def in_order(vector: Array, order: Order) -> Array:
     """Numbers as `column_order` has them, 0 for nothing: (N,) -> (panels · tile columns,) float32."""
     out = aligned(len(order))

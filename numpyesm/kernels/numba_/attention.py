@@ -361,12 +361,11 @@ def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, f
 
 
 @helper
-def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, maps):
+def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out, maps):
     """See `attend`."""
-    heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
-    step, out_step = (2 if narrow else 4) * head_dim, 4 * heads * head_dim
-    head_step = 4 * all_rows * head_dim
-    part_step = heads * head_step
+    all_heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
+    step, out_step = (2 if narrow else 4) * head_dim, 4 * all_heads * head_dim
+    (head_step, part_step), (first_head, last_head) = steps, heads
     items = head_dim // 2 if narrow else head_dim
     strip, value_pairs = load_integer(room, Room.QUERIES), load_integer(room, Room.VALUES)
     scores, pairs = load_integer(room, Room.SCORES), load_integer(room, Room.PAIRS)
@@ -380,10 +379,10 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         maps_only = load_integer(maps, Maps.ONLY) != 0
     if narrow and _TILES:
         configure_tiles(HALF_ROWS)
-    for head in range(heads):
+    for head in range(first_head, last_head):
         index = -1
         if with_contacts:
-            index = carray(int64_at(load_integer(maps, Maps.MAP_OF_HEAD)), (heads,))[head]
+            index = carray(int64_at(load_integer(maps, Maps.MAP_OF_HEAD)), (all_heads,))[head]
         keep = with_others or index >= 0
         if maps_only and not keep:
             continue
@@ -402,7 +401,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
         for start in range(0, rows, STRIP_COLUMNS):
             count = min(STRIP_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else STRIP_COLUMNS
-            if head + 1 < heads:
+            if head + 1 < last_head:
                 # The next head comes nearer meanwhile, a part of it with every strip.
                 part, end = length * start // rows * 4 * head_dim, length * (start + count) // rows * 4 * head_dim
                 fetch(queries + at + head_step + start * 4 * head_dim, count * 4 * head_dim)
@@ -438,17 +437,20 @@ def _attend(narrow, model, room, queries, rows, keys, length, all_rows, out, map
 
 
 @kernel
-def attend(model, room, queries, rows, keys, length, all_rows, out, maps):
+def attend(model, room, queries, rows, keys, length, head_step, part_step, first_head, last_head, out, maps):
     """Attention of `rows` rows over the `length` rows of their sequence: -> out (rows, all heads) float32.
 
-    `queries` and `keys` are where those rows of query head 0 lie in a buffer that `gemm.linear_heads` has filled for
-    `all_rows` rows. Scores are exponents of two: log2(e) is in the queries. `maps` is a table of `layout.Maps` or 0;
-    sums of columns and the summary come set to zero.
+    Of the heads from `first_head` to `last_head`. `queries` and `keys` are where those rows of query head 0 lie, or
+    would lie, among what `gemm.linear` has left with the same `head_step` and `part_step`. Scores are exponents of two:
+    log2(e) is in the queries. `maps` is a table of `layout.Maps` or 0; sums of columns and the summary come set to
+    zero.
     """
-    _attend(False, model, room, queries, rows, keys, length, all_rows, out, maps)
+    steps, heads = (head_step, part_step), (first_head, last_head)
+    _attend(False, model, room, queries, rows, keys, length, steps, heads, out, maps)
 
 
 @kernel
-def attend_bf16(model, room, queries, rows, keys, length, all_rows, out, maps):
+def attend_bf16(model, room, queries, rows, keys, length, head_step, part_step, first_head, last_head, out, maps):
     """`attend` with products in bf16, summed in float32."""
-    _attend(True, model, room, queries, rows, keys, length, all_rows, out, maps)
+    steps, heads = (head_step, part_step), (first_head, last_head)
+    _attend(True, model, room, queries, rows, keys, length, steps, heads, out, maps)

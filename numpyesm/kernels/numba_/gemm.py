@@ -46,13 +46,13 @@ _TILES, _NARROW_ROWS = ISA.tiles, ISA.narrow_rows
 
 
 @helper
-def low_part(narrow, short, rows, most, step):
+def low_part(narrow, short, rows, step):
     """Bytes from the rows of a group in bf16 to what rounding took off, if any of them is of a short sequence, else 0.
 
-    The buffer is for `most` rows, and for what tile registers read behind them.
+    Between them is room for what tile registers read behind the last row.
     """
     if narrow != 0 and any_short(short, 0, rows):
-        return (most + _NARROW_ROWS) * step
+        return (rows + _NARROW_ROWS) * step
     return 0
 
 
@@ -101,20 +101,22 @@ def _finish_hidden(height, tile, bias, centre, out, out_step, low, short):
 
 
 @helper
-def _finish_heads(height, first_column, tile, bias, model, positions, head_step, out):
+def _finish_heads(height, first_column, tile, bias, model, positions, steps, out):
     """Rotate queries and keys of a tile and put every head's rows where they follow each other.
 
-    The columns are (part, head, channel); at `out` lies row `first row` of query head 0. Heads are `head_step` bytes
-    apart: those of queries, then of keys, then of values.
+    The columns are (some heads, part, head, channel); at `out` lies the first row of query head 0. `steps` are bytes
+    from head to head, and from queries to keys and from keys to values.
     """
+    head_step, part_step = steps
     heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
-    table, width = load_integer(model, Model.ROTARY), heads * head_dim
+    table, together = load_integer(model, Model.ROTARY), load_integer(model, Model.HEADS_AT_A_TIME)
     position = carray(int64_at(positions), (height,))
-    for column in range(first_column, min(first_column + TILE_COLUMNS, 3 * width), PIECE):
+    for column in range(first_column, min(first_column + TILE_COLUMNS, 3 * heads * head_dim), PIECE):
         at = 4 * (column - first_column)
-        part, within = column // width, column % width
-        channel = within % head_dim
-        target = out + (part * heads + within // head_dim) * head_step + channel * 4
+        row_of_heads, channel = column // head_dim, column % head_dim
+        part = row_of_heads // together % 3
+        head = row_of_heads // (3 * together) * together + row_of_heads % together
+        target = out + part * part_step + head * head_step + channel * 4
         turn = table + 4 * (channel + (2 * head_dim if part == 0 else 0))
         for row in range(height):
             source, here = tile + row * TILE_BYTES + at, target + row * head_dim * 4
@@ -244,7 +246,8 @@ def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step
             if step == HEADS:
                 model, positions = heads
                 at = out + start * load_integer(model, Model.HEAD_DIM) * 4
-                _finish_heads(height, first, tile, here, model, positions + 8 * start, out_step, at)
+                steps, turns = (out_step, out_low), positions + 8 * start
+                _finish_heads(height, column + first, tile, here, model, turns, steps, at)
             elif narrow and step == GELU:
                 at, below = centre + 4 * first, short + 8 * start
                 _finish_hidden(height, tile, here, at, target, out_step, out_low, below)
@@ -266,7 +269,8 @@ def linear(
     Of a `matrix` (see layout.py), `inner` rows from row k on and `columns` from `column` on; both begin at whole tiles
     and groups. The bias goes with row 0. `low` and `short` are what `layer_norm` calls so; `out_low` is the next
     product's `low`. Of its tiles, share number `share` of `shares` is computed. HEADS alone, which rotates and parts
-    query, key and value, needs a `layout.Model` and positions (R,) int64: see `_finish_heads`.
+    query, key and value, needs a `layout.Model` and positions (R,) int64: see `_finish_heads`, whose `steps` are
+    `out_step` and `out_low`.
     """
     left, part, heads = (x, x_step, rows, low, short), (share, shares), (model, positions)
     _linear(False, step, left, matrix, k, inner, column, columns, out, out_step, out_low, room, part, heads)

@@ -16,29 +16,62 @@ from .vectors import call_kernel, load_integer
 
 
 @helper
-def project_qkv(run, model, room, number, first, last, share, shares):
-    """LayerNorm(x) @ weight + bias of layer `number`, rotated, head by head: some rows of `Pass.X` -> `Pass.QKV`.
+def groups_of_rows(model, rows):
+    """Into how many parts the linear steps cut so many rows."""
+    most = load_integer(model, Model.GROUP_ROWS)
+    return (rows + most - 1) // most
 
-    `run`, `model` and `room` are tables of layout.py. Of the tiles of the product, share number `share` of `shares` is
-    computed.
+
+@helper
+def group_of_rows(first, last, number, groups):
+    """One of these near-equal parts: -> its first row, how many."""
+    start = first + (last - first) * number // groups
+    return start, first + (last - first) * (number + 1) // groups - start
+
+
+@helper
+def normalise_rows(run, model, room, number, first, count):
+    """LayerNorm before the attention of layer `number`: `count` rows of `Pass.X` -> rows as `linear` takes them.
+
+    `run`, `model` and `room` are tables of layout.py.
     """
     narrow, width = load_integer(model, Model.NARROW), load_integer(model, Model.WIDTH)
-    head_dim, most = load_integer(model, Model.HEAD_DIM), load_integer(model, Model.GROUP_ROWS)
-    layer = load_integer(run, Pass.LAYERS) + number * 8 * Layer.ENTRIES
+    norm = load_integer(run, Pass.LAYERS) + 8 * (number * Layer.ENTRIES + Layer.ATTENTION_NORM)
+    x, short = load_integer(run, Pass.X) + 4 * width * first, load_integer(run, Pass.SHORT_ROWS) + 8 * first
+    left, left_step = load_integer(room, Room.LEFT), row_bytes(narrow, width)
+    low = low_part(narrow, short, count, left_step)
+    call_kernel(load_integer(model, Model.LAYER_NORM), (narrow, x, count, width, norm, left, left_step, low, short))
+    return left, left_step, count, low, short
+
+
+@helper
+def project_heads(run, model, room, number, lines, first, heads, out, steps, share, shares):
+    """Queries, keys and values of some heads: -> `out`, where row 0 of query head 0 would lie (`gemm.linear`'s HEADS).
+
+    `lines` are rows as `normalise_rows` gives them, the first of them row `first`. `heads` are the first and how many,
+    multiples of `Model.HEADS_AT_A_TIME`; share number `share` of `shares` is computed.
+    """
+    width, head_dim = load_integer(model, Model.WIDTH), load_integer(model, Model.HEAD_DIM)
+    matrix = load_integer(run, Pass.LAYERS) + 8 * (number * Layer.ENTRIES + Layer.QKV)
+    first_head, count = heads
+    weights = matrix, 0, width, 3 * head_dim * first_head, 3 * head_dim * count
+    to = out + 4 * head_dim * first, *steps, room, share, shares
+    positions = load_integer(run, Pass.POSITIONS) + 8 * first
+    call_kernel(load_integer(model, Model.LINEAR), (HEADS, *lines, *weights, *to, model, positions))
+
+
+@helper
+def project_qkv(run, model, room, number, first, last, share, shares):
+    """Queries, keys and values of layer `number`: some rows of `Pass.X` -> `Pass.QKV`, or a share of them."""
+    heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
     out = load_integer(run, Pass.QKV if number % 2 == 0 else Pass.QKV_ODD)
-    norm, left, left_step = layer + 8 * Layer.ATTENTION_NORM, load_integer(room, Room.LEFT), row_bytes(narrow, width)
-    columns, head_step = 3 * load_integer(model, Model.HEADS) * head_dim, load_integer(run, Pass.ROWS) * head_dim * 4
-    linear = load_integer(model, Model.LINEAR)
-    groups = (last - first + most - 1) // most
+    head_step = 4 * head_dim * load_integer(run, Pass.ROWS)
+    every, steps = (0, heads), (head_step, heads * head_step)
+    groups = groups_of_rows(model, last - first)
     for group in range(groups):
-        start = first + (last - first) * group // groups
-        count = first + (last - first) * (group + 1) // groups - start
-        x, short = load_integer(run, Pass.X) + 4 * width * start, load_integer(run, Pass.SHORT_ROWS) + 8 * start
-        low = low_part(narrow, short, count, most, left_step)
-        call_kernel(load_integer(model, Model.LAYER_NORM), (narrow, x, count, width, norm, left, left_step, low, short))
-        lines, positions = (left, left_step, count, low, short), load_integer(run, Pass.POSITIONS) + 8 * start
-        to = out + start * head_dim * 4, head_step, 0, room, share, shares, model, positions
-        call_kernel(linear, (HEADS, *lines, layer + 8 * Layer.QKV, 0, width, 0, columns, *to))
+        start, count = group_of_rows(first, last, group, groups)
+        lines = normalise_rows(run, model, room, number, start, count)
+        project_heads(run, model, room, number, lines, start, every, out, steps, share, shares)
 
 
 @helper
@@ -54,7 +87,7 @@ def project_and_feed_forward(run, model, room, number, first, last, context, hid
     ffn, at_a_time = load_integer(model, Model.FFN), load_integer(model, Model.FFN_COLUMNS)
     inner = load_integer(model, Model.HEADS) * load_integer(model, Model.HEAD_DIM)
     norm, left = layer + 8 * Layer.FFN_NORM, load_integer(room, Room.LEFT)
-    most, linear = load_integer(model, Model.GROUP_ROWS), load_integer(model, Model.LINEAR)
+    linear = load_integer(model, Model.LINEAR)
     step, left_step, inner_step = 4 * width, row_bytes(narrow, width), row_bytes(narrow, inner)
     bytes_each = 4 if narrow == 0 else 2
     together = hidden != 0  # all hidden channels, of which threads compute shares
@@ -62,25 +95,24 @@ def project_and_feed_forward(run, model, room, number, first, last, context, hid
     if not together:
         hidden = load_integer(room, Room.HIDDEN)
     out_proj, fc1, fc2 = layer + 8 * Layer.OUT_PROJ, layer + 8 * Layer.FC1, layer + 8 * Layer.FC2
-    groups = (last - first + most - 1) // most
+    groups = groups_of_rows(model, last - first)
     for group in range(groups):
-        start = first + (last - first) * group // groups
-        count = first + (last - first) * (group + 1) // groups - start
+        start, count = group_of_rows(first, last, group, groups)
         x, short = load_integer(run, Pass.X) + step * start, load_integer(run, Pass.SHORT_ROWS) + 8 * start
         attended = context + (start - first) * 4 * inner
         if steps & Steps.OUT_PROJ:
-            low = low_part(narrow, short, count, most, inner_step)
+            low = low_part(narrow, short, count, inner_step)
             if narrow != 0:
                 narrow_rows(attended, count, inner, left, inner_step, low, short)
                 attended = left
             lines = attended, inner_step, count, low, short
             call_kernel(linear, (ADD, *lines, out_proj, 0, inner, 0, width, x, step, 0, room, share, shares, 0, 0))
-        low = low_part(narrow, short, count, most, left_step)
+        low = low_part(narrow, short, count, left_step)
         lines = left, left_step, count, low, short
         if steps & Steps.FC1:
             layer_norm = load_integer(model, Model.LAYER_NORM)
             call_kernel(layer_norm, (narrow, x, count, width, norm, left, left_step, low, short))
-        low = low_part(narrow, short, count, most, hidden_step)
+        low = low_part(narrow, short, count, hidden_step)
         # A part of the hidden channels at a time: they and the rows stay in the second cache.
         for channel in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - channel)

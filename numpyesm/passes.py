@@ -36,6 +36,8 @@ ROWS_PER_PASS = 4096
 _LARGE = 300_000_000
 # Rows that a thread passes to the LM head at a time, least and most.
 _LM_HEAD_ROWS = 32, 192
+# From so many bytes on, several threads copy a layer's rows: half of the time is new memory.
+_POOL_BYTES = 1 << 20
 
 
 class Passes:
@@ -204,7 +206,7 @@ class Passes:
         wanted = {*outputs.by_layer, *([last] if {"logits", "classes"} & set(include) else [])}
         for layer, x in self._layers(batch, wanted, sizes, readers):
             if layer in outputs.by_layer:
-                _pool_rows(results, batch, layer, x, include)
+                self._pool_rows(results, batch, layer, x, include)
             if layer == last and "logits" in include:
                 residues = [np.arange(first + 1, stop - 1) for first, stop in batch.spans]
                 logits = self._lm_head(x, np.concatenate(residues))[:, AMINO_ACID_COLUMNS]
@@ -263,6 +265,23 @@ class Passes:
                 yield stop, forward.x
             layer = stop
 
+    def _pool_rows(
+        self, results: Sequence[EncodeResult], batch: Batch, layer: int, x: Array, include: Collection[str]
+    ) -> None:
+        """Store the wanted embeddings of one layer's rows (T, D)."""
+
+        def pool(item: tuple[EncodeResult, tuple[int, int]]) -> None:
+            result, (first, last) = item
+            residues = x[first + 1 : last - 1]
+            if "mean" in include:
+                result.embeddings = (result.embeddings or {}) | {layer: residues.mean(axis=0)}
+            if "bos" in include:
+                result.bos_embeddings = (result.bos_embeddings or {}) | {layer: x[first].copy()}
+            if "per_token" in include:
+                result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
+
+        self.pool.run(pool, list(zip(results, batch.spans, strict=True)), None if x.nbytes > _POOL_BYTES else 1)
+
     def _store(self, readers: Sequence[AttentionReader], results: Sequence[EncodeResult | FullOutput]) -> None:
         for reader in readers:
             with blas_threads(self.pool.threads):
@@ -272,7 +291,9 @@ class Passes:
         """Logits of all tokens for some rows of the last layer: (T, D), (R,) -> (R, 33)."""
         logits = np.empty((len(rows), VOCAB_SIZE), self.kernels.dtype)
         least, most = _LM_HEAD_ROWS
-        step = min(max(-(-len(rows) // self.pool.threads), least), most)
+        threads = self.pool.threads
+        parts = threads * -(-len(rows) // (threads * most))
+        step = max(-(-len(rows) // parts), least)
 
         def run(start: int) -> None:
             part = rows[start : start + step]
@@ -302,15 +323,3 @@ def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[slice]:
 def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:
     """Split consecutive rows into copies that are as long as `parts`."""
     return [part.copy() for part in np.split(rows, np.cumsum([len(part) for part in parts])[:-1])]
-
-
-def _pool_rows(results: Sequence[EncodeResult], batch: Batch, layer: int, x: Array, include: Collection[str]) -> None:
-    """Store the wanted embeddings of one layer's rows (T, D)."""
-    for result, (first, last) in zip(results, batch.spans, strict=True):
-        residues = x[first + 1 : last - 1]
-        if "mean" in include:
-            result.embeddings = (result.embeddings or {}) | {layer: residues.mean(axis=0)}
-        if "bos" in include:
-            result.bos_embeddings = (result.bos_embeddings or {}) | {layer: x[first].copy()}
-        if "per_token" in include:
-            result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}

@@ -24,7 +24,7 @@ from numpyesm import ESM2
 from numpyesm.alphabet import TOKENS
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.kernels import make_kernels
-from numpyesm.kernels.compiled.forward import CompiledKernels, cut_blocks
+from numpyesm.kernels.compiled.forward import CompiledKernels, cut_blocks, whole_sequences
 from numpyesm.kernels.compiled.isa import host_isa, host_levels
 from numpyesm.kernels.compiled.layout import SHORT, address
 from numpyesm.kernels.compiled.panels import column_order, pack_panels, product_steps
@@ -46,6 +46,7 @@ SHAPES = {
     "64 channels": ModelConfig(2, 192, 3, 768),
     "odd": ModelConfig(2, 30, 3, 50),
 }
+PER_TOKEN = ["per_token"]
 SEQUENCES = [random_sequence(n) for n in (*range(1, 36), 99, 255, 700)]
 
 
@@ -118,11 +119,17 @@ def spread(found: list[Any], exact: list[Any], output: str) -> float:
 @pytest.mark.parametrize(("backend", "precision"), [*(("compiled", name) for name in BOUNDS), ("numpy", "fp32")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_model_of_two_layers(shape: str, backend: str, precision: str) -> None:
-    found = encode(random_checkpoint(SHAPES[shape], seed=3), precision, SEQUENCES, backend)
+    checkpoint = random_checkpoint(SHAPES[shape], seed=3)
+    found = encode(checkpoint, precision, SEQUENCES, backend)
     typical, largest = BOUNDS[precision]
     assert_same(found, exact(shape), within=largest)
     for output in found[0].to_arrays():
         assert spread(found, exact(shape), output) < typical * (2 if output == "contacts" else 1), output
+    if backend == "compiled":  # without maps, a thread takes whole sequences, some heads at a time
+        plain = ESM2(checkpoint, backend=backend, precision=precision, threads=1).encode(SEQUENCES, [1, 2], PER_TOKEN)
+        for one, other in zip(plain, found, strict=True):
+            for layer, rows in one.per_token_embeddings.items():
+                np.testing.assert_array_equal(rows, other.per_token_embeddings[layer])
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -136,8 +143,13 @@ def test_results_do_not_depend_on_batch_mates_threads_maps_or_the_run(precision:
         for one, other in [*zip(sequences, together, strict=True)] * 5:  # threads take shares of these as it happens
             assert_same(model.encode([one], [0, 1, -1], ALL), [other])
     assert_same(models[0].encode(sequences[::-1], [0, 1, -1], ALL)[::-1], together)
-    for plain, one in zip(models[1].encode(sequences, include=["per_token"]), together, strict=True):
-        np.testing.assert_array_equal(plain.per_token_embeddings[2], one.per_token_embeddings[2])
+    masked = [f"{sequence[: n % 3]}<mask>{sequence[n % 3 :]}<mask>" for n, sequence in enumerate(sequences)]
+    logits = [one.logits for one in models[3].predict(masked)]
+    for model in models:  # one or two take whole sequences each
+        for plain, one in zip(model.encode(sequences, include=PER_TOKEN), together, strict=True):
+            np.testing.assert_array_equal(plain.per_token_embeddings[2], one.per_token_embeddings[2])
+        for n, one in enumerate(model.predict(masked, positions="masked")):
+            np.testing.assert_array_equal(one.logits, logits[n][one.mask_positions])
 
 
 @pytest.mark.parametrize("extreme", ["scores", "shifted scores", "hidden"])
@@ -217,6 +229,11 @@ def test_contact_gate_of_low_precision(precision: str) -> None:
 def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
     ends = np.cumsum([0, *lengths]).tolist()
     spans = list(itertools.pairwise(ends))
+    whole = whole_sequences(spans, threads, 256)
+    assert whole is not None if lengths[0] == 258 or threads == 1 and max(lengths) < 1000 else threads * len(spans) < 64
+    if whole is not None:
+        assert sorted(itertools.chain.from_iterable(whole)) == [(*span, *span) for span in spans]
+        assert max(block[-1][1] - block[0][0] for block in whole) <= 1.08 * ends[-1] / threads
     blocks = cut_blocks(spans, threads, 256, 32)
     pieces = [piece for block in blocks for piece in block]
     rows = [row for start, stop, _, _ in pieces for row in range(start, stop)]

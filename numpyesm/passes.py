@@ -258,8 +258,6 @@ class Passes:
                     reader.collect(layer, tile, kept)
             else:
                 stop = min(number for number in wanted if number > layer)
-                if final_rows is not None and stop == num_layers and layer + 1 < num_layers:
-                    stop = num_layers - 1  # the last layer runs separately
                 forward.advance(stop, rows=final_rows if stop == num_layers else None)
             if stop in wanted:
                 yield stop, forward.x

@@ -85,7 +85,8 @@ class Forward(ABC):
         maps_only : bool
             Nothing else is wanted of this layer: `x` stays as it is, and no layer may follow.
         rows : ndarray of int, optional
-            The rows that matter of this layer, the last one; others may stay as they are. Not with maps.
+            The rows that matter of the last of these layers, after which none follows; others may stay as they are. Not
+            with maps.
         """
 
 

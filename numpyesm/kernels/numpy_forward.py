@@ -183,9 +183,10 @@ class NumpyForward(Forward):
     def advance(
         self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
-        blocks = self._blocks if rows is None else _blocks_with(self._blocks, rows)
         with blas_threads(self._step_threads):
             while self._done < stop:
+                last = self._done + 1 == stop
+                blocks = self._blocks if rows is None or not last else _blocks_with(self._blocks, rows)
                 self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks, self._threads)
                 self._qkv, self._next_qkv = self._next_qkv, self._qkv
                 self._done += 1

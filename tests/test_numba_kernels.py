@@ -230,7 +230,7 @@ def test_blocks_cover_every_row_once(lengths: list[int], threads: int) -> None:
     ends = np.cumsum([0, *lengths]).tolist()
     spans = list(itertools.pairwise(ends))
     whole = whole_sequences(spans, threads, 256)
-    if threads == 1 and max(lengths) < 1000 or threads != 3 and lengths[0] == 258:
+    if (threads == 1 and max(lengths) < 1000) or (threads != 3 and lengths[0] == 258):
         assert whole is not None
     if whole is not None:
         assert sorted(itertools.chain.from_iterable(whole)) == [(*span, *span) for span in spans]

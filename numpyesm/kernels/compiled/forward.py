@@ -62,8 +62,9 @@ class CompiledKernels(Kernels):
 class CompiledForward(Forward):
     """See `Forward`.
 
-    Blocks are cut anywhere, since a row's result does not depend on its neighbours; with maps they are whole tiles,
-    which leave their sums one by one. Few rows are not cut between the threads: they take shares of the products.
+    Blocks are whole sequences, if those can be dealt out to the threads evenly. Else they are cut anywhere, since the
+    result of a row does not depend on its neighbours; with maps they are whole tiles, which leave their sums one by
+    one. Few rows are not cut between the threads: they take shares of the products.
     """
 
     def __init__(

@@ -5,6 +5,9 @@ query, key and value of layer n + 1, while the rows are in its cache. Attention 
 sequence, so no thread begins a layer before all blocks of the one before are done; query/key/value have two buffers
 that take turns. A thread takes whichever block is next: one that wakes up late, or never, holds nobody up.
 
+Where blocks are whole sequences (`Pass.APART`), a thread takes each through all layers instead, and computes queries,
+keys and values for the attention of some heads at a time, which the second cache holds.
+
 Where each thread would have few rows, threads take shares of every product instead, and go from step to step together:
 a weight is then read once, not once a thread.
 """

@@ -86,13 +86,12 @@ def test_dictionary_is_the_services_shape(model: ESM2) -> None:
 
 
 def test_predict_rows(model: ESM2) -> None:
-    sequences = ["M<mask>KT<mask>", "<mask>", "MKT" * 99 + "<mask>"]
-    every = model.predict(sequences)
-    masked = model.predict((s for s in sequences), positions="masked")
-    assert [r.mask_positions for r in every] == [[1, 4], [0], [297]]
-    assert [r.sequence_index for r in masked] == [0, 1, 2]
+    every = model.predict(["M<mask>KT<mask>", "<mask>"])
+    masked = model.predict((s for s in ["M<mask>KT<mask>", "<mask>"]), positions="masked")
+    assert [r.mask_positions for r in every] == [[1, 4], [0]]
+    assert [r.sequence_index for r in masked] == [0, 1]
     for a, b in zip(every, masked, strict=True):
-        np.testing.assert_allclose(a.logits[a.mask_positions], b.logits, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(a.logits[a.mask_positions], b.logits)
 
 
 def test_log_prob_counts_canonical_residues_only(model: ESM2) -> None:

@@ -88,7 +88,7 @@ class CompiledForward(Forward):
         counters = aligned(16 * Steps.COUNT * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
         shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
-        self._apart = None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.apart_rows)
+        self._apart = None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.group_rows)
         buffers = packed.take_buffers(0 if self._apart else rows, shares)
         weakref.finalize(self, packed.keep_buffers, buffers).atexit = False
         entries: dict[int, int | Array] = {

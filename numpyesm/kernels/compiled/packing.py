@@ -84,7 +84,6 @@ class PackedModel:
         on_tiles = self.isa.tiles and self.narrow
         most = min(_MOST_GROUP_ROWS, _GROUP_BYTES // (4 * (config.embed_dim + _FFN_COLUMNS)))
         self.group_rows = _GROUP_ROWS_ON_TILES if on_tiles else max(self.isa.narrow_rows, most)
-        self.apart_rows = self.group_rows if on_tiles else 2 * self.group_rows
         self.block_rows = _BLOCK_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
         self.hidden_columns = panels(self.isa, config.ffn_dim) * self.isa.columns

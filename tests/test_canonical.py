@@ -318,8 +318,6 @@ def test_misaligned_data_are_copied(tmp_path):
 
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-
-
 MANY = {f"t{i}": ONE | {"shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
 
 

@@ -149,8 +149,7 @@ def test_a_merged_model_beside_its_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heads", [1, 5, 20])
 def test_heads_are_counted_from_tensors(tmp_path: Path, heads: int) -> None:
-    model = mk.fair_esm_model(ModelConfig(2, 40, heads, 160))
-    state = fair_esm("", model)
+    state = fair_esm("", mk.fair_esm_model(ModelConfig(2, 40, heads, 160)))
     for known in (state, without(state, "inv_freq")):
         assert load_checkpoint(save(tmp_path / "m.pt", known)).config.num_heads == heads
     with pytest.raises(CheckpointError, match="how many attention heads"):
@@ -192,10 +191,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     "two trunks": (fair_esm("student.") | fair_esm("teacher.", OTHER), r"two ESM-2 .*'student\.' and 'teacher\.'"),
     "two families": (fair_esm("a.") | hugging_face("b.", OTHER), r"two ESM-2 .*'a\.' and 'b\.esm\.'"),
     "the same name twice": (fair_esm("m.") | fair_esm("_orig_mod.m."), "twice"),
-    "LoRA": (
-        HF | {LAYER + "output.dense.lora_A.default.weight": ONE},
-        "a LoRA adapter that.*merge it first",
-    ),
+    "LoRA": (HF | {LAYER + "output.dense.lora_A.default.weight": ONE}, "a LoRA adapter that.*merge it first"),
     "another adapter": ({"base_model.model.esm.x.hada_w1_a": ONE}, "an adapter of peft that is not merged"),
     "bitsandbytes 8": (HF | {LAYER + "output.dense.SCB": torch.ones(40)}, r"quantised \(bitsandbytes, 8 bits"),
     "float8": (HF | {FC2: torch.ones(40, 160).to(torch.float8_e4m3fn)}, "quantised .*F8_E4M3"),
@@ -358,8 +354,6 @@ OTHER_MODELS: dict[str, list[Any]] = {
     "intermediate_size": [80],
     "num_attention_heads": [3, "20"],
 }
-
-
 CHANGES = [{key: value} for key, values in OTHER_MODELS.items() for value in values]
 
 
@@ -377,8 +371,7 @@ def test_other_models_by_their_config(tmp_path: Path, change: dict[str, Any] | s
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_shards(tmp_path: Path, ending: str) -> None:
-    state = mk.hugging_face_state(MODEL)
-    folder = mk.write_hugging_face(tmp_path / "hf", state, binary=ending == "bin", shard_size=60_000)
+    folder = mk.write_hugging_face(tmp_path / "hf", hugging_face(), binary=ending == "bin", shard_size=60_000)
     mk.expect_same_model(load_checkpoint(folder), MODEL)
     (index,) = folder.glob("*.index.json")
     weight_map = json.loads(index.read_text())["weight_map"]

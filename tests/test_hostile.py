@@ -73,8 +73,6 @@ def test_closed_and_full_streams(redirection: str, said: str | None, code: int, 
 
 
 OURS = {"format": "numpyesm", "format_version": "2", "precision": "fp32"}
-
-
 HOSTILE: list[Any] = [
     OURS | {"config": "\x1b[31m"},
     OURS | {"config": "{}", "source": "\x9b2J"},
@@ -110,8 +108,7 @@ def test_hostile_weights_are_a_sentence(content: Any, run: Any) -> None:
 
 
 def test_info_shows_the_source_of_a_file_tamed(run: Any) -> None:
-    checkpoint = random_checkpoint(SMALL)
-    save_canonical("x.safetensors", replace(checkpoint, source="from\x1b[2J\x9b", synthetic=False))
+    save_canonical("x.safetensors", replace(random_checkpoint(SMALL), source="from\x1b[2J\x9b", synthetic=False))
     code, out, _ = run("info", "--weights", "x.safetensors")
     assert (code, r"from\x1b[2J\x9b" in out.decode()) == (0, True)
 

@@ -164,9 +164,6 @@ def hub_download(folder, commit, content, at_main):
     return snapshot
 
 
-PINNED = PINNED_COMMITS["esm2-8m"]
-
-
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """(expectation of a loaded checkpoint, bytes of its model.safetensors, of its `.pt`, of its regression)."""
@@ -185,7 +182,7 @@ def official(tmp_path_factory):
 def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, variable, below):
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(tmp_path / "theirs"))
-    for commit in ("2" * 40, "1" * 40, "3" * 40, PINNED):  # each before the last one
+    for commit in ("2" * 40, "1" * 40, "3" * 40, PINNED_COMMITS["esm2-8m"]):  # each before the last one
         pinned = hub_download(tmp_path / "theirs" / below, commit, official[1], at_main=commit.startswith("3"))
         assert find_local("esm2-8m") == pinned
     assert find_local("esm2-35m") is None
@@ -223,7 +220,6 @@ def test_cache_of_torch_hub(tmp_path, monkeypatch, official, variable, below):
 def test_cache_folder(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("NUMPYESM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "numpyesm"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path("~/.cache/numpyesm").expanduser()

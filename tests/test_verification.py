@@ -59,8 +59,7 @@ def test_wrong_frequencies_alone_are_found_and_printed(
     """Frequencies that are computed, instead of as stored."""
     pytest.importorskip(backend)
     monkeypatch.setattr("numpyesm.verification.published_numbers", lambda name: numbers)
-    computed = {FREQUENCIES: StoredTensor(computed_frequencies(SHAPE.head_dim))}
-    wrong = replace(right, tensors=right.tensors | computed)
+    wrong = replace(right, tensors=right.tensors | {FREQUENCIES: StoredTensor(computed_frequencies(SHAPE.head_dim))})
     for checkpoint, code in ((right, 0), (wrong, 1)):
         save_canonical("x.safetensors", checkpoint)
         done = run("verify", "--weights", "x.safetensors", "--backend", backend)

@@ -16,7 +16,7 @@ from .client import EngineFailed, Worker
 # Thread pools of the engine that ran last spin for some milliseconds before they sleep.
 SETTLE_SECONDS = 0.1
 # In each turn, several shorter runs follow one that is not timed: the caches hold what another engine left there.
-SHORT_SECONDS, SHORT_RUNS = 0.5, 5
+SHORT_SECONDS, SHORT_RUNS = 1.0, 5
 
 
 @dataclass(frozen=True)

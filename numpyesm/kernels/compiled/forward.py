@@ -24,9 +24,9 @@ from .panels import aligned
 # Up to so many rows for each thread, threads take shares of the products. Measured with two threads: 18 to 30 rows take
 # 0.65 to 0.75 of the time so, 46 to 62 the same, 100 a few per cent more.
 _SHARED_ROWS = 32
-# Whole sequences are given to threads if the largest has at most so many rows, and the busiest thread so much more than
-# its share: what is lost then is less than what waiting for each other and a third cache would take.
-_MOST_APART, _IMBALANCE = 1100, 1.08
+# Whole sequences are dealt out to the threads if the longest has at most so many rows, and the busiest thread so much
+# more than its share, in float32 or in bf16: waiting for each other, and a third cache, would cost more than that.
+_MOST_APART, _IMBALANCE = 1100, (1.05, 1.12)
 
 Span = tuple[int, int]
 Piece = tuple[int, int, int, int]  # first row, last row, first and last row of the sequence
@@ -88,7 +88,10 @@ class CompiledForward(Forward):
         counters = aligned(16 * Steps.COUNT * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
         shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
-        self._apart = None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.group_rows)
+        uneven = _IMBALANCE[packed.narrow]
+        self._apart = (
+            None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.group_rows, uneven)
+        )
         buffers = packed.take_buffers(0 if self._apart else rows, shares)
         weakref.finalize(self, packed.keep_buffers, buffers).atexit = False
         entries: dict[int, int | Array] = {
@@ -220,17 +223,23 @@ def cut_blocks(
     return _gather(strips, count, rows)
 
 
-def whole_sequences(spans: Sequence[Span], threads: int, block_rows: int) -> list[list[Piece]] | None:
-    """Blocks of whole sequences, largest first; None if some are too large, or would not keep all threads busy."""
+def whole_sequences(spans: Sequence[Span], threads: int, block_rows: int, uneven: float) -> list[list[Piece]] | None:
+    """Blocks of whole sequences, largest first; None if some are too large, or one thread would have too much to do.
+
+    Of about `block_rows` rows, or half as many if that is `uneven`: the busiest thread has so many times its share.
+    """
     rows = spans[-1][1]
-    count = threads * -(-rows // (threads * block_rows))
-    blocks = _gather([(first, last, first, last) for first, last in spans], count, rows)
-    blocks.sort(key=lambda block: block[0][0] - block[-1][1])
-    sizes = [block[-1][1] - block[0][0] for block in blocks]
-    busy = [0] * threads
-    for size in sizes:
-        heapq.heapreplace(busy, busy[0] + size)
-    return None if sizes[0] > _MOST_APART or max(busy) * threads > _IMBALANCE * rows else blocks
+    pieces = [(first, last, first, last) for first, last in spans]
+    for most in (block_rows, block_rows // 2):
+        blocks = _gather(pieces, threads * -(-rows // (threads * most)), rows)
+        blocks.sort(key=lambda block: block[0][0] - block[-1][1])
+        sizes = [block[-1][1] - block[0][0] for block in blocks]
+        busy = [0] * threads
+        for size in sizes:
+            heapq.heapreplace(busy, busy[0] + size)
+        if sizes[0] <= _MOST_APART and max(busy) * threads <= uneven * rows:
+            return blocks
+    return None
 
 
 def pieces_with(block: Sequence[Piece], columns: int, wanted: Array) -> list[Piece]:

@@ -8,7 +8,7 @@ A *block* is a run of whole tiles, of one or several sequences: the unit of work
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,31 @@ from .alphabet import MASK
 
 TILE_ROWS = 64
 BLOCK_ROWS = 192
+# About ten blocks of work for each thread, which can be dealt out evenly.
+_FEWEST_ROWS, _ROWS_PER_THREAD = 4096, 2048
 
 # Training masked 15 % of the residues and hid 80 % of those; token dropout rescales to that share.
 _TRAINED_MASK_RATIO = 0.15 * 0.8
+
+
+def rows_for(threads: int) -> int:
+    """Rows of a batch that keep so many threads busy, if memory does not matter."""
+    return max(_FEWEST_ROWS, _ROWS_PER_THREAD * threads)
+
+
+def equal_parts(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Cut a run of sizes into parts of near-equal sums, of at most `most` or of one size."""
+    total = sum(sizes)
+    count = -(-total // most)
+    start = held = before = number = 0
+    for i, size in enumerate(sizes):
+        full = held + size > most or before + held + size / 2 > total * (number + 1) / count
+        if i > start and full:
+            yield slice(start, i)
+            start, held, before, number = i, 0, before + held, number + 1
+        held += size
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 @dataclass(frozen=True)

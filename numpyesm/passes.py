@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .alphabet import AMINO_ACID_COLUMNS, MASK, TOKENS
-from .batch import Batch
+from .batch import Batch, equal_parts, rows_for
 from .config import VOCAB_SIZE, ModelConfig
 from .heads import AttentionReader, AttentionSummary, ClassificationHead, ContactHead, FullAttention, log_prob
 from .kernels import make_kernels
@@ -30,15 +30,15 @@ from .weights.checkpoint import Checkpoint
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.uint8]
 
-# Rows of one pass: enough for each thread, so that whole sequences can be dealt out evenly. At 35M, the most take 30 MB
-# and, where threads share sequences, 190 MB more.
-_ROWS_PER_PASS, _ROWS_PER_THREAD, _MOST_ROWS = 4096, 2048, 16384
+# Rows of one pass at most, if nobody says otherwise. At 35M, so many take 30 MB, and 190 MB more where threads share
+# sequences.
+_MOST_ROWS = 16384
 # From this many parameters on, the NumPy backend uses all weights in the mapped file, which costs 2 % of the time.
 _LARGE = 300_000_000
 # Rows that a thread passes to the LM head at a time, least and most.
 _LM_HEAD_ROWS = 32, 192
-# From so many bytes on, several threads copy a layer's rows: half of the time is new memory.
-_POOL_BYTES = 1 << 20
+# Bytes of a layer's rows that one thread copies. It pays to divide more: new memory takes most of the time.
+_COPIED_ALONE = 1 << 20
 
 
 class Passes:
@@ -96,7 +96,7 @@ class Passes:
         pass over the longest sequence, would exceed that limit.
         """
         sizes = self.sizes(tokens, outputs, rows_per_pass)
-        for part in _cut(tokens, sizes.rows_per_pass):
+        for part in equal_parts([len(ids) for ids in tokens], sizes.rows_per_pass):
             yield from self._encode_pass(tokens[part], outputs, part.start, sizes)
 
     def predict(self, tokens: Sequence[Tokens], positions: str = "all") -> Iterator[PredictResult]:
@@ -139,7 +139,7 @@ class Passes:
         All `outputs` ask for the same, and `sizes` is what `full_sizes` gives. For contacts, each sequence has at least
         three tokens: the map leaves out the first and the last, whatever they are.
         """
-        for part in _cut(tokens, sizes.rows_per_pass):
+        for part in equal_parts([len(ids) for ids in tokens], sizes.rows_per_pass):
             batch, places, last = Batch.pack(tokens[part]), outputs[part], self.config.num_layers
             layers, logits = places[0].representations.keys(), places[0].logits is not None
             contacts = [place.contacts for place in places if place.contacts is not None]
@@ -163,7 +163,7 @@ class Passes:
     @property
     def _rows_per_pass(self) -> int:
         """Rows of one pass, if nobody says otherwise."""
-        return min(max(_ROWS_PER_PASS, _ROWS_PER_THREAD * self.pool.threads), _MOST_ROWS)
+        return min(rows_for(self.pool.threads), _MOST_ROWS)
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Passes:
     ) -> Iterator[Array]:
         """Yield `compute` of some rows of each sequence's last layer; the other rows of that layer are not computed."""
         sizes = self.sizes(tokens, Outputs((output,)))
-        for part in _cut(tokens, sizes.rows_per_pass):
+        for part in equal_parts([len(ids) for ids in tokens], sizes.rows_per_pass):
             batch = Batch.pack(tokens[part])
             flat = np.concatenate([first + keep for (first, _), keep in zip(batch.spans, rows[part], strict=True)])
             for _, x in self._layers(batch, {self.config.num_layers}, sizes, final_rows=flat):
@@ -274,7 +274,7 @@ class Passes:
     ) -> None:
         """Store the wanted embeddings of one layer's rows (T, D)."""
 
-        def pool(item: tuple[EncodeResult, tuple[int, int]]) -> None:
+        def store(item: tuple[EncodeResult, tuple[int, int]]) -> None:
             result, (first, last) = item
             residues = x[first + 1 : last - 1]
             if "mean" in include:
@@ -284,7 +284,8 @@ class Passes:
             if "per_token" in include:
                 result.per_token_embeddings = (result.per_token_embeddings or {}) | {layer: residues.copy()}
 
-        self.pool.run(pool, list(zip(results, batch.spans, strict=True)), None if x.nbytes > _POOL_BYTES else 1)
+        threads = None if x.nbytes > _COPIED_ALONE else 1
+        self.pool.run(store, list(zip(results, batch.spans, strict=True)), threads)
 
     def _store(self, readers: Sequence[AttentionReader], results: Sequence[EncodeResult | FullOutput]) -> None:
         for reader in readers:
@@ -307,21 +308,6 @@ class Passes:
         with blas_threads(1):
             self.pool.run(run, range(0, len(rows), step))
         return logits
-
-
-def _cut(tokens: Sequence[Tokens], most_rows: int) -> Iterator[slice]:
-    """Cut a batch into passes of near-equal size, of at most `most_rows` rows or of one sequence, in order."""
-    total = sum(map(len, tokens))
-    count = -(-total // most_rows)
-    start = rows = done = number = 0
-    for i, ids in enumerate(tokens):
-        full = rows + len(ids) > most_rows or done + rows + len(ids) / 2 > total * (number + 1) / count
-        if i > start and full:
-            yield slice(start, i)
-            start, rows, done, number = i, 0, done + rows, number + 1
-        rows += len(ids)
-    if rows:
-        yield slice(start, len(tokens))
 
 
 def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:

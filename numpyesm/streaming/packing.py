@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from ..batch import equal_parts, rows_for
 from ..config import MAX_RESIDUES, ModelConfig
 from ..memory import available_memory
 from ..options import Outputs, number_within
@@ -13,20 +14,16 @@ Item = TypeVar("Item")
 
 # Batches that are read ahead: sorting among these fills them and keeps similar lengths together.
 LOOK_AHEAD_BATCHES = 16
-_FEWEST_TOKENS = 4096
 _MOST_TOKENS = 65536
-# About ten blocks of work per thread between two barriers.
-_TOKENS_PER_THREAD = 2048
 
 
 def token_budget(config: ModelConfig, threads: int, outputs: Outputs) -> int:
     """Choose the tokens of a batch: enough to keep all threads busy, in at most an eighth of the available memory."""
-    wanted = max(_FEWEST_TOKENS, _TOKENS_PER_THREAD * threads)
     # x, context, query, key and value, and each representation, twice while it is copied out.
     per_token = 4 * config.embed_dim * (6 + 2 * max(1, len(outputs.layers)))
     per_token += 12 * MAX_RESIDUES * ("contacts" in outputs.include)
     affordable = available_memory() // 8 // per_token
-    return int(max(MAX_RESIDUES + 2, min(wanted, affordable, _MOST_TOKENS)))
+    return int(max(MAX_RESIDUES + 2, min(rows_for(threads), affordable, _MOST_TOKENS)))
 
 
 def check_budget(tokens: object) -> int | None:
@@ -51,18 +48,7 @@ def pack(items: Iterable[Item], length: Callable[[Item], int], budget: int) -> I
 
 
 def _filled(items: list[Item], length: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
-    """Sort by length and cut into batches of nearly equal size, so that none is left almost empty."""
-    total = sum(length(item) + 2 for item in items)
-    if not items:
-        return
-    share = total / -(-total // budget)
-    batch: list[Item] = []
-    tokens = 0
-    for item in sorted(items, key=length, reverse=True):
-        size = length(item) + 2
-        if batch and (tokens + size > budget or tokens + size / 2 > share):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(item)
-        tokens += size
-    yield batch
+    """Sort by length and cut into batches of nearly equal size."""
+    ordered = sorted(items, key=length, reverse=True)
+    for part in equal_parts([length(item) + 2 for item in ordered], budget):
+        yield ordered[part]

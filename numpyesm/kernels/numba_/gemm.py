@@ -134,15 +134,16 @@ def _finish_heads(height, first_column, tile, bias, model, positions, steps, out
 def _begin(narrow, rows):
     """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register, `late`.
 
-    So many products is what follows one behind: on tile registers it runs beside the next one, in other parts of the
-    core.
+    Tiles are how many, the least height and how many are one higher: a low last tile would not fill the multipliers'
+    pipelines. So many products is what follows one behind: on tile registers it runs beside the next one, in other
+    parts of the core.
     """
     highest = _NARROW_ROWS if narrow else TILE_ROWS
     tiles = (rows + highest - 1) // highest
     half = (rows + 2 * tiles - 1) // (2 * tiles)
     if narrow and _TILES:
         configure_tiles(half)
-    return tiles, half, 1 if narrow and _TILES else 0
+    return (tiles, rows // tiles, rows % tiles), half, 1 if narrow and _TILES else 0
 
 
 @helper
@@ -153,15 +154,17 @@ def _share(tiles, share):
 
 
 @helper
-def _place(i, tiles, rows):
-    """Tile i of a product: -> its first column, its first row, its height.
+def _rows_of(t, tiles):
+    """First row and height of tile t."""
+    _, height, higher = tiles
+    return t * height + min(t, higher), height + (1 if t < higher else 0)
 
-    Tiles are of near-equal height: a low last tile would not fill the multipliers' pipelines.
-    """
-    panel = i // tiles
-    t = i - panel * tiles
-    start = rows * t // tiles
-    return panel * TILE_COLUMNS, start, rows * (t + 1) // tiles - start
+
+@helper
+def _next(first, t, tiles):
+    """The tile after tile t of the panel whose first column is `first`: -> its panel's first column, its number."""
+    t += 1
+    return (first + TILE_COLUMNS, 0) if t == tiles[0] else (first, t)
 
 
 @helper
@@ -178,24 +181,23 @@ def _widen(narrow, panel, step_bytes, scales, steps, out):
 
 
 @helper
-def _multiply(narrow, i, begin, tiles, half, left, matrix, k, inner, column, room):
-    """Tile i of rows times some rows and columns of a matrix, into tile registers where there are any, else memory.
+def _multiply(narrow, first, t, fresh, tiles, half, left, matrix, k, inner, room):
+    """Tile t of rows times some rows of a matrix and the panel of column `first`.
 
-    Tiles are taken in order, from `begin` on.
+    The product is left in tile registers where there are any, else in memory. `fresh`: the panel is not the last one.
     """
-    x, x_step, rows, low, short = left
-    first, start, height = _place(i, tiles, rows)
-    first += column
+    x, x_step, _, low, short = left
+    start, height = _rows_of(t, tiles)
     per_step, step_bytes = 2 if narrow else 1, load_integer(matrix, Matrix.STEP_BYTES)
     steps, all_steps = steps_of(inner, narrow), steps_of(load_integer(matrix, Matrix.INNER), narrow)
     panel = load_integer(matrix, Matrix.WEIGHT) + (first // TILE_COLUMNS * all_steps + k // per_step) * step_bytes
     here, tile = x + start * x_step, load_integer(room, Room.TILE)
     # The next panel comes nearer while this one is multiplied, a part of it by every tile.
-    ahead_step = (step_bytes + tiles - 1) // tiles
-    ahead = panel + all_steps * step_bytes + (i % tiles) * steps * ahead_step
+    ahead_step = (step_bytes + tiles[0] - 1) // tiles[0]
+    ahead = panel + all_steps * step_bytes + t * steps * ahead_step
     if step_bytes != TILE_BYTES:
         wide, scales = load_integer(room, Room.WIDE), load_integer(matrix, Matrix.SCALES)
-        if start == 0 or i == begin:
+        if fresh:
             if scales != 0:
                 groups = (all_steps * per_step + GROUP - 1) // GROUP
                 scales += (first // TILE_COLUMNS * groups + k // GROUP) * TILE_BYTES
@@ -231,30 +233,35 @@ def _linear(narrow, step, left, matrix, k, inner, column, columns, out, out_step
     if k > 0:
         bias = load_integer(room, Room.ZEROS)
     number = 2 if narrow and step == GELU else 4
-    begin, end = _share(tiles * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS), share)
+    begin, end = _share(tiles[0] * ((columns + TILE_COLUMNS - 1) // TILE_COLUMNS), share)
+    first, t = begin // tiles[0] * TILE_COLUMNS, begin % tiles[0]
+    done_first, done_t = first, t
     for i in range(begin, end + late):
         if i < end:
             if step == ADD:
-                first, start, height = _place(i, tiles, rows)
+                start, height = _rows_of(t, tiles)
                 for row in range(start, start + height):  # what the tile is added to, too short for the CPU to foresee
                     fetch(out + row * out_step + 4 * first, TILE_BYTES)
-            _multiply(narrow, i, begin, tiles, half, left, matrix, k, inner, column, room)
+            fresh = t == 0 or i == begin
+            _multiply(narrow, column + first, t, fresh, tiles, half, left, matrix, k, inner, room)
         if i >= begin + late:
-            first, start, height = _place(i - late, tiles, rows)
-            width, target = min(TILE_COLUMNS, columns - first), out + start * out_step + number * first
-            here = bias if k > 0 else bias + 4 * first
+            start, height = _rows_of(done_t, tiles)
+            width, target = min(TILE_COLUMNS, columns - done_first), out + start * out_step + number * done_first
+            here = bias if k > 0 else bias + 4 * done_first
             if step == HEADS:
                 model, positions = heads
                 at = out + start * load_integer(model, Model.HEAD_DIM) * 4
                 steps, turns = (out_step, out_low), positions + 8 * start
-                _finish_heads(height, column + first, tile, here, model, turns, steps, at)
+                _finish_heads(height, column + done_first, tile, here, model, turns, steps, at)
             elif narrow and step == GELU:
-                at, below = centre + 4 * first, short + 8 * start
+                at, below = centre + 4 * done_first, short + 8 * start
                 _finish_hidden(height, tile, here, at, target, out_step, out_low, below)
             else:
                 _finish(step, height, width, tile, here, target, out_step)
+            done_first, done_t = _next(done_first, done_t, tiles)
         if narrow and _TILES:
             store_tiles(half, tile, TILE_BYTES)
+        first, t = _next(first, t, tiles)
     if narrow and _TILES:
         release_tiles()
 

@@ -41,9 +41,11 @@ _MOST_GROUP_ROWS = 256
 _BLOCK_ROWS = 256
 _FFN_COLUMNS = 960
 # Tile registers multiply faster than weights come from the third cache: more rows for each pass over them. Measured:
-# flat from 360 to 720 rows of the 35M model, 4 % slower at 1100. Panels of bf16 for more hidden channels would leave
+# flat from 360 to 720 rows of the 35M model, 4 % slower at 1100. Where they take more than half of a second cache of
+# two megabytes, half as many: 3 % faster at 650M, a quarter at 3B. Panels of bf16 for more hidden channels would leave
 # the first cache.
 _GROUP_ROWS_ON_TILES = 540
+_GROUP_BYTES_ON_TILES = 1 << 20
 _BLOCK_ROWS_ON_TILES = 1100
 _FFN_COLUMNS_ON_TILES = 480
 
@@ -82,8 +84,12 @@ class PackedModel:
         self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
         on_tiles = self.isa.tiles and self.narrow
-        most = min(_MOST_GROUP_ROWS, _GROUP_BYTES // (4 * (config.embed_dim + _FFN_COLUMNS)))
-        self.group_rows = _GROUP_ROWS_ON_TILES if on_tiles else max(self.isa.narrow_rows, most)
+        if on_tiles:
+            halved = 2 * config.embed_dim * _GROUP_ROWS_ON_TILES > _GROUP_BYTES_ON_TILES
+            self.group_rows = _GROUP_ROWS_ON_TILES // 2 if halved else _GROUP_ROWS_ON_TILES
+        else:
+            most = min(_MOST_GROUP_ROWS, _GROUP_BYTES // (4 * (config.embed_dim + _FFN_COLUMNS)))
+            self.group_rows = max(self.isa.narrow_rows, most)
         self.block_rows = _BLOCK_ROWS_ON_TILES if on_tiles else _BLOCK_ROWS
         at_a_time = _FFN_COLUMNS_ON_TILES if on_tiles else _FFN_COLUMNS
         self.hidden_columns = panels(self.isa, config.ffn_dim) * self.isa.columns
@@ -259,12 +265,12 @@ class PackedModel:
         spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
         columns, lanes, context = self.isa.columns, self.isa.strip_columns, self.config.num_heads * self.head_dim
         number, parts = (np.uint16, 2) if self.narrow else (np.float32, 1)
-        # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on.
-        widest = max(width, context) + 32
+        # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on, and rows may lie 32 apart.
+        widest = max(width, context) + 64
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
             Room.LEFT: (parts * (lines + spare) * widest, number),
             Room.QKV: (3 * block_rows * self.heads_at_a_time * self.head_dim if apart else 0, np.float32),
-            Room.HIDDEN: (parts * (rows + spare) * self.ffn_columns, number),
+            Room.HIDDEN: (parts * (rows + spare) * (self.ffn_columns + 32), number),
             Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * columns, np.float32),
             Room.WIDE: (max(widest, self.ffn_columns) * columns, np.float32),
             Room.ZEROS: (columns, np.float32),
@@ -291,7 +297,7 @@ class PackedModel:
         inner = self.config.num_heads * self.head_dim
         sizes = [3 * rows * inner] * 2
         if shares:
-            sizes += [rows * inner, (self.group_rows + self.isa.narrow_rows) * self.hidden_columns]
+            sizes += [rows * inner, (self.group_rows + self.isa.narrow_rows) * (self.hidden_columns + 32)]
         kept: list[Array] = []
         with suppress(IndexError):
             kept = self._buffers.pop()  # atomic: no two passes get the same

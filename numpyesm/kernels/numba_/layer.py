@@ -91,7 +91,8 @@ def project_and_feed_forward(run, model, room, number, first, last, context, hid
     step, left_step, inner_step = 4 * width, row_bytes(narrow, width), row_bytes(narrow, inner)
     bytes_each = 4 if narrow == 0 else 2
     together = hidden != 0  # all hidden channels, of which threads compute shares
-    hidden_step = bytes_each * ((ffn + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS if together else at_a_time)
+    channels = (ffn + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS if together else at_a_time
+    hidden_step = row_bytes(narrow, channels)
     if not together:
         hidden = load_integer(room, Room.HIDDEN)
     out_proj, fc1, fc2 = layer + 8 * Layer.OUT_PROJ, layer + 8 * Layer.FC1, layer + 8 * Layer.FC2

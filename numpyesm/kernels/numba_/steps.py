@@ -24,7 +24,7 @@ from .vectors import (
 
 _EPSILON = np.float32(LAYER_NORM_EPSILON)
 _ONE = np.float32(1)
-_MULTIPLE = ISA.narrow_steps
+_MULTIPLE, _TILES = ISA.narrow_steps, ISA.tiles
 
 
 @helper
@@ -35,8 +35,13 @@ def steps_of(inner, narrow):
 
 @helper
 def row_bytes(narrow, width):
-    """Bytes of a row of `width` numbers as a product takes it."""
-    return 4 * steps_of(width, narrow)
+    """Bytes from row to row of `width` numbers as a product takes them.
+
+    A tile register takes a line of sixteen rows at once. An odd number of lines apart, they fall on different places
+    of the first cache. Measured: products by a sixth faster where a row of the 150M model has 21 lines instead of 20.
+    """
+    size = 4 * steps_of(width, narrow)
+    return size | 64 if narrow and _TILES else size
 
 
 @helper

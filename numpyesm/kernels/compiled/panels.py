@@ -121,19 +121,19 @@ def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tu
     """Numbers of the buffers of `Room` that attention in bf16 needs or needs larger, for blocks of `rows` rows."""
     sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
         Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
-        Room.NARROW_KEYS: ((length + ROWS) * head_dim, np.uint16),
+        Room.NARROW_KEYS: ((length + ROWS) * (head_dim + 63), np.uint16),
         Room.NARROW_VALUES: (length * head_dim, np.uint16),
         Room.SHIFT: (head_dim, np.float32),
     }
     if not isa.tiles:
         pairs = chunk_keys(isa) * isa.strip_columns
         return sizes | {Room.VALUES: ((length + 1) // 2 * head_dim, np.uint32), Room.PAIRS: (pairs, np.uint32)}
-    channels = -(-head_dim // HALF_ROWS) * HALF_ROWS
+    channels = (head_dim // HALF_ROWS + 1) * HALF_ROWS  # and ones
     # Rows of pairs that the queries of a strip fill, zeros included.
     query_rows = -(-head_dim // (2 * STEPS)) * STEPS
     return sizes | {
         # With what a tile may read behind the values of one head.
-        Room.VALUES: ((-(-length // ROWS) * head_dim + HALF_ROWS) * ROWS, np.uint16),
+        Room.VALUES: ((-(-length // ROWS) * (head_dim + 1) + HALF_ROWS) * ROWS, np.uint16),
         Room.PAIRS: (CHUNK_KEYS_ON_TILES // 2 * isa.strip_columns, np.uint32),
         Room.QUERIES: (max(head_dim, query_rows) * isa.strip_columns, np.float32),
         Room.STRIP_CONTEXT: (channels * isa.strip_columns, np.float32),

@@ -16,7 +16,7 @@ import numpy as np
 from ..compiled.isa import HALF_ROWS, ROWS
 from ..compiled.layout import Maps, Model, Room
 from ..compiled.panels import chunk_keys
-from .attention_tiles import fill_queries, strip_on_tiles, transpose_values
+from .attention_tiles import fill_queries, second_rows, strip_on_tiles, transpose_values
 from .cache import helper, kernel
 from .emitter import (
     ISA,
@@ -30,7 +30,7 @@ from .emitter import (
     scores_fp32,
 )
 from .rows import contact_row, minus_mean, weighted_sum
-from .steps import narrow_rows
+from .steps import narrow_rows, row_bytes
 from .tiles import configure_tiles, release_tiles
 from .vectors import (
     PIECE,
@@ -135,26 +135,25 @@ def _narrow(source, count, out):
 
 
 @helper
-def _narrow_keys(keys, length, head_dim, shift, out):
+def _narrow_keys(keys, length, head_dim, shift, out, out_step):
     """out = keys less their mean, rounded to bf16: (L, C) float32 -> (L, C); `shift` (C,) becomes minus the mean."""
     step = 4 * head_dim
     for channel in range(0, head_dim, PIECE):
         at = 4 * channel
         minus_mean(keys + at, step, length, shift + at)
         for key in range(length):
-            here = key * step + at
-            store_piece_bf16(keys + here, shift + at, out + here // 2)
+            store_piece_bf16(keys + key * step + at, shift + at, out + key * out_step + at // 2)
 
 
 @helper
-def _narrow_head(queries, rows, keys, values, length, head_dim, room):
+def _narrow_head(queries, rows, keys, values, length, head_dim, key_step, room):
     """One head's queries, keys less their mean, and values, as bf16 in this thread's buffers."""
     narrow_keys = load_integer(room, Room.NARROW_KEYS)
     _narrow(queries, rows * head_dim, load_integer(room, Room.NARROW_QUERIES))
-    _narrow_keys(keys, length, head_dim, load_integer(room, Room.SHIFT), narrow_keys)
+    _narrow_keys(keys, length, head_dim, load_integer(room, Room.SHIFT), narrow_keys, key_step)
     _narrow(values, length * head_dim, load_integer(room, Room.NARROW_VALUES))
     if _TILES:  # they read behind the last key
-        rest = carray(uint16_at(narrow_keys + 2 * length * head_dim), (ROWS * head_dim,))
+        rest = carray(uint16_at(narrow_keys + length * key_step), (ROWS * key_step // 2,))
         rest[:] = np.uint16(0)
 
 
@@ -365,6 +364,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
     """See `attend`."""
     all_heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
     step, out_step = (2 if narrow else 4) * head_dim, 4 * all_heads * head_dim
+    key_step = row_bytes(narrow, head_dim) if _TILES else step
     (head_step, part_step), (first_head, last_head) = steps, heads
     items = head_dim // 2 if narrow else head_dim
     strip, value_pairs = load_integer(room, Room.QUERIES), load_integer(room, Room.VALUES)
@@ -378,7 +378,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
         with_others = load_integer(maps, Maps.SUMMARY) != 0 or load_integer(maps, Maps.FULL) != 0
         maps_only = load_integer(maps, Maps.ONLY) != 0
     if narrow and _TILES:
-        configure_tiles(HALF_ROWS)
+        configure_tiles(HALF_ROWS, second_rows(head_dim))
     for head in range(first_head, last_head):
         index = -1
         if with_contacts:
@@ -389,7 +389,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
         at = head * head_step
         head_queries, head_keys, values = queries + at, keys + part_step + at, keys + 2 * part_step + at
         if narrow:
-            _narrow_head(head_queries, rows, head_keys, values, length, head_dim, room)
+            _narrow_head(head_queries, rows, head_keys, values, length, head_dim, key_step, room)
             head_queries, head_keys = load_integer(room, Room.NARROW_QUERIES), load_integer(room, Room.NARROW_KEYS)
             values = load_integer(room, Room.NARROW_VALUES)
             if _TILES:
@@ -416,13 +416,13 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
             again = False
             while True:
                 if narrow and _TILES:
-                    strip_on_tiles(keep, strip, head_keys, values, step, length, head_dim, lanes, buffers)
+                    strip_on_tiles(keep, strip, head_keys, values, key_step, length, head_dim, lanes, buffers)
                 else:
                     _strip(narrow, keep, strip, head_keys, values, step, length, head_dim, lanes, buffers)
                 if again or _safe(state + 4 * lanes, count):
                     break
                 _keep(kept, state, context, head_dim, lanes)
-                _maxima(narrow, strip, head_keys, step, length, head_dim, lanes, scores, state)
+                _maxima(narrow, strip, head_keys, key_step, length, head_dim, lanes, scores, state)
                 again = True
             if keep:
                 _leave_maps(maps, head, index, scores, state, start, count, length, lanes, factors)

@@ -2,7 +2,8 @@
 
 Scores of 32 keys at a time leave the tiles for their exponentials, which go back into tiles as pairs of neighbouring
 keys. Keys are multiplied as they lie; what a tile reads behind a head's channels meets zeros on the queries' side.
-Values are laid out channel by channel, 32 keys at a time.
+Values are laid out channel by channel, 32 keys at a time, with a last channel of ones: its context is the sum of the
+exponentials, which the vector units have no time for.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
 from .emitter import STRIP_COLUMNS
 from .tiles import context_product, tile_scores
-from .vectors import carray, float32_at, part_pairs, transpose_eight, uint32_at
+from .vectors import carray, float32_at, part_pairs, transpose_eight, uint16_at, uint32_at
 
 _ZERO = np.float32(0)
 _BLOCK_ROW = 2 * ROWS  # bytes of one channel of 32 keys
+_ONE_IN_BF16 = np.uint16(0x3F80)
+
+
+@helper
+def second_rows(head_dim):
+    """Rows that the second tiles of `context_product` need, those of the last channels and of the ones."""
+    return head_dim + 1 - HALF_ROWS if HALF_ROWS <= head_dim < ROWS else HALF_ROWS
 
 
 @helper
@@ -30,10 +38,13 @@ def fill_queries(items, lanes, out):
 
 @helper
 def transpose_values(values, length, head_dim, room, out):
-    """(L, C) bf16 -> (L / 32, C, 32), zeros behind the last key; `room` holds 16 · C numbers of four bytes."""
+    """(L, C) bf16 -> (L / 32, C + 1, 32), zeros behind the last key, ones in the last row.
+
+    `room` holds 16 · C numbers of four bytes.
+    """
     step, pairs = 2 * head_dim, head_dim // 2
     for block in range((length + ROWS - 1) // ROWS):
-        source, target = values + block * ROWS * step, out + block * head_dim * _BLOCK_ROW
+        source, target = values + block * ROWS * step, out + block * (head_dim + 1) * _BLOCK_ROW
         keys = min(ROWS, length - block * ROWS)
         # Pairs of channels as single numbers of four bytes: key by key, then pair by pair.
         by_pair = carray(uint32_at(room), (pairs, ROWS))
@@ -51,12 +62,14 @@ def transpose_values(values, length, head_dim, room, out):
         for pair in range(pairs):
             low, high = target + 2 * pair * _BLOCK_ROW, target + (2 * pair + 1) * _BLOCK_ROW
             part_pairs(room + 4 * pair * ROWS, low, high)
+        ones = carray(uint16_at(target + head_dim * _BLOCK_ROW), (ROWS,))
+        ones[:] = _ONE_IN_BF16
 
 
 @helper
-def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, total, pairs):
+def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, pairs):
     """2^(keys (count, C) · queries - shift) as `pairs` (zeros up to whole tiles), and kept in `scores` if asked."""
-    tile_scores(lanes, count, keys, step, queries, tiles_of_k, scores, shift, total, pairs, 1 if keep else 0)
+    tile_scores(lanes, count, keys, step, queries, tiles_of_k, scores, shift, pairs, 1 if keep else 0)
     done = (count + 1) // 2
     missing = (count + ROWS - 1) // ROWS * STEPS - done
     rest = carray(float32_at(pairs + 4 * done * lanes), (missing * lanes,))
@@ -66,27 +79,27 @@ def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, s
 @helper
 def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, buffers):
     """See `attention._strip`; `values` as `transpose_values` leaves them, tiles configured with all rows."""
-    scores, pairs, state, context = buffers
-    shift, total = state, state + 4 * lanes
-    sums = carray(float32_at(total), (lanes,))
-    for lane in range(lanes):
-        sums[lane] = _ZERO
+    scores, pairs, shift, context = buffers
     wide = 1 if lanes == STRIP_COLUMNS else 0
     blocks = (length + ROWS - 1) // ROWS
     chunks = (length + CHUNK_KEYS_ON_TILES - 1) // CHUNK_KEYS_ON_TILES
     tiles_of_k = (head_dim // 2 + STEPS - 1) // STEPS
-    block_step = head_dim * _BLOCK_ROW
+    block_step = (head_dim + 1) * _BLOCK_ROW
     first = 0
     for chunk in range(chunks):
         last = blocks * (chunk + 1) // chunks
         key = first * ROWS
         count = min(last * ROWS, length) - key
         here = scores + (4 * key * lanes if keep else 0)
-        _exponentials(keep, queries, keys + key * step, step, count, tiles_of_k, lanes, here, shift, total, pairs)
+        _exponentials(keep, queries, keys + key * step, step, count, tiles_of_k, lanes, here, shift, pairs)
         add = 0 if first == 0 else 4
-        for channel in range(0, head_dim, ROWS):
-            both = 2 if head_dim - channel > HALF_ROWS else 0
+        for channel in range(0, head_dim + 1, ROWS):
+            both = 2 if head_dim + 1 - channel > HALF_ROWS else 0
             left = values + first * block_step + channel * _BLOCK_ROW
             target = context + 4 * channel * lanes
             context_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
         first = last
+    total = carray(float32_at(shift + 4 * lanes), (lanes,))
+    sums = carray(float32_at(context + 4 * head_dim * lanes), (lanes,))
+    for lane in range(lanes):
+        total[lane] = sums[lane]

@@ -48,6 +48,8 @@ _EXP2_P = (
     1.0,
 )
 _EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)
+# The seven digits after the first one of 2^(i / 128) in bf16.
+_EXP2_DIGITS = tuple(round(128 * (2 ** (i / 128) - 1)) for i in range(128))
 # `constants.GELU_POLYNOMIAL` with three coefficients, error 3e-5, and the x² up to which they hold.
 _GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762)
 _GELU_COARSE_LARGEST = 36.0
@@ -171,12 +173,15 @@ class Emitter:
         every, rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(I32, 4)
         return self.call(f"llvm.x86.avx512.mask.{name}.ps.512", self.vector, x, *arguments, x, every, rounding)
 
-    def exp2_pair(self, low: Any, high: Any, total: Any) -> tuple[Any, Any]:
-        """2^low and 2^high to 4 digits in bf16, lane by lane side by side, and `total` plus both; `high` may be None.
+    def exp2_pair(self, low: Any, high: Any) -> Any:
+        """2^low and 2^high in bf16, lane by lane side by side; `high` may be None.
 
-        Rounded halves up, the sum with them: what multiplies values is then what they are divided by.
+        Rounded halves up, with polynomials to 4 digits. On CPUs with AMX, which have no time for more, exponents are
+        first rounded to 1/128, which costs as much again as rounding to bf16, and kept between -126 and 126, NaN too.
         """
         b = self.b
+        if self.isa.tiles:
+            return self._exp2_pair_of_table(low, high)
 
         def bits(x: Any) -> Any:
             if self.isa.lanes == 16:  # half of the last digit in bf16 of a number from 1 to 2
@@ -184,9 +189,33 @@ class Emitter:
             return b.add(b.bitcast(self.exp2(x, coarse=True), self.integers), self.whole(0x8000))
 
         pair = b.lshr(bits(low), self.whole(16))
+        return pair if high is None else b.or_(pair, b.and_(bits(high), self.whole(0xFFFF0000)))
+
+    def _exp2_pair_of_table(self, low: Any, high: Any) -> Any:
+        b, bytes_ = self.b, ir.VectorType(ir.IntType(8), 64)
+        magnitude = ir.Constant(I32, 2)  # the smaller one, with the sign of x
+
+        def bits(x: Any) -> Any:
+            """127 + x in steps of 1/128, in the low half: all digits of 2^x in bf16, but its last seven as of x."""
+            limited = self._avx512("range", x, self.constant(126.0), magnitude)
+            return b.bitcast(b.fadd(limited, self.constant(1.5 * 2.0**16 + 127)), self.integers)
+
+        pair = bits(low)
         if high is not None:
-            pair = b.or_(pair, b.and_(bits(high), self.whole(0xFFFF0000)))
-        return pair, _multiply_bf16(self, pair, self.whole(_ONES), total)
+            pair = self._merge(0xFFFF, pair, b.shl(bits(high), self.whole(16)))
+        first, second = (ir.Constant(bytes_, list(_EXP2_DIGITS[start : start + 64])) for start in (0, 64))
+        digits = self.call("llvm.x86.avx512.vpermi2var.qi.512", bytes_, first, b.bitcast(pair, bytes_), second)
+        pair = self._merge(0x007F007F, b.bitcast(digits, self.integers), pair)
+        return pair if high is not None else b.and_(pair, self.whole(0xFFFF))
+
+    def _merge(self, mask: int, x: Any, y: Any) -> Any:
+        """The bits of x where the mask has ones, else those of y."""
+        choice = ir.Constant(I32, 0xCA)
+        return self.call("llvm.x86.avx512.pternlog.d.512", self.integers, self.whole(mask), x, y, choice)
+
+    def pair_sum(self, pair: Any, total: Any) -> Any:
+        """`total` plus the two numbers of each lane of a pair."""
+        return _multiply_bf16(self, pair, self.whole(_ONES), total)
 
     def widen_pair(self, pair: Any) -> tuple[Any, Any]:
         """The two numbers of each lane of a pair as float32."""

@@ -142,7 +142,7 @@ def _begin(narrow, rows):
     tiles = (rows + highest - 1) // highest
     half = (rows + 2 * tiles - 1) // (2 * tiles)
     if narrow and _TILES:
-        configure_tiles(half)
+        configure_tiles(half, half)
     return (tiles, rows // tiles, rows % tiles), half, 1 if narrow and _TILES else 0
 
 

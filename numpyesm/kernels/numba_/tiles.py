@@ -43,19 +43,19 @@ def _multiply(e: Emitter, total: int, a: int, b: int) -> None:
     e.call("llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(a), BYTE(b))
 
 
-@on_addresses(1)
-def configure_tiles(e: Emitter, half: Any) -> None:
-    """Rows of A and C have `half` rows a tile from now on, in this thread; every tile becomes zero."""
+@on_addresses(2)
+def configure_tiles(e: Emitter, first: Any, second: Any) -> None:
+    """From now on, in this thread, the two rows of tiles of A and C have so many rows each; every tile becomes zero."""
     bytes_of_table = ir.ArrayType(BYTE, 64)
     with e.b.goto_entry_block():
         table = e.b.alloca(bytes_of_table)
     e.b.store(ir.Constant(bytes_of_table, None), table)
     start = e.b.ptrtoint(table, I64)
-    rows = e.b.trunc(half, BYTE)
+    rows = [e.b.trunc(count, BYTE) for count in (first, second)]
     e.store(BYTE(_PALETTE), start, align=1)
     for tile in range(8):
         e.store(ir.IntType(16)(_ROW_BYTES), e.b.add(start, e.number(16 + 2 * tile)), align=1)
-        height = BYTE(HALF_ROWS) if tile in _B else rows
+        height = BYTE(HALF_ROWS) if tile in _B else rows[tile in (*_C[1], _A[1])]
         e.store(height, e.b.add(start, e.number(48 + tile)), align=1)
     e.call("llvm.x86.ldtilecfg", ir.VoidType(), e.b.bitcast(table, _POINTER))
 
@@ -143,7 +143,7 @@ def multiply_tiles(
 def context_product(
     e: Emitter, shape: Any, a: Any, a_step: Any, a_next: Any, b: Any, b_step: Any, k: Any, c: Any
 ) -> None:
-    """C = A · B in bf16, with 16 rows configured.
+    """C = A · B in bf16, of 16 rows and those that are configured for the second tiles.
 
     `shape` is 2 · (two tiles of rows?) + (two of columns?), plus 4 to add to C. Rows of B and C are `b_step` bytes
     apart; tile i of A begins `i · a_next` bytes on; `k` counts tiles.
@@ -178,7 +178,7 @@ def context_product(
     e.switch(shape, list(range(8)), case)
 
 
-@function("numpyesm_tiles_scores", 11)
+@function("numpyesm_tiles_scores", 10)
 def tile_scores(e: Emitter, lanes: Any, *arguments: Any) -> None:
     """2^(keys · queries + shift) of `lanes` queries, with 16 rows configured; see `_score_blocks`."""
     e.switch(lanes, [LANES, STRIP_COLUMNS], lambda lanes: _score_blocks(e, lanes // LANES, *arguments))
@@ -187,13 +187,13 @@ def tile_scores(e: Emitter, lanes: Any, *arguments: Any) -> None:
 def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
     """Exponentials for `count` keys, which lie `step` bytes apart, and some vectors of queries in `k` tiles of pairs.
 
-    Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one; total += their sum
-    over keys. With `keep` they stay in `scores`, else that holds SCORE_KEYS keys at a time.
+    Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one. With `keep` they
+    stay in `scores`, else that holds SCORE_KEYS keys at a time.
 
     So many keys' products come before their exponentials because what a tile register has just stored cannot be read
     at once. Taking both in turns, block by block of 16 keys, is a fifth slower; all keys do not fit the first cache.
     """
-    count, keys, step, queries, k, scores, shift, total, pairs, keep = arguments
+    count, keys, step, queries, k, scores, shift, pairs, keep = arguments
     b = e.b
     row_bytes = vectors * VECTOR_BYTES
     kept = b.icmp_signed("!=", keep, e.number(0))
@@ -237,7 +237,7 @@ def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
             return []
 
         e.loop(b.sdiv(b.add(rows, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS)), [], block)
-        exponential_pairs(e, vectors, rows, out, total, e.offset(pairs, first, row_bytes // 2), kept)
+        exponential_pairs(e, vectors, rows, out, None, e.offset(pairs, first, row_bytes // 2), kept)
         return []
 
     load_queries(e.number(0), _B)

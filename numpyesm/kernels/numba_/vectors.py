@@ -250,7 +250,7 @@ def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: An
 def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: Any, pairs: Any, kept: Any) -> None:
     """pairs = 2^scores of neighbouring rows in bf16, side by side, zeros beside an odd last one; total += their sum.
 
-    Of `count` rows of so many vectors. If the bit `kept` is set, scores become those numbers.
+    Of `count` rows of so many vectors. If the bit `kept` is set, scores become those numbers. `total` may be None.
     """
     row_bytes = vectors * VECTOR_BYTES
 
@@ -259,15 +259,16 @@ def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: 
         for j in range(vectors):
             addresses = [e.at(start, row * vectors + j) for row in range(rows)]
             low, high = [*(e.load(address, e.vector) for address in addresses), None][:2]
-            pair, value = e.exp2_pair(low, high, sums[j])
-            new.append(value)
+            pair = e.exp2_pair(low, high)
+            if sums:
+                new.append(e.pair_sum(pair, sums[j]))
             e.store(pair, e.at(out, j))
             with e.b.if_then(kept):
                 for number, address in zip(e.widen_pair(pair), addresses, strict=False):
                     e.store(number, address)
         return new
 
-    places = [e.at(total, j) for j in range(vectors)]
+    places = [] if total is None else [e.at(total, j) for j in range(vectors)]
     whole = e.b.lshr(count, e.number(1))
     sums = e.fold(whole, [e.load(place, e.vector) for place in places], pair_row)
     sums = e.fold(e.b.and_(count, e.number(1)), sums, lambda _, sums: pair_row(whole, sums, 1))

@@ -1,31 +1,39 @@
-"""Fit the polynomial of the NumPy backend's GELU, and measure its error.
+"""Fit the polynomials of GELU, gelu(x) = x Φ(x), and measure their errors.
 
-    gelu(x) = x Φ(x) = x / (1 + exp(-v(x))),   v(x) = logit Φ(x) = x P(x²)
+exact    x / (1 + exp(-x P(x²))): x P(x²) is logit Φ(x), fitted on 0 < x <= 6 (numpyesm/kernels/constants.py)
+coarse   x (1/2 + x P(x²)), which is x from 4.25 on (numpyesm/kernels/numba_/emitter.py)
 
-P is fitted on 0 < x <= 6 by Lawson's reweighted least squares, each point weighted by how much an error of P there
-changes gelu. Run `python tools/fit_gelu.py`; the coefficients stand in numpyesm/kernels/constants.py.
+By Lawson's reweighted least squares, each point weighted by how much an error of P there changes gelu.
 """
-
-from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-DEGREE = 6
 ITERATIONS = 400
+_normal = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))  # Φ
 
 
-def fit(degree: int = DEGREE) -> tuple[list[float], float]:
+def fit(degree: int = 6) -> tuple[list[float], float]:
     """Coefficients of P, highest power first, and the largest error of gelu in exact arithmetic."""
     x = np.linspace(1e-3, 6.0, 6000)
-    upper = np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in x])
-    lower = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
-    target = (np.log(lower) - np.log(upper)) / x
+    upper, lower = _normal(-x), _normal(x)
     # d gelu / d P = x · Φ(1-Φ) · x, or as seen by Φ itself where x < 1
-    effect = lower * upper * x * np.maximum(1, x)
-    powers = np.vander(x * x, degree + 1)
-    weight = np.ones_like(x)
+    return _minimax(x, degree, (np.log(lower) - np.log(upper)) / x, lower * upper * x * np.maximum(1, x))
+
+
+def fit_coarse(degree: int = 7, largest: float = 4.25) -> tuple[list[float], float]:
+    """The same; P(x²) = 1 / 2c + (x² - c²) R(x²) makes Φ one at c, the largest x."""
+    x = np.linspace(1e-3, largest, 6000)[:-1]
+    rest = x * x - largest**2
+    found, error = _minimax(x, degree - 1, ((_normal(x) - 0.5) / x - 0.5 / largest) / rest, x * x * np.abs(rest))
+    return (np.poly1d(found) * np.poly1d([1, -(largest**2)]) + 0.5 / largest).coef.tolist(), error
+
+
+def _minimax(x: NDArray[np.float64], degree: int, *fitted: NDArray[np.float64]) -> tuple[list[float], float]:
+    """Coefficients of a polynomial in x² for a target and the effect of an error, and its largest error."""
+    powers, weight, (target, effect) = np.vander(x * x, degree + 1), np.ones_like(x), fitted
     for _ in range(ITERATIONS):
         scale = np.sqrt(weight) * effect
         coefficients = np.linalg.lstsq(powers * scale[:, None], target * scale, rcond=None)[0]
@@ -36,6 +44,5 @@ def fit(degree: int = DEGREE) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-    found, largest = fit()
-    print(f"largest error {largest:.1e}")
-    print("\n".join(f"    {value!r}," for value in found))
+    for found, largest in (fit(), fit_coarse()):
+        print(f"largest error {largest:.1e}", *(f"    {value!r}," for value in found), sep="\n")

@@ -110,7 +110,9 @@ _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _LEVELS = {
     "x86_64": (
-        Isa("amx", (*_AVX512, "avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"), 16, 2, 12, 12, bf16=True, tiles=True),
+        Isa(
+            "amx", (*_AVX512, "avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"), 16, 2, 12, 12, bf16=True, tiles=True
+        ),
         # Intel's cores with AMX take four times as long for `vdpbf16ps` as for `vfmadd`: measured, a pass 1.8 times.
         Isa("avx512-bf16", (*_AVX512, "avx512bf16"), 16, 2, 12, 12, bf16=True, slow_with="avx512fp16"),
         Isa("avx512", _AVX512, 16, 2, 12, 12),

@@ -12,7 +12,7 @@ not depend on which rows share its tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -50,9 +50,19 @@ _EXP2_P = (
 _EXP2_COARSE_P = (0.055171694643288575, 0.242611373151015, 0.6932610019297842, 0.9999280588191541)
 # The seven digits after the first one of 2^(i / 128) in bf16.
 _EXP2_DIGITS = tuple(round(128 * (2 ** (i / 128) - 1)) for i in range(128))
-# `constants.GELU_POLYNOMIAL` with three coefficients, error 3e-5, and the x² up to which they hold.
-_GELU_COARSE_P = (-0.0006825506513208981, 0.0738519199214186, 1.5952546407568762)
-_GELU_COARSE_LARGEST = 36.0
+# (Φ(x) - 1/2) / x as a polynomial in x², highest power first, up to the x at which it makes Φ one: a minimax fit of
+# gelu, error 9e-5 (tools/fit_gelu.py).
+_GELU_COARSE_P = (
+    -8.460386311905595e-10,
+    7.570816615925739e-08,
+    -2.9387978276191586e-06,
+    6.552702545558053e-05,
+    -0.0009404470669908183,
+    0.009257821111117242,
+    -0.06545349616629448,
+    0.39842004132978337,
+)
+_GELU_COARSE_LARGEST = 4.25
 # Adding 1.5 · 2^23 rounds a float32 to a whole number and leaves that number in its low bits.
 _ROUND = 12582912.0
 # Pointers have no type since LLVM 15.
@@ -159,10 +169,7 @@ class Emitter:
             x = self.smaller(self.larger(x, self.constant(_EXP2_LOWEST)), self.constant(_EXP2_HIGHEST))
             shifted = b.fadd(x, self.constant(_ROUND))
             fraction = b.fsub(x, b.fsub(shifted, self.constant(_ROUND)))
-        first, *others = (coefficients + raised).coef
-        p = self.constant(first)
-        for coefficient in others:
-            p = self.fma(p, fraction, self.constant(coefficient))
+        p = self._polynomial((coefficients + raised).coef, fraction)
         if scales:
             return self._avx512("scalef", p, x)
         power = b.shl(b.bitcast(shifted, self.integers), self.whole(23))
@@ -193,12 +200,10 @@ class Emitter:
 
     def _exp2_pair_of_table(self, low: Any, high: Any) -> Any:
         b, bytes_ = self.b, ir.VectorType(ir.IntType(8), 64)
-        magnitude = ir.Constant(I32, 2)  # the smaller one, with the sign of x
 
         def bits(x: Any) -> Any:
             """127 + x in steps of 1/128, in the low half: all digits of 2^x in bf16, but its last seven as of x."""
-            limited = self._avx512("range", x, self.constant(126.0), magnitude)
-            return b.bitcast(b.fadd(limited, self.constant(1.5 * 2.0**16 + 127)), self.integers)
+            return b.bitcast(b.fadd(self._within(x, 126.0), self.constant(1.5 * 2.0**16 + 127)), self.integers)
 
         pair = bits(low)
         if high is not None:
@@ -246,22 +251,33 @@ class Emitter:
         for part, address in zip(self.split(x), (out, low), strict=True):
             self.store(part, address, align=2)
 
-    def gelu(self, x: Any, coarse: bool = False) -> Any:
+    def gelu(self, x: Any) -> Any:
         """x (1 + erf(x / √2)) / 2 as x / (1 + exp(-x P(x²))), the fit of `constants.py`."""
         b = self.b
-        square = b.fmul(x, x)
-        if coarse:
-            square = self.smaller(square, self.constant(_GELU_COARSE_LARGEST))
-        first, *others = _GELU_COARSE_P if coarse else GELU_POLYNOMIAL
-        p = self.constant(-first * math.log2(math.e))
+        p = self._polynomial([-c * math.log2(math.e) for c in GELU_POLYNOMIAL], b.fmul(x, x))
+        return b.fdiv(x, b.fadd(self.constant(1.0), self.exp2(b.fmul(p, x))))
+
+    def coarse_gelu(self, x: Any) -> Any:
+        """The same as x (1/2 + x P(x²)), to 4 digits."""
+        b = self.b
+        limited = self._within(x, _GELU_COARSE_LARGEST)
+        p = self._polynomial(_GELU_COARSE_P, b.fmul(limited, limited))
+        return b.fmul(x, self.fma(p, limited, self.constant(0.5)))
+
+    def _polynomial(self, coefficients: Iterable[float], x: Any) -> Any:
+        """A polynomial, highest power first."""
+        first, *others = coefficients
+        p = self.constant(first)
         for coefficient in others:
-            p = self.fma(p, square, self.constant(-coefficient * math.log2(math.e)))
-        divisor = b.fadd(self.constant(1.0), self.exp2(b.fmul(p, x), coarse))
-        if coarse and self.isa.lanes == 16:
-            name, zero = "llvm.x86.avx512.rcp14.ps.512", ir.Constant(self.vector, None)
-            every = ir.Constant(ir.IntType(16), 0xFFFF)
-            return b.fmul(x, self.call(name, self.vector, divisor, zero, every))
-        return b.fdiv(x, divisor)
+            p = self.fma(p, x, self.constant(coefficient))
+        return p
+
+    def _within(self, x: Any, largest: float) -> Any:
+        """x between -largest and largest; what becomes of NaN is open."""
+        if self.isa.lanes == 16:
+            magnitude = ir.Constant(I32, 2)  # the smaller one, with the sign of x
+            return self._avx512("range", x, self.constant(largest), magnitude)
+        return self.smaller(self.larger(x, self.constant(-largest)), self.constant(largest))
 
     def loop(self, count: Any, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """`for i in range(count): values = body(i, values)`, at least once; -> the last values."""

@@ -51,14 +51,14 @@ def store_gelu(e: Emitter, source: Any, bias: Any, out: Any) -> None:
 
 @on_addresses(4)
 def store_gelu_bf16(e: Emitter, source: Any, bias: Any, centre: Any, out: Any) -> None:
-    """out = gelu(source + bias) to 5 digits, less `centre`, rounded to bf16."""
-    value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)), coarse=True)
+    """out = gelu(source + bias) to 4 digits, less `centre`, rounded to bf16."""
+    value = e.coarse_gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)))
     e.store(e.narrow(e.b.fsub(value, e.load(centre, e.vector))), out, align=2)
 
 
 @on_addresses(5)
 def store_gelu_split(e: Emitter, source: Any, bias: Any, centre: Any, out: Any, low: Any) -> None:
-    """The same without the limit to 5 digits, and what rounding takes off to `low`."""
+    """The same without the limit to 4 digits, and what rounding takes off to `low`."""
     value = e.gelu(e.b.fadd(e.load(source, e.vector), e.load(bias, e.vector)))
     e.store_split(e.b.fsub(value, e.load(centre, e.vector)), out, low)
 

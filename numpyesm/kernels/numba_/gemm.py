@@ -135,8 +135,7 @@ def _begin(narrow, rows):
     """Before a group of rows is multiplied: -> tiles along the rows, rows of a tile register, `late`.
 
     Tiles are how many, the least height and how many are one higher: a low last tile would not fill the multipliers'
-    pipelines. So many products is what follows one behind: on tile registers it runs beside the next one, in other
-    parts of the core.
+    pipelines. So many products is what follows one behind: what a tile register has just stored cannot be read at once.
     """
     highest = _NARROW_ROWS if narrow else TILE_ROWS
     tiles = (rows + highest - 1) // highest

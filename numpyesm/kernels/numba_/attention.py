@@ -326,9 +326,9 @@ def _add_contacts(scores, factors, length, lanes, first, last, coefficient, weig
 
 
 @helper
-def _leave_maps(maps, head, index, scores, state, start, count, length, lanes, factors):
+def _leave_maps(maps, head, index, scores, total, start, count, length, lanes, factors):
     """Add one head's strip to the summary and, if its `index` is not negative, to the contacts; or leave it whole."""
-    factor, totals = carray(float64_at(factors), (lanes,)), carray(float32_at(state + 4 * lanes), (lanes,))
+    factor, totals = carray(float64_at(factors), (lanes,)), carray(float32_at(total), (lanes,))
     for lane in range(lanes):
         factor[lane] = 1.0 / np.float64(totals[lane]) if lane < count else 0.0
     if load_integer(maps, Maps.SUMMARY) != 0:
@@ -425,7 +425,8 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
                 _maxima(narrow, strip, head_keys, key_step, length, head_dim, lanes, scores, state)
                 again = True
             if keep:
-                _leave_maps(maps, head, index, scores, state, start, count, length, lanes, factors)
+                total = state + (8 if narrow and _TILES else 4) * lanes
+                _leave_maps(maps, head, index, scores, total, start, count, length, lanes, factors)
             if maps_only:
                 continue
             if again:

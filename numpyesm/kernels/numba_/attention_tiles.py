@@ -15,7 +15,7 @@ from ..compiled.panels import CHUNK_KEYS_ON_TILES
 from .cache import helper
 from .emitter import STRIP_COLUMNS
 from .tiles import context_product, tile_scores
-from .vectors import carray, float32_at, part_pairs, transpose_eight, uint16_at, uint32_at
+from .vectors import carray, exponentials, float32_at, part_pairs, transpose_eight, uint16_at, uint32_at
 
 _ZERO = np.float32(0)
 _BLOCK_ROW = 2 * ROWS  # bytes of one channel of 32 keys
@@ -67,9 +67,14 @@ def transpose_values(values, length, head_dim, room, out):
 
 
 @helper
-def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, shift, pairs):
-    """2^(keys (count, C) · queries - shift) as `pairs` (zeros up to whole tiles), and kept in `scores` if asked."""
-    tile_scores(lanes, count, keys, step, queries, tiles_of_k, scores, shift, pairs, 1 if keep else 0)
+def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, state, pairs):
+    """2^(keys (count, C) · queries + shift) as `pairs`, zeros up to whole tiles; if asked, to all digits in `scores`.
+
+    Row 0 of `state` is the shift; what is kept is added up in row 2.
+    """
+    tile_scores(lanes, count, keys, step, queries, tiles_of_k, scores, state, pairs, 1 if keep else 0)
+    if keep:
+        exponentials(lanes, count, scores, state + 8 * lanes)
     done = (count + 1) // 2
     missing = (count + ROWS - 1) // ROWS * STEPS - done
     rest = carray(float32_at(pairs + 4 * done * lanes), (missing * lanes,))
@@ -78,8 +83,14 @@ def _exponentials(keep, queries, keys, step, count, tiles_of_k, lanes, scores, s
 
 @helper
 def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, buffers):
-    """See `attention._strip`; `values` as `transpose_values` leaves them, tiles configured with all rows."""
-    scores, pairs, shift, context = buffers
+    """See `attention._strip`; `values` as `transpose_values` leaves them, tiles configured with all rows.
+
+    With `keep`, the sums of what stays in `scores` are in row 2 of `state`.
+    """
+    scores, pairs, state, context = buffers
+    kept = carray(float32_at(state + 8 * lanes), (lanes,))
+    for lane in range(lanes):
+        kept[lane] = _ZERO
     wide = 1 if lanes == STRIP_COLUMNS else 0
     blocks = (length + ROWS - 1) // ROWS
     chunks = (length + CHUNK_KEYS_ON_TILES - 1) // CHUNK_KEYS_ON_TILES
@@ -91,7 +102,7 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, b
         key = first * ROWS
         count = min(last * ROWS, length) - key
         here = scores + (4 * key * lanes if keep else 0)
-        _exponentials(keep, queries, keys + key * step, step, count, tiles_of_k, lanes, here, shift, pairs)
+        _exponentials(keep, queries, keys + key * step, step, count, tiles_of_k, lanes, here, state, pairs)
         add = 0 if first == 0 else 4
         for channel in range(0, head_dim + 1, ROWS):
             both = 2 if head_dim + 1 - channel > HALF_ROWS else 0
@@ -99,7 +110,7 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, b
             target = context + 4 * channel * lanes
             context_product(add + both + wide, left, _BLOCK_ROW, block_step, pairs, 4 * lanes, last - first, target)
         first = last
-    total = carray(float32_at(shift + 4 * lanes), (lanes,))
+    total = carray(float32_at(state + 4 * lanes), (lanes,))
     sums = carray(float32_at(context + 4 * head_dim * lanes), (lanes,))
     for lane in range(lanes):
         total[lane] = sums[lane]

@@ -187,8 +187,8 @@ def tile_scores(e: Emitter, lanes: Any, *arguments: Any) -> None:
 def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
     """Exponentials for `count` keys, which lie `step` bytes apart, and some vectors of queries in `k` tiles of pairs.
 
-    Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one. With `keep` they
-    stay in `scores`, else that holds SCORE_KEYS keys at a time.
+    Rounded to bf16 they go to `pairs`, neighbouring keys side by side, zeros beside an odd last one. With `keep` the
+    exponents stay in `scores`, else that holds SCORE_KEYS keys at a time.
 
     So many keys' products come before their exponentials because what a tile register has just stored cannot be read
     at once. Taking both in turns, block by block of 16 keys, is a fifth slower; all keys do not fit the first cache.
@@ -237,7 +237,7 @@ def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
             return []
 
         e.loop(b.sdiv(b.add(rows, e.number(HALF_ROWS - 1)), e.number(HALF_ROWS)), [], block)
-        exponential_pairs(e, vectors, rows, out, None, e.offset(pairs, first, row_bytes // 2), kept)
+        exponential_pairs(e, vectors, rows, out, e.offset(pairs, first, row_bytes // 2))
         return []
 
     load_queries(e.number(0), _B)

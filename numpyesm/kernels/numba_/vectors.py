@@ -242,15 +242,18 @@ def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: An
     kept = e.b.icmp_signed("!=", keep, e.number(0))
 
     def strip(lanes: int) -> None:
-        exponential_pairs(e, lanes // LANES, count, scores, total, pairs, kept)
+        exponential_pairs(e, lanes // LANES, count, scores, pairs, total, kept)
 
     e.switch(lanes, [LANES, STRIP_COLUMNS], strip)
 
 
-def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: Any, pairs: Any, kept: Any) -> None:
-    """pairs = 2^scores of neighbouring rows in bf16, side by side, zeros beside an odd last one; total += their sum.
+def exponential_pairs(
+    e: Emitter, vectors: int, count: Any, scores: Any, pairs: Any, total: Any = None, kept: Any = None
+) -> None:
+    """pairs = 2^scores of neighbouring rows in bf16, side by side, zeros beside an odd last one.
 
-    Of `count` rows of so many vectors. If the bit `kept` is set, scores become those numbers. `total` may be None.
+    Of `count` rows of so many vectors. If given, total += their sum, and scores become those numbers if the bit `kept`
+    is set.
     """
     row_bytes = vectors * VECTOR_BYTES
 
@@ -263,9 +266,10 @@ def exponential_pairs(e: Emitter, vectors: int, count: Any, scores: Any, total: 
             if sums:
                 new.append(e.pair_sum(pair, sums[j]))
             e.store(pair, e.at(out, j))
-            with e.b.if_then(kept):
-                for number, address in zip(e.widen_pair(pair), addresses, strict=False):
-                    e.store(number, address)
+            if kept is not None:
+                with e.b.if_then(kept):
+                    for number, address in zip(e.widen_pair(pair), addresses, strict=False):
+                        e.store(number, address)
         return new
 
     places = [] if total is None else [e.at(total, j) for j in range(vectors)]

@@ -31,6 +31,7 @@ from .panels import (
     pack_panels,
     panels,
     product_steps,
+    row_numbers,
     strip_size,
 )
 
@@ -265,14 +266,13 @@ class PackedModel:
         spare = self.isa.narrow_rows  # tile registers may read so many rows behind the last one
         columns, lanes, context = self.isa.columns, self.isa.strip_columns, self.config.num_heads * self.head_dim
         number, parts = (np.uint16, 2) if self.narrow else (np.float32, 1)
-        # Rows and panels of the products in bf16 end at whole steps, at most 32 numbers on, and rows may lie 32 apart.
-        widest = max(width, context) + 64
+        widest, hidden = (row_numbers(self.isa, size, self.narrow) for size in (max(width, context), self.ffn_columns))
         sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
             Room.LEFT: (parts * (lines + spare) * widest, number),
             Room.QKV: (3 * block_rows * self.heads_at_a_time * self.head_dim if apart else 0, np.float32),
-            Room.HIDDEN: (parts * (rows + spare) * (self.ffn_columns + 32), number),
+            Room.HIDDEN: (parts * (rows + spare) * hidden, number),
             Room.TILE: (max(self.isa.rows, self.isa.narrow_rows) * columns, np.float32),
-            Room.WIDE: (max(widest, self.ffn_columns) * columns, np.float32),
+            Room.WIDE: (max(widest, hidden) * columns, np.float32),
             Room.ZEROS: (columns, np.float32),
             Room.CONTEXT: (block_rows * context, np.float32),
             Room.QUERIES: (self.head_dim * lanes, np.float32),
@@ -297,7 +297,8 @@ class PackedModel:
         inner = self.config.num_heads * self.head_dim
         sizes = [3 * rows * inner] * 2
         if shares:
-            sizes += [rows * inner, (self.group_rows + self.isa.narrow_rows) * (self.hidden_columns + 32)]
+            hidden = row_numbers(self.isa, self.hidden_columns, self.narrow)
+            sizes += [rows * inner, (self.group_rows + self.isa.narrow_rows) * hidden]
         kept: list[Array] = []
         with suppress(IndexError):
             kept = self._buffers.pop()  # atomic: no two passes get the same

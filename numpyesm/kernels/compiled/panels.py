@@ -88,6 +88,12 @@ def product_steps(isa: Isa, inner: int, narrow: bool) -> int:
     return -(-inner // (2 * isa.narrow_steps)) * isa.narrow_steps if narrow else inner
 
 
+def row_numbers(isa: Isa, width: int, narrow: bool) -> int:
+    """Numbers from row to row, of `width` numbers each, that a product takes (see `steps.row_bytes`)."""
+    numbers = product_steps(isa, width, narrow) * (2 if narrow else 1)
+    return numbers | 32 if narrow and isa.tiles else numbers
+
+
 def pack_panels(
     code: Code, weight: Array, order: Order, steps: int, narrow: bool = False, room: Blocks | None = None
 ) -> Array:
@@ -121,7 +127,7 @@ def bf16_sizes(isa: Isa, rows: int, length: int, head_dim: int) -> dict[Room, tu
     """Numbers of the buffers of `Room` that attention in bf16 needs or needs larger, for blocks of `rows` rows."""
     sizes: dict[Room, tuple[int, npt.DTypeLike]] = {
         Room.NARROW_QUERIES: (rows * head_dim, np.uint16),
-        Room.NARROW_KEYS: ((length + ROWS) * (head_dim + 63), np.uint16),
+        Room.NARROW_KEYS: ((length + ROWS) * row_numbers(isa, head_dim, True), np.uint16),
         Room.NARROW_VALUES: (length * head_dim, np.uint16),
         Room.SHIFT: (head_dim, np.float32),
     }

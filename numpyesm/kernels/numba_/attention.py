@@ -364,7 +364,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
     """See `attend`."""
     all_heads, head_dim = load_integer(model, Model.HEADS), load_integer(model, Model.HEAD_DIM)
     step, out_step = (2 if narrow else 4) * head_dim, 4 * all_heads * head_dim
-    key_step = row_bytes(narrow, head_dim) if _TILES else step
+    key_step = row_bytes(narrow, head_dim)
     (head_step, part_step), (first_head, last_head) = steps, heads
     items = head_dim // 2 if narrow else head_dim
     strip, value_pairs = load_integer(room, Room.QUERIES), load_integer(room, Room.VALUES)

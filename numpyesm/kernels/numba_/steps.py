@@ -35,7 +35,7 @@ def steps_of(inner, narrow):
 
 @helper
 def row_bytes(narrow, width):
-    """Bytes from row to row of `width` numbers as a product takes them.
+    """Bytes from row to row of `width` numbers as a product takes them: `panels.row_numbers` for compiled code.
 
     A tile register takes a line of sixteen rows at once. An odd number of lines apart, they fall on different places
     of the first cache. Measured: products by a sixth faster where a row of the 150M model has 21 lines instead of 20.

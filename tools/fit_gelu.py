@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-ITERATIONS = 400
+Array = NDArray[np.float64]
 _normal = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)))  # Φ
 
 
@@ -31,10 +31,10 @@ def fit_coarse(degree: int = 7, largest: float = 4.25) -> tuple[list[float], flo
     return (np.poly1d(found) * np.poly1d([1, -(largest**2)]) + 0.5 / largest).coef.tolist(), error
 
 
-def _minimax(x: NDArray[np.float64], degree: int, *fitted: NDArray[np.float64]) -> tuple[list[float], float]:
-    """Coefficients of a polynomial in x² for a target and the effect of an error, and its largest error."""
-    powers, weight, (target, effect) = np.vander(x * x, degree + 1), np.ones_like(x), fitted
-    for _ in range(ITERATIONS):
+def _minimax(x: Array, degree: int, target: Array, effect: Array) -> tuple[list[float], float]:
+    """Coefficients of a polynomial in x², and its largest error times `effect`."""
+    powers, weight = np.vander(x * x, degree + 1), np.ones_like(x)
+    for _ in range(400):
         scale = np.sqrt(weight) * effect
         coefficients = np.linalg.lstsq(powers * scale[:, None], target * scale, rcond=None)[0]
         error = np.abs((powers @ coefficients - target) * effect)

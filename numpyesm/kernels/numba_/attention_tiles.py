@@ -88,9 +88,10 @@ def strip_on_tiles(keep, queries, keys, values, step, length, head_dim, lanes, b
     With `keep`, the sums of what stays in `scores` are in row 2 of `state`.
     """
     scores, pairs, state, context = buffers
-    kept = carray(float32_at(state + 8 * lanes), (lanes,))
-    for lane in range(lanes):
-        kept[lane] = _ZERO
+    if keep:
+        kept = carray(float32_at(state + 8 * lanes), (lanes,))
+        for lane in range(lanes):
+            kept[lane] = _ZERO
     wide = 1 if lanes == STRIP_COLUMNS else 0
     blocks = (length + ROWS - 1) // ROWS
     chunks = (length + CHUNK_KEYS_ON_TILES - 1) // CHUNK_KEYS_ON_TILES

@@ -183,7 +183,8 @@ def _widen(narrow, panel, step_bytes, scales, steps, out):
 def _multiply(narrow, first, t, fresh, tiles, half, left, matrix, k, inner, room):
     """Tile t of rows times some rows of a matrix and the panel of column `first`.
 
-    The product is left in tile registers where there are any, else in memory. `fresh`: the panel is not the last one.
+    The product is left in tile registers where there are any, else in memory. `fresh`: the one before was of another
+    panel.
     """
     x, x_step, _, low, short = left
     start, height = _rows_of(t, tiles)

@@ -1,7 +1,7 @@
 """Packing: sequences one after another, without padding, cut into tiles and blocks of rows.
 
-A *tile* is a run of rows of one sequence; attention is computed a tile at a time. Where a sequence is cut depends only
-on its own length, so that a result depends neither on the rest of the batch nor on the number of threads.
+A *tile* is a run of rows of one sequence; attention leaves maps a tile at a time. Where a sequence is cut depends only
+on its own length, so that a map depends neither on the rest of the batch nor on the number of threads.
 A *block* is a run of whole tiles, of one or several sequences: the unit of work that one thread takes.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .alphabet import MASK
 
 TILE_ROWS = 64
-BLOCK_ROWS = 192
+BLOCK_ROWS = 700
 # About ten blocks of work for each thread, which can be dealt out evenly.
 _FEWEST_ROWS, _ROWS_PER_THREAD = 4096, 2048
 

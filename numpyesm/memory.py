@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .batch import BLOCK_ROWS
+from .batch import BLOCK_ROWS, TILE_ROWS
 from .config import ModelConfig
 from .errors import InvalidOption, NotEnoughMemory
 from .files import release_pages
@@ -41,7 +41,7 @@ _UNITS = {"": 1, "b": 1} | {
     for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 # Blocks are cut down to these sizes; below the last, products are too small to be worth a call.
-_BLOCK_SIZES = (BLOCK_ROWS, 128, 64)
+_BLOCK_SIZES = (BLOCK_ROWS, 320, 128, 64)
 # Per thread, beside its block: scores, GELU, a widened piece of weights, BLAS's packing buffers.
 _PER_THREAD = 6 << 20
 # The allocator, byte code that is still to be loaded, a thread's stack.
@@ -212,11 +212,12 @@ def pass_bytes(
     share the pass, and each takes `block_rows` at a time.
     """
     width, longest = config.embed_dim, min(longest, rows)
-    # Rows of x, and of query, key and value twice; the rotary table has a complex number per channel and position, and
-    # is made in twice the precision.
-    size = rows * (28 * width + 64) + longest * 8 * width + longest * 48 * width // 2
-    # Normalised rows, attention's output, the feed-forward part and one partial sum of each product; scores of a tile.
-    size += threads * (block_rows * 4 * (6 * width + 2 * config.ffn_dim) + 64 * longest * 4 * 3 + _PER_THREAD)
+    # Rows of x, and of query, key and value twice, with a channel of ones for each head; the rotary table has a complex
+    # number per channel and position, and is made in twice the precision.
+    size = rows * (28 * width + 8 * config.num_heads + 192) + longest * 8 * width + longest * 48 * width // 2
+    # Normalised rows, attention's output, the feed-forward part and one partial sum of each product; scores.
+    in_blocks = min(threads * block_rows, rows + threads * TILE_ROWS)
+    size += in_blocks * 4 * (6 * width + 2 * config.ffn_dim) + threads * (64 * longest * 4 * 3 + _PER_THREAD)
     if "contacts" in wanted:
         heads = config.num_layers * config.num_heads
         size += rows * longest * 8 + rows * heads * 8 * 2 + threads * 64 * longest * 8

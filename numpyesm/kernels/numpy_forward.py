@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,18 @@ from ..weights.checkpoint import FREQUENCIES, Checkpoint
 from .base import Array, AttentionMaps, Forward, Kernels
 from .blas import blas_threads
 from .narrow import NarrowMatrix
-from .numpy_steps import attend, gelu, layer_norm, linear
-from .rotary import rotary_pair_order, rotary_turns
+from .numpy_steps import SCORE_BYTES, attend, gelu, layer_norm, linear
+from .rotary import rotary_turns
 from .scratch import scratch
 from .shared import shared
 
 # Batches of at most this many rows are one block: two Python threads in lock step would lose more to the interpreter
 # lock than they gain, and BLAS's own threads win.
-_SINGLE_BLOCK_ROWS = 160
+_SINGLE_BLOCK_ROWS = 400
+# Rows that attention takes at a time at least, if the sequence has so many: fewer cost more than scores out of cache.
+_FEWEST_ATTENDED = 128
+# Numbers in a cache line, of which a row of query, key and value has a whole number.
+_LINE = 16
 
 
 class NumpyKernels(Kernels):
@@ -38,8 +43,10 @@ class NumpyKernels(Kernels):
 
     Query and key columns are reordered at load so that the two channels that rotate together are neighbours: the
     rotation is then one multiplication of complex numbers. Scores do not change, both sides being reordered alike.
-    Matrices stored in less than float32 stay so, and with `in_place` those in float32 stay where the file is mapped:
-    then the rows that come out are reordered instead, for 2 % of the time and nothing of memory.
+    Values have one more channel, of ones: what attention makes of it is the sum of the row's exponentials. Such a row
+    has W numbers. Matrices stored in less than float32 stay as they are, and with `in_place` those in float32 stay
+    where the file is mapped: then the rows that come out are reordered instead, for 2 % of the time and nothing of
+    memory.
     """
 
     name = "numpy"
@@ -53,15 +60,14 @@ class NumpyKernels(Kernels):
         self._rotary_lock = threading.Lock()
         w: dict[str, Any] = {name: self._laid_out(name, checkpoint) for name in checkpoint.tensors}
         self._w = w
-        order = rotary_pair_order(self.config)
         names = [f"layers.{layer}.qkv." for layer in range(self.config.num_layers)]
         self._reorders_rows = [in_place or isinstance(w[name + "weight"], NarrowMatrix) for name in names]
         for name, reorders_rows in zip(names, self._reorders_rows, strict=True):
             if reorders_rows:
                 continue
             tensor, plain = checkpoint.tensors[name + "weight"], w[name + "weight"]
-            w[name + "weight"] = shared(tensor, (self.dtype, "pairs"), partial(np.take, plain, order, axis=-1))
-            w[name + "bias"] = w[name + "bias"][order]
+            w[name + "weight"] = shared(tensor, (self.dtype, "heads"), partial(self._rearranged, plain, 0))
+            w[name + "bias"] = self._rearranged(w[name + "bias"][None], 1)[0]
         if checkpoint.has_lm_head:
             w["lm_head.vocabulary"] = checkpoint.vocabulary(self.dtype)
 
@@ -96,18 +102,20 @@ class NumpyKernels(Kernels):
             return self._rotary[:length]
 
     def new_qkv(self, rows: int) -> Array:
-        """Uninitialised query, key and value of `rows` rows: (T, 3·D)."""
-        return np.empty((rows, 3 * self.config.embed_dim), self.dtype)
+        """Uninitialised query, key and value of `rows` rows: (T, W)."""
+        width = 3 * self.config.embed_dim + self.config.num_heads
+        return np.empty((rows, -(-width // _LINE) * _LINE), self.dtype)
 
     def qkv(self, layer: int, x: Array, rotary: list[Array], out: Array) -> None:
-        """LayerNorm, query/key/value projection, rotation: (R, D) -> out (R, 3·D).
+        """LayerNorm, query/key/value projection, rotation: (R, D) -> out (R, W).
 
         `rotary` holds consecutive parts of the rotary table that together cover the R rows.
         """
         name = f"layers.{layer}"
         y = self._norm(f"{name}.attention_norm", x, scratch("norm", x.shape, self.dtype))
         if self._reorders_rows[layer]:
-            self._pair_up(self._linear(f"{name}.qkv", y, scratch("qkv", out.shape, self.dtype)), out)
+            plain = scratch("qkv", (len(x), 3 * self.config.embed_dim), self.dtype)
+            self._rearrange(self._linear(f"{name}.qkv", y, plain), out, 1)
         else:
             self._linear(f"{name}.qkv", y, out)
         pairs = out[:, : 2 * self.config.embed_dim].view(self._complex)
@@ -116,22 +124,31 @@ class NumpyKernels(Kernels):
             pairs[start : start + len(table)] *= table
             start += len(table)
 
-    def _pair_up(self, plain: Array, out: Array) -> None:
-        """Rows of query, key and value in the checkpoint's order -> out, as `rotary_pair_order` has them: (R, 3D)."""
-        rows, turned = len(plain), 2 * self.config.embed_dim
-        halves = plain[:, :turned].reshape(rows, -1, 2, self.config.head_dim // 2)
-        out[:, :turned].reshape(rows, -1, self.config.head_dim // 2, 2)[...] = halves.swapaxes(2, 3)
-        out[:, turned:] = plain[:, turned:]
+    def _rearranged(self, plain: Array, ones: int) -> Array:
+        out = self.new_qkv(len(plain))
+        out[:, 3 * self.config.embed_dim :] = 0  # also what no head reads
+        self._rearrange(plain, out, ones)
+        return out
 
-    def _heads(self, qkv: Array, part: int) -> Array:
-        """Query (0), key (1) or value (2) as (H, R, C), a view."""
-        width = self.config.embed_dim
-        columns = qkv[:, part * width : (part + 1) * width]
-        return columns.reshape(len(qkv), self.config.num_heads, self.config.head_dim).swapaxes(0, 1)
+    def _rearrange(self, plain: Array, out: Array, ones: int) -> None:
+        """Rows with the checkpoint's columns of query, key and value, to rows as they lie here: (R, 3·D) -> (R, W)."""
+        rows, turned, channels = len(plain), 2 * self.config.embed_dim, self.config.head_dim
+        halves = plain[:, :turned].reshape(rows, -1, 2, channels // 2)
+        out[:, :turned].reshape(rows, -1, channels // 2, 2)[...] = halves.swapaxes(2, 3)
+        values = self._heads(out)[2].swapaxes(0, 1)
+        values[:, :, :channels] = plain[:, turned:].reshape(rows, -1, channels)
+        values[:, :, channels] = ones
+
+    def _heads(self, qkv: Array) -> tuple[Array, Array, Array]:
+        """Query (H, R, C), key (H, R, C), and value with its channel of ones (H, R, C + 1), as views."""
+        width, heads = self.config.embed_dim, self.config.num_heads
+        parts = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width : 3 * width + heads]
+        query, key, value = (part.reshape(len(qkv), heads, -1).swapaxes(0, 1) for part in parts)
+        return query, key, value
 
     def attention(self, query: Array, keys: Array, out: Array | None, maps: AttentionMaps | None) -> None:
         """Attention of the rows `query` of `qkv`'s output over the sequence `keys`: -> out (R, D)."""
-        q, k, v = self._heads(query, 0), self._heads(keys, 1), self._heads(keys, 2)
+        q, (_, k, v) = self._heads(query)[0], self._heads(keys)
         shaped = None if out is None else out.reshape(len(query), self.config.num_heads, self.config.head_dim)
         attend(q, k, v, shaped, maps)
 
@@ -195,8 +212,8 @@ class NumpyForward(Forward):
         """The next layer of one block, and what the layer after it needs."""
         kernels, layer = self._kernels, self._done
         rows = self.x[block.start : block.stop]
-        context = None if maps_only else np.empty_like(rows)
-        for tile in block.tiles:
+        context = None if maps_only else scratch("context", rows.shape, rows.dtype)
+        for tile in block.tiles if maps else _attended(block, rows.dtype.itemsize):
             out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
             wanted = maps[tile.index] if maps else None
             kernels.attention(self._qkv[tile.start : tile.stop], self._qkv[tile.first : tile.last], out, wanted)
@@ -212,6 +229,18 @@ class NumpyForward(Forward):
         rows = slice(block.start, block.stop)
         pieces = [self._rotary[tile.start - tile.first : tile.stop - tile.first] for tile in block.tiles]
         self._kernels.qkv(layer, self.x[rows], pieces, out[rows])
+
+
+def _attended(block: Block, itemsize: int) -> Iterator[Tile]:
+    """A block's tiles, those of one sequence together as far as scores of a head fit their room."""
+    for _, run in itertools.groupby(block.tiles, lambda tile: tile.sequence):
+        tiles = list(run)
+        first, last = tiles[0], tiles[-1]
+        most = max(_FEWEST_ATTENDED, SCORE_BYTES // (itemsize * (first.last - first.first)))
+        parts = -(-(last.stop - first.start) // most)
+        cuts = [first.start + (last.stop - first.start) * part // parts for part in range(parts + 1)]
+        for start, stop in itertools.pairwise(cuts):
+            yield replace(first, start=start, stop=stop)
 
 
 def _blocks_with(blocks: Sequence[Block], rows: Array) -> list[Block]:

@@ -7,6 +7,7 @@ arithmetic, is what NumPy code pays for.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from .scratch import scratch
 
 # Numbers that GELU, and bytes of attention scores that softmax, take at a time: what fits a core's L2 cache.
 _GELU_ELEMENTS = 32 * 1920
-_SCORE_BYTES = 512 * 1024
+SCORE_BYTES = 512 * 1024
 
 # OpenBLAS sums in another order when a product is smaller than this (its small-matrix kernels). Rows are padded above
 # it, so that a row's result does not depend on how many rows share its block. On AVX2 it still depends on the row's
@@ -93,32 +94,39 @@ def _product(x: Array, weight: Array, out: Array) -> Array:
     return out
 
 
-def exp_scores(scores: Array) -> None:
-    """exp(score - shift), in place, with a shift a row that keeps it in range: (G, R, L)."""
-    highest = scores.max(axis=-1, keepdims=True)
-    if not (np.abs(highest) < _SAFE_SCORE).all():
-        scores -= highest
-    np.exp(scores, out=scores)
-
-
 def attend(q: Array, k: Array, v: Array, out: Array | None, maps: AttentionMaps | None) -> None:
-    """Attention of one tile, and what it leaves for `maps`: (H, R, C), (H, L, C), (H, L, C) -> out (R, H, C)."""
-    rows, length = q.shape[1], k.shape[1]
-    group = max(1, _SCORE_BYTES // (rows * length * q.dtype.itemsize))
-    room = scratch("scores", (min(group, len(q)), rows, length), q.dtype)
+    """Attention of some rows of a sequence, and what it leaves for `maps`: (H, R, C), (H, L, C) -> out (R, H, C).
+
+    The last channel of `v` (H, L, C + 1) is ones: its products are the sums of the rows' exponentials.
+    """
+    rows, length, channels = q.shape[1], *k.shape[1:]
+    group = min(len(q), max(1, SCORE_BYTES // (rows * length * q.dtype.itemsize)))
+    # BLAS is fastest with the rows of these products innermost in memory; maps are read along the keys.
+    turned = maps is None
+    room = _room("scores", (group, rows, length), q.dtype, turned)
+    sums = _room("sums", (len(q), rows, channels + 1), q.dtype, turned)
+    longest = [np.einsum("hrc,hrc->hr", x, x).max(axis=1) for x in (q, k)]
+    within_range = longest[0] * longest[1] < _SAFE_SCORE**2  # (H,), since |q · k| <= |q| |k|
     if maps is not None and maps.summary is not None:
         maps.summary[...] = 0
     for first in range(0, len(q), group):
         heads = slice(first, min(first + group, len(q)))
         scores = np.matmul(q[heads], k[heads].swapaxes(1, 2), out=room[: heads.stop - first])  # (G, R, L)
-        exp_scores(scores)
-        norm = 1 / scores.sum(axis=-1)  # (G, R)
-        if out is not None:
-            context = np.matmul(scores, v[heads])  # (G, R, C)
-            context *= norm[:, :, None]
-            out[:, heads] = context.swapaxes(0, 1)
+        if not within_range[heads].all():
+            scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        context = np.matmul(scores, v[heads], out=sums[heads])  # (G, R, C + 1)
         if maps is not None:
-            _add_to_maps(maps, first, scores, norm)
+            _add_to_maps(maps, first, scores, 1 / context[:, :, channels])
+    if out is not None:
+        np.divide(sums[:, :, :channels], sums[:, :, channels:], out=out.swapaxes(0, 1))
+
+
+def _room(name: str, shape: tuple[int, int, int], dtype: np.dtype[Any], turned: bool) -> Array:
+    """`scratch`, with the last two axes in each other's place in memory if it is `turned`."""
+    if turned:
+        return scratch(name, (shape[0], shape[2], shape[1]), dtype).swapaxes(1, 2)
+    return scratch(name, shape, dtype)
 
 
 def _add_to_maps(maps: AttentionMaps, first: int, scores: Array, norm: Array) -> None:

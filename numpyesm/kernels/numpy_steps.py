@@ -17,8 +17,8 @@ from .narrow import WIDENED_ROWS, NarrowMatrix
 from .scratch import scratch
 
 # Numbers that GELU, and bytes of attention scores that softmax, take at a time: what fits a core's L2 cache.
-_GELU_ELEMENTS = 32 * 1920
-SCORE_BYTES = 512 * 1024
+_GELU_ELEMENTS = 48 * 1920
+SCORE_BYTES = 1024 * 1024
 
 # OpenBLAS sums in another order when a product is smaller than this (its small-matrix kernels). Rows are padded above
 # it, so that a row's result does not depend on how many rows share its block. On AVX2 it still depends on the row's

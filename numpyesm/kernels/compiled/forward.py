@@ -21,9 +21,6 @@ from .layout import SHORT, Maps, Pass, Steps, address, table
 from .packing import PackedModel
 from .panels import aligned
 
-# Up to so many rows for each thread, threads take shares of the products. Measured with two threads: 18 to 30 rows take
-# 0.65 to 0.75 of the time so, 46 to 62 the same, 100 a few per cent more.
-_SHARED_ROWS = 32
 # Whole sequences are dealt out to the threads if the longest has at most so many rows, and the busiest thread so much
 # more than its share, in float32 or in bf16: waiting for each other, and a third cache, would cost more than that.
 _MOST_APART, _IMBALANCE = 1100, (1.05, 1.12)
@@ -87,7 +84,7 @@ class CompiledForward(Forward):
         self._model, rotary = packed.model_table(self._length)
         counters = aligned(16 * Steps.COUNT * (layers + 1), np.int64)  # a line of the cache for each
         counters[:] = 0
-        shares = threads if threads > 1 and rows <= min(_SHARED_ROWS * threads, packed.group_rows) else 0
+        shares = threads if threads > 1 and rows <= min(packed.shared_rows * threads, packed.group_rows) else 0
         uneven = _IMBALANCE[packed.narrow]
         self._apart = (
             None if shares or whole_tiles else whole_sequences(batch.spans, threads, packed.group_rows, uneven)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from numpyesm import __version__
-from numpyesm.weights import parse_synthetic
 
 from . import workloads
 from .engines import RESULTS, interpreters, select, set_up
 from .measure import Limits
 from .report import write_all
 from .run import PARTS, Plan, run, say
+from .weights import shape_of
 
 _QUICK = Limits(repeats=3, cell_seconds=10, warm_up_seconds=2, skip_seconds=24)
 _FULL = Limits(repeats=5, cell_seconds=30, warm_up_seconds=5, skip_seconds=120)
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(%(default)s)")
     p.add_argument("--repeats", type=int, help="turns of an engine at a workload; short runs come five in a turn")
     p.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS}; for --full, one of this version)")
-    p.add_argument("--model", default="esm2-35m", help="a preset of numpyesm (%(default)s)")
+    p.add_argument("--model", default="esm2-35m", help="a preset, or its first layers: esm2-3b/4 (%(default)s)")
     return p
 
 
@@ -50,7 +50,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--only {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     if not 1 <= options.threads <= (os.cpu_count() or 1):
         raise ValueError(f"--threads {options.threads}: this machine has {os.cpu_count()} CPUs")
-    parse_synthetic(f"synthetic:{options.model}")
+    shape_of(options.model)
     return Plan(
         mode="full" if options.full else "quick",
         engines=select(options.engines),

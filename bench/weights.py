@@ -10,9 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from numpyesm.config import PRESETS, ModelConfig
+from numpyesm.weights import parse_synthetic
 
 from .engines import ROOT, Engine
 from .workloads import REAL_PROTEINS, pad, random_sequence, read_fasta
@@ -26,12 +30,12 @@ sys.path.append(str(ROOT / "tests"))
 def make_weights(model: str, engines: Sequence[Engine], python: Path, cache: Path) -> Path:
     """Write every file that the engines need and that is not there yet. Returns their folder.
 
-    `model` is a preset, for random numbers, or `trained`; `python` is the interpreter of the peers. An engine whose
-    file cannot be made will fail to open it.
+    `model` is as in `shape_of`, for random numbers, or `trained`; `python` is the interpreter of the peers. An engine
+    whose file cannot be made will fail to open it.
     """
     from numpyesm.weights import convert
 
-    folder = cache / f"{model}-v{VERSION}"
+    folder = cache / f"{model.replace('/', '-')}-v{VERSION}"
     folder.mkdir(parents=True, exist_ok=True)
     steps = ("hf", *(step for engine in engines for step in STEPS_OF.get(engine.file, ())))
     for step in dict.fromkeys(steps):
@@ -50,26 +54,28 @@ def make_weights(model: str, engines: Sequence[Engine], python: Path, cache: Pat
     return folder
 
 
+def shape_of(model: str) -> ModelConfig:
+    """Return the shape of a preset, or of its first layers: `esm2-3b/4`. ValueError for anything else."""
+    name, _, layers = model.partition("/")
+    config = PRESETS[parse_synthetic(f"synthetic:{name}")[0]]
+    return replace(config, num_layers=int(layers)) if layers else config
+
+
 def hugging_face(folder: Path, model: str) -> None:
     """Write `hf/`, an EsmForMaskedLM, and `config.json`, its shape. Random numbers are transformers' own."""
-    from numpyesm.config import PRESETS
-
     trained_weights: Any = import_module("trained_weights")
     torch: Any = import_module("torch")
     transformers: Any = import_module("transformers")
-    shape = json.loads(PRESETS["esm2-8m" if model == TRAINED else model].to_json())
+    shape = shape_of("esm2-8m" if model == TRAINED else model)
+    same = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "layer_norm_eps": 1e-5, "token_dropout": True}
     config = transformers.EsmConfig(
-        hidden_size=shape["embed_dim"],
-        num_hidden_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        intermediate_size=shape["ffn_dim"],
-        vocab_size=33,
-        pad_token_id=1,
-        mask_token_id=32,
-        layer_norm_eps=1e-5,
+        hidden_size=shape.embed_dim,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.ffn_dim,
         position_embedding_type="rotary",
         emb_layer_norm_before=False,
-        token_dropout=True,
+        **same,
     )
     if model == TRAINED:
         tensors = trained_weights.hugging_face_tensors()
@@ -78,15 +84,15 @@ def hugging_face(folder: Path, model: str) -> None:
         tensors = transformers.EsmForMaskedLM._from_config(config).state_dict()
         # The official models hold the frequencies in half precision, per layer.
         frequencies = tensors.pop("esm.rotary_embeddings.inv_freq").half().float()
-        for layer in range(shape["num_layers"]):
+        for layer in range(shape.num_layers):
             name = f"{trained_weights.PREFIX}{layer}.attention.self.rotary_embeddings.inv_freq"
             tensors[name] = frequencies
     # esm-cpp needs the tied matrix too; the `format` entry is what transformers checks.
-    tensors |= {"lm_head.decoder.weight": tensors["esm.embeddings.word_embeddings.weight"]}
+    tensors["lm_head.decoder.weight"] = tensors["esm.embeddings.word_embeddings.weight"]
     config.save_pretrained(folder / "hf")
-    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    tensors.update((name, tensor.clone().contiguous()) for name, tensor in tensors.items())  # nothing is held twice
     import_module("safetensors.torch").save_file(tensors, folder / "hf" / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "config.json").write_text(shape.to_json())
 
 
 def fair_esm(folder: Path, model: str) -> None:
@@ -94,30 +100,24 @@ def fair_esm(folder: Path, model: str) -> None:
     trained_weights: Any = import_module("trained_weights")
     torch: Any = import_module("torch")
     tensors: dict[str, Any] = import_module("safetensors.torch").load_file(folder / "hf" / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
     del tensors["lm_head.decoder.weight"]
     state = trained_weights.fair_esm_tensors(tensors)
-    torch.save({"config": config, "model": state}, folder / "fair-esm.pt")
+    torch.save({"config": json.loads((folder / "config.json").read_text()), "model": state}, folder / "fair-esm.pt")
 
 
 def onnx(folder: Path, model: str) -> None:
     """Export one graph for onnxruntime and OpenVINO from transformers: logits and the last representation."""
     torch: Any = import_module("torch")
     transformers: Any = import_module("transformers")
-    network = transformers.EsmForMaskedLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
 
-    class Outputs(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network
-
+    class Outputs(transformers.EsmForMaskedLM):  # type: ignore[misc]
         def forward(self, input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
             return out.logits, out.hidden_states[-1]
 
     names = ["input_ids", "attention_mask", "logits", "last"]
     torch.onnx.export(
-        Outputs(),
+        Outputs.from_pretrained(folder / "hf", attn_implementation="eager").eval(),
         tuple(map(torch.from_numpy, pad([random_sequence(32, 1), random_sequence(30, 2)]))),
         str(folder / "model.onnx"),
         input_names=names[:2],
@@ -146,8 +146,7 @@ def openvino_int8(folder: Path, model: str) -> None:
     nncf: Any = import_module("nncf")
 
     def feed(sequence: str) -> dict[str, Any]:
-        tokens, mask = pad([sequence])
-        return {"input_ids": tokens, "attention_mask": mask}
+        return dict(zip(("input_ids", "attention_mask"), pad([sequence]), strict=True))
 
     proteins = list(read_fasta(REAL_PROTEINS).values())
     quantised = nncf.quantize(

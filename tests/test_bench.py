@@ -34,7 +34,7 @@ def test_a_run_names_what_is_missing_and_what_is_exact(tmp_path: Path, monkeypat
         limits=measure.Limits(repeats=1, cell_seconds=5, warm_up_seconds=5, skip_seconds=60),
         parts=("timings", "growth", "contacts", "scan", "accuracy"),
         growth=("1x18",),
-        model="esm2-8m",
+        model="esm2-8m/2",
         contact_lengths=(24,),
         scan_residues=20,
         cache=tmp_path / "cache",

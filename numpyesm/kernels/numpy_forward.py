@@ -194,32 +194,32 @@ class NumpyForward(Forward):
             return
         self._rotary = kernels.rotary_tables(max(last - first for first, last in batch.spans))
         self._qkv, self._next_qkv = kernels.new_qkv(batch.num_rows), kernels.new_qkv(batch.num_rows)
-        with blas_threads(self._step_threads):
-            pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks, self._threads)
+        pool.run(lambda block: self._project_qkv(0, block, self._qkv), self._blocks, self._threads)
 
     def advance(
         self, stop: int, maps: Sequence[AttentionMaps] = (), maps_only: bool = False, rows: Array | None = None
     ) -> None:
-        with blas_threads(self._step_threads):
-            while self._done < stop:
-                last = self._done + 1 == stop
-                blocks = self._blocks if rows is None or not last else _blocks_with(self._blocks, rows)
-                self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks, self._threads)
-                self._qkv, self._next_qkv = self._next_qkv, self._qkv
-                self._done += 1
+        while self._done < stop:
+            last = self._done + 1 == stop
+            blocks = self._blocks if rows is None or not last else _blocks_with(self._blocks, rows)
+            self._pool.run(lambda block: self._run_layer(block, maps, maps_only), blocks, self._threads)
+            self._qkv, self._next_qkv = self._next_qkv, self._qkv
+            self._done += 1
 
     def _run_layer(self, block: Block, maps: Sequence[AttentionMaps], maps_only: bool) -> None:
         """The next layer of one block, and what the layer after it needs."""
         kernels, layer = self._kernels, self._done
         rows = self.x[block.start : block.stop]
         context = None if maps_only else scratch("context", rows.shape, rows.dtype)
-        for tile in block.tiles if maps else _attended(block, rows.dtype.itemsize):
-            out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
-            wanted = maps[tile.index] if maps else None
-            kernels.attention(self._qkv[tile.start : tile.stop], self._qkv[tile.first : tile.last], out, wanted)
+        with blas_threads(1):  # the products of one head are too small to divide
+            for tile in block.tiles if maps else _attended(block, rows.dtype.itemsize):
+                out = None if context is None else context[tile.start - block.start : tile.stop - block.start]
+                wanted = maps[tile.index] if maps else None
+                kernels.attention(self._qkv[tile.start : tile.stop], self._qkv[tile.first : tile.last], out, wanted)
         if context is None:
             return
-        kernels.project_and_feed_forward(layer, context, rows)
+        with blas_threads(self._step_threads):
+            kernels.project_and_feed_forward(layer, context, rows)
         if layer + 1 < self._layers:
             self._project_qkv(layer + 1, block, self._next_qkv)
         elif layer + 1 == kernels.config.num_layers and kernels.config.whole_layers is None:
@@ -228,7 +228,8 @@ class NumpyForward(Forward):
     def _project_qkv(self, layer: int, block: Block, out: Array) -> None:
         rows = slice(block.start, block.stop)
         pieces = [self._rotary[tile.start - tile.first : tile.stop - tile.first] for tile in block.tiles]
-        self._kernels.qkv(layer, self.x[rows], pieces, out[rows])
+        with blas_threads(self._step_threads):
+            self._kernels.qkv(layer, self.x[rows], pieces, out[rows])
 
 
 def _attended(block: Block, itemsize: int) -> Iterator[Tile]:

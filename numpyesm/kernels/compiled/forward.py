@@ -43,8 +43,8 @@ class CompiledKernels(Kernels):
     def forward(
         self, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int | None, whole_tiles: bool
     ) -> Forward:
-        block_rows = block_rows or self.packed.block_rows
-        return CompiledForward(self, pool, batch, layers, threads, block_rows, whole_tiles)
+        most = self.packed.block_rows  # more of them would leave the second cache
+        return CompiledForward(self, pool, batch, layers, threads, min(block_rows or most, most), whole_tiles)
 
     def lm_head(self, x: Array) -> Array:
         assert self.packed.lm_head is not None

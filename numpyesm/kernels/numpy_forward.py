@@ -29,7 +29,7 @@ from .shared import shared
 
 # Batches of at most this many rows are one block: two Python threads in lock step would lose more to the interpreter
 # lock than they gain, and BLAS's own threads win.
-_SINGLE_BLOCK_ROWS = 400
+_SINGLE_BLOCK_ROWS = 160
 # Rows that attention takes at a time at least, if the sequence has so many: fewer cost more than scores out of cache.
 _FEWEST_ATTENDED = 128
 # Numbers in a cache line, of which a row of query, key and value has a whole number.

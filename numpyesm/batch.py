@@ -18,7 +18,7 @@ from .alphabet import MASK
 
 TILE_ROWS = 64
 BLOCK_ROWS = 700
-# About ten blocks of work for each thread, which can be dealt out evenly.
+# Several blocks of work for each thread, which can be dealt out evenly.
 _FEWEST_ROWS, _ROWS_PER_THREAD = 4096, 2048
 
 # Training masked 15 % of the residues and hid 80 % of those; token dropout rescales to that share.

@@ -125,6 +125,7 @@ class NumpyKernels(Kernels):
             start += len(table)
 
     def _rearranged(self, plain: Array, ones: int) -> Array:
+        """`_rearrange` into a new array: (R, 3·D) -> (R, W)."""
         out = self.new_qkv(len(plain))
         out[:, 3 * self.config.embed_dim :] = 0  # also what no head reads
         self._rearrange(plain, out, ones)

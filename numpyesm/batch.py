@@ -45,6 +45,11 @@ def equal_parts(sizes: Sequence[int], most: int) -> Iterator[slice]:
         yield slice(start, len(sizes))
 
 
+def cut_evenly(start: int, stop: int, parts: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each of so many near-equal parts."""
+    return itertools.pairwise(start + (stop - start) * part // parts for part in range(parts + 1))
+
+
 @dataclass(frozen=True)
 class Tile:
     """Rows `start:stop` of the packed batch, all of them in the sequence at rows `first:last`."""
@@ -114,8 +119,7 @@ class Batch:
             rows = last - first
             # An even number of near-equal parts, so that two threads share a single sequence evenly.
             parts = 1 if rows < 32 else 2 * -(-rows // (2 * TILE_ROWS))
-            cuts = [first + rows * part // parts for part in range(parts + 1)]
-            for start, stop in itertools.pairwise(cuts):
+            for start, stop in cut_evenly(first, last, parts):
                 out.append(Tile(len(out), sequence, start, stop, first, last))
         return out
 

@@ -217,10 +217,10 @@ def pass_bytes(
     size = rows * (28 * width + 8 * config.num_heads + 192) + longest * 8 * width + longest * 48 * width // 2
     # Normalised rows, attention's output, the feed-forward part and one partial sum of each product; scores.
     in_blocks = min(threads * block_rows, rows + threads * TILE_ROWS)
-    size += in_blocks * 4 * (6 * width + 2 * config.ffn_dim) + threads * (64 * longest * 4 * 3 + _PER_THREAD)
+    size += in_blocks * 4 * (6 * width + 2 * config.ffn_dim) + threads * (TILE_ROWS * longest * 4 * 3 + _PER_THREAD)
     if "contacts" in wanted:
         heads = config.num_layers * config.num_heads
-        size += rows * longest * 8 + rows * heads * 8 * 2 + threads * 64 * longest * 8
+        size += rows * longest * 8 + rows * heads * 8 * 2 + threads * TILE_ROWS * longest * 8
     if "attentions" in wanted:
         size += rows * config.num_layers * 8
     if "logits" in wanted or "classes" in wanted:

@@ -1,8 +1,9 @@
 """The NumPy backend: weights as its steps take them, and a pass put together from the steps, one barrier per layer.
 
 For each block of rows a thread does the attention of layer n, the output projection, the feed-forward part and the
-query, key and value of layer n + 1, while the rows are in its cache. Attention reads keys and values of the whole
-sequence, so the threads wait for each other once per layer, and query/key/value have two buffers that take turns.
+query, key and value of layer n + 1. BLAS lays out the weights anew for every product, which large blocks pay for.
+Attention reads keys and values of the whole sequence, so the threads wait for each other once per layer, and
+query/key/value have two buffers that take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import BLOCK_ROWS, Batch, Block, Tile
+from ..batch import BLOCK_ROWS, Batch, Block, Tile, cut_evenly
 from ..threads import WorkerPool
 from ..weights.checkpoint import FREQUENCIES, Checkpoint
 from .base import Array, AttentionMaps, Forward, Kernels
@@ -239,9 +240,7 @@ def _attended(block: Block, itemsize: int) -> Iterator[Tile]:
         tiles = list(run)
         first, last = tiles[0], tiles[-1]
         most = max(_FEWEST_ATTENDED, SCORE_BYTES // (itemsize * (first.last - first.first)))
-        parts = -(-(last.stop - first.start) // most)
-        cuts = [first.start + (last.stop - first.start) * part // parts for part in range(parts + 1)]
-        for start, stop in itertools.pairwise(cuts):
+        for start, stop in cut_evenly(first.start, last.stop, -(-(last.stop - first.start) // most)):
             yield replace(first, start=start, stop=stop)
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of `numpyesm.reference` on NumPy, made for speed: blocks of rows in float32, mostly in place.
 
-Shapes as in `base.py`. A block is small enough to stay in the CPU's caches: at these sizes memory traffic, not
-arithmetic, is what NumPy code pays for.
+Shapes as in `base.py`. GELU and attention take pieces of a block that stay in the CPU's caches: at these sizes memory
+traffic, not arithmetic, is what NumPy code pays for.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ arithmetic on its own lane, with no sum across lanes, and keys and values are us
 chunks that stay in the first cache.
 
 Softmax does not change when all scores of a query move by the same amount. Moving by their maximum keeps exponentials
-in range, at the price of a pass over the scores; so they are taken as they are first, while the product is still in
-registers, and only the lanes whose sum left the safe range are computed again, moved by their maximum.
+in range, at the price of a pass over all keys; so they are taken as they are first, and only the lanes whose sum left
+the safe range are computed again, moved by their maximum.
 """
 
 from __future__ import annotations
@@ -79,29 +79,38 @@ def _tile_height(rows):
 
 
 @helper
-def _scores(narrow, queries, keys, step, count, head_dim, lanes, scores, shift):
-    """scores (count, lanes) = keys (count, C) · queries (C, lanes) + shift (lanes,)"""
+def _scores(narrow, queries, keys, step, count, head_dim, lanes, scores):
+    """scores (count, lanes) = keys (count, C) · queries (C, lanes)"""
     done = 0
     while done < count:
         height = _tile_height(count - done)
         left, target = keys + done * step, scores + 4 * done * lanes
         if narrow:
-            scores_bf16(height, lanes, left, step, queries, head_dim // 2, target, shift)
+            scores_bf16(height, lanes, left, step, queries, head_dim // 2, target)
         else:
-            scores_fp32(height, lanes, left, step, queries, head_dim, target, shift)
+            scores_fp32(height, lanes, left, step, queries, head_dim, target)
         done += height
 
 
 @helper
+def _move(scores, count, lanes, shift):
+    """scores (count, lanes) += shift (lanes,)"""
+    move, rows = carray(float32_at(shift), (lanes,)), carray(float32_at(scores), (count, lanes))
+    for key in range(count):
+        for lane in range(lanes):
+            rows[key, lane] += move[lane]
+
+
+@helper
 def _maxima(narrow, queries, keys, step, length, head_dim, lanes, scores, state):
-    """Set row 0 of `state`, which is zeros, to minus each query's largest score over all keys; row 2 is room."""
+    """Set row 0 of `state` to minus each query's largest score over all keys; row 2 is room."""
     highest = state + 8 * lanes
     best, shift = carray(float32_at(highest), (lanes,)), carray(float32_at(state), (lanes,))
     for lane in range(lanes):
         best[lane] = _LOWEST
     for first in range(0, length, CHUNK_KEYS):
         count = min(CHUNK_KEYS, length - first)
-        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, scores, state)
+        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, scores)
         for at in range(0, 4 * lanes, VECTOR_BYTES):
             column_maximum(scores + at, 4 * lanes, count, highest + at)
     for lane in range(lanes):
@@ -209,10 +218,10 @@ def _pair_values(values, length, head_dim, out):
 
 
 @helper
-def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, buffers):
+def _strip(narrow, keep, move, queries, keys, values, step, length, head_dim, lanes, buffers):
     """One head for up to `lanes` queries: leaves the unnormalised context and, in row 1 of `state`, each lane's sum.
 
-    `buffers` are scores, pairs, state and context. Row 0 of `state` is added to scores. With `keep`, all
+    `buffers` are scores, pairs, state and context. With `move`, row 0 of `state` is added to scores. With `keep`, all
     exponentials stay in `scores` (L, lanes). A chunk is summed by itself, in row 2: the rounding of one long sum would
     scale the whole context.
     """
@@ -226,7 +235,9 @@ def _strip(narrow, keep, queries, keys, values, step, length, head_dim, lanes, b
         chunk = scores + (4 * first * lanes if keep else 0)
         for lane in range(lanes):
             parts[lane] = _ZERO
-        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, chunk, shift)
+        _scores(narrow, queries, keys + first * step, step, count, head_dim, lanes, chunk)
+        if move:
+            _move(chunk, count, lanes, shift)
         if narrow:
             exponentials_bf16(lanes, count, chunk, part, pairs, 1 if keep else 0)
             here, count = values + 2 * first * head_dim, (count + 1) // 2
@@ -418,7 +429,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
                 if narrow and _TILES:
                     strip_on_tiles(keep, strip, head_keys, values, key_step, length, head_dim, lanes, buffers)
                 else:
-                    _strip(narrow, keep, strip, head_keys, values, step, length, head_dim, lanes, buffers)
+                    _strip(narrow, keep, again, strip, head_keys, values, step, length, head_dim, lanes, buffers)
                 if again or _safe(state + 4 * lanes, count):
                     break
                 _keep(kept, state, context, head_dim, lanes)

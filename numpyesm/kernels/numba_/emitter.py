@@ -413,8 +413,8 @@ def function(name: str, count: int) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
-def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, start: list[Any], *arguments: Any) -> list[Any]:
-    """One tile, A · B added to each row's `start`, a register for each of its vectors: -> the registers, row by row.
+def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, vectors: int, *arguments: Any) -> list[Any]:
+    """One tile, A · B, of so many registers in each row: -> the registers, row by row.
 
     `arguments` are a, a_step, b, k. `a` (height, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is
     `a_step` apart and rows contiguous. `b` (k, columns) is contiguous. `k` counts steps of 4 bytes: one float32, two
@@ -422,7 +422,7 @@ def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, start: lis
     bytes further each time, into the second cache.
     """
     a, a_step, b, k, *ahead = arguments
-    vectors = len(start)
+    zeros = [ir.Constant(e.vector, None)] * (height * vectors)
 
     def step(i: Any, totals: list[Any]) -> list[Any]:
         if ahead:
@@ -440,7 +440,7 @@ def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, start: lis
                 new.append(_MULTIPLY[kind](e, left, right[j], totals[row * vectors + j]))
         return new
 
-    return e.unrolled(k, start * height, step)
+    return e.unrolled(k, zeros, step)
 
 
 def _store_tile(e: Emitter, height: int, totals: list[Any], c: Any, c_step: Any, add: Any) -> None:
@@ -463,10 +463,8 @@ def _linear_product(kind: str) -> Any:
     def multiply(
         e: Emitter, rows: Any, a: Any, a_step: Any, b: Any, k: Any, c: Any, c_step: Any, add: Any, *ahead: Any
     ) -> None:
-        zeros = [ir.Constant(e.vector, None)] * e.isa.vectors
-
         def tile(height: int) -> None:
-            totals = _multiplied(e, kind, False, height, zeros, a, a_step, b, k, *ahead)
+            totals = _multiplied(e, kind, False, height, e.isa.vectors, a, a_step, b, k, *ahead)
             _store_tile(e, height, totals, c, c_step, add)
 
         e.switch(rows, list(range(1, TILE_ROWS + 1)), tile)
@@ -475,11 +473,10 @@ def _linear_product(kind: str) -> Any:
 
 
 def _scores(
-    e: Emitter, kind: str, height: int, vectors: int, keys: Any, step: Any, queries: Any, k: Any, out: Any, shift: Any
+    e: Emitter, kind: str, height: int, vectors: int, keys: Any, step: Any, queries: Any, k: Any, out: Any
 ) -> None:
-    """A tile of keys · queries + shift."""
-    start = [e.load(e.at(shift, j), e.vector) for j in range(vectors)]
-    totals = _multiplied(e, kind, False, height, start, keys, step, queries, k)
+    """A tile of keys · queries."""
+    totals = _multiplied(e, kind, False, height, vectors, keys, step, queries, k)
     _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), e.number(0))
 
 
@@ -487,20 +484,19 @@ def _context(
     e: Emitter, kind: str, height: int, vectors: int, values: Any, step: Any, scores: Any, k: Any, out: Any, add: Any
 ) -> None:
     """A tile of values transposed · scores, added to what is there if `add` is not 0."""
-    zeros = [ir.Constant(e.vector, None)] * vectors
-    totals = _multiplied(e, kind, True, height, zeros, values, step, scores, k)
+    totals = _multiplied(e, kind, True, height, vectors, values, step, scores, k)
     _store_tile(e, height, totals, out, e.number(vectors * VECTOR_BYTES), add)
 
 
-def _attention_product(kind: str, tile: Callable[..., None]) -> Any:
-    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, out, last)` of a tile that is given all but the first two.
+def _attention_product(kind: str, count: int, tile: Callable[..., None]) -> Any:
+    """Make the intrinsic `f(rows, lanes, a, a_step, b, k, out, …)` of a tile that is given all but the first two.
 
     Tiles of attention have one register or a full tile of query columns. Rows that are left over are taken in powers
     of two: fewer kernels to compile, and attention's rows are many.
     """
     heights = sorted({1, 2, 4, *([8] if STRIP_ROWS > 8 else []), STRIP_ROWS})
 
-    @function(f"numpyesm{tile.__name__}_{kind}", 8)
+    @function(f"numpyesm{tile.__name__}_{kind}", count)
     def multiply(e: Emitter, rows: Any, lanes: Any, *arguments: Any) -> None:
         def columns(lanes: int) -> None:
             e.switch(rows, heights, lambda height: tile(e, kind, height, lanes // LANES, *arguments))
@@ -511,5 +507,5 @@ def _attention_product(kind: str, tile: Callable[..., None]) -> Any:
 
 
 multiply_fp32, multiply_bf16 = _linear_product("fp32"), _linear_product("bf16")
-scores_fp32, scores_bf16 = _attention_product("fp32", _scores), _attention_product("bf16", _scores)
-context_fp32, context_bf16 = _attention_product("fp32", _context), _attention_product("bf16", _context)
+scores_fp32, scores_bf16 = (_attention_product(kind, 7, _scores) for kind in ("fp32", "bf16"))
+context_fp32, context_bf16 = (_attention_product(kind, 8, _context) for kind in ("fp32", "bf16"))

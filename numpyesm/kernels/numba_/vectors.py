@@ -242,19 +242,20 @@ def exponentials_bf16(e: Emitter, lanes: Any, count: Any, scores: Any, total: An
     kept = e.b.icmp_signed("!=", keep, e.number(0))
 
     def strip(lanes: int) -> None:
-        exponential_pairs(e, lanes // LANES, count, scores, pairs, total, kept)
+        exponential_pairs(e, lanes // LANES, count, scores, pairs, (total, kept))
 
     e.switch(lanes, [LANES, STRIP_COLUMNS], strip)
 
 
 def exponential_pairs(
-    e: Emitter, vectors: int, count: Any, scores: Any, pairs: Any, total: Any = None, kept: Any = None
+    e: Emitter, vectors: int, count: Any, scores: Any, pairs: Any, total_and_kept: tuple[Any, Any] | None = None
 ) -> None:
     """pairs = 2^scores of neighbouring rows in bf16, side by side, zeros beside an odd last one.
 
-    Of `count` rows of so many vectors. If given, total += their sum, and scores become those numbers if the bit `kept`
-    is set.
+    Of `count` rows of so many vectors. With `total_and_kept`, total += their sum, and scores become those numbers if
+    the bit `kept` is set.
     """
+    total, kept = total_and_kept or (None, None)
     row_bytes = vectors * VECTOR_BYTES
 
     def pair_row(i: Any, sums: list[Any], rows: int = 2) -> list[Any]:

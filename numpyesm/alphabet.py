@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import MAX_RESIDUES
-from .errors import InputWarning, InvalidSequence
+from .errors import InputWarning, InvalidSequence, warn
 from .given import Sequences, texts
 from .printable import listed
 
@@ -212,15 +211,15 @@ class SequenceNotes:
             for kind, (count, first) in sorted(self._found.items())
         ]
 
-    def warn(self, stacklevel: int = 2) -> None:
-        """Issue the notes as `InputWarning`, for the caller's caller by default."""
+    def warn(self) -> None:
+        """Issue the notes as `InputWarning`."""
         for text in self.texts():
-            warnings.warn(text, InputWarning, stacklevel=stacklevel + 1)
+            warn(text, InputWarning)
 
 
-def warn_of_odd_sequences(sequences: Iterable[str], *, stacklevel: int = 3) -> None:
+def warn_of_odd_sequences(sequences: Iterable[str]) -> None:
     """Issue `InputWarning` for sequences that are allowed but rarely intended, see `SequenceNotes`."""
     notes = SequenceNotes()
     for sequence in sequences:
         notes.look(sequence)
-    notes.warn(stacklevel)
+    notes.warn()

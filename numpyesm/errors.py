@@ -1,6 +1,12 @@
-"""Everything numpyesm raises on purpose. Each message says what was wrong, where, and what is allowed."""
+"""Everything numpyesm raises on purpose, and how it warns. Each message says what was wrong, where, what is allowed."""
 
 from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 class NumpyesmError(Exception):
@@ -9,6 +15,14 @@ class NumpyesmError(Exception):
 
 class InputWarning(UserWarning):
     """Input that is accepted but may be unintended: nucleotides, `--` lines that were left out."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called numpyesm, however deep within it this is."""
+    level, frame = 1, sys._getframe()  # noqa: SLF001  (documented; `inspect` takes longer to import)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 class InvalidSequence(NumpyesmError, ValueError):

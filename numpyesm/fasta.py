@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import BinaryIO, NamedTuple
 
 from .config import MAX_RESIDUES
-from .errors import InputWarning, InvalidSequence
+from .errors import InputWarning, InvalidSequence, warn
 from .text_input import UnreadableFile, decoded, unpacked
 
 # In a line or a record. The longest known protein has 46,000 residues; chromosomes and gzip bombs are refused.
@@ -186,7 +185,7 @@ class _Source:
     def warn(self, what: str, number: int) -> None:
         """Warn once per kind."""
         if what not in self.warned_of:
-            warnings.warn(f"{self.name}: {what} line {number}", InputWarning, stacklevel=2)
+            warn(f"{self.name}: {what} line {number}", InputWarning)
         self.warned_of.add(what)
 
     def is_comment(self, number: int, text: str) -> bool:

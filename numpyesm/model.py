@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from .alphabet import has_amino_acid, nothing_to_score, tokenize, warn_of_odd_sequences
 from .config import ModelConfig
-from .errors import InputWarning
+from .errors import InputWarning, warn
 from .given import Sequences, texts
 from .options import POSITIONS, Outputs, one_of, require_head
 from .passes import Passes
@@ -73,11 +72,10 @@ class ESM2:
         self.passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
         self._reload_from = _reload_from
         if checkpoint.synthetic:
-            warnings.warn(
+            warn(
                 f"{checkpoint.source}: SYNTHETIC random weights. The numbers that come out mean nothing; "
                 "use them for timing and trying out only.",
                 SyntheticWeightsWarning,
-                stacklevel=2 if _reload_from is None else 3,  # the caller of from_pretrained
             )
 
     @classmethod
@@ -335,7 +333,7 @@ class ESM2:
         tokens = _tokens(sequences)
         empty = [f"item {i}" for i, ids in enumerate(tokens) if not has_amino_acid(ids)]
         if empty:
-            warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=2)
+            warn(nothing_to_score(empty), InputWarning)
         return self.passes.log_prob(tokens)
 
     def classify(self, sequences: Sequences) -> list[ClassifyResult]:
@@ -447,5 +445,5 @@ def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.ui
     """Tokenize a batch, and warn of input that is allowed but rarely intended."""
     items = texts(sequences)
     tokens = tokenize(items or sequences, masks=masks)  # an empty generator has an error of its own
-    warn_of_odd_sequences(items, stacklevel=4)
+    warn_of_odd_sequences(items)
     return tokens

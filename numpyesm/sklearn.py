@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
-from .errors import InvalidOption, MissingExtra, MissingHead
+from .errors import InvalidOption, MissingExtra, MissingHead, warn
 from .given import Sequences, texts
 from .model import ESM2, SyntheticWeightsWarning
 from .options import Outputs, number_within, one_of, require_classifier, whole_number
@@ -83,9 +82,7 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
                 _loaded.clear()  # one at a time: a search over models should not hold them all
                 _loaded[key] = model
             elif model.checkpoint.synthetic:
-                warnings.warn(
-                    f"{model.checkpoint.source}: SYNTHETIC random weights.", SyntheticWeightsWarning, stacklevel=3
-                )
+                warn(f"{model.checkpoint.source}: SYNTHETIC random weights.", SyntheticWeightsWarning)
         return model
 
     def __sklearn_is_fitted__(self) -> bool:

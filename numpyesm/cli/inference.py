@@ -14,7 +14,7 @@ import numpy as np
 
 from ..alphabet import AMINO_ACIDS, nothing_to_score
 from ..config import Classifier
-from ..errors import InputWarning, InvalidOption
+from ..errors import InputWarning, InvalidOption, warn
 from ..fasta import Record
 from ..formats import Result
 from ..heads import log_softmax
@@ -71,7 +71,7 @@ def log_prob(arguments: argparse.Namespace) -> int:
         _, found = compute(arguments, records, ESM2.log_prob)
     scores = found.tolist()
     if empty := [r.id for r, score in zip(records, scores, strict=True) if math.isnan(score)]:
-        warnings.warn(nothing_to_score(empty), InputWarning, stacklevel=1)
+        warn(nothing_to_score(empty), InputWarning)
     return _write(target, records, scores, _score_rows, _score_rows)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import warnings
 
 from ..api.catalog import Catalog, check_slug
 from ..api.keys import ENVIRONMENT, KeyRing, read_keys
-from ..errors import InvalidOption
+from ..errors import InvalidOption, warn
 from ..extras import require
 from ..memory import parse_memory
 from ..model import ESM2
@@ -79,5 +78,5 @@ def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
         models[slug] = load(source)
         name = models[slug].name
         if slug.startswith("esm2-") and name != slug:
-            warnings.warn(f"--model {slug}: these are the weights of {name}", stacklevel=1)
+            warn(f"--model {slug}: these are the weights of {name}")
     return models

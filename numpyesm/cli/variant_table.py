@@ -7,13 +7,12 @@ import io
 import os
 import re
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputWarning, MissingExtra, NumpyesmError
+from ..errors import InputWarning, MissingExtra, NumpyesmError, warn
 from ..text_input import encoding_of, unpacked
 
 _DELIMITERS = (",", "\t", ";")
@@ -239,7 +238,7 @@ def _as_csv(data: bytes, name: str, wanted: Collection[str]) -> str:
         raise InvalidTable(f"{name}: the {'Parquet' if parquet else 'Excel'} file cannot be read ({error})") from error
     chosen = next((title for title, text in sheets.items() if _has_column(text, wanted)), next(iter(sheets)))
     if len(sheets) > 1:
-        warnings.warn(f"{name}: reading sheet {chosen!r} of {len(sheets)}", InputWarning, stacklevel=2)
+        warn(f"{name}: reading sheet {chosen!r} of {len(sheets)}", InputWarning)
     return sheets[chosen]
 
 

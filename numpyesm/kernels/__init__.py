@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 
-from ..errors import InvalidOption, MissingExtra
+from ..errors import InvalidOption, MissingExtra, warn
 from ..options import PRECISIONS, check_backend, check_precision
 from ..threads import WorkerPool
 from ..weights.checkpoint import Checkpoint
@@ -89,13 +88,12 @@ def _compiled(precision: str, must: bool) -> tuple[Code | None, str]:
     except (ImportError, AttributeError) as error:  # made for another NumPy; NUMBA_DISABLE_JIT
         if must:
             raise MissingExtra(f"the compiled backend cannot be used, Numba fails here: {error}") from error
-        warnings.warn(f"using the slower NumPy backend, because Numba fails here: {error}", stacklevel=5)
+        warn(f"using the slower NumPy backend, because Numba fails here: {error}")
         return None, f"{reason}, and Numba fails here"
     if must or cache_folder() is not None:
         return numba_code(precision), ""
-    warnings.warn(
+    warn(
         "using the slower NumPy backend, because no folder can be written to keep compiled kernels in: set "
-        "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process",
-        stacklevel=5,
+        "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process"
     )
     return None, f"{reason}, and no folder for what Numba compiles"

@@ -84,7 +84,7 @@ def score_mutations(
         for item, mutant in enumerate(mutants):
             check_same_terms(mutant, item)
     require_head(passes.checkpoint, "score_mutations")
-    warn_of_odd_sequences([wild_type], stacklevel=4)
+    warn_of_odd_sequences([wild_type])
     if method in SCAN_METHODS:
         # A42A is worth 0 and needs no pass.
         positions = sorted({one.position for mutant in mutants for one in mutant if one.mutant != one.wild})
@@ -117,7 +117,7 @@ def scan_mutations(
     offset = check_offset(offset)
     seen = check_window(window, len(wild_type), method)
     require_head(passes.checkpoint, "scan_mutations")
-    warn_of_odd_sequences([wild_type], stacklevel=4)
+    warn_of_odd_sequences([wild_type])
     length = len(wild_type)
     logits = position_logits(passes, wild_type, range(length), method, seen, progress)
     own = logits[np.arange(length), [TOKEN_ID[letter] for letter in wild_type]]

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import OFFICIAL_NAMES, PRESETS, preset_name
-from ..errors import CheckpointError, InvalidOption
+from ..errors import CheckpointError, InvalidOption, warn
 from ..files import atomic_write, file_sha256
 from .hugging_face import adapter_file, files_of, weight_files
 
@@ -176,7 +175,7 @@ def check_official(place: Path) -> None:
     """
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
-        warnings.warn(f"{place} does not have the SHA-256 of the published file of this name", stacklevel=4)
+        warn(f"{place} does not have the SHA-256 of the published file of this name")
     for file in files_of(place):
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:

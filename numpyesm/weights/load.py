@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, WeightsNotFound
+from ..errors import CheckpointError, WeightsNotFound, warn
 from ..printable import listed, quoted
 from . import hugging_face
 from .cache import source_name
@@ -200,14 +199,14 @@ def _convert(
         model = replace(model, tensors=model.tensors | found)
     checkpoint = assemble(model, shape, origin, source_name(place))
     if is_fair_esm and not checkpoint.has_contact_head:
-        _note(
+        warn(
             f"no contact regression for {place.name} ({chosen.name} is not beside it and none was given): "
             "the model cannot predict contacts"
         )
     if model.left_out:
-        _note(f"{place.name} holds more than ESM-2; left out: {listed(quoted(name)[1:-1] for name in model.left_out)}")
+        warn(f"{place.name} holds more than ESM-2; left out: {listed(quoted(name)[1:-1] for name in model.left_out)}")
     if (folder / "adapter_config.json").is_file():
-        _note(f"{folder / 'adapter_config.json'} is beside the weights: its adapter is not applied")
+        warn(f"{folder / 'adapter_config.json'} is beside the weights: its adapter is not applied")
     return checkpoint, beside
 
 
@@ -224,10 +223,6 @@ def _merged(place: Path, files: Sequence[Path], contents: Sequence[Any]) -> dict
     if len(files) > 1:
         hugging_face.check_complete(place, {str(key) for content in contents for key in content})
     return tensors
-
-
-def _note(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
 
 
 def _without_tensors(content: Any) -> str:

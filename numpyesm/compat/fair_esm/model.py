@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...alphabet import EOS, MASK, PAD, TOKENS
-from ...errors import InvalidSequence, NotEnoughMemory
+from ...errors import InvalidSequence, NotEnoughMemory, warn
 from ...heads import sigmoid
 from ...kernels.blas import blas_threads
 from ...memory import Sizes, format_memory
@@ -195,7 +194,7 @@ class ESM2:
 
     def _ignored(self, what: str) -> ESM2:
         hint = 'numpyesm runs on the CPU and gives float32; load with precision="bf16" for speed'
-        warnings.warn(f"{what} changes nothing: {hint}", stacklevel=3)
+        warn(f"{what} changes nothing: {hint}")
         return self
 
 

@@ -19,7 +19,8 @@ from .heads import AttentionReader, AttentionSummary, ClassificationHead, Contac
 from .kernels import make_kernels
 from .kernels.base import AttentionMaps, Kernels
 from .kernels.blas import blas_threads
-from .kernels.compiled.library import library_code
+from .kernels.compiled.code import Code
+from .kernels.compiled.library import find_library
 from .kernels.scratch import scratch
 from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
 from .options import Outputs
@@ -60,7 +61,7 @@ class Passes:
     ) -> None:
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
-        ahead = backend != "numpy" and library_code() is not None
+        ahead = backend != "numpy" and isinstance(find_library(), Code)
         too_large = backend == "auto" and precision == "fp32" and not compiled_fits(limit, checkpoint, ahead)
         if too_large:
             backend = "numpy"

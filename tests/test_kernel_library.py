@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -18,9 +19,9 @@ from numpyesm.cli import main
 from numpyesm.errors import InvalidOption, MissingExtra
 from numpyesm.kernels import build
 from numpyesm.kernels.compiled import isa as simd
-from numpyesm.kernels.compiled.code import ARGUMENTS, needed, symbol
+from numpyesm.kernels.compiled.code import ARGUMENTS, SOURCES, needed, symbol
 from numpyesm.kernels.compiled.isa import host_isa, host_levels, levels
-from numpyesm.kernels.compiled.library import abi, library_code, library_name
+from numpyesm.kernels.compiled.library import abi, find_library, library_name
 from numpyesm.kernels.numba_ import cache
 from numpyesm.options import PRECISIONS
 
@@ -88,9 +89,9 @@ def without_numba(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The library that this environment has."""
-    code = library_code()
-    if code is None:
-        pytest.skip("no library of kernels that fits is installed: make test builds it where there is a C compiler")
+    code = find_library()
+    if isinstance(code, str):
+        pytest.skip(f"{code}: make test builds one where there is a C compiler")
     assert code.file is not None
     return code.file
 
@@ -156,7 +157,7 @@ def test_symbols_are_the_kernels_and_a_few_of_libc(library: Path) -> None:
 
 def test_it_runs_where_numba_does_not(library: Path, tmp_path: Path) -> None:
     path = without_numba(tmp_path)
-    out, _ = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS=str(library.parent)))
+    out, _ = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS=os.path.relpath(library.parent)))
     assert out.startswith("compiled set()")
     assert f"library {library}" in out
 
@@ -167,6 +168,7 @@ def test_a_library_that_does_not_fit(library: Path, tmp_path: Path) -> None:
     for name, content, reason in [
         ("other.so", other, "was built from other sources than this numpyesm"),
         ("text.so", b"no library", "is no library of kernels for this machine"),
+        ("half.so", other[: len(other) // 2], "is incomplete"),
         ("missing.so", b"", "there is no file"),
     ]:
         file = tmp_path / name
@@ -202,6 +204,9 @@ def test_warmup_compiles_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("numpyesm.kernels.warmup.warmup", warmup)
     for options in ([], ["--precision", "fp32"], ["--cache", "there"]):
         assert main(["warmup", *options]) == 0
+    for passed_over in (["--backend", "numpy"], ["--threads", "2"], ["--cache", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["warmup", *passed_over])
     assert warmup.mock_calls == [
         call(None, cache_dir=None),
         call(["fp32"], cache_dir=None),
@@ -217,9 +222,32 @@ def test_building_needs_numba_and_a_compiler(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"numpyesm\[fast\]"):
         build.build(tmp_path, ["plain"])
-    with pytest.raises(InvalidOption, match="'sse9' is unknown; there are"):
+    with pytest.raises(InvalidOption, match=r"'sse9' is unknown; there are .*all, host or best"):
         build.check_levels("sse9")
+    assert build.check_levels("plain, plain") == ["plain"]
+    for wrong in ('"unclosed', "nosuchcc"):
+        monkeypatch.setenv("CC", wrong)
+        with pytest.raises(build.BuildFailed, match=f"CC={wrong}: "):
+            build.linker()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_source_is_in_the_checksum_and_nothing_else() -> None:
+    room = Path(build.__file__).parent
+    written = {f"numba_/{path.name}" for path in (room / "numba_").glob("[a-z_]*.py")}
+    assert written == {name for name in SOURCES if name.startswith("numba_/")}
+    assert all((room / name).is_file() for name in SOURCES)
+
+
+@pytest.mark.skipif(build.linker() is None, reason="no C compiler")
+def test_wheel_of_the_library(tmp_path: Path) -> None:
+    """Where auditwheel and an installer want machine code, not in a folder of pure Python."""
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT / "packaging" / "kernels")]
+    finish(start("-m", "pip", "wheel", *options, NUMPYESM_KERNEL_LEVELS="plain"))
+    (wheel,) = tmp_path.iterdir()
+    assert "-py3-none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"numpyesm_kernels/{name}" for name in ("__init__.py", library_name())} <= {*archive.namelist()}
 
 
 def test_every_kernel_is_needed_by_some_precision_of_some_level() -> None:
@@ -240,8 +268,9 @@ def test_bf16_products_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> N
         assert next(iter(simd.wanted_levels.__wrapped__())) == best
 
 
-def test_unknown_level() -> None:
-    _, err = finish(start("-c", WHICH, NUMPYESM_ISA="sse9"), code=1)
+def test_unknown_level(tmp_path: Path) -> None:
+    """Whatever there is to run: here only NumPy."""
+    _, err = finish(start("-c", WHICH, NUMPYESM_ISA="sse9", PYTHONPATH=without_numba(tmp_path)), code=1)
     assert f"InvalidOption: NUMPYESM_ISA=sse9: this CPU has {', '.join(host_levels())}" in err
 
 

@@ -249,6 +249,8 @@ assert numpy.__file__.startswith({task!r})
         (["-o", "/proc/numpyesm.zip"], "/proc/numpyesm.zip cannot be written"),
         (["--python", "3.9"], "needs 3.10 or newer"),
         (["--python", "312"], "needs 3.10 or newer"),
+        (["--kernels", "/bin/sh", "--arch", "aarch64"], "/bin/sh is no library of kernels for Linux on aarch64"),
+        (["--kernels", "/bin/sh"], "/bin/sh was built from other sources"),
     ],
 )
 @linux

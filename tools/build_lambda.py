@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             check_python(options.python)
             check_output(options.output)  # before minutes of work
-            return _build(staging, options)
+            kernels = None if options.kernels == "none" else find_kernels(options.kernels, options.arch)
+            return _build(staging, options, kernels)
         except (BuildFailed, OSError) as error:
             print(f"build_lambda: error: {error}", file=sys.stderr)
             return 1
@@ -89,18 +90,42 @@ def check_output(output: Path) -> None:
         raise BuildFailed(f"{output} cannot be written ({error.strerror or error})") from error
 
 
+def find_kernels(named: str, arch: str) -> Path | None:
+    """Return the library of kernels that was named, or the one that is installed if it is for the target."""
+    from numpyesm.kernels.compiled.isa import levels
+    from numpyesm.kernels.compiled.library import find_library, levels_in
+
+    found = find_library() if named == "auto" else None
+    source = Path(named) if found is None else getattr(found, "file", None)
+    if source is None or (found is not None and source.name != f"numpyesm-kernels-{arch}.so"):
+        how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
+        print(f"build_lambda: no compiled kernels for Linux on {arch}, NumPy will do the work: {how}", file=sys.stderr)
+        return None
+    if not source.is_file():
+        raise BuildFailed(f"--kernels {named}: there is no such file")
+    if isinstance(inside := levels_in(source, arch), str):
+        raise BuildFailed(f"--kernels {named}: {inside}")
+    if missing := [isa.name for isa in levels(arch).values() if isa.name not in inside and not isa.spelled_out]:
+        how = f"{', '.join(missing)}: python -m numpyesm.kernels.build makes them all"
+        print(f"build_lambda: warning: {source} has no kernels for {how}", file=sys.stderr)
+    return source
+
+
 def with_defaults(requirements: list[str]) -> list[str]:
     """These, and the newest of what they do not name."""
     named = {re.split(r"[^\w-]", requirement.strip())[0].lower() for requirement in requirements}
     return [*requirements, *(package for package in PACKAGES if package not in named)]
 
 
-def _build(staging: Path, options: argparse.Namespace) -> int:
+def _build(staging: Path, options: argparse.Namespace, kernels: Path | None) -> int:
     install_dependencies(staging, with_defaults(options.requirement or []), options.python, options.arch)
     left_out = strip(staging)
     shutil.copytree(ROOT / "numpyesm", staging / "numpyesm", ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
-    if options.kernels != "none":
-        pack_kernels(staging / "numpyesm_kernels", options.kernels, options.arch)
+    if kernels is not None:
+        package = staging / "numpyesm_kernels"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        shutil.copyfile(kernels, package / f"numpyesm-kernels-{options.arch}.so")
     if options.weights != "none":
         pack_weights(staging / "weights", options.weights, options.dtype)
     compiled = compile_sources(staging, options.python)
@@ -143,28 +168,6 @@ def strip(staging: Path) -> int:
         if record or (path.name.endswith(_NEVER_USED_SUFFIXES) and ".dist-info" not in str(path)):
             path.unlink()
     return before - sum(path.stat().st_size for path in files(staging))
-
-
-def pack_kernels(folder: Path, kernels: str, arch: str) -> None:
-    """Copy the library of kernels that was named, or the one that is installed if it is for the target."""
-    from numpyesm.kernels.compiled.library import library_code
-
-    name = f"numpyesm-kernels-{arch}.so"
-    source = Path(kernels)
-    if kernels == "auto":
-        code = library_code()
-        source = Path("") if code is None or code.file is None else code.file
-        if source.name != name:
-            how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
-            print(
-                f"build_lambda: no compiled kernels for Linux on {arch}, NumPy will do the work: {how}", file=sys.stderr
-            )
-            return
-    elif not source.is_file():
-        raise BuildFailed(f"--kernels {kernels}: there is no such file")
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    shutil.copyfile(source, folder / name)
 
 
 def pack_weights(folder: Path, weights: str, dtype: str) -> None:

@@ -32,7 +32,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     from ..weights.hub import fetch as fetch_weights
 
     path = fetch_weights(
-        arguments.name or arguments.weights or "esm2-35m",
+        arguments.name or "esm2-35m",
         revision=arguments.revision,
         dtype=arguments.dtype,
         output=arguments.output,

@@ -19,6 +19,8 @@ Command: TypeAlias = argparse.ArgumentParser
 Argument: TypeAlias = Callable[..., argparse.Action]  # `add_argument` of a command
 # Adds a command: its name, the function that runs it ("module:function", in this package), one line of help.
 Add: TypeAlias = Callable[[str, str, str], Argument]
+# Commands that compute nothing: an option that says how would be passed over.
+_WITHOUT_MODEL = ("fetch", "convert", "warmup", "info")
 
 
 def build_parser() -> Command:
@@ -37,12 +39,13 @@ def build_parser() -> Command:
 
 
 def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, text: str) -> Argument:
-    """Add a command with the options that all commands have."""
+    """Add a command with the options of all commands, or of all that compute."""
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     argument = command.add_argument
-    argument("--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
-    add_arithmetic(command, None if name == "warmup" else "fp32")
-    if name != "serve":  # which has one of its own
+    if name not in _WITHOUT_MODEL:
+        _add_weights(argument)
+        add_arithmetic(command)
+    if name not in (*_WITHOUT_MODEL, "serve"):  # which has one of its own
         argument("--max-memory", metavar="SIZE", help="limit: 300M (or MiB: 2^20 bytes) or 300MB (10^6)")
     argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
@@ -50,13 +53,20 @@ def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, 
     return argument
 
 
-def add_arithmetic(command: Command, precision: str | None = "fp32") -> None:
-    """Add the options that say how to compute; `precision` is the default, None for all that the CPU has."""
+def _add_weights(argument: Argument) -> None:
+    argument("--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
+
+
+def add_arithmetic(command: Command) -> None:
+    """Add the options that say how to compute."""
     backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
     command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
-    text = f"({precision or 'all that the CPU has'})"
-    command.add_argument("--precision", choices=PRECISIONS, default=precision, help=text)
-    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
+    _add_threads(command.add_argument)
+
+
+def _add_threads(argument: Argument) -> None:
+    argument("--threads", type=int, help="worker threads (all CPUs)")
 
 
 def _add_weights_commands(add: Add) -> None:
@@ -78,8 +88,11 @@ def _add_weights_commands(add: Add) -> None:
 
     add("verify", "files:verify", "compare the weights with the published reference numbers")
     argument = add("warmup", "files:warmup", "compile kernels for this machine before they are first used")
-    argument("--cache", metavar="DIR", help="folder (the user's cache)")
-    add("info", "files:info", "show what is installed, what the machine has, and which weights are found")
+    argument("--precision", choices=PRECISIONS, help="what Numba compiles without a C compiler (all that the CPU has)")
+    argument("--cache", type=_named, metavar="DIR", help="folder (the user's cache)")
+    argument = add("info", "files:info", "show what is installed, what the machine has, and which weights are found")
+    _add_weights(argument)
+    _add_threads(argument)
 
 
 def _add_inference_commands(add: Add) -> None:

@@ -10,7 +10,7 @@ from ..threads import WorkerPool
 from ..weights.checkpoint import Checkpoint
 from .base import Kernels
 from .compiled.code import Code
-from .compiled.library import library_code
+from .compiled.library import find_library
 
 _HOW = "pip install './packaging/kernels' from a clone (compiled ahead of time) or 'numpyesm[fast]' (Numba)"
 
@@ -66,20 +66,19 @@ def make_kernels(
 
 def describe_kernels() -> str:
     """Return what `backend="auto"` runs on this machine, and why, without compiling anything."""
-    code = library_code()
-    if code is not None:
-        return str(code)
+    found = find_library()
+    if isinstance(found, Code):
+        return str(found)
     if importlib.util.find_spec("numba") is None:
-        return "none, NumPy is used: no library of kernels, and Numba is not installed"
-    return "by Numba, at first use: no library of kernels"
+        return f"none, NumPy is used: {found}, and Numba is not installed"
+    return f"by Numba, at first use: {found}"
 
 
 def _compiled(precision: str, must: bool) -> tuple[Code | None, str]:
     """Compiled kernels, or None and why there are none; Numba that fails is an error if they `must` be had."""
-    code = library_code()
-    if code is not None:
-        return code, ""
-    reason = "no library of kernels"
+    reason = find_library()
+    if isinstance(reason, Code):
+        return reason, ""
     if importlib.util.find_spec("numba") is None:
         return None, f"{reason}, and Numba is not installed"
     try:

@@ -1,7 +1,7 @@
 """Compile the kernels ahead of time into one library that needs neither Numba nor Python.
 
     python -m numpyesm.kernels.build -o DIR                  every level of this architecture
-    python -m numpyesm.kernels.build -o DIR --levels host    those that this machine can run
+    python -m numpyesm.kernels.build -o DIR --levels host    those that this machine can run; best: its best one
 
 It needs Numba (`pip install 'numpyesm[fast]'`) and a C compiler (`CC`, else cc, gcc or clang), which links.
 """
@@ -16,12 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InvalidOption, MissingExtra, NumpyesmError
-from .compiled.isa import BUILD_FOR, host_levels, levels, portable_cpu, wanted_levels
+from .compiled.isa import BUILD_FOR, host_isa, host_levels, levels, portable_cpu
 from .compiled.library import abi, library_name
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,15 +32,20 @@ class BuildFailed(NumpyesmError):
 
 
 def linker() -> list[str] | None:
-    """The command of the C compiler; None if there is none."""
-    if chosen := os.environ.get("CC"):
-        return shlex.split(chosen)
+    """Return the command of the C compiler; None if there is none, BuildFailed if `CC` names none."""
+    chosen = os.environ.get("CC", "")
+    try:
+        command = shlex.split(chosen)
+    except ValueError as error:
+        raise BuildFailed(f"CC={chosen}: {error}") from error
+    if command and shutil.which(command[0]) is None:
+        raise BuildFailed(f"CC={chosen}: there is no command {command[0]}")
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    return None if found is None else [found]
+    return command or (None if found is None else [found])
 
 
 def check_levels(names: str) -> list[str]:
-    """Return levels from `all`, `host`, or names separated by commas.
+    """Return levels from `all`, `host` (those of this machine), `best` (of those) or names separated by commas.
 
     Raises
     ------
@@ -48,11 +53,13 @@ def check_levels(names: str) -> list[str]:
         An unknown level.
     """
     known = list(levels())
-    chosen = {"all": known, "host": list(host_levels()), "best": list(wanted_levels())[:1]}.get(names)
+    chosen = {"all": known, "host": list(host_levels()), "best": [host_isa().name]}.get(names)
     if chosen is None:
-        chosen = names.split(",")
+        chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
         if unknown := [name for name in chosen if name not in known]:
-            raise InvalidOption(f"level {unknown[0]!r} is unknown; there are {', '.join(known)}")
+            raise InvalidOption(
+                f"level {unknown[0]!r} is unknown; there are {', '.join(known)}; or say all, host or best"
+            )
     return chosen
 
 
@@ -94,8 +101,10 @@ def build(folder: Path, names: Sequence[str]) -> Path:
         export = "__declspec(dllexport) " if sys.platform == "win32" else ""
         source.write_text(f'{export}const char numpyesm_abi[] = "{abi()}";\n')
         made = room / library_name()
-        position = [] if sys.platform == "win32" else ["-fPIC"]
-        _run([*compiler, "-shared", *position, "-o", str(made), str(source), *map(str, objects)], "linking")
+        options = [] if sys.platform == "win32" else ["-fPIC"]
+        if sys.platform.startswith("linux"):
+            options.append("-Wl,-z,defs")  # what needs more than the C library is an error here, not at load
+        _run([*compiler, "-shared", *options, "-o", str(made), str(source), *map(str, objects)], "linking")
         target = folder / library_name()
         os.replace(made, target)
     return target
@@ -105,7 +114,10 @@ def _compile(name: str, room: Path) -> Path:
     """One level in a process of its own: its shapes are constants of the modules that emit code."""
     cpu, features = portable_cpu(levels()[name])
     output = room / f"{name}.o"
+    # Settings for what Numba compiles elsewhere, to debug it say, are not for this.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     environment = child_environment(
+        plain,
         NUMBA_CPU_NAME=cpu,
         NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(room / f"numba-{name}"),
@@ -116,16 +128,17 @@ def _compile(name: str, room: Path) -> Path:
     return output
 
 
-def child_environment(**variables: str) -> dict[str, str]:
-    """Environment of a process that imports this numpyesm and compiles, with some variables more."""
+def child_environment(given: Mapping[str, str] = os.environ, /, **variables: str) -> dict[str, str]:
+    """Environment of a process that imports this numpyesm and compiles: the one given, with some variables more."""
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, **variables}
+    return {**given, "PYTHONPATH": path, **variables}
 
 
 def _run(command: list[str], step: str, environment: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        raise BuildFailed(f"{step} failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+        said = (done.stderr or done.stdout).strip()[-2000:]
+        raise BuildFailed(f"{step} failed, with exit code {done.returncode}:\n{shlex.join(command)}\n{said}".rstrip())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,12 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the library")
-    parser.add_argument("--levels", default="all", help=f"all, host, or some of {','.join(levels())} (%(default)s)")
+    parser.add_argument(
+        "--levels", default="all", help=f"all, host, best, or some of {','.join(levels())} (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         names = check_levels(options.levels)
     except InvalidOption as error:
-        parser.error(str(error))
+        parser.error(f"--levels {options.levels}: {error}")
     try:
         made = build(options.output, names)
     except (NumpyesmError, OSError) as error:

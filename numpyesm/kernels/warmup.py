@@ -10,14 +10,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import MissingExtra
+from ..errors import MissingExtra, warn
 from ..options import PRECISIONS, check_precision
 from .build import build, child_environment, linker
+from .compiled.code import Code
 from .compiled.isa import host_isa
-from .compiled.library import cached_library, library_code
+from .compiled.library import VARIABLE, cached_library, find_library, forget_library
 
 
-def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path | str:
+def warmup(
+    precisions: str | Sequence[str] | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> Path | str:
     """Make compiled kernels for this machine, if there are none.
 
     With Numba and a C compiler that is a library for all precisions, in the cache or in `cache_dir`, where later
@@ -26,7 +29,7 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
 
     Parameters
     ----------
-    precisions : sequence of str, optional
+    precisions : str or sequence of str, optional
         Of `fp32`, `bf16`, `int8`: what Numba compiles without a C compiler; all of them by default.
     cache_dir : path, optional
         Where to put the code.
@@ -43,21 +46,27 @@ def warmup(precisions: Sequence[str] | None = None, cache_dir: str | os.PathLike
     MissingExtra
         Numba is not installed, or fails here.
     BuildFailed
-        The library could not be made.
+        The library could not be made, or `CC` names no C compiler.
     OSError
         `cache_dir` cannot be written to.
     """
+    if isinstance(precisions, str):
+        precisions = [precisions]
     wanted = [check_precision(precision) for precision in precisions or PRECISIONS]
-    if cache_dir is None and (code := library_code()) is not None:
-        return f"nothing to compile: {code}"
+    if cache_dir is None and isinstance(found := find_library(), Code):
+        return f"nothing to compile: {found}"
     if importlib.util.find_spec("numba") is None:
         raise MissingExtra("warmup compiles kernels: pip install 'numpyesm[fast]'")
     folder = None if cache_dir is None else Path(cache_dir).absolute()
     if folder is not None:
         _check_writable(folder)
     if linker() is not None:
+        if folder is None and os.environ.get(VARIABLE, "").strip():
+            warn(f"{VARIABLE}={os.environ[VARIABLE]}: what is compiled now is not used as long as this is set")
         sys.stderr.write("numpyesm: compiling a library of kernels for this CPU (once, half a minute or more) ...\n")
-        return build(folder or cached_library().parent, [host_isa().name])
+        made = build(folder or cached_library().parent, [host_isa().name])
+        forget_library()
+        return made
     return _fill_numba_cache(wanted, folder)
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -24,15 +24,18 @@ class BuildLibrary(build_py):
         build(Path(self.build_lib) / "numpyesm_kernels", levels)
 
 
+class WithLibrary(Distribution):
+    """Goes where machine code goes, though no extension module is declared."""
+
+    def has_ext_modules(self):
+        return True
+
+
 class PlatformWheel(bdist_wheel):
     """Any Python 3, one kind of machine."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(version=__version__, cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel})
+setup(version=__version__, distclass=WithLibrary, cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel})

@@ -14,9 +14,14 @@ from pathlib import Path
 from ...weights.tensor import GROUP
 from .isa import Isa
 
-# The package of both, and what decides what compiled code does beside what writes it.
+# What decides what compiled code does, by name: what else lies in a folder is not part of it.
 _ROOM = Path(__file__).parents[1]
-_BESIDE = ("compiled/code.py", "compiled/isa.py", "compiled/layout.py", "compiled/panels.py", "constants.py")
+SOURCES = (
+    "constants.py",
+    *(f"compiled/{name}.py" for name in ("code", "isa", "layout", "panels")),
+    *(f"numba_/{name}.py" for name in ("__init__", "attention", "attention_tiles", "cache", "code", "emitter", "gemm")),
+    *(f"numba_/{name}.py" for name in ("layer", "load", "rows", "runner", "steps", "tiles", "vectors")),
+)
 
 # How many integers each takes; `numba_/` says which.
 ARGUMENTS = {
@@ -90,7 +95,7 @@ class Code:
 def kernel_sources() -> str:
     """Checksum of all that decides what compiled code does. `hashlib` alone would take 4 ms of a cold start."""
     found = zlib.crc32(f"int8 in groups of {GROUP}".encode())
-    for path in [*sorted((_ROOM / "numba_").glob("*.py")), *(_ROOM / name for name in _BESIDE)]:
+    for name in SOURCES:
         # As in the repository, whatever a checkout on Windows made of the ends of lines.
-        found = zlib.crc32(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"), found)
+        found = zlib.crc32(name.encode() + (_ROOM / name).read_bytes().replace(b"\r\n", b"\n"), found)
     return f"{found:08x}"

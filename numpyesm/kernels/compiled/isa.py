@@ -134,9 +134,9 @@ def architecture() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
-def levels() -> dict[str, Isa]:
-    """The levels of this architecture, best first."""
-    return {isa.name: isa for isa in _LEVELS.get(architecture(), _LEVELS["x86_64"][-1:])}
+def levels(target: str = "") -> dict[str, Isa]:
+    """The levels of an architecture, this machine's by default, best first."""
+    return {isa.name: isa for isa in _LEVELS.get(target or architecture(), _LEVELS["x86_64"][-1:])}
 
 
 @cache

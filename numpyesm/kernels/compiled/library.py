@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import struct
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ...errors import InvalidOption
+from ...errors import InvalidOption, warn
 from ...weights.cache import cache_dir
 from .code import ARGUMENTS, Code, kernel_sources, symbol
-from .isa import architecture, host_isa, wanted_levels
+from .isa import architecture, host_isa, levels, wanted_levels
 
 # Changes when functions are called in another way; what is in the tables, the checksum of the sources tells.
 ABI = 1
 VARIABLE = "NUMPYESM_KERNELS"
 _CACHE = "kernels"  # folder in the cache
+# Of an ELF file's header: its kind, the machine, where the table of sections begins, its items' size and number.
+_ELF = struct.Struct("<18s H 20x Q 10x H H 2x")
+_ELF_MAGIC = b"\x7fELF\x02\x01"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
@@ -41,35 +45,45 @@ def cached_library() -> Path:
     return cache_dir() / _CACHE / f"{kernel_sources()}-{host_isa().name}" / library_name()
 
 
-def library_code() -> Code | None:
-    """Return the kernels of the best level that the library and this CPU have; None without a library that fits.
+def find_library() -> Code | str:
+    """Return the kernels of the best level that the library and this CPU have, or why there are none.
 
     Raises
     ------
     InvalidOption
-        `NUMPYESM_KERNELS` names one that is not there or does not fit.
+        `NUMPYESM_KERNELS` names a library that is not there or does not fit, or `NUMPYESM_ISA` a level that this CPU
+        does not have.
     """
-    return _code(os.environ.get(VARIABLE, "").strip())
+    return _find(os.environ.get(VARIABLE, "").strip())
 
 
 @cache
-def _code(named: str) -> Code | None:
+def _find(named: str) -> Code | str:
+    if os.environ.get("NUMPYESM_ISA"):
+        wanted_levels()  # raises if it cannot be had, whatever there is to run
     if named.lower() == "none":
-        return None
+        return f"{VARIABLE}={named}"
     if named:
-        path = Path(named).expanduser()
-        path = path / library_name() if path.is_dir() else path
-        code = _open(path)
-        if isinstance(code, str):
-            raise InvalidOption(f"{VARIABLE}={named}: {code}")
-        return code
+        path = Path(named).expanduser().resolve()  # without a folder, the system would look in its own
+        found = _open(path / library_name() if path.is_dir() else path)
+        if isinstance(found, str):
+            raise InvalidOption(f"{VARIABLE}={named}: {found}")
+        return found
+    refused = []
     for path in _installed():
         if path.is_file():
-            code = _open(path)
-            if not isinstance(code, str):
-                return code
-            warnings.warn(f"the compiled kernels are not used: {code}", stacklevel=4)
-    return None
+            found = _open(path)
+            if not isinstance(found, str):
+                return found
+            refused.append(found)
+    if refused:
+        warn(f"the compiled kernels are not used: {refused[0]}")
+    return refused[0] if refused else "no library of kernels"
+
+
+def forget_library() -> None:
+    """Look again next time: one has been made."""
+    _find.cache_clear()
 
 
 def _installed() -> Iterator[Path]:
@@ -88,6 +102,8 @@ def _open(path: Path) -> Code | str:
         import ctypes
     except ImportError:
         return "this Python has no ctypes"
+    if _is_cut_off(path):
+        return f"{path} is incomplete: build or install it again"
     try:
         library = ctypes.CDLL(str(path))
         found = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(library, "numpyesm_abi"))).value
@@ -104,3 +120,27 @@ def _open(path: Path) -> Code | str:
             }
             return Code(isa, "library", addresses, path)
     return f"{path} has no kernels for {', '.join(wanted_levels())}"
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether an ELF file is shorter than it says: opening it would end the process."""
+    with open(path, "rb") as file:
+        header = file.read(_ELF.size)
+    if len(header) < _ELF.size or not header.startswith(_ELF_MAGIC):
+        return False  # for the system to judge
+    _, _, sections_at, section_size, sections = _ELF.unpack(header)
+    return bool(path.stat().st_size < sections_at + section_size * sections)
+
+
+def levels_in(path: Path, target: str) -> list[str] | str:
+    """Return the levels of a Linux library for an architecture, maybe another one, or why it is none for it.
+
+    Nothing of the file is run.
+    """
+    content = path.read_bytes()
+    machine = _ELF.unpack_from(content)[1] if content.startswith(_ELF_MAGIC) and len(content) >= _ELF.size else None
+    if machine != _ELF_MACHINES[target] or _is_cut_off(path):
+        return f"{path} is no library of kernels for Linux on {target}"
+    if abi().encode() + b"\0" not in content:
+        return f"{path} was built from other sources than this numpyesm: build or install it again"
+    return [isa.name for isa in levels(target).values() if symbol(isa, "run_phases").encode() + b"\0" in content]

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -63,18 +62,6 @@ def test_wrong_use(run: Any, weights: list[str], options: list[str], reason: str
         done = run("serve", "--port", "0", *weights, *options, bare=True)
     assert done.code == 2
     assert re.search(reason, done.err)
-
-
-def test_a_process_that_may_start_no_threads_says_so_in_a_line(
-    run: Any, weights: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    done = run("serve", "--port", "0", *weights, bare=True)
-    assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("numpyesm: error: the service cannot start its threads")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -101,13 +102,11 @@ def find_kernels(named: str, arch: str) -> Path | None:
         how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
         print(f"build_lambda: no compiled kernels for Linux on {arch}, NumPy will do the work: {how}", file=sys.stderr)
         return None
-    if not source.is_file():
-        raise BuildFailed(f"--kernels {named}: there is no such file")
-    if isinstance(inside := levels_in(source, arch), str):
+    inside = levels_in(source, arch) if source.is_file() else "there is no such file"
+    if isinstance(inside, str):
         raise BuildFailed(f"--kernels {named}: {inside}")
     if missing := [isa.name for isa in levels(arch).values() if isa.name not in inside and not isa.spelled_out]:
-        how = f"{', '.join(missing)}: python -m numpyesm.kernels.build makes them all"
-        print(f"build_lambda: warning: {source} has no kernels for {how}", file=sys.stderr)
+        print(f"build_lambda: warning: {source} has no kernels for {', '.join(missing)}", file=sys.stderr)
     return source
 
 
@@ -122,8 +121,7 @@ def _build(staging: Path, options: argparse.Namespace, kernels: Path | None) -> 
     left_out = strip(staging)
     shutil.copytree(ROOT / "numpyesm", staging / "numpyesm", ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
     if kernels is not None:
-        package = staging / "numpyesm_kernels"
-        package.mkdir()
+        (package := staging / "numpyesm_kernels").mkdir()
         (package / "__init__.py").touch()
         shutil.copyfile(kernels, package / f"numpyesm-kernels-{options.arch}.so")
     if options.weights != "none":
@@ -217,13 +215,12 @@ def files(folder: Path) -> Iterator[Path]:
 
 def report(staging: Path, sizes: dict[Path, int], left_out: int, compiled: bool, limit: int) -> None:
     """What takes the room."""
-    groups: dict[str, int] = {}
+    groups: Counter[str] = Counter()
     for path, size in sizes.items():
-        top = path.relative_to(staging).parts[0]
-        groups[top] = groups.get(top, 0) + size
+        groups[path.relative_to(staging).parts[0]] += size
     total = sum(sizes.values())
     print(f"{'MB':>8}  unpacked")
-    for name, size in sorted(groups.items(), key=lambda entry: -entry[1]):
+    for name, size in groups.most_common():
         print(f"{size / 1e6:8.1f}  {name}")
     print(f"{total / 1e6:8.1f}  together, of {limit / 1e6:.1f} allowed; {left_out / 1e6:.1f} stripped")
     print("the largest files:")

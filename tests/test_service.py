@@ -306,8 +306,8 @@ def test_pages(service: ServiceHere) -> None:
 
 def test_log_line_and_metrics(service: ServiceHere) -> None:
     response = service.post(ENCODE, GOOD, headers={"X-Request-ID": "mine-1"})
-    assert response.headers["x-request-id"] == "mine-1"
-    assert response.headers["cache-control"] == "no-store"
+    assert (response.headers["x-request-id"], response.headers["cache-control"]) == ("mine-1", "no-store")
+    assert "synthetic" in response.headers["x-numpyesm-weights"]
     bad = service.post(ENCODE, GOOD, headers={"X-Request-ID": "no blanks\tplease"})
     assert bad.headers["x-request-id"] != "no blanks\tplease"
     service.post("made-up-slug/encode", GOOD)

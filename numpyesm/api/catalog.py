@@ -50,6 +50,11 @@ class ServedModel:
         """Actions for which the weights have the heads; embeddings need none."""
         return [action for action in ACTIONS if missing_head(self.checkpoint, action) is None]
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of answers that this model computed."""
+        return {"x-numpyesm-weights": "synthetic: these numbers mean nothing"} if self.checkpoint.synthetic else {}
+
     def describe(self) -> dict[str, Any]:
         """Describe the model, also in the words that the `biolmai` SDK looks for."""
         config = self.model.config

@@ -105,8 +105,8 @@ class Function:
             headers = {name.lower(): value for name, value in refusal.headers.items()}
             answer = write_answer(refusal.body(), {"content-type": JSON_TYPE} | headers, refusal.status)
         answer["headers"]["x-request-id"] = request_id
-        if self._catalog is not None and any(served.checkpoint.synthetic for served in self._catalog):
-            answer["headers"]["x-numpyesm-weights"] = "synthetic: these numbers mean nothing"
+        for served in self._catalog or ():
+            answer["headers"] |= served.headers
         _print_line(**facts, status=answer["statusCode"], bytes=len(answer["body"]), ms=_milliseconds(started))
         return answer
 

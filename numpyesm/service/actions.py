@@ -97,15 +97,15 @@ async def _send_results(request: Request, job: Job, gone: asyncio.Task[None], se
     """Send small results at once, large ones piece by piece from a thread."""
     accept, encodings = (", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding"))
     form = AnswerForm.chosen(accept, encodings)
-    pieces = form.write(job.results)
+    pieces, headers = form.write(job.results), form.headers | job.work.served.headers
     if job.memory <= _SMALL:
-        response = Response(b"".join(pieces), headers=form.headers)
+        response = Response(b"".join(pieces), headers=headers)
         await response(request.scope, request.receive, send)
         return
     # The first piece comes before the status, so that a failure can still be reported.
     piece: bytes | None = await asyncio.to_thread(next, pieces, None)
-    headers = [(name.encode(), value.encode()) for name, value in form.headers.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
     while piece is not None:
         if gone.done():
             raise ClientDisconnect

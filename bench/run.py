@@ -142,7 +142,7 @@ def _start(bench: Bench, engines: Sequence[Engine]) -> tuple[dict[str, Worker], 
         except EngineFailed as failure:
             worker.close()
             report[engine.name] |= {"status": "missing", "reason": str(failure)}
-    reference = REFERENCE if REFERENCE in outputs else next(iter(outputs), "")
+    reference = min(outputs, key=lambda name: (name != REFERENCE, not name.endswith("fp32")), default="")
     for engine in engines:
         entry = report[engine.name]
         if engine.name in outputs:

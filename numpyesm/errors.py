@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+# Packages whose lines mean nothing to users: this one, and the one that calls its estimators.
+_PASSED = ("numpyesm", "sklearn")
 
 
 class NumpyesmError(Exception):
@@ -20,7 +20,7 @@ class InputWarning(UserWarning):
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called numpyesm, however deep within it this is."""
     level, frame = 1, sys._getframe()  # noqa: SLF001  (documented; `inspect` takes longer to import)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

@@ -166,10 +166,11 @@ class ClassificationHead:
         return np.arange(1) if self.classifier.head == "sequence" else np.arange(1, tokens - 1)
 
     def logits(self, x: Array) -> Array:
-        """(R, D) -> (R, labels)."""
+        """(R, D) -> (R, labels). Row by row: BLAS rounds a row differently beside others."""
+        x = x[:, None]
         for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
             x = np.tanh(x @ weight + bias)
-        logits: Array = x @ self._weights[-1] + self._biases[-1]
+        logits: Array = (x @ self._weights[-1])[:, 0] + self._biases[-1]
         return logits
 
     def shaped(self, rows: Array) -> Array:

@@ -245,7 +245,7 @@ class ESM2:
         include: Iterable[str] = ("mean",),
         *,
         long: str = "error",
-        overlap: int = 512,
+        overlap: int | None = None,
         tokens_per_batch: int | None = None,
         rejected: Callable[[Record, InvalidSequence], None] | None = None,
     ) -> Iterator[tuple[Record, EncodeResult]]:
@@ -260,8 +260,8 @@ class ESM2:
             As for `encode`.
         long : {"error", "truncate", "windows"}
             What to do with more than 2048 residues: refuse, take the first 2048, or average overlapping windows.
-        overlap : int
-            Least number of residues that neighbouring windows share.
+        overlap : int, optional
+            Least number of residues that neighbouring windows share, 512 by default.
         tokens_per_batch : int, optional
             Chosen from threads and free memory by default.
         rejected : callable, optional

@@ -16,8 +16,17 @@ from .config import Classifier
 from .errors import InvalidOption, MissingExtra, MissingHead, warn
 from .given import Sequences, texts
 from .model import ESM2, SyntheticWeightsWarning
-from .options import Outputs, number_within, one_of, require_classifier, whole_number
+from .options import (
+    Outputs,
+    check_backend,
+    check_precision,
+    number_within,
+    one_of,
+    require_classifier,
+    whole_number,
+)
 from .passes import Tokens
+from .threads import check_threads
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -65,6 +74,10 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
     def _checked(self, sequences: list[Any]) -> list[Tokens]:
         """Check the parameters; return tokens of all sequences, checked before hours are spent on the first."""
         number_within("batch_size", self.batch_size, 1)
+        check_backend(self.backend)
+        check_precision(self.precision)
+        if self.threads is not None:
+            check_threads(self.threads)
         return tokenize(sequences)
 
     def _batches(self, tokens: list[Tokens]) -> Iterator[list[Tokens]]:

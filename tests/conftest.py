@@ -207,8 +207,6 @@ def run(small_file: str, capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.M
     def call(*arguments: str, stdin: bytes = b"", bare: bool = False) -> Done:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
         usual = {} if bare or not arguments else {"--weights": small_file, "--backend": "numpy"}
-        if arguments[:1] in [("convert",), ("info",)]:  # which compute nothing
-            usual = {"--weights": small_file} if arguments[0] == "info" else {}
         defaults = [word for option, value in usual.items() if option not in arguments for word in (option, value)]
         capfdbinary.readouterr()
         try:

@@ -54,12 +54,8 @@ def lora(rank: int = 4, part: str = "", state: dict[str, Any] = STATE) -> Arrays
 
 
 def head() -> Arrays:
-    shapes = {
-        "dense.weight": (WIDTH, WIDTH),
-        "dense.bias": (WIDTH,),
-        "out_proj.weight": (3, WIDTH),
-        "out_proj.bias": (3,),
-    }
+    shapes = {"dense.weight": (WIDTH, WIDTH), "dense.bias": (WIDTH,)}
+    shapes |= {"out_proj.weight": (3, WIDTH), "out_proj.bias": (3,)}
     return {f"base_model.model.classifier.{name}": draw(len(name), *shape) for name, shape in shapes.items()}
 
 
@@ -87,6 +83,7 @@ def test_doors_to_an_adapter(base: Path, tmp_path: Path) -> None:
         for one, two in zip(first, other, strict=True):
             np.testing.assert_array_equal(one.probabilities, two.probabilities)
             assert one.labels == two.labels == ["a", "b", "c"]
+    np.testing.assert_array_equal(models[0].classify(sequences[1:])[0].logits, first[1].logits)  # without batch mates
     plain = ESM2.from_pretrained(base, backend="numpy")
     assert plain.head is None
     assert not np.allclose(plain.encode(sequences)[0].embeddings[2], models[0].encode(sequences)[0].embeddings[2])
@@ -102,9 +99,8 @@ def test_patterns_biases_and_old_names(base: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.array("layers.1.qkv.bias")[:WIDTH], draw(1, WIDTH))
     np.testing.assert_array_equal(found.array("layers.1.qkv.bias")[WIDTH:], plain.array("layers.1.qkv.bias")[WIDTH:])
     np.testing.assert_array_equal(found.array("layers.1.ffn_norm.bias"), draw(2, WIDTH))
-    sizes = [
-        np.abs(found.array(f"layers.{i}.qkv.weight") - plain.array(f"layers.{i}.qkv.weight")).max() for i in (0, 1)
-    ]
+    names = [f"layers.{i}.qkv.weight" for i in (0, 1)]
+    sizes = [np.abs(found.array(name) - plain.array(name)).max() for name in names]
     assert sizes[1] > 5 * sizes[0]
 
 
@@ -131,34 +127,26 @@ def test_further_models_of_a_base_take_little_memory(tmp_path: Path, backend: st
         assert (second.checkpoint.tensors[name] is tensor) == (name != "layers.0.qkv.weight"), name
 
 
+PRESET, EMBEDDING = "facebook/esm2_t12_35M_UR50D", "base_model.model.esm.embeddings.word_embeddings.lora_embedding_A"
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "DoRA": (lora(), {"use_dora": True}, "an adapter of DoRA; numpyesm merges LoRA and rsLoRA"),
     "IA3": (lora(), {"peft_type": "IA3"}, "an adapter of IA3"),
     "prompt tuning": (lora(), {"peft_type": "PROMPT_TUNING"}, "an adapter of prompt tuning"),
     "PiSSA": (lora(), {"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4, which changes the base"),
-    "another preset": (
-        lora(),
-        {"base_model_name_or_path": "facebook/esm2_t12_35M_UR50D"},
-        r"adapter is an adapter for facebook/esm2_t12_35M_UR50D, not for .*base\.safetensors$",
-    ),
+    "another preset": (lora(), {"base_model_name_or_path": PRESET}, rf"for {PRESET}, not for .*base\.safetensors$"),
     "another width": (
         {name: np.ones((4, 24) if "lora_A" in name else (24, 4), np.float32) for name in lora()},
         {"base_model_name_or_path": "lab/esm2-of-ours"},
         r"an adapter for lab/esm2-of-ours, not for .*base\.safetensors: its .* has a different size",
     ),
-    "more layers": (
-        {name.replace("layer.1.", "layer.3."): array for name, array in lora().items()},
-        {},
-        r"for .*base\.safetensors, not for .*base\.safetensors, which has no 'encoder.layer.3",
-    ),
+    "more layers": ({n.replace("r.1.", "r.3."): a for n, a in lora().items()}, {}, "which has no 'encoder.layer.3"),
     "half a pair": ({n: a for n, a in lora().items() if "lora_B" not in n}, {}, "lora_B of .* is missing"),
-    "an embedding": (
-        {"base_model.model.esm.embeddings.word_embeddings.lora_embedding_A": np.ones((4, 33), np.float32)},
-        {},
-        "lora_embedding_A', which is not part of a LoRA of a linear map",
-    ),
+    "an embedding": ({EMBEDDING: np.ones((4, 33), np.float32)}, {}, "_A', which is not part of a LoRA of a linear map"),
     "NaN": ({n: a * np.nan for n, a in lora().items()}, {}, "whose numbers are not finite floats"),
     "no alpha": (lora(), {"lora_alpha": "8"}, "does not give lora_alpha as a number"),
+    "no value": (lora(part="query"), {"target_modules": ["query", "value"]}, "its target 'value' is missing$"),
+    "one layer": (lora(part="layer.0."), {"target_modules": ["query"]}, "'query' is missing in 1 of 2 layers"),
+    "no head": (lora(), {"modules_to_save": ["classifier", "score"]}, "its trained module 'classifier' is missing"),
     "a head of no class": (lora() | head(), {}, "does not say which class"),
 }
 
@@ -189,6 +177,9 @@ def test_another_base_of_the_same_shape(base: Path, tmp_path: Path) -> None:
     write(folder, lora(), "/train/on/another/machine")
     assert open_weights(other, adapter=folder).config == mk.TINY
     with pytest.raises(WeightsNotFound, match="is an adapter for /train/on/another/machine; name the base yourself"):
+        open_weights(folder)
+    write(folder, lora(), "lab/base", revision="2" * 40)  # of which another commit will not do
+    with pytest.raises(WeightsNotFound, match="is an adapter for lab/base@2222"):
         open_weights(folder)
 
 

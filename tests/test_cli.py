@@ -204,8 +204,11 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["encode", "MKT", "--max-memory", "plenty"], 2, "max_memory='plenty'"),
         (["encode", "MKT", "--max-memory", "10M"], 1, "max_memory is 10 MiB, but a process with"),
         (["classify", "MKT", "-o", "x.tsv"], 1, "have no classification head"),
+        (["contacts", "MKT", "-o", "x.png", "--threshold", "0.5"], 2, "png holds the whole map"),
+        (["contacts", "MKT", "--threshold", "nan"], 2, "expected a number from 0 to 1"),
+        (["embed", PROTEINS, "-o", "x/", "--overlap", "9"], 2, "no windows that could overlap"),
+        (["serve", "--allow-host", "https://b"], 2, "expected one name of a host"),
         (["convert", "missing.pt", "-o", "x.safetensors"], 1, "missing.pt"),
-        (["warmup"], 2, "unrecognized arguments: --weights"),  # which this fixture adds
         (["embed", PROTEINS, "-o", "x/", "--max-memory", "2G", "--engine", "ray"], 2, "with the local engine only"),
         (["embed", "gone.fasta", "-o", "x/"], 1, "gone.fasta"),
         (["embed", os.devnull, "-o", "x/"], 1, "no sequences"),

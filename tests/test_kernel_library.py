@@ -203,6 +203,7 @@ def test_warmup_compiles_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     warmup = Mock(return_value=Path("folder"))
     monkeypatch.setattr("numpyesm.kernels.warmup.warmup", warmup)
     assert [main(["warmup", *options]) for options in ([], ["--precision", "fp32"], ["--cache", "there"])] == [0] * 3
+    assert main(["warmup", "--backend", "numpy"]) == 0
     asked = (None, None), (["fp32"], None), (None, "there")
     assert warmup.mock_calls == [call(precisions, cache_dir=folder) for precisions, folder in asked]
 

@@ -57,6 +57,7 @@ def test_composition_is_read_from_the_embedding(
         (NUMBERS, ("--target", "absent"), 1, "has no column 'absent'; its columns are 'sequence', 'target'"),
         (NUMBERS, ("--folds", "1"), 2, "--folds 1: expected 2 or more"),
         (NUMBERS, ("-o", "x.png"), 2, ".tsv"),
+        (NUMBERS, ("-o", "train.csv"), 2, "-o train.csv is the input itself"),
     ],
 )
 def test_tables_that_cannot_be_scored(

@@ -71,7 +71,7 @@ def read_keys(path: str | Path | None) -> list[str]:
             raise InvalidOption(f"there is no key in the API key file {path}")
         if bad := next((number for number, key in enumerate(keys, start=1) if len(key.split()) > 1), None):
             raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key per line")
-    if setting := os.environ.get(ENVIRONMENT):
+    if (setting := os.environ.get(ENVIRONMENT)) is not None:
         found = setting.replace(",", " ").split()
         if not found:
             raise InvalidOption(f"{ENVIRONMENT} is set, but there is no key in it")

@@ -19,7 +19,7 @@ from ..files import WriteError, overwritten_files
 from ..model import ESM2
 from ..options import Outputs, one_of
 from ..printable import in_words
-from ..streaming.batches import DEFAULT_OVERLAP, LongSequences
+from ..streaming.batches import LongSequences
 from ..streaming.packing import check_budget, token_budget
 from .journal import FILE, Journal, Totals, readable_error
 from .lock import FolderLock
@@ -83,7 +83,7 @@ def embed_fasta(
     include: Iterable[str] | None = None,
     dtype: str = "fp32",
     long: str = "error",
-    overlap: int = DEFAULT_OVERLAP,
+    overlap: int | None = None,
     ids: str = "first-word",
     tokens_per_batch: int | None = None,
     shard: str | None = None,
@@ -126,7 +126,7 @@ def embed_fasta(
     address, workers : optional
         Of the Ray engine: a running cluster (by default one is started here), and the number of workers.
     threads : int, optional
-        Of the model, or of each Ray worker.
+        Of a model that is loaded here, or of each Ray worker.
     overwrite : bool
         Replace an output that is there already.
     restart : bool
@@ -158,10 +158,12 @@ def embed_fasta(
     target = Output(output, paths)
     if not isinstance(model, ESM2):
         model = ESM2.from_pretrained(model, threads=threads)
+    elif ray is None and threads not in (None, model.threads):
+        raise InvalidOption(f"threads={threads!r}: the model that was given computes with {model.threads}")
     settings = Settings(
         model.config,
         Outputs.check(model.checkpoint, repr_layers, DEFAULT_INCLUDE[target.form] if include is None else include),
-        LongSequences(long, overlap),
+        LongSequences.chosen(long, overlap),
         dtype,
         Shard.parse(shard),
         ids,

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         target = outputs.Destination(arguments.format or "tsv", str(folder))
         outputs.check_writable(folder / "map")
+    chosen = _chosen(arguments)
+    if chosen and target.form not in outputs.DELIMITERS:
+        named = next(iter(chosen)).replace("_", "-")
+        raise InvalidOption(f"--{named} chooses what is listed in tsv and csv, and {target.form} holds the whole map")
     if target.form == "png":
         outputs.figure_class()  # before the model runs, so that a missing extra costs no time
         if target.path is None:
@@ -75,10 +79,16 @@ def _pieces(
 ) -> Iterable[bytes]:
     """Write maps into one file: as one table, or one behind the other."""
     if form in outputs.DELIMITERS:
-        listed = (contact_list(*one, arguments.threshold, arguments.min_separation) for one in maps)
+        listed = (contact_list(*one, **_chosen(arguments)) for one in maps)
         return outputs.csv_pieces(_COLUMNS, chain.from_iterable(listed), form)
     titled = [(map_title(record.id, synthetic), contacts) for record, contacts in maps]
     return (contact_png(*one) if form == "png" else contact_text(*one).encode() for one in titled)
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `contact_list` that were given."""
+    options = {name: getattr(arguments, name) for name in ("threshold", "min_separation")}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def map_title(name: str, synthetic: bool) -> str:
@@ -87,10 +97,10 @@ def map_title(name: str, synthetic: bool) -> str:
 
 
 def contact_list(
-    record: Record, contacts: Contacts, threshold: float, min_separation: int
+    record: Record, contacts: Contacts, threshold: float = 0.3, min_separation: int = 6
 ) -> list[tuple[str, int, str, int, str, str]]:
     """Return a row per contact, the most probable first; positions count from 1."""
-    i, j = np.triu_indices(len(contacts), k=max(1, min_separation))
+    i, j = np.triu_indices(len(contacts), k=min_separation)
     keep = contacts[i, j] >= threshold
     i, j = i[keep], j[keep]
     order = np.argsort(-contacts[i, j], kind="stable")

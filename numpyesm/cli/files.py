@@ -23,7 +23,7 @@ from ..verification import compare_with_reference
 from ..weights import cache_dir, find_local, open_weights, resolve
 from ..weights.checkpoint import Checkpoint
 from ..weights.load import open_checkpoint
-from .inputs import load_model
+from .inputs import chosen_weights, load_model
 from .outputs import table
 
 
@@ -32,7 +32,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     from ..weights.hub import fetch as fetch_weights
 
     path = fetch_weights(
-        arguments.name or "esm2-35m",
+        arguments.name or arguments.weights or "esm2-35m",
         revision=arguments.revision,
         dtype=arguments.dtype,
         output=arguments.output,
@@ -46,14 +46,14 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert any checkpoint to one canonical file; print where it is."""
-    from ..weights.adapter import base_of
     from ..weights.conversion import convert as convert_weights
     from ..weights.hugging_face import adapter_file
+    from ..weights.locate import resolve_base
 
     source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
     adapter = None if arguments.adapter is None else Path(resolve(arguments.adapter))
     if adapter is None and adapter_file(Path(source)) is not None:
-        adapter, source = Path(source), resolve(base_of(Path(source)))
+        adapter, source = Path(source), resolve_base(Path(source))[1]
     made = convert_weights(
         source,
         arguments.output,
@@ -75,7 +75,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check the checksums in and next to the file, and the published numbers; return 1 if any differs."""
-    path = resolve(arguments.weights or "esm2-35m")
+    path = resolve(chosen_weights(arguments))
     if isinstance(path, Path):
         verified = open_checkpoint(path).checksums
         print(f"{path}: {verified or 'no'} checksum{'s'[: verified != 1]} verified", file=sys.stderr)
@@ -100,6 +100,9 @@ def warmup(arguments: argparse.Namespace) -> int:
     """Compile kernels for this machine; print where they are."""
     from ..kernels.warmup import warmup as compile_kernels
 
+    if arguments.backend == "numpy":
+        print("nothing to compile: the numpy backend has no kernels")
+        return 0
     print(compile_kernels([arguments.precision] if arguments.precision else None, cache_dir=arguments.cache))
     return 0
 
@@ -123,7 +126,7 @@ def info(arguments: argparse.Namespace) -> int:
         except NumpyesmError as error:
             rows.append((name, error))
     print(printable(table(("", ""), rows)).lstrip(), end="")
-    spec = arguments.weights or "esm2-35m"
+    spec = chosen_weights(arguments)
     try:
         checkpoint = open_weights(spec, allow_download=False)
     except WeightsNotFound as error:

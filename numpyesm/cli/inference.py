@@ -50,7 +50,8 @@ def encode(arguments: argparse.Namespace) -> int:
 def predict(arguments: argparse.Namespace) -> int:
     """Write logits at the masks or everywhere."""
     target, records = _prepare(arguments, masks=True)
-    _, results = compute(arguments, records, lambda model, s: model.predict(s, arguments.positions))
+    positions = arguments.positions or ("masked" if target.form == "table" else "all")
+    _, results = compute(arguments, records, lambda model, s: model.predict(s, positions))
     return _write(target, records, results, _logit_rows, most_probable)
 
 
@@ -182,12 +183,11 @@ def _summary(records: Sequence[Record], results: Sequence[EncodeResult]) -> Tabl
 
 
 def most_probable(records: Sequence[Record], results: Sequence[PredictResult]) -> Table:
-    """Return a line per mask: the five most probable amino acids."""
+    """Return a line per residue or mask: the five most probable amino acids."""
     rows = []
     for record, result in zip(records, results, strict=True):
         for position, logits in _rows(result):
-            if position in result.mask_positions:
-                probability = np.exp(log_softmax(logits[None]))[0]
-                best = [f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in np.argsort(-probability)[:5]]
-                rows.append((record.id, position + 1, "  ".join(best)))
+            probability = np.exp(log_softmax(logits[None]))[0]
+            best = [f"{AMINO_ACIDS[i]} {probability[i]:.3f}" for i in np.argsort(-probability)[:5]]
+            rows.append((record.id, position + 1, "  ".join(best)))
     return ("id", "position", "most probable"), rows

@@ -19,7 +19,7 @@ from ..extras import require
 from ..model import ESM2
 from ..options import Outputs
 from ..scoring.correlation import spearman
-from .inputs import load_model
+from .inputs import check_output_is_another, load_model
 from .outputs import Destination, csv_pieces, destination, table
 from .variant_table import InvalidTable, VariantTable, read_table
 
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     selection = require("sklearn.model_selection", "numpyesm layers", "sklearn")
     if arguments.folds < 2:
         raise InvalidOption(f"--folds {arguments.folds}: expected 2 or more")
+    check_output_is_another(arguments.table, target.path)
     found = read_table(arguments.table, [arguments.sequence_column, arguments.target])
     sequences = found.require(arguments.sequence_column, "--sequence-column")
     tokens = _tokens(found, sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -19,8 +20,6 @@ Command: TypeAlias = argparse.ArgumentParser
 Argument: TypeAlias = Callable[..., argparse.Action]  # `add_argument` of a command
 # Adds a command: its name, the function that runs it ("module:function", in this package), one line of help.
 Add: TypeAlias = Callable[[str, str, str], Argument]
-# Commands that compute nothing: an option that says how would be passed over.
-_WITHOUT_MODEL = ("fetch", "convert", "warmup", "info")
 
 
 def build_parser() -> Command:
@@ -39,13 +38,12 @@ def build_parser() -> Command:
 
 
 def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, text: str) -> Argument:
-    """Add a command with the options of all commands, or of all that compute."""
+    """Add a command with the options that all commands have."""
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     argument = command.add_argument
-    if name not in _WITHOUT_MODEL:
-        _add_weights(argument)
-        add_arithmetic(command)
-    if name not in (*_WITHOUT_MODEL, "serve"):  # which has one of its own
+    argument("--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
+    add_arithmetic(command, None if name == "warmup" else "fp32")
+    if name != "serve":  # which has one of its own
         argument("--max-memory", metavar="SIZE", help="limit: 300M (or MiB: 2^20 bytes) or 300MB (10^6)")
     argument("--debug", action="store_true", help="full traceback on an error")
     module, _, function = target.partition(":")
@@ -53,20 +51,13 @@ def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, 
     return argument
 
 
-def _add_weights(argument: Argument) -> None:
-    argument("--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
-
-
-def add_arithmetic(command: Command) -> None:
-    """Add the options that say how to compute."""
+def add_arithmetic(command: Command, precision: str | None = "fp32") -> None:
+    """Add the options that say how to compute; `precision` is the default, None for all that the CPU has."""
     backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
     command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
-    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
-    _add_threads(command.add_argument)
-
-
-def _add_threads(argument: Argument) -> None:
-    argument("--threads", type=int, help="worker threads (all CPUs)")
+    text = f"({precision or 'all that the CPU has'})"
+    command.add_argument("--precision", choices=PRECISIONS, default=precision, help=text)
+    command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
 
 
 def _add_weights_commands(add: Add) -> None:
@@ -88,18 +79,15 @@ def _add_weights_commands(add: Add) -> None:
 
     add("verify", "files:verify", "compare the weights with the published reference numbers")
     argument = add("warmup", "files:warmup", "compile kernels for this machine before they are first used")
-    argument("--precision", choices=PRECISIONS, help="what Numba compiles without a C compiler (all that the CPU has)")
     argument("--cache", type=_named, metavar="DIR", help="folder (the user's cache)")
-    argument = add("info", "files:info", "show what is installed, what the machine has, and which weights are found")
-    _add_weights(argument)
-    _add_threads(argument)
+    add("info", "files:info", "show what is installed, what the machine has, and which weights are found")
 
 
 def _add_inference_commands(add: Add) -> None:
     argument = _add_inference(add, "encode", "compute embeddings, contacts, logits, attentions")
     _add_embeddings(argument, ["mean"], "mean")
     argument = _add_inference(add, "predict", "predict the residue at each <mask>")
-    argument("--positions", choices=POSITIONS, default="all", help="rows of logits (%(default)s)")
+    argument("--positions", choices=POSITIONS, help="rows of logits (masked in a table, else all)")
     _add_inference(add, "classify", "classify sequences or residues with a fine-tuned model")
     _add_inference(add, "log-prob", "compute the log-probability of each sequence, from one pass")
 
@@ -108,8 +96,9 @@ def _add_inference_commands(add: Add) -> None:
     argument("-o", "--output", help=".tsv, .csv, .png, .npz, .json or .txt; FOLDER/ for a file each")
     formats = ["tsv", "csv", "map", "png", "npz", "json"]
     argument("--format", choices=formats, help="by the output's ending, else tsv")
-    argument("--threshold", type=float, default=0.3, help="lowest probability listed (%(default)s)")
-    argument("--min-separation", type=int, default=6, help="residues apart in the chain (%(default)s)")
+    argument("--threshold", type=_probability, metavar="P", help="lowest probability listed in tsv and csv (0.3)")
+    whole = partial(_positive, int)
+    argument("--min-separation", type=whole, metavar="N", help="residues apart in the chain, in tsv and csv (6)")
 
 
 def _add_inference(add: Add, name: str, text: str) -> Argument:
@@ -121,9 +110,9 @@ def _add_inference(add: Add, name: str, text: str) -> Argument:
     return argument
 
 
-def _add_records(argument: Argument) -> None:
+def _add_records(argument: Argument, bare: str = ", or a bare sequence in upper case") -> None:
     """Add the options of commands that take any number of sequences."""
-    records = "FASTA file (plain or gzip), - for standard input, or a bare sequence in upper case"
+    records = f"FASTA file (plain or gzip), - for standard input{bare}"
     argument("input", nargs="+", metavar="INPUT", help=records)
     ids = "keep ids such as sp|P12345|NAME, or shorten them to P12345 (%(default)s)"
     argument("--ids", choices=IDS, default=IDS[0], help=ids)
@@ -150,7 +139,7 @@ def _add_scoring_commands(add: Add) -> None:
     argument("--nogpu", action="store_true", help=argparse.SUPPRESS)
     argument("--mutation-col", metavar="NAME", help="column of mutations, such as A42G:V50L or p.Ala42Gly (mutant)")
     argument("--measured-col", metavar="NAME", help="column of measured values (DMS_score)")
-    argument("--column", metavar="NAME", help="name of the new column (the method)")
+    argument("--column", type=_named, metavar="NAME", help="name of the new column (the method)")
     argument("--skip-invalid", action="store_true", help="leave rows that cannot be scored blank")
 
     argument = add("scan", "mutations:scan", "score every substitution of a protein")
@@ -181,14 +170,14 @@ def _add_scoring(argument: Argument, methods: tuple[str, ...]) -> None:
 def _add_embed(add: Add) -> None:
     text = "embed any number of sequences into Parquet, HDF5 or a folder; resumes if interrupted"
     argument = add("embed", "embed:run", text)
-    _add_records(argument)
+    _add_records(argument, bare="")
     argument("-o", "--output", required=True, help="OUT.parquet, OUT.h5 or OUT_DIR/")
     _add_embeddings(argument, None, "Parquet: mean bos, HDF5: mean per_token, folder: mean")
     argument("--dtype", choices=["fp32", "fp16"], default="fp32", help="stored numbers (%(default)s)")
     text = "more than 2048 residues: reject the record, keep the first 2048, or average overlapping windows (error)"
     argument("--long", choices=["error", "truncate", "windows"], default="error", help=text)
-    text = "least number of residues that neighbouring windows share (%(default)s)"
-    argument("--overlap", type=int, default=512, metavar="N", help=text)
+    text = "least number of residues that neighbouring windows share (512)"
+    argument("--overlap", type=int, metavar="N", help=text)
     argument("--tokens-per-batch", type=int, metavar="N", help="(depends on cores and free memory)")
     argument("--shard", metavar="I/N", help="only share I of N, for job arrays")
     argument("--strict", action="store_true", help="stop at the first record that cannot be embedded")
@@ -210,8 +199,8 @@ def _add_serve(add: Add) -> None:
     argument("--api-keys-file", type=_named, metavar="FILE", help="one key per line (besides NUMPYESM_API_KEYS)")
     text = "listen beyond this machine without keys: anyone may use the service"
     argument("--allow-no-auth", action="store_true", help=text)
-    argument("--allow-host", metavar="NAME", help="another Host name to accept without keys", **many)
-    argument("--trusted-proxy", metavar="IP", help="proxy whose X-Forwarded-For is trusted", **many)
+    argument("--allow-host", type=_host, metavar="NAME", help="another Host name to accept without keys", **many)
+    argument("--trusted-proxy", type=_proxy, metavar="IP", help="proxy whose X-Forwarded-For is trusted", **many)
     argument("--max-memory", type=_named, metavar="SIZE", help="of the whole process (80%% of the machine, at most 8G)")
     for name, text in (("max_body", "of a body as sent"), ("max_decompressed", "of an unpacked body")):
         default = format_memory(getattr(Settings, name))
@@ -237,6 +226,25 @@ def _named(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    """Parse a name as a Host header has it, whose port does not count."""
+    name = re.sub(r":\d+$", "", text.strip().lower()).removesuffix(".")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one name of a host, such as esm.example.org")
+    return name
+
+
+def _proxy(text: str) -> str:
+    """Parse an address or a network."""
+    from ipaddress import ip_network
+
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an IP address or a network of them") from None
+    return text
+
+
 def _positive(kind: type[int] | type[float], text: str) -> float:
     """Parse a number above 0."""
     try:
@@ -246,6 +254,17 @@ def _positive(kind: type[int] | type[float], text: str) -> float:
     if not value > 0:
         number = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{text!r}: expected a {number} above 0")
+    return value
+
+
+def _probability(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
     return value
 
 

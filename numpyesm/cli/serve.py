@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_memory=parse_memory(arguments.max_memory, "--max-memory") if arguments.max_memory else default_max_memory(),
         max_body=parse_memory(arguments.max_body, "--max-body"),
         max_decompressed=parse_memory(arguments.max_decompressed, "--max-decompressed"),
-        local_only=not keys and local,
-        allowed_hosts=tuple(name.lower() for name in arguments.allow_host),
+        local_only=not keys and local and not arguments.allow_no_auth,
+        allowed_hosts=tuple(arguments.allow_host),
     )
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="numpyesm: %(levelname)s: %(message)s")
     sockets = bind(arguments.host, arguments.port)  # before loading the models: a port in use should not cost that time

@@ -21,7 +21,7 @@ from ..api.catalog import Catalog, ServedModel, check_slug
 from ..api.errors import ADDRESS_ERRORS, ApiError, as_api_error, unavailable
 from ..api.keys import KeyRing, read_keys
 from ..api.requests import check_request
-from ..errors import InvalidOption, NotEnoughMemory
+from ..errors import InvalidOption, NotEnoughMemory, NumpyesmError
 from ..formats import json_bytes
 from ..model import ESM2
 from ..threads import default_threads
@@ -47,8 +47,8 @@ _MEMORY_PER_CPU = 1769
 class Function:
     """What a container keeps from one event to the next.
 
-    Settings are environment variables: `NUMPYESM_MODEL` (`slug=weights` or weights; the one file in `weights/` by
-    default), `NUMPYESM_API_KEYS`, `NUMPYESM_BACKEND`, `NUMPYESM_PRECISION`, `NUMPYESM_THREADS`.
+    Settings are environment variables: `NUMPYESM_MODEL` (`slug=weights` or weights; by default `NUMPYESM_WEIGHTS`, else
+    the one file in `weights/`), `NUMPYESM_API_KEYS`, `NUMPYESM_BACKEND`, `NUMPYESM_PRECISION`, `NUMPYESM_THREADS`.
 
     Parameters
     ----------
@@ -64,11 +64,11 @@ class Function:
         """Return the one model under its slug; it is loaded and run once when first asked for."""
         if self._catalog is None:
             started = time.perf_counter()
-            slug, source = _chosen_model()
             with warnings.catch_warnings():
                 # Lambda's log takes lines; the synthetic warning must be among them.
                 warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
                 try:
+                    slug, source = _chosen_model()
                     model = ESM2.from_pretrained(
                         source,
                         backend=os.environ.get("NUMPYESM_BACKEND") or "auto",
@@ -110,14 +110,23 @@ class Function:
         _print_line(**facts, status=answer["statusCode"], bytes=len(answer["body"]), ms=_milliseconds(started))
         return answer
 
+    def _served(self) -> Catalog:
+        """`load`, whose failure is not the client's: the log says what it was."""
+        try:
+            return self.load()
+        except NumpyesmError as error:
+            log.error("the model cannot be loaded: %s", error)
+            message = "this function cannot load its model; its log says why"
+            raise ApiError(503, message, code="server.model") from error
+
     def _answer(self, request: Request, context: Any, facts: dict[str, Any]) -> dict[str, Any]:
         route = request.route()
         if "health" not in route:  # without keys, AWS decides who may call
             self._keys.identify(request.headers.get("authorization", "").encode("utf-8", "surrogatepass"))
         if "action" not in route:
             _check_method(request, "GET", "HEAD")
-            return write_answer(json_bytes(_document(route, self.load())), {"content-type": JSON_TYPE})
-        served = self.load().find(route["slug"], route["action"])
+            return write_answer(json_bytes(_document(route, self._served())), {"content-type": JSON_TYPE})
+        served = self._served().find(route["slug"], route["action"])
         _check_method(request, "POST")
         return _act(request, served, route["action"], context, facts)
 
@@ -188,7 +197,7 @@ def _before_the_deadline(context: Any) -> Iterator[None]:
 
 
 def _chosen_model() -> tuple[str | None, str]:
-    """(slug or None, weights) from `NUMPYESM_MODEL`, or the one file that was packed with the function."""
+    """(slug or None, weights) from the environment, or the one file that was packed with the function."""
     if setting := os.environ.get("NUMPYESM_MODEL", ""):
         slug, equals, source = setting.partition("=")
         if not equals:
@@ -196,6 +205,8 @@ def _chosen_model() -> tuple[str | None, str]:
         if not source:
             raise InvalidOption(f"NUMPYESM_MODEL={setting!r}: expected weights, or slug=weights")
         return check_slug(slug), source
+    if (weights := os.environ.get("NUMPYESM_WEIGHTS")) is not None:
+        return None, weights
     packed = sorted(Path(os.environ.get("LAMBDA_TASK_ROOT", ".")).glob("weights/*.safetensors"))
     if len(packed) > 1:
         raise InvalidOption(f"weights/ holds {', '.join(p.name for p in packed)}: choose one with NUMPYESM_MODEL")
@@ -211,7 +222,7 @@ def _limits() -> dict[str, Any]:
     size = os.environ.get(_SIZE, "")
     if not size.isdigit():
         return {}
-    limits = {"max_memory": (int(size) << 20) - _KEPT_BACK}
+    limits = {"max_memory": max(1, (int(size) << 20) - _KEPT_BACK)}
     if not os.environ.get("NUMPYESM_THREADS"):
         limits["threads"] = max(1, min(default_threads(), int(size) // _MEMORY_PER_CPU))
     return limits

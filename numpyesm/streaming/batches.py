@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..alphabet import check_letters, frame, residue_ids
 from ..config import MAX_RESIDUES
-from ..errors import InvalidSequence
+from ..errors import InvalidOption, InvalidSequence
 from ..options import Outputs, number_within, one_of
 from ..passes import Passes
 from ..results import EncodeResult
@@ -44,6 +44,15 @@ class LongSequences:
         one_of("long", self.rule, LONG_RULES)
         overlap = number_within("overlap", self.overlap, 0, MAX_RESIDUES // 2)
         object.__setattr__(self, "overlap", overlap)  # an int, whatever integer was given
+
+    @classmethod
+    def chosen(cls, rule: str, overlap: int | None) -> LongSequences:
+        """Make the rule that users chose; InvalidOption for an overlap without windows."""
+        if overlap is None:
+            return cls(rule)
+        if cls(rule, overlap).rule != "windows":
+            raise InvalidOption(f"overlap={overlap}: long={rule!r} has no windows that could overlap")
+        return cls(rule, overlap)
 
     def residues(self, length: int) -> int:
         """How many residues of a sequence its outputs cover."""

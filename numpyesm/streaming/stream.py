@@ -30,12 +30,12 @@ def embed_iter(
     include: Iterable[str],
     *,
     long: str,
-    overlap: int,
+    overlap: int | None,
     tokens_per_batch: int | None,
     rejected: Callable[[Record, InvalidSequence], None] | None,
 ) -> Iterator[tuple[Record, EncodeResult]]:
     """See `ESM2.embed_iter`. Options are checked at once, each record when its turn comes."""
-    outputs, rule = Outputs.check(passes.checkpoint, repr_layers, include), LongSequences(long, overlap)
+    outputs, rule = Outputs.check(passes.checkpoint, repr_layers, include), LongSequences.chosen(long, overlap)
     budget = check_budget(tokens_per_batch) or token_budget(passes.config, passes.pool.threads, outputs)
     if isinstance(records, Record):
         raise InvalidSequence("expected a list of records, got one Record; put it into a list: [record]")
@@ -83,16 +83,18 @@ def _record(given: Any, index: int, label: str | None) -> Record:
         record = Record(label, label, given)
     elif isinstance(given, str):
         record = Record("", "", given)
-    elif isinstance(given, tuple) and len(given) == 3:
-        record = Record(*given)
+    elif isinstance(given, Record):
+        record = given
     elif isinstance(given, tuple) and len(given) == 2:
         record = Record(given[0], "" if given[0] is None else str(given[0]), given[1])
     else:
-        raise InvalidSequence(
-            f"expected a Record, a pair (id, sequence) or a string, got {type(given).__name__}", item=index
-        )
+        raise InvalidSequence(f"expected a Record, a pair (id, sequence) or a string, got {_kind(given)}", item=index)
     named = record.id is not None and str(record.id).strip()
     return record if named else record._replace(id=nameless(index + 1))
+
+
+def _kind(given: object) -> str:
+    return f"a tuple of {len(given)}" if isinstance(given, tuple) else type(given).__name__
 
 
 def _check(record: Record, index: int, outputs: Outputs, long: LongSequences) -> None:

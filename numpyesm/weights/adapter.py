@@ -49,6 +49,7 @@ _VARIANTS = {
 # Initialisations that change the base as well, unless peft converted the adapter on saving.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TASKS = {"SEQ_CLS": "EsmForSequenceClassification", "TOKEN_CLS": "EsmForTokenClassification"}
+_LAYER = re.compile(r"\blayer\.(\d+)\.")
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
 # What peft adds to names: in front of all of them, and around biases and whole modules that it trained.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save(\.default)?(?=\.|$)")
@@ -86,12 +87,13 @@ class _Change:
             values += (self.scale * reduce(np.matmul, self.factors)).reshape(values.shape)
 
 
-def base_of(folder: Path) -> str:
-    """The base that an adapter names."""
-    base = _stated_base(read_config(folder / "adapter_config.json"))
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision on the Hub if it names one."""
+    config = read_config(folder / "adapter_config.json")
+    base, revision = _stated_base(config), config.get("revision")
     if not base:
         raise CheckpointError(f"{folder} is an adapter that does not name its base: give both (adapter=…)")
-    return base
+    return base, revision if isinstance(revision, str) and revision else None
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -129,6 +131,7 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
             f"{base} is stored as int8: merge {adapter.origin} before rounding (convert --dtype int8)"
         )
     changes = _changes(adapter)
+    _check_complete(adapter, changes, checkpoint.config.num_layers)
     classifier, head = _classifier(checkpoint, adapter, changes)
     config = replace(checkpoint.config, classifier=classifier)
     places = {
@@ -215,6 +218,29 @@ def _changes(adapter: Adapter) -> dict[str, _Change]:
             name = f"{module}.{kind}"
             changes[name] = replace(changes.get(name, _Change()), factors=factors, scale=scale)
     return {name: change for name, change in changes.items() if not name.startswith("pooler.")}
+
+
+def _check_complete(adapter: Adapter, changes: Mapping[str, _Change], layers: int) -> None:
+    """Raise CheckpointError if what the configuration says was trained is not there: merged, it would be half a model.
+
+    Targets with numbers, expressions and chosen layers are the trainer's own choice, which is not looked into.
+    """
+    adapted = {name.rpartition(".")[0] for name, change in changes.items() if change.factors}
+    whole = {name.rpartition(".")[0] for name, change in changes.items() if change.whole is not None}
+    targets, narrowed = adapter.config.get("target_modules"), ("layers_to_transform", "exclude_modules")
+    named = targets if isinstance(targets, list) and not any(adapter.config.get(key) for key in narrowed) else []
+    for target in (one for one in named if isinstance(one, str) and not re.search(r"\d", one)):
+        found = [module for module in adapted if f".{module}".endswith(f".{target}")]
+        numbers = {match[1] for module in found if (match := _LAYER.search(module))}
+        if not found or 0 < len(numbers) < layers:
+            where = "" if not found else f" in {layers - len(numbers)} of {layers} layers"
+            raise CheckpointError(f"{adapter.origin} is incomplete: its target {quoted(target)} is missing{where}")
+    saved = adapter.config.get("modules_to_save") or []
+    heads = {"classifier", "score"}  # peft lists both, whichever the model has
+    for one in saved if isinstance(saved, list) else []:
+        wanted = heads if one in heads else {one}
+        if not any(f".{part}." in f".{name}." for name in whole for part in wanted):
+            raise CheckpointError(f"{adapter.origin} is incomplete: its trained module {quoted(str(one))} is missing")
 
 
 def _plain(name: str) -> str:

@@ -140,6 +140,14 @@ class RemoteModel:
             return None
         return folder if whole else None
 
+    def commit(self) -> str | None:
+        """The commit of the revision that was asked for, as far as the cache of huggingface-hub knows it."""
+        if self.revision is None or is_commit(self.revision):
+            return self.revision
+        with suppress(OSError, ValueError):
+            return (self._snapshots.parent / "refs" / self.revision).read_text().strip()
+        return None
+
     def any_snapshot(self) -> Path | None:
         """The same of the commit that is asked for, of what `main` was at the last download, or of any other."""
         commits = [self.revision]

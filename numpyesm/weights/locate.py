@@ -64,13 +64,7 @@ def load_found(spec: str | os.PathLike[str], found: Path | str, *, adapter: Path
     if isinstance(found, Path) and adapter_file(found) is not None:
         if adapter is not None:
             raise InvalidOption(f"{found} is itself an adapter, into which {adapter} cannot be merged: name a base")
-        from .adapter import base_of
-
-        base = base_of(found)
-        try:
-            place = resolve(base)
-        except WeightsNotFound as error:
-            raise WeightsNotFound(f"{found} is an adapter for {base}; name the base yourself: {error}") from error
+        base, place = resolve_base(found)
         return load_found(base, place, adapter=found)
     if adapter is not None:
         from .adapter import merged, read_adapter  # not for canonical files
@@ -83,6 +77,25 @@ def load_found(spec: str | os.PathLike[str], found: Path | str, *, adapter: Path
     if name is not None:
         _check_model(checkpoint.config, name, found)
     return checkpoint
+
+
+def resolve_base(folder: Path) -> tuple[str, Path | str]:
+    """Find the base that an adapter names, at the revision of the Hub that it names: -> its name, its place."""
+    from .adapter import base_of
+
+    base, revision = base_of(folder)
+    try:
+        if revision is None or preset_name(base) is not None or Path(base).exists() or not is_hub_id(base):
+            return base, resolve(base)
+        model = RemoteModel.named(base, revision)
+        if found := model.cached() or model.snapshot(model.commit()):
+            return base, found
+        from .hub import fetch
+
+        return base, fetch(base, revision=revision)
+    except WeightsNotFound as error:
+        of = f"{base}@{revision}" if revision else base
+        raise WeightsNotFound(f"{folder} is an adapter for {of}; name the base yourself: {error}") from error
 
 
 def _shared_base(spec: str | os.PathLike[str], found: Path | str) -> Checkpoint:
@@ -121,7 +134,8 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Pat
         if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
             return _existing(path, bare_name=spec)
         model = RemoteModel.named(spec)
-        if found := model.cached() or model.any_snapshot():
+        rounded = (model.cached(dtype) for dtype in PRECISION_DTYPES if dtype != "fp32")
+        if found := model.cached() or model.any_snapshot() or next(filter(None, rounded), None):
             return found
     if not allow_download:
         raise WeightsNotFound(f"no weights of {name or spec} were found on this machine; {ways_out(name or spec)}")

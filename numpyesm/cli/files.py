@@ -14,7 +14,7 @@ import numpy as np
 
 from .._version import __version__
 from ..config import PRESETS
-from ..errors import NumpyesmError, WeightsNotFound
+from ..errors import InvalidOption, NumpyesmError, WeightsNotFound
 from ..kernels import describe_kernels
 from ..options import missing_head
 from ..printable import printable
@@ -52,7 +52,9 @@ def convert(arguments: argparse.Namespace) -> int:
 
     source = arguments.source if os.path.exists(arguments.source) else resolve(arguments.source)
     adapter = None if arguments.adapter is None else Path(resolve(arguments.adapter))
-    if adapter is None and adapter_file(Path(source)) is not None:
+    if adapter_file(Path(source)) is not None:
+        if adapter is not None:
+            raise InvalidOption(f"{source} is itself an adapter, into which {adapter} cannot be merged: name a base")
         adapter, source = Path(source), resolve_base(Path(source))[1]
     made = convert_weights(
         source,
@@ -122,7 +124,8 @@ def info(arguments: argparse.Namespace) -> int:
     ]
     for name in PRESETS:
         try:
-            rows.append((name, find_local(name) or "not on this machine (numpyesm fetch)"))
+            found = find_local(name) and resolve(name)  # which checks that it is this model
+            rows.append((name, found or "not on this machine (numpyesm fetch)"))
         except NumpyesmError as error:
             rows.append((name, error))
     print(printable(table(("", ""), rows)).lstrip(), end="")

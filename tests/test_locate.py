@@ -185,6 +185,9 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
     for commit in ("2" * 40, "1" * 40, "3" * 40, PINNED_COMMITS["esm2-8m"]):  # each before the last one
         pinned = hub_download(tmp_path / "theirs" / below, commit, official[1], at_main=commit.startswith("3"))
         assert find_local("esm2-8m") == pinned
+        if commit.startswith("3"):
+            with pytest.warns(UserWarning, match="@333333333333 is another commit of esm2-8m than the pinned"):
+                open_weights("esm2-8m")
     assert find_local("esm2-35m") is None
     official[0](open_weights("esm2-8m"))
     assert resolve("facebook/esm2_t6_8M_UR50D") == pinned

@@ -179,8 +179,12 @@ def check_official(place: Path) -> None:
     """Verify weights in the cache of huggingface-hub or torch.hub, if their SHA-256 is known.
 
     CheckpointError if a file of huggingface-hub differs from the SHA-256 that it is named by; a warning if one of
-    torch.hub is not the published one, though it has its name.
+    torch.hub is not the published one, though it has its name, or if a snapshot is not of the pinned commit.
     """
+    for preset, official in OFFICIAL_NAMES.items():
+        snapshots = hub_folder() / f"models--facebook--{official}" / "snapshots"
+        if place.parent == snapshots and place.name != PINNED_COMMITS[preset]:
+            warn(f"{source_name(place)} is another commit of {preset} than the pinned {PINNED_COMMITS[preset][:12]}")
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
         warn(f"{place} does not have the SHA-256 of the published file of this name")

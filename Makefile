@@ -78,16 +78,17 @@ $(TEST_VENV)/.installed: pyproject.toml
 
 # Compiled kernels from this checkout, for this machine; without a C compiler Numba or NumPy does the work.
 KERNEL_SOURCES = $(wildcard numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py) numpyesm/kernels/build.py numpyesm/kernels/constants.py
-HAS_COMPILER = -c 'import sys; from numpyesm.kernels.build import linker; sys.exit(linker() is None)'
-INSTALL_KERNELS = -m pip install --quiet --no-deps ./packaging/kernels
-NO_KERNELS = echo "no compiled kernels, which are faster: they need a C compiler (cc, gcc or clang)"
+# Of an environment, for some levels, with more options of pip.
+define install_kernels
+@if ! $(1)/python -c 'import sys; from numpyesm.kernels.build import linker; sys.exit(linker() is None)'; then \
+	echo "no compiled kernels, which are faster: they need a C compiler (cc, gcc or clang)"; \
+elif NUMPYESM_KERNEL_LEVELS=$(2) $(1)/python -m pip install --quiet --no-deps $(3) ./packaging/kernels; then touch $@; fi
+endef
 $(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
-	@if ! $(BIN)/python $(HAS_COMPILER); then $(NO_KERNELS); \
-	elif NUMPYESM_KERNEL_LEVELS=best $(BIN)/python $(INSTALL_KERNELS); then touch $@; fi
+	$(call install_kernels,$(BIN),best)
 
 $(TEST_VENV)/.kernels: $(TEST_VENV)/.installed $(KERNEL_SOURCES)
-	@if ! $(TEST_BIN)/python $(HAS_COMPILER); then $(NO_KERNELS); \
-	elif NUMPYESM_KERNEL_LEVELS=host $(TEST_BIN)/python $(INSTALL_KERNELS) --no-build-isolation; then touch $@; fi
+	$(call install_kernels,$(TEST_BIN),host,--no-build-isolation)
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) .venv-minimum .venv-audit .venv-api .trained api-reference demo-output build packaging/kernels/build *.egg-info packaging/kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -96,9 +96,8 @@ def find_kernels(named: str, arch: str) -> Path | None:
     from numpyesm.kernels.compiled.isa import levels
     from numpyesm.kernels.compiled.library import find_library, levels_in
 
-    found = find_library() if named == "auto" else None
-    source = Path(named) if found is None else getattr(found, "file", None)
-    if source is None or (found is not None and source.name != f"numpyesm-kernels-{arch}.so"):
+    source = Path(named) if named != "auto" else getattr(find_library(), "file", None) or Path()
+    if named == "auto" and source.name != f"numpyesm-kernels-{arch}.so":
         how = "pip install ./packaging/kernels on such a machine, and name it with --kernels"
         print(f"build_lambda: no compiled kernels for Linux on {arch}, NumPy will do the work: {how}", file=sys.stderr)
         return None

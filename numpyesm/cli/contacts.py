@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         target = outputs.Destination(arguments.format or "tsv", str(folder))
         outputs.check_writable(folder / "map")
-    chosen = _chosen(arguments)
+    options = {name: getattr(arguments, name) for name in ("threshold", "min_separation")}
+    chosen = {name: value for name, value in options.items() if value is not None}
     if chosen and target.form not in outputs.DELIMITERS:
         named = next(iter(chosen)).replace("_", "-")
         raise InvalidOption(f"--{named} chooses what is listed in tsv and csv, and {target.form} holds the whole map")
@@ -53,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     maps = [(record, one.contacts) for record, one in zip(records, results, strict=True) if one.contacts is not None]
     synthetic = model.checkpoint.synthetic
     if folder is None:
-        target.write(_pieces(maps, target.form, arguments, synthetic))
+        target.write(_pieces(maps, target.form, chosen, synthetic))
         return 0
     for number, (record, contacts) in enumerate(maps, start=1):
         path = folder / f"{number:03d}_{safe_stem(record.id)}{_ONE_FILE_EACH[target.form]}"
-        outputs.write(_pieces([(record, contacts)], target.form, arguments, synthetic), path)
+        outputs.write(_pieces([(record, contacts)], target.form, chosen, synthetic), path)
     return 0
 
 
@@ -75,20 +76,14 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def _pieces(
-    maps: Iterable[tuple[Record, Contacts]], form: str, arguments: argparse.Namespace, synthetic: bool
+    maps: Iterable[tuple[Record, Contacts]], form: str, chosen: dict[str, Any], synthetic: bool
 ) -> Iterable[bytes]:
-    """Write maps into one file: as one table, or one behind the other."""
+    """Write maps into one file: as one table of what is `chosen` (see `contact_list`), or one behind the other."""
     if form in outputs.DELIMITERS:
-        listed = (contact_list(*one, **_chosen(arguments)) for one in maps)
+        listed = (contact_list(*one, **chosen) for one in maps)
         return outputs.csv_pieces(_COLUMNS, chain.from_iterable(listed), form)
     titled = [(map_title(record.id, synthetic), contacts) for record, contacts in maps]
     return (contact_png(*one) if form == "png" else contact_text(*one).encode() for one in titled)
-
-
-def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `contact_list` that were given."""
-    options = {name: getattr(arguments, name) for name in ("threshold", "min_separation")}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def map_title(name: str, synthetic: bool) -> str:

@@ -76,11 +76,11 @@ def describe_kernels() -> str:
 
 def _compiled(precision: str, must: bool) -> tuple[Code | None, str]:
     """Compiled kernels, or None and why there are none; Numba that fails is an error if they `must` be had."""
-    reason = find_library()
-    if isinstance(reason, Code):
-        return reason, ""
+    found = find_library()
+    if isinstance(found, Code):
+        return found, ""
     if importlib.util.find_spec("numba") is None:
-        return None, f"{reason}, and Numba is not installed"
+        return None, f"{found}, and Numba is not installed"
     try:
         from .numba_.cache import cache_folder
         from .numba_.code import numba_code
@@ -88,11 +88,11 @@ def _compiled(precision: str, must: bool) -> tuple[Code | None, str]:
         if must:
             raise MissingExtra(f"the compiled backend cannot be used, Numba fails here: {error}") from error
         warn(f"using the slower NumPy backend, because Numba fails here: {error}")
-        return None, f"{reason}, and Numba fails here"
+        return None, f"{found}, and Numba fails here"
     if must or cache_folder() is not None:
         return numba_code(precision), ""
     warn(
         "using the slower NumPy backend, because no folder can be written to keep compiled kernels in: set "
         "NUMBA_CACHE_DIR, or ask for backend='compiled' to compile them in each process"
     )
-    return None, f"{reason}, and no folder for what Numba compiles"
+    return None, f"{found}, and no folder for what Numba compiles"

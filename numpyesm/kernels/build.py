@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,10 +38,11 @@ def linker() -> list[str] | None:
         command = shlex.split(chosen)
     except ValueError as error:
         raise BuildFailed(f"CC={chosen}: {error}") from error
-    if command and shutil.which(command[0]) is None:
+    if not command:
+        return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if shutil.which(command[0]) is None:
         raise BuildFailed(f"CC={chosen}: there is no command {command[0]}")
-    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    return command or (None if found is None else [found])
+    return command
 
 
 def check_levels(names: str) -> list[str]:
@@ -115,23 +116,18 @@ def _compile(name: str, room: Path) -> Path:
     cpu, features = portable_cpu(levels()[name])
     output = room / f"{name}.o"
     # Settings for what Numba compiles elsewhere, to debug it say, are not for this.
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    environment = child_environment(
-        plain,
-        NUMBA_CPU_NAME=cpu,
-        NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(room / f"numba-{name}"),
-        **{BUILD_FOR: name},
-    )
+    environment = {key: value for key, value in child_environment().items() if not key.startswith("NUMBA_")}
+    environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, BUILD_FOR: name}
+    environment["NUMBA_CACHE_DIR"] = str(room / f"numba-{name}")
     command = [sys.executable, "-m", "numpyesm.kernels.numba_.code", str(output)]
     _run(command, f"compiling for {name}", environment)
     return output
 
 
-def child_environment(given: Mapping[str, str] = os.environ, /, **variables: str) -> dict[str, str]:
-    """Environment of a process that imports this numpyesm and compiles: the one given, with some variables more."""
+def child_environment(**variables: str) -> dict[str, str]:
+    """Environment of a process that imports this numpyesm and compiles, with some variables more."""
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    return {**given, "PYTHONPATH": path, **variables}
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 def _run(command: list[str], step: str, environment: dict[str, str] | None = None) -> None:

@@ -50,9 +50,10 @@ class LongSequences:
         """Make the rule that users chose; InvalidOption for an overlap without windows."""
         if overlap is None:
             return cls(rule)
-        if cls(rule, overlap).rule != "windows":
+        made = cls(rule, overlap)
+        if rule != "windows":
             raise InvalidOption(f"overlap={overlap}: long={rule!r} has no windows that could overlap")
-        return cls(rule, overlap)
+        return made
 
     def residues(self, length: int) -> int:
         """How many residues of a sequence its outputs cover."""

@@ -140,21 +140,13 @@ class RemoteModel:
             return None
         return folder if whole else None
 
-    def commit(self) -> str | None:
-        """The commit of the revision that was asked for, as far as the cache of huggingface-hub knows it."""
-        if self.revision is None or is_commit(self.revision):
-            return self.revision
-        with suppress(OSError, ValueError):
-            return (self._snapshots.parent / "refs" / self.revision).read_text().strip()
-        return None
-
     def any_snapshot(self) -> Path | None:
-        """The same of the commit that is asked for, of what `main` was at the last download, or of any other."""
-        commits = [self.revision]
-        with suppress(OSError, ValueError):  # a download of one commit does not write it
-            commits.append((self._snapshots.parent / "refs" / "main").read_text().strip())
+        """The same of the revision that is asked for or, unless users asked for it, of `main`, or of any other."""
+        commits, asked_for = [self.revision], None if self.is_pinned else self.revision
+        with suppress(OSError, ValueError):  # what a branch was at its last download; that of a commit writes nothing
+            commits.append((self._snapshots.parent / "refs" / (asked_for or "main")).read_text().strip())
         with suppress(OSError):
-            commits += sorted(os.listdir(self._snapshots))
+            commits += [] if asked_for else sorted(os.listdir(self._snapshots))
         return next(filter(None, map(self.snapshot, commits)), None)
 
     @property
@@ -181,10 +173,9 @@ def check_official(place: Path) -> None:
     CheckpointError if a file of huggingface-hub differs from the SHA-256 that it is named by; a warning if one of
     torch.hub is not the published one, though it has its name, or if a snapshot is not of the pinned commit.
     """
-    for preset, official in OFFICIAL_NAMES.items():
-        snapshots = hub_folder() / f"models--facebook--{official}" / "snapshots"
-        if place.parent == snapshots and place.name != PINNED_COMMITS[preset]:
-            warn(f"{source_name(place)} is another commit of {preset} than the pinned {PINNED_COMMITS[preset][:12]}")
+    repository, _, commit = source_name(place).partition("@")
+    if (preset := preset_name(repository)) is not None and not PINNED_COMMITS[preset].startswith(commit):
+        warn(f"{source_name(place)} is another commit of {preset} than the pinned {PINNED_COMMITS[preset][:12]}")
     published = _PUBLISHED.get(place.name) if place.parent == torch_hub_folder() else None
     if published is not None and file_sha256(place) != published:
         warn(f"{place} does not have the SHA-256 of the published file of this name")

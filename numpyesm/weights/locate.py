@@ -85,14 +85,7 @@ def resolve_base(folder: Path) -> tuple[str, Path | str]:
 
     base, revision = base_of(folder)
     try:
-        if revision is None or preset_name(base) is not None or Path(base).exists() or not is_hub_id(base):
-            return base, resolve(base)
-        model = RemoteModel.named(base, revision)
-        if found := model.cached() or model.snapshot(model.commit()):
-            return base, found
-        from .hub import fetch
-
-        return base, fetch(base, revision=revision)
+        return base, resolve(base, revision=revision)
     except WeightsNotFound as error:
         of = f"{base}@{revision}" if revision else base
         raise WeightsNotFound(f"{folder} is an adapter for {of}; name the base yourself: {error}") from error
@@ -109,8 +102,10 @@ def _shared_base(spec: str | os.PathLike[str], found: Path | str) -> Checkpoint:
     return checkpoint
 
 
-def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Path | str:
+def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revision: str | None = None) -> Path | str:
     """Find the weights that `spec` names, downloading them if need be.
+
+    A Hub id that is no published model may be wanted at a `revision`: no other will do then.
 
     Returns
     -------
@@ -133,7 +128,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Pat
         path = Path(spec).expanduser()
         if path.exists() or spec.endswith(WEIGHT_SUFFIXES) or not is_hub_id(spec):
             return _existing(path, bare_name=spec)
-        model = RemoteModel.named(spec)
+        model = RemoteModel.named(spec, revision)
         rounded = (model.cached(dtype) for dtype in PRECISION_DTYPES if dtype != "fp32")
         if found := model.cached() or model.any_snapshot() or next(filter(None, rounded), None):
             return found
@@ -141,7 +136,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True) -> Pat
         raise WeightsNotFound(f"no weights of {name or spec} were found on this machine; {ways_out(name or spec)}")
     from .hub import fetch  # loads every reader
 
-    return fetch(name or spec)
+    return fetch(name or spec, revision=None if name else revision)
 
 
 def find_local(name: str) -> Path | None:

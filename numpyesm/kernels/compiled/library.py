@@ -69,16 +69,16 @@ def _find(named: str) -> Code | str:
         if isinstance(found, str):
             raise InvalidOption(f"{VARIABLE}={named}: {found}")
         return found
-    refused = []
+    refused = ""
     for path in _installed():
         if path.is_file():
             found = _open(path)
             if not isinstance(found, str):
                 return found
-            refused.append(found)
+            refused = refused or found
     if refused:
-        warn(f"the compiled kernels are not used: {refused[0]}")
-    return refused[0] if refused else "no library of kernels"
+        warn(f"the compiled kernels are not used: {refused}")
+    return refused or "no library of kernels"
 
 
 def forget_library() -> None:
@@ -102,7 +102,7 @@ def _open(path: Path) -> Code | str:
         import ctypes
     except ImportError:
         return "this Python has no ctypes"
-    if _is_cut_off(path):
+    if path.stat().st_size < _elf_header(path)[1]:  # opening it would end the process
         return f"{path} is incomplete: build or install it again"
     try:
         library = ctypes.CDLL(str(path))
@@ -110,7 +110,7 @@ def _open(path: Path) -> Code | str:
     except (OSError, ValueError) as error:
         return f"{path} is no library of kernels for this machine ({error})"
     if found != abi().encode():
-        return f"{path} was built from other sources than this numpyesm: build or install it again"
+        return _other_sources(path)
     for isa in wanted_levels().values():
         if hasattr(library, symbol(isa, "run_phases")):
             addresses = {
@@ -122,14 +122,18 @@ def _open(path: Path) -> Code | str:
     return f"{path} has no kernels for {', '.join(wanted_levels())}"
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether an ELF file is shorter than it says: opening it would end the process."""
+def _other_sources(path: Path) -> str:
+    return f"{path} was built from other sources than this numpyesm: build or install it again"
+
+
+def _elf_header(path: Path) -> tuple[int, int]:
+    """Machine of an ELF file, and how many bytes it must have at least; zeros for other files."""
     with open(path, "rb") as file:
         header = file.read(_ELF.size)
     if len(header) < _ELF.size or not header.startswith(_ELF_MAGIC):
-        return False  # for the system to judge
-    _, _, sections_at, section_size, sections = _ELF.unpack(header)
-    return bool(path.stat().st_size < sections_at + section_size * sections)
+        return 0, 0
+    _, machine, sections_at, section_size, sections = _ELF.unpack(header)
+    return machine, sections_at + section_size * sections
 
 
 def levels_in(path: Path, target: str) -> list[str] | str:
@@ -137,10 +141,9 @@ def levels_in(path: Path, target: str) -> list[str] | str:
 
     Nothing of the file is run.
     """
-    content = path.read_bytes()
-    machine = _ELF.unpack_from(content)[1] if content.startswith(_ELF_MAGIC) and len(content) >= _ELF.size else None
-    if machine != _ELF_MACHINES[target] or _is_cut_off(path):
+    content, (machine, least) = path.read_bytes(), _elf_header(path)
+    if machine != _ELF_MACHINES[target] or len(content) < least:
         return f"{path} is no library of kernels for Linux on {target}"
     if abi().encode() + b"\0" not in content:
-        return f"{path} was built from other sources than this numpyesm: build or install it again"
+        return _other_sources(path)
     return [isa.name for isa in levels(target).values() if symbol(isa, "run_phases").encode() + b"\0" in content]

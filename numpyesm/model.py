@@ -81,7 +81,7 @@ class ESM2:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] = "esm2-35m",
+        source: str | os.PathLike[str] | None = None,
         *,
         adapter: str | os.PathLike[str] | None = None,
         backend: str = "auto",
@@ -93,11 +93,12 @@ class ESM2:
 
         Parameters
         ----------
-        source : str or path
+        source : str or path, optional
             A name (`esm2-8m`, `-35m`, `-150m`, `-650m`, `-3b`, `-15b`), a Hub id (`facebook/esm2_t12_35M_UR50D`), a
             `.safetensors` or `.pt` file, a folder, or `synthetic[:name[:seed]]` for random weights. A name is looked
             up in `NUMPYESM_WEIGHTS`, `weights/`, the cache, and the Hub. The folder or Hub id of a PEFT adapter
-            means the base that it names, with the adapter merged in.
+            means the base that it names, with the adapter merged in. By default, the model of `NUMPYESM_WEIGHTS`,
+            whichever that is, or else `esm2-35m`.
         adapter : str or path, optional
             Folder or Hub id of a PEFT adapter (LoRA, rsLoRA) to merge into `source`. Models of one process that are
             made from the same base in this way share the weights that their adapters do not touch.
@@ -114,8 +115,9 @@ class ESM2:
             An unknown backend or precision.
         """
         # Imported here: a model made from a loaded checkpoint needs no search.
-        from .weights.locate import load_found, resolve
+        from .weights.locate import default_weights, load_found, resolve
 
+        source = default_weights() if source is None else source
         found = resolve(source)
         place = None if adapter is None else Path(resolve(adapter)).absolute()
         return cls(

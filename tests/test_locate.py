@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from numpyesm import ESM2
 from numpyesm.cli import main
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
@@ -76,6 +77,7 @@ def test_order_of_places_and_names(tmp_path, models, monkeypatch):
     assert find_local("esm2-8m") == chosen
     assert resolve("facebook/esm2_t6_8M_UR50D") == chosen
     assert open_weights("esm2_t6_8M_UR50D").source == "official"
+    assert ESM2.from_pretrained(backend="numpy").name == "esm2-8m"  # nothing named: whatever the variable holds
 
 
 def test_variable_that_names_a_folder(tmp_path, models, monkeypatch):

@@ -136,13 +136,13 @@ SIZE = "AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
 @pytest.mark.parametrize(
     ("variables", "asked"),
     [
-        ({}, {"source": "esm2-35m", "backend": "auto", "precision": "fp32", "max_memory": None}),
+        ({}, {"source": None, "backend": "auto", "precision": "fp32", "max_memory": None}),
         ({"NUMPYESM_MODEL": "esm2-8m"}, {"source": "esm2-8m"}),
         ({"NUMPYESM_MODEL": "mine=/mnt/lr=1e-4/a"}, {"source": "/mnt/lr=1e-4/a"}),
         ({"NUMPYESM_BACKEND": "numpy", "NUMPYESM_PRECISION": "int8"}, {"backend": "numpy", "precision": "int8"}),
         # Templates leave variables empty: as if not set.
         (dict.fromkeys(["NUMPYESM_BACKEND", "NUMPYESM_PRECISION", "NUMPYESM_THREADS", "NUMPYESM_MODEL"], ""),
-         {"source": "esm2-35m", "backend": "auto", "precision": "fp32", "threads": None}),
+         {"source": None, "backend": "auto", "precision": "fp32", "threads": None}),
         # One thread for each whole CPU that the memory pays for.
         *(({SIZE: memory}, {"threads": threads, "max_memory": (int(memory) << 20) - KEPT_BACK})
           for memory, threads in (("512", 1), ("1769", 1), ("3538", 2), ("10240", 4))),

@@ -77,7 +77,7 @@ class Summary:
 def embed_fasta(
     inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     output: str | os.PathLike[str],
-    model: ESM2 | str | os.PathLike[str] = "esm2-35m",
+    model: ESM2 | str | os.PathLike[str] | None = None,
     *,
     repr_layers: Iterable[int] = (-1,),
     include: Iterable[str] | None = None,
@@ -107,7 +107,7 @@ def embed_fasta(
         FASTA, plain or gzip; `-` is standard input.
     output : path
         `.parquet`, `.h5`, or a folder.
-    model : ESM2, or what `ESM2.from_pretrained` takes
+    model : ESM2, or what `ESM2.from_pretrained` takes; optional
     repr_layers : iterable of int
         As for `ESM2.encode`.
     include : iterable of str, optional

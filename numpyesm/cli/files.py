@@ -20,10 +20,10 @@ from ..options import missing_head
 from ..printable import printable
 from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
-from ..weights import cache_dir, find_local, open_weights, resolve
+from ..weights import cache_dir, default_weights, find_local, open_weights, resolve
 from ..weights.checkpoint import Checkpoint
 from ..weights.load import open_checkpoint
-from .inputs import chosen_weights, load_model
+from .inputs import load_model
 from .outputs import table
 
 
@@ -77,7 +77,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check the checksums in and next to the file, and the published numbers; return 1 if any differs."""
-    path = resolve(chosen_weights(arguments))
+    path = resolve(arguments.weights or default_weights())
     if isinstance(path, Path):
         verified = open_checkpoint(path).checksums
         print(f"{path}: {verified or 'no'} checksum{'s'[: verified != 1]} verified", file=sys.stderr)
@@ -129,8 +129,8 @@ def info(arguments: argparse.Namespace) -> int:
         except NumpyesmError as error:
             rows.append((name, error))
     print(printable(table(("", ""), rows)).lstrip(), end="")
-    spec = chosen_weights(arguments)
     try:
+        spec = arguments.weights or default_weights()
         checkpoint = open_weights(spec, allow_download=False)
     except WeightsNotFound as error:
         if arguments.weights or "NUMPYESM_WEIGHTS" in os.environ:

@@ -23,16 +23,10 @@ _BARE_SEQUENCE = re.compile(r"(?:[A-Z*-]|<mask>)+")
 _NEARLY_A_SEQUENCE = re.compile(r"[A-Z]{2}(?:[A-Z.:/|*~-]|<mask>)*[A-Z*]")
 
 
-def chosen_weights(arguments: argparse.Namespace) -> str:
-    """Return the weights that the options name, else the file of `NUMPYESM_WEIGHTS`, whatever model that is."""
-    path = os.environ.get("NUMPYESM_WEIGHTS", "")
-    return arguments.weights or (path if os.path.isfile(path) else "esm2-35m")
-
-
 def load_model(arguments: argparse.Namespace) -> ESM2:
     """Load the model that the common options name."""
     return ESM2.from_pretrained(
-        chosen_weights(arguments),
+        arguments.weights,
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,

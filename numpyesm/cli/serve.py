@@ -54,26 +54,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> dict[str, ESM2]:
-    """Load the models that `--model` and `--weights` name, and esm2-35m if it is found or nothing is named."""
+    """Load the models that `--model` and `--weights` name, and the default one if it is found or nothing is named."""
     wanted: dict[str, str] = {}
     for slug, source in arguments.model:
         if slug in wanted:
             raise InvalidOption(f"--model {slug} is given twice")
         wanted[check_slug(slug)] = source
 
-    def load(source: str) -> ESM2:
+    def load(source: str | None) -> ESM2:
         return ESM2.from_pretrained(
             source, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
         )
 
     models: dict[str, ESM2] = {}
-    if arguments.weights:
+    if arguments.weights or not wanted or ("esm2-35m" not in wanted and find_local("esm2-35m")):
         model = load(arguments.weights)
         if model.name in wanted:
-            raise InvalidOption(f"--weights holds {model.name}, which --model names as well")
+            named = "--weights" if arguments.weights else "NUMPYESM_WEIGHTS"
+            raise InvalidOption(f"{named} holds {model.name}, which --model names as well")
         models[model.name] = model
-    elif "esm2-35m" not in wanted and (not wanted or find_local("esm2-35m")):
-        models["esm2-35m"] = load("esm2-35m")
     for slug, source in wanted.items():
         models[slug] = load(source)
         name = models[slug].name

@@ -196,8 +196,8 @@ def _before_the_deadline(context: Any) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _chosen_model() -> tuple[str | None, str]:
-    """(slug or None, weights) from the environment, or the one file that was packed with the function."""
+def _chosen_model() -> tuple[str | None, str | None]:
+    """(slug or None, weights or None for the default) from the environment, or the one file that was packed."""
     if setting := os.environ.get("NUMPYESM_MODEL", ""):
         slug, equals, source = setting.partition("=")
         if not equals:
@@ -205,12 +205,12 @@ def _chosen_model() -> tuple[str | None, str]:
         if not source:
             raise InvalidOption(f"NUMPYESM_MODEL={setting!r}: expected weights, or slug=weights")
         return check_slug(slug), source
-    if (weights := os.environ.get("NUMPYESM_WEIGHTS")) is not None:
-        return None, weights
+    if "NUMPYESM_WEIGHTS" in os.environ:
+        return None, None
     packed = sorted(Path(os.environ.get("LAMBDA_TASK_ROOT", ".")).glob("weights/*.safetensors"))
     if len(packed) > 1:
         raise InvalidOption(f"weights/ holds {', '.join(p.name for p in packed)}: choose one with NUMPYESM_MODEL")
-    return None, str(packed[0]) if packed else "esm2-35m"
+    return None, str(packed[0]) if packed else None
 
 
 def _limits() -> dict[str, Any]:

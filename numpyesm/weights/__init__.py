@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .hub import fetch as fetch
     from .load import load_checkpoint as load_checkpoint
+    from .locate import default_weights as default_weights
     from .locate import find_local as find_local
     from .locate import open_weights as open_weights
     from .locate import resolve as resolve
@@ -26,6 +27,7 @@ _HOMES = {
     "convert": "conversion",
     "fetch": "hub",
     "load_checkpoint": "load",
+    "default_weights": "locate",
     "find_local": "locate",
     "open_weights": "locate",
     "resolve": "locate",

@@ -24,6 +24,7 @@ from .synthetic import is_synthetic_spec, parse_synthetic
 from .tensor import PRECISION_DTYPES
 
 _VARIABLE = "NUMPYESM_WEIGHTS"
+_DEFAULT = "esm2-35m"
 # Bases of adapters, while some model uses them.
 _bases: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
 _lock = threading.Lock()
@@ -137,6 +138,11 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revisi
     from .hub import fetch  # loads every reader
 
     return fetch(name or spec, revision=None if name else revision)
+
+
+def default_weights() -> str | Path:
+    """Return what to load if nothing is named: what NUMPYESM_WEIGHTS holds, whatever model that is, or esm2-35m."""
+    return _chosen(os.environ[_VARIABLE], _DEFAULT) if _VARIABLE in os.environ else _DEFAULT
 
 
 def find_local(name: str) -> Path | None:

@@ -191,8 +191,7 @@ class SequenceNotes:
         self._found: dict[int, tuple[int, str]] = {}  # kind: how many, and the first of them
 
     def look(self, sequence: str, name: str = "") -> None:
-        """Look at one sequence; notes call it by its name, or else by its place (from 1)."""
-        self._seen += 1
+        """Look at one sequence; notes call it by its name, or else by its index, as errors do."""
         letters = sequence.replace(MASK_TOKEN, "")
         found = (
             _NUCLEOTIDES.fullmatch(letters) and len(set(letters) & set("ACGTU")) >= 3,
@@ -201,8 +200,9 @@ class SequenceNotes:
         )
         kind = next((kind for kind, yes in enumerate(found) if yes), None)
         if kind is not None:
-            count, first = self._found.get(kind, (0, name or f"number {self._seen}"))
+            count, first = self._found.get(kind, (0, name or f"item {self._seen}"))
             self._found[kind] = count + 1, first
+        self._seen += 1
 
     def texts(self) -> list[str]:
         """Return the notes, at most one of each kind."""

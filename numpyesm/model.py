@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from .alphabet import has_amino_acid, nothing_to_score, tokenize, warn_of_odd_sequences
 from .config import ModelConfig
-from .errors import InputWarning, warn
+from .errors import CheckpointError, InputWarning, warn
 from .given import Sequences, texts
 from .options import POSITIONS, Outputs, one_of, require_head
 from .passes import Passes
@@ -185,16 +184,23 @@ class ESM2:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload_from is None:
             raise pickle.PicklingError("this model was not loaded from a file: save it, load it from there, and pickle")
+        from .weights.integrity import fingerprint
+
         source, adapter = self._reload_from
-        reload = partial(
-            ESM2.from_pretrained,
-            adapter=adapter,
-            backend=self.backend,
-            precision=self.precision,
-            threads=self.threads,
-            max_memory=None if self.passes.budget is None else self.passes.budget.limit,
-        )
-        return reload, (source,)
+        options = {
+            "backend": self.backend,
+            "precision": self.precision,
+            "threads": self.threads,
+            "max_memory": None if self.passes.budget is None else self.passes.budget.limit,
+        }
+        return _reload, (source, adapter, options, fingerprint(self.checkpoint))
+
+    def __copy__(self) -> ESM2:
+        """Return the model itself: nothing can change it."""
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> ESM2:
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights as a canonical `.safetensors` file, in the precision in which they are stored."""
@@ -441,6 +447,16 @@ class ESM2:
         from .scoring.methods import scan_mutations
 
         return scan_mutations(self.passes, wild_type, method, offset=offset, window=window, progress=progress)
+
+
+def _reload(source: str, adapter: Path | None, options: dict[str, Any], expected: str) -> ESM2:
+    """Load a pickled model; CheckpointError if other weights lie there by now."""
+    from .weights.integrity import fingerprint
+
+    model = ESM2.from_pretrained(source, adapter=adapter, **options)
+    if fingerprint(model.checkpoint) != expected:
+        raise CheckpointError(f"{source} holds other weights than when the model was pickled")
+    return model
 
 
 def _tokens(sequences: Sequences, masks: bool = False) -> list[npt.NDArray[np.uint8]]:

@@ -173,13 +173,17 @@ def test_long_sequences(tiny: ESM2, tmp_path: Path) -> None:
     assert_close(edge["per_token_1"], first["per_token_1"])
 
 
-def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path) -> None:
+def test_a_finished_output_is_not_computed_again(
+    model: ESM2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = fasta(tmp_path / "in.fasta", ("a", "MKT"), ("b", "J"))
     out, rejected = tmp_path / "o.parquet", tmp_path / "o.rejected.tsv"
     run = partial(embed_fasta, source, out, model)
     assert not run().already_complete
     before = out.stat().st_mtime_ns
-    again = run()
+    rejected.unlink()
+    monkeypatch.setattr(sys, "stdin", source.open())  # can be read only once
+    again = embed_fasta("-", out, model)
     assert again.already_complete
     assert (again.records, again.rejected, again.computed) == (1, 1, 0)
     with pytest.raises(BulkError, match=r"to another run \(dtype \"fp32\" instead of \"fp16\"\)"):

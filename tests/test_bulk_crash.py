@@ -285,6 +285,15 @@ def test_damage_is_found(place: Path, half_done: Path, tmp_path: Path, damage: s
     check(place, out)
 
 
+def test_a_batch_is_committed_when_it_is_done(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the first result of the next one, which may take minutes."""
+    monkeypatch.setattr(job, "COMMIT_SECONDS", 0)
+    commit, done = Journal.commit, set()
+    monkeypatch.setattr(Journal, "commit", lambda self: (commit(self), done.add(self.totals(done=True).sequences)))
+    run(place, tmp_path / "out.parquet", tokens_per_batch=10**6)
+    assert done <= {0, COUNT}
+
+
 def test_weights_that_are_overwritten_during_a_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from conftest import ALL, BACKENDS, ROUNDING, SMALL, assert_close, assert_same, random_sequence, small_model
 
-from numpyesm import ESM2, InputWarning, InvalidOption, InvalidSequence, MissingExtra, MissingHead
+from numpyesm import ESM2, CheckpointError, InputWarning, InvalidOption, InvalidSequence, MissingExtra, MissingHead
 from numpyesm.kernels import make_kernels
 from numpyesm.kernels.numpy_forward import NumpyKernels
 from numpyesm.kernels.numpy_steps import gelu
@@ -301,6 +301,10 @@ def test_model_from_a_file_can_be_pickled_and_saved(loaded: ESM2, tmp_path: Path
     saved = ESM2.from_pretrained(str(tmp_path / "b.safetensors"), backend="numpy")
     for other in (again, copy.deepcopy(loaded), saved):
         assert_same(other.encode(sequences, include=include), expected)
+    content = pickle.dumps(saved)
+    ESM2(random_checkpoint(SMALL, seed=2)).save(tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="other weights"):
+        pickle.loads(content)  # noqa: S301
 
 
 def test_repr_says_what_it_is(model: ESM2) -> None:

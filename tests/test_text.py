@@ -89,7 +89,7 @@ def test_allowed_and_yet_seldom_meant(sequence: str, said: str | None) -> None:
     notes.look("MKTAYI")
     notes.look(sequence)
     assert len(notes.texts()) == (said is not None)
-    assert all(text.startswith("1 sequence (first: number 2)") for text in notes.texts())
+    assert all(text.startswith("1 sequence (first: item 1)") for text in notes.texts())
     assert all(str(said) in text for text in notes.texts())
 
 

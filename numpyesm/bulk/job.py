@@ -36,8 +36,8 @@ COMMIT_SHARE = 0.02
 COMMIT_BYTES = 64 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-# The number and the packed outputs of each sequence that a journal still lacks, in any order.
-Computed: TypeAlias = Generator[tuple[int, bytes], None, None]
+# Batches: the number and the packed outputs of each sequence that a journal still lacks, in any order.
+Computed: TypeAlias = Generator[Iterable[tuple[int, bytes]], None, None]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def embed_fasta(
             return
         budget = tokens_per_batch or token_budget(model.config, model.threads, settings.outputs)
         for batch in journal.batches(budget):
-            yield from settings.encode(model.passes, batch, budget)
+            yield settings.encode(model.passes, batch, budget)
 
     run = _Run(paths, target, model, settings, compute, strict, progress or Progress())
     return run.run(overwrite=overwrite, restart=restart)
@@ -233,17 +233,16 @@ class _Run:
             raise BulkError(f"{path} exists and was not made by numpyesm embed; {way_out}")
         if other := difference(self.about, about):
             raise BulkError(f"{path} exists and belongs to another run ({other}); --overwrite replaces it")
+        rejected_lost = bool(about["counts"]["rejected"]) and not self.output.rejected_file.exists()
         reader = self._reader()
-        for _ in reader:
-            pass
+        rejected = [item._replace(sequence="") for item in reader if item.reason is not None and rejected_lost]
         reader.notes.warn()
         if reader.fingerprint() != about["input"]:
             raise BulkError(f"{path} exists and was made from another input; --overwrite replaces it")
-        counts = about["counts"]
-        if counts["rejected"] and not self.output.rejected_file.exists():
-            self.output.write_rejected(item for item in self._reader() if item.reason is not None)
-        self.progress.note(f"{path} is complete already: {counts['records']} records")
-        return self._summary(counts, already_complete=True)
+        if rejected_lost:
+            self.output.write_rejected(rejected)
+        self.progress.note(f"{path} is complete already: {about['counts']['records']} records")
+        return self._summary(about["counts"], already_complete=True)
 
     def _holds_another_run(self) -> bool:
         """Whether the folder was left by a run that was to replace the output, not by the one that made it."""
@@ -319,11 +318,15 @@ class _Run:
         waiting = 0
         with closing(self.compute(journal)) as computed:
             try:
-                for number, data in computed:
-                    self.progress.advance(journal.add_result(number, data))
-                    waiting += len(data)
+                for batch in computed:
+                    for number, data in batch:
+                        self.progress.advance(journal.add_result(number, data))
+                        waiting += len(data)
+                        if waiting > COMMIT_BYTES:
+                            self._commit(journal)
+                            waiting = 0
                     now = time.monotonic()
-                    if now > due or waiting > COMMIT_BYTES:
+                    if now > due:  # at the end of a batch, or its results would wait for the next one
                         self._commit(journal)
                         due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - now) / COMMIT_SHARE)
                         waiting = 0

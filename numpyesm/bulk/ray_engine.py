@@ -43,7 +43,7 @@ def compute_on_ray(
     address: str | None,
     workers: int | None,
     threads: int | None,
-) -> Generator[tuple[int, bytes], None, None]:
+) -> Generator[list[tuple[int, bytes]], None, None]:
     """Yield the number and the packed outputs of each sequence that a journal still lacks, in any order.
 
     `ray` is the module, as `check_ray` returns it. Workers read the weights from the object store. `address` is that of
@@ -65,10 +65,10 @@ def compute_on_ray(
         pool: Any = ActorPool(actors * _BATCHES_PER_WORKER)
         for batch in journal.batches(budget):
             if not pool.has_free():
-                yield from _results(pool)
+                yield _results(pool)
             pool.submit(lambda actor, batch: actor.encode.remote(batch), batch)
         while pool.has_next():
-            yield from _results(pool)
+            yield _results(pool)
     except ray.exceptions.RayError as error:
         inner = getattr(error, "cause", None) or error
         text = " ".join(str(inner).split())

@@ -62,7 +62,8 @@ class Reader:
                     known = None if reason else digest
                     yield Item(self.records, id, description, len(sequence), known, reason, sequence)
         if not self.records:
-            raise InvalidSequence(f"{', '.join(os.fspath(name) for name in self._inputs)}: no sequences found")
+            names = ("standard input" if os.fspath(name) == "-" else os.fspath(name) for name in self._inputs)
+            raise InvalidSequence(f"{', '.join(names)}: no sequences in it")
 
     def _reason(self, sequence: str) -> str | None:
         """Return why a record cannot be embedded, or None."""

@@ -68,7 +68,7 @@ class LongSequences:
         if length > MAX_RESIDUES and self.rule == "error":
             raise InvalidSequence(
                 f"{length} residues, at most {MAX_RESIDUES} fit the model "
-                "(--long windows averages overlapping windows, --long truncate takes the beginning)"
+                "(of the option long, 'windows' averages overlapping windows and 'truncate' takes the beginning)"
             )
         if "contacts" in outputs.include and self.residues(length) > _MOST_RESIDUES_OF_CONTACTS:
             raise InvalidSequence(f"{length} residues, contact maps end at {_MOST_RESIDUES_OF_CONTACTS}")

@@ -71,6 +71,16 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Hash of the beginning of each tensor: milliseconds instead of seconds, and enough to tell two models apart."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + bytes_of(tensor.raw.flat[:256]))
+    return digest.hexdigest()
+
+
 def stated_sha256(path: Path) -> str | None:
     """Return the checksum beside a file, as `sha256sum` writes it (`--tag` too); None if there is none.
 

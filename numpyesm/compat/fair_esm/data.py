@@ -109,19 +109,22 @@ class BatchConverter:
 
     def convert(self, raw_batch: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], TokenArray]:
         """Convert without warnings about unusual input."""
-        pairs = list(raw_batch)
-        if not pairs:
-            raise InvalidSequence("the batch is empty; give at least one (label, sequence) pair")
-        labels, strs = [label for label, _ in pairs], [sequence for _, sequence in pairs]
-        encoded = []
-        for item, sequence in enumerate(strs):
+        labels, strs, encoded = [], [], []
+        for item, pair in enumerate(raw_batch):
+            label, sequence = pair if len(pair) == 2 else ("", None)
+            if not isinstance(sequence, str):
+                raise InvalidSequence(f"expected (label, sequence), the sequence a string, got {pair!r:.80}", item=item)
+            labels.append(label)
+            strs.append(sequence)
             try:
                 encoded.append(self.alphabet.encode(sequence)[: self.truncation_seq_length or None])
             except UnknownToken as error:
                 raise UnknownToken(
                     error.reason, item=item, position=error.position, character=error.character
                 ) from None
-        tokens = np.full((len(pairs), max(map(len, encoded)) + 2), PAD, np.int64)
+        if not encoded:
+            raise InvalidSequence("the batch is empty; give at least one (label, sequence) pair")
+        tokens = np.full((len(encoded), max(map(len, encoded)) + 2), PAD, np.int64)
         for row, ids in zip(tokens, encoded, strict=True):
             row[: len(ids) + 2] = [CLS, *ids, EOS]
         return labels, strs, tokens

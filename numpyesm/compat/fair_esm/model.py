@@ -190,7 +190,18 @@ class ESM2:
         """Keep the precision in which the model was loaded, with a warning."""
         return self._ignored("half()")
 
-    bfloat16 = half
+    def bfloat16(self) -> ESM2:
+        """Keep the precision in which the model was loaded, with a warning."""
+        return self._ignored("bfloat16()")
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where the weights of a torch module are here."""
+        raise AttributeError(
+            f"numpyesm's ESM2 is not a torch module and has no {name!r}: it stays on the CPU and gives float32; its "
+            "weights are in core.checkpoint",
+            name=name,
+            obj=self,
+        )
 
     def _ignored(self, what: str) -> ESM2:
         hint = 'numpyesm runs on the CPU and gives float32; load with precision="bf16" for speed'

@@ -59,7 +59,7 @@ bench: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels
 bench-full: $(TEST_VENV)/.installed $(TEST_VENV)/.kernels
 	$(TEST_BIN)/python -m bench --full --setup
 
-# The environments are made anew when pyproject.toml changes.
+# The environments are brought up to date when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -77,7 +77,7 @@ $(TEST_VENV)/.installed: pyproject.toml
 	touch $@
 
 # Compiled kernels from this checkout, for this machine; without a C compiler Numba or NumPy does the work.
-KERNEL_SOURCES = $(wildcard numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py) numpyesm/kernels/build.py numpyesm/kernels/constants.py
+KERNEL_SOURCES = $(wildcard numpyesm/kernels/*/*.py packaging/kernels/*.* packaging/kernels/*/*.py) numpyesm/kernels/build.py numpyesm/kernels/constants.py numpyesm/weights/tensor.py
 # Of an environment, for some levels, with more options of pip.
 define install_kernels
 @if ! $(1)/python -c 'import sys; from numpyesm.kernels.build import linker; sys.exit(linker() is None)'; then \

@@ -97,7 +97,7 @@ class NotEnoughMemory(NumpyesmError, MemoryError):
 
 
 class MissingHead(NumpyesmError, RuntimeError):
-    """The weights have no LM head or no contact head, and an output that needs it was asked for."""
+    """The weights lack the head (LM, contact or classification) that an output needs which was asked for."""
 
 
 class MissingExtra(NumpyesmError, ImportError):

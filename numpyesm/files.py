@@ -82,8 +82,9 @@ def _open_directly(name: str) -> BinaryIO | None:
 
 def is_stream(name: str) -> bool:
     """Whether a name is that of a pipe, a device or a descriptor of this process: /dev/stdout, /dev/null, a FIFO."""
-    special = os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
-    return special or name.startswith(("/dev/", "/proc/self/fd/"))
+    if name in _STANDARD_STREAMS or _DESCRIPTOR.fullmatch(name):
+        return True  # even if it is redirected to a file
+    return os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
 
 
 def sync_folder(folder: _AnyPath) -> None:

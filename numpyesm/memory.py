@@ -19,9 +19,10 @@ from typing import Any
 
 from .batch import BLOCK_ROWS, TILE_ROWS
 from .config import ModelConfig
+from .containers import control_groups
 from .errors import InvalidOption, NotEnoughMemory
 from .files import release_pages
-from .options import Outputs
+from .options import Outputs, whole_number
 from .results import count_numbers
 from .weights.checkpoint import Checkpoint
 from .weights.rounding import LOW
@@ -63,8 +64,9 @@ def parse_memory(value: int | str, option: str = "max_memory") -> int:
     K, M, G and T, also written KiB, MiB, GiB and TiB, are powers of 1024; KB, MB, GB and TB are powers of 1000. Case
     does not matter. InvalidOption, which names `option`, if the value is neither, or not positive.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = float(value)
+    size: float
+    if (number := whole_number(value)) is not None:
+        size = number
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS:
@@ -133,18 +135,10 @@ def _machine_memory() -> list[int]:
 
 def _containers() -> Iterator[tuple[int, int]]:
     """Limit and use of each control group that this process is in and that has a limit."""
-    for line in _text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")  # version 1, version 2
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # not visible from within a container, or "max"
-                yield int((folder / names[0]).read_text()), int((folder / names[1]).read_text())
-            if folder == root:
-                break
+    for folder, version in control_groups("memory"):
+        limit, use = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
+        with suppress(OSError, ValueError):  # not visible from within a container, or "max"
+            yield int((folder / limit).read_text()), int((folder / use).read_text())
 
 
 def _ulimits() -> Iterator[tuple[int, int]]:
@@ -183,7 +177,7 @@ def require_room(limit: int, checkpoint: Checkpoint, backend: str, precision: st
 
     `ahead` is as in `compiled_fits`.
     """
-    if precision in LOW or backend in ("compiled", "numba"):
+    if precision in LOW or backend == "compiled":
         weights = packed_bytes(checkpoint, precision)
         weights += _LIBRARY if ahead else _NUMBA * ("numba" not in sys.modules)
     else:

@@ -154,11 +154,11 @@ def check_precision(precision: str) -> str:
 
 def check_backend(backend: str) -> str:
     """Return one of `BACKENDS` (`compiled` for `numba`), or raise InvalidOption."""
-    return one_of("backend", BACKEND_ALIASES.get(backend, backend), BACKENDS)
+    return one_of("backend", BACKEND_ALIASES.get(backend, backend) if isinstance(backend, str) else backend, BACKENDS)
 
 
 def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
     """Return the value of an option, or raise InvalidOption if it is not among the allowed ones."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise InvalidOption(f"{option}={value!r}: expected one of {', '.join(allowed)}")
     return value

@@ -23,7 +23,7 @@ from .kernels.compiled.code import Code
 from .kernels.compiled.library import find_library
 from .kernels.scratch import scratch
 from .memory import MemoryBudget, Sizes, compiled_fits, parse_memory, require_room, result_bytes, unread_weights
-from .options import Outputs
+from .options import Outputs, check_backend, check_precision
 from .results import ClassifyResult, EncodeResult, FullOutput, PredictResult
 from .threads import WorkerPool, check_threads, default_threads
 from .weights.checkpoint import Checkpoint
@@ -59,6 +59,9 @@ class Passes:
         threads: int | None,
         max_memory: int | str | None,
     ) -> None:
+        backend = check_backend(backend)
+        if precision != "fp64":  # for tests; not offered to users
+            check_precision(precision)
         count = default_threads() if threads is None else check_threads(threads)
         limit = None if max_memory is None else parse_memory(max_memory)
         ahead = backend != "numpy" and isinstance(find_library(), Code)

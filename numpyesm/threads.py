@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from operator import length_hint
 from queue import SimpleQueue
 from typing import TypeVar
-from weakref import finalize
+from weakref import WeakSet, finalize
 
+from .containers import control_groups
 from .options import number_within
 
 Item = TypeVar("Item")
@@ -18,7 +20,7 @@ Item = TypeVar("Item")
 def default_threads() -> int:
     """Return `NUMPYESM_THREADS`, else the CPUs that this process may use (by affinity and container quota)."""
     if setting := os.environ.get("NUMPYESM_THREADS"):
-        return check_threads(setting)
+        return check_threads(setting, "NUMPYESM_THREADS")
     try:
         available = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
@@ -26,21 +28,23 @@ def default_threads() -> int:
     return max(1, min(available, _container_quota() or available))
 
 
-def check_threads(threads: object) -> int:
-    """Return a positive number of threads, or raise InvalidOption."""
+def check_threads(threads: object, option: str = "threads") -> int:
+    """Return a positive number of threads, or raise InvalidOption, which names `option`."""
     if isinstance(threads, str) and threads.strip().isdecimal():
         threads = int(threads)
-    return number_within("threads", threads, 1, 1024)
+    return number_within(option, threads, 1, 1024)
 
 
 def _container_quota() -> int | None:
-    """CPUs that the control group allows (cgroup v2), rounded up; None if unlimited or unknown."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None
+    """CPUs that the control groups of this process allow, rounded up; None if unlimited or unknown."""
+    quotas = []
+    for folder, version in control_groups("cpu"):
+        with suppress(OSError, ValueError):  # not visible from within a container, or "max"
+            files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = map(int, " ".join((folder / name).read_text() for name in files).split())
+            if quota > 0:
+                quotas.append(-(-quota // period))
+    return min(quotas, default=None)
 
 
 class WorkerPool:
@@ -51,12 +55,13 @@ class WorkerPool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._lock = threading.Lock()
-        self._begin()
+        self.begin()
+        _pools.add(self)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """No workers yet: they start when there is work for them, and end with this object."""
-        self._process, self._started, self._unfinished = os.getpid(), 0, 0
+        self._lock = threading.Lock()
+        self._started = self._unfinished = 0
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         finalize(self, self._tasks.put, None).atexit = False
 
@@ -117,8 +122,6 @@ class WorkerPool:
     def _queue_for(self, count: int) -> SimpleQueue[_Task | None] | None:
         """Start workers for so many tasks more, as far as that is allowed; None if there is no worker at all."""
         with self._lock:
-            if self._process != os.getpid():
-                self._begin()  # after a fork the threads are gone
             self._unfinished += count
             while self._started < min(self.threads, self._unfinished):
                 worker = threading.Thread(
@@ -130,6 +133,19 @@ class WorkerPool:
                     break
                 self._started += 1
             return self._tasks if self._started else None
+
+
+_pools: WeakSet[WorkerPool] = WeakSet()
+
+
+def _begin_anew() -> None:
+    """In the child of a fork: the workers are not there, and whoever held a lock is not, either."""
+    for pool in list(_pools):
+        pool.begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 class _Task:

@@ -173,9 +173,7 @@ def test_long_sequences(tiny: ESM2, tmp_path: Path) -> None:
     assert_close(edge["per_token_1"], first["per_token_1"])
 
 
-def test_a_finished_output_is_not_computed_again(
-    model: ESM2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_output_is_not_computed_again(model: ESM2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = fasta(tmp_path / "in.fasta", ("a", "MKT"), ("b", "J"))
     out, rejected = tmp_path / "o.parquet", tmp_path / "o.rejected.tsv"
     run = partial(embed_fasta, source, out, model)

@@ -95,11 +95,6 @@ class Emulated:
         )
 
     @property
-    def is_ready(self) -> bool:
-        """Whether Python and NumPy are unpacked and there is an emulator."""
-        return self.qemu is not None and (self.wheels / "numpy").is_dir() and self.python.exists()
-
-    @property
     def python(self) -> Path:
         return self.system / f"usr/bin/python{PYTHON}"
 

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     layers = range(embeddings.shape[1])
     scores = [_scores(embeddings[:, layer], labels, task, splits) for layer in layers]
     _write(target, np.array(scores), task)
-    _advise(np.mean(scores, axis=1), model)
+    _advise(np.mean(scores, axis=1))
     return 0
 
 
@@ -138,7 +138,7 @@ def _write(target: Destination, scores: npt.NDArray[np.float64], task: str) -> N
     target.write(table(("layer", name, "std", ""), lines))
 
 
-def _advise(means: npt.NDArray[np.float64], model: ESM2) -> None:
+def _advise(means: npt.NDArray[np.float64]) -> None:
     best, last = int(means.argmax()), len(means) - 1
     saved = round(100 * (last - best) / last)
     text = f"layer {best} is best: {means[best]:.4f}; the last layer has {means[last]:.4f}"

@@ -67,9 +67,16 @@ def _controls() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
 
 
 def _forget_users() -> None:
-    """In the child of a fork: the threads that held a limit are not there."""
+    """In the child of a fork: the threads that held a limit are not there, and so nothing is limited."""
     global _lock, _users
+    if _users:
+        _restore()
     _lock, _users = threading.Lock(), 0
+
+
+def _restore() -> None:
+    for (_, set_threads), count in zip(_controls(), _saved, strict=False):
+        set_threads(count)
 
 
 if hasattr(os, "register_at_fork"):
@@ -97,5 +104,4 @@ def blas_threads(threads: int) -> Iterator[None]:
         with _lock:
             _users = max(0, _users - 1)
             if _users == 0:
-                for (_, set_threads), count in zip(controls, _saved, strict=False):
-                    set_threads(count)
+                _restore()

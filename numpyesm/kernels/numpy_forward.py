@@ -9,7 +9,6 @@ query/key/value have two buffers that take turns.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,7 +57,6 @@ class NumpyKernels(Kernels):
         self.dtype = np.dtype(np.float64 if precision == "fp64" else np.float32)
         self._complex = np.dtype(np.complex128 if precision == "fp64" else np.complex64)
         self._rotary = np.empty((0, self.config.embed_dim), self._complex)
-        self._rotary_lock = threading.Lock()
         w: dict[str, Any] = {name: self._laid_out(name, checkpoint) for name in checkpoint.tensors}
         self._w = w
         names = [f"layers.{layer}.qkv." for layer in range(self.config.num_layers)]
@@ -93,14 +91,14 @@ class NumpyKernels(Kernels):
 
     def rotary_tables(self, length: int) -> Array:
         """`rotary_turns` with queries times C^-1/2: (length, D) complex."""
-        with self._rotary_lock:
-            if len(self._rotary) < length:
-                rows = max(length, min(2 * len(self._rotary), 2050))
-                turns = rotary_turns(
-                    self._w[FREQUENCIES], self.config.num_heads, rows, query_scale=self.config.head_dim**-0.5
-                )
-                self._rotary = turns.astype(self._complex)
-            return self._rotary[:length]
+        rotary = self._rotary
+        if len(rotary) < length:  # two threads may both make one, and each keeps its own
+            rows = max(length, min(2 * len(rotary), 2050))
+            turns = rotary_turns(
+                self._w[FREQUENCIES], self.config.num_heads, rows, query_scale=self.config.head_dim**-0.5
+            )
+            rotary = self._rotary = turns.astype(self._complex)
+        return rotary[:length]
 
     def new_qkv(self, rows: int) -> Array:
         """Uninitialised query, key and value of `rows` rows: (T, W)."""

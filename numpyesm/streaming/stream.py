@@ -89,8 +89,8 @@ def _record(given: Any, index: int, label: str | None) -> Record:
         record = Record(given[0], "" if given[0] is None else str(given[0]), given[1])
     else:
         raise InvalidSequence(f"expected a Record, a pair (id, sequence) or a string, got {_kind(given)}", item=index)
-    named = record.id is not None and str(record.id).strip()
-    return record if named else record._replace(id=nameless(index + 1))
+    name = "" if record.id is None else str(record.id)
+    return record._replace(id=name if name.strip() else nameless(index + 1))
 
 
 def _kind(given: object) -> str:

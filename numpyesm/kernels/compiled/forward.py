@@ -21,8 +21,8 @@ from .layout import SHORT, Maps, Pass, Steps, address, table
 from .packing import PackedModel
 from .panels import aligned
 
-# Whole sequences are dealt out to the threads if the longest has at most so many rows, and the busiest thread so much
-# more than its share, in float32 or in bf16: waiting for each other, and a third cache, would cost more than that.
+# Threads get whole sequences if the longest has at most so many rows, and the busiest thread at most so many times its
+# fair share (float32, bf16): beyond that, waiting for it costs more than barriers in every layer and traffic to L3.
 _MOST_APART, _IMBALANCE = 1100, (1.05, 1.12)
 
 Span = tuple[int, int]
@@ -43,7 +43,7 @@ class CompiledKernels(Kernels):
     def forward(
         self, pool: WorkerPool, batch: Batch, layers: int, threads: int, block_rows: int | None, whole_tiles: bool
     ) -> Forward:
-        most = self.packed.block_rows  # more of them would leave the second cache
+        most = self.packed.block_rows  # more of them would leave the L2 cache
         return CompiledForward(self, pool, batch, layers, threads, min(block_rows or most, most), whole_tiles)
 
     def lm_head(self, x: Array) -> Array:

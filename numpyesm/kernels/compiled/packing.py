@@ -35,16 +35,16 @@ from .panels import (
     strip_size,
 )
 
-# What the linear steps take at a time: fewer passes over the weights against rows that leave a second cache of a
+# What the linear steps take at a time: fewer passes over the weights against rows that leave an L2 cache of a
 # megabyte. Measured: flat from 100 to 220 rows of the 35M model, slightly better at 200.
 _GROUP_BYTES = 1_250_000
 _FEWEST_GROUP_ROWS, _MOST_GROUP_ROWS = 112, 256
 _BLOCK_ROWS = 256
 _FFN_COLUMNS = 960
-# Tile registers multiply faster than weights come from the third cache: more rows for each pass over them. Measured:
-# flat from 360 to 720 rows of the 35M model, 4 % slower at 1100. Where they take more than half of a second cache of
+# Tile registers multiply faster than weights come from the L3 cache: more rows for each pass over them. Measured:
+# flat from 360 to 720 rows of the 35M model, 4 % slower at 1100. Where they take more than half of an L2 cache of
 # two megabytes, half as many: 3 % faster at 650M, a quarter at 3B. Panels of bf16 for more hidden channels would leave
-# the first cache.
+# the L1 cache.
 _GROUP_ROWS_ON_TILES = 540
 _GROUP_BYTES_ON_TILES = 1 << 20
 _BLOCK_ROWS_ON_TILES = 1100
@@ -86,7 +86,6 @@ class PackedModel:
         self._buffers: list[list[Array]] = []
         self._frequencies = np.array(checkpoint.array(FREQUENCIES))
         self._rotary = np.empty((0, 0), np.float32)
-        self._rotary_lock = threading.Lock()
         self.embedding = self._keep(np.array(checkpoint.array("embed_tokens.weight"), np.float32))
         on_tiles = self.isa.tiles and self.narrow
         if on_tiles:
@@ -233,10 +232,9 @@ class PackedModel:
     def model_table(self, length: int) -> tuple[npt.NDArray[np.int64], Array]:
         """`layout.Model` for sequences of up to `length` tokens, and the array of turns that must outlive it."""
         config = self.config
-        with self._rotary_lock:
-            if len(self._rotary) < length:
-                self._rotary = self._rotary_table(max(length, min(2 * len(self._rotary), 2050)))
-            rotary = self._rotary
+        rotary = self._rotary
+        if len(rotary) < length:  # two threads may both make one, and each keeps its own
+            rotary = self._rotary = self._rotary_table(max(length, min(2 * len(rotary), 2050)))
         entries: dict[int, int | Array] = {
             Model.WIDTH: config.embed_dim,
             Model.HEADS: config.num_heads,

@@ -14,7 +14,7 @@ from .layout import Room, address
 
 Order = npt.NDArray[np.int64]
 
-# Keys whose exponentials tile registers hold at a time, as pairs of bf16: a part of the first cache.
+# Keys whose exponentials tile registers hold at a time, as pairs of bf16: a part of the L1 cache.
 CHUNK_KEYS_ON_TILES = 320
 # Keys whose scores leave tile registers before their exponentials are taken, a whole number of tiles.
 SCORE_KEYS = 64
@@ -113,7 +113,7 @@ def pack_panels(
 
 
 def chunk_keys(isa: Isa) -> int:
-    """Keys whose scores are held at a time: 16 kB of them, half of a small first cache."""
+    """Keys whose scores are held at a time: 16 kB of them, half of a small L1 cache."""
     return max(32, 16384 // (4 * isa.strip_columns) // isa.strip_rows * isa.strip_rows)
 
 

@@ -2,7 +2,7 @@
 
 Queries lie along the vector's lanes: a strip of scores is (keys × queries), so that the softmax of a query is
 arithmetic on its own lane, with no sum across lanes, and keys and values are used as they lie. Keys are taken in
-chunks that stay in the first cache.
+chunks that stay in the L1 cache.
 
 Softmax does not change when all scores of a query move by the same amount. Moving by their maximum keeps exponentials
 in range, at the price of a pass over all keys; so they are taken as they are first, and only the lanes whose sum left
@@ -408,7 +408,7 @@ def _attend(narrow, model, room, queries, rows, keys, length, steps, heads, out,
             else:
                 _pair_values(values, length, head_dim, value_pairs)
             values = value_pairs
-        # All queries before the next head: its keys and values are in the second cache.
+        # All queries before the next head: its keys and values are in the L2 cache.
         for start in range(0, rows, STRIP_COLUMNS):
             count = min(STRIP_COLUMNS, rows - start)
             lanes = LANES if count <= LANES else STRIP_COLUMNS

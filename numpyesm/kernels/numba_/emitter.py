@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from ..compiled.isa import Isa, target_isa
+from ..compiled.isa import target_isa
 from ..constants import GELU_POLYNOMIAL
 
 ISA = target_isa()
@@ -94,10 +94,10 @@ class _BFloat(ir.Type):
 class Emitter:
     """IR for one function: addresses are 64-bit integers, vectors have the host's width."""
 
-    def __init__(self, builder: Any, isa: Isa = ISA) -> None:
-        self.b, self.isa = builder, isa
-        self.vector = ir.VectorType(FLOAT, isa.lanes)
-        self.integers = ir.VectorType(I32, isa.lanes)
+    def __init__(self, builder: Any) -> None:
+        self.b, self.isa = builder, ISA
+        self.vector = ir.VectorType(FLOAT, ISA.lanes)
+        self.integers = ir.VectorType(I32, ISA.lanes)
 
     def number(self, value: int) -> Any:
         return ir.Constant(I64, value)
@@ -114,7 +114,7 @@ class Emitter:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
 
     def fetch(self, address: Any) -> None:
-        """Bring a line of memory into the second cache; any address will do."""
+        """Bring a line of memory into the L2 cache; any address will do."""
         pointer = self.b.inttoptr(address, ir.IntType(8).as_pointer())
         read, second_cache, data = ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)
         self.call(_PREFETCH, ir.VoidType(), pointer, read, second_cache, data)
@@ -419,7 +419,7 @@ def _multiplied(e: Emitter, kind: str, transposed: bool, height: int, vectors: i
     `arguments` are a, a_step, b, k. `a` (height, k) has its rows `a_step` bytes apart, k contiguous; transposed, k is
     `a_step` apart and rows contiguous. `b` (k, columns) is contiguous. `k` counts steps of 4 bytes: one float32, two
     bf16. Two more arguments, `ahead, ahead_step`: each step along k also brings a line from `ahead` on, `ahead_step`
-    bytes further each time, into the second cache.
+    bytes further each time, into the L2 cache.
     """
     a, a_step, b, k, *ahead = arguments
     zeros = [ir.Constant(e.vector, None)] * (height * vectors)

@@ -1,4 +1,4 @@
-"""Products of rows with packed weights, with the step that follows while the tile is in the first cache.
+"""Products of rows with packed weights, with the step that follows while the tile is in the L1 cache.
 
 Weights that are stored in less than the product takes are widened one panel at a time, for all rows at hand.
 

@@ -114,7 +114,7 @@ def project_and_feed_forward(run, model, room, number, first, last, context, hid
             layer_norm = load_integer(model, Model.LAYER_NORM)
             call_kernel(layer_norm, (narrow, x, count, width, norm, left, left_step, low, short))
         low = low_part(narrow, short, count, hidden_step)
-        # A part of the hidden channels at a time: they and the rows stay in the second cache.
+        # A part of the hidden channels at a time: they and the rows stay in the L2 cache.
         for channel in range(0, ffn, at_a_time):
             part = min(at_a_time, ffn - channel)
             at = hidden + bytes_each * channel if together else hidden

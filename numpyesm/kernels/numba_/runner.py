@@ -6,7 +6,7 @@ sequence, so no thread begins a layer before all blocks of the one before are do
 that take turns. A thread takes whichever block is next: one that wakes up late, or never, holds nobody up.
 
 Where blocks are whole sequences (`Pass.APART`), a thread takes each through all layers instead, and computes queries,
-keys and values for the attention of some heads at a time, which the second cache holds.
+keys and values for the attention of some heads at a time, which the L2 cache holds.
 
 Where each thread would have few rows, threads take shares of every product instead, and go from step to step together:
 a weight is then read once, not once a thread.
@@ -121,7 +121,7 @@ def _attend_rows(run, model, room, layer, first, pieces, last_piece, context):
 def _attend_apart(run, model, room, layer, first, last, pieces, last_piece, context):
     """Queries, keys, values and attention of a block of whole sequences.
 
-    Some heads at a time, so that they stay in the second cache.
+    Some heads at a time, so that they stay in the L2 cache.
     """
     heads, at_a_time = load_integer(model, Model.HEADS), load_integer(model, Model.HEADS_AT_A_TIME)
     row_bytes = 4 * load_integer(model, Model.HEAD_DIM)

@@ -38,7 +38,7 @@ def row_bytes(narrow, width):
     """Bytes from row to row of `width` numbers as a product takes them: `panels.row_numbers` for compiled code.
 
     A tile register takes a line of sixteen rows at once. An odd number of lines apart, they fall on different places
-    of the first cache. Measured: products by a sixth faster where a row of the 150M model has 21 lines instead of 20.
+    of the L1 cache. Measured: products by a sixth faster where a row of the 150M model has 21 lines instead of 20.
     """
     size = 4 * steps_of(width, narrow)
     return size | 64 if narrow and _TILES else size

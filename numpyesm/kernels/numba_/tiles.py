@@ -191,7 +191,7 @@ def _score_blocks(e: Emitter, vectors: int, *arguments: Any) -> None:
     exponents stay in `scores`, else that holds SCORE_KEYS keys at a time.
 
     So many keys' products come before their exponentials because what a tile register has just stored cannot be read
-    at once. Taking both in turns, block by block of 16 keys, is a fifth slower; all keys do not fit the first cache.
+    at once. Taking both in turns, block by block of 16 keys, is a fifth slower; all keys do not fit the L1 cache.
     """
     count, keys, step, queries, k, scores, shift, pairs, keep = arguments
     b = e.b

@@ -353,7 +353,7 @@ def part_pairs(e: Emitter, source: Any, low: Any, high: Any) -> None:
 
 @on_addresses(2)
 def fetch(e: Emitter, start: Any, size: Any) -> None:
-    """Bring so many bytes into the second cache."""
+    """Bring so many bytes into the L2 cache."""
 
     def line(i: Any, _: list[Any]) -> list[Any]:
         e.fetch(e.offset(start, i, 64))

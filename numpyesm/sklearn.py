@@ -27,6 +27,7 @@ from .options import (
 )
 from .passes import Tokens
 from .threads import check_threads
+from .weights.locate import default_weights, resolve, state_of
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -46,7 +47,7 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        weights: str | os.PathLike[str] = "",
+        weights: str | os.PathLike[str] | None = None,
         *,
         backend: str = "auto",
         precision: str = "fp32",
@@ -85,7 +86,8 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
             yield tokens[start : start + self.batch_size]
 
     def _model(self) -> ESM2:
-        key = (os.fspath(self.weights), self.backend, self.precision, self.threads, os.getpid())
+        found = resolve(default_weights() if self.weights is None else self.weights)
+        key = (state_of(found), self.backend, self.precision, self.threads, os.getpid())
         with _lock:
             model = _loaded.get(key)
             if model is None:
@@ -118,7 +120,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
 
     Parameters
     ----------
-    weights : str or path, default "esm2-35m"
+    weights : str or path, optional
         What `ESM2.from_pretrained` takes.
     layer : int, default -1
         0 is the embedding, -1 the last layer.
@@ -139,7 +141,7 @@ class ESM2Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FromWeigh
 
     def __init__(
         self,
-        weights: str | os.PathLike[str] = "esm2-35m",
+        weights: str | os.PathLike[str] | None = None,
         *,
         layer: int = -1,
         pooling: str = "mean",
@@ -208,6 +210,7 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
     Attributes
     ----------
     classes_ : ndarray of str (labels,)
+        In alphabetical order, as scikit-learn's own classifiers have them, whatever their order in the head.
     """
 
     def predict_proba(self, X: Sequences) -> npt.NDArray[np.float32]:
@@ -223,9 +226,9 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
         sequences = as_sequences(X)
         tokens = self._checked(sequences)
         warn_of_odd_sequences(sequences)
-        model, labels = self._model(), self.classes_
+        model, labels = self._model(), self._head().labels
         rows = [result.probabilities for batch in self._batches(tokens) for result in model.passes.classify(batch)]
-        return np.array(rows, np.float32).reshape(len(tokens), len(labels))
+        return np.array(rows, np.float32).reshape(len(tokens), len(labels))[:, np.argsort(labels)]
 
     def predict(self, X: Sequences) -> npt.NDArray[Any]:
         """The most probable label of each sequence (n,) or, if several may hold, 0 or 1 for each: (n, labels)."""
@@ -237,15 +240,15 @@ class ESM2Classifier(ClassifierMixin, _FromWeights):  # type: ignore[misc]
 
     @property
     def classes_(self) -> npt.NDArray[np.str_]:
-        """The labels."""
-        return np.array(self._head().labels)
+        """The labels in the order that scikit-learn's metrics take for granted."""
+        return np.sort(self._head().labels)
 
     def _head(self) -> Classifier:
         model = self._model()
         head = require_classifier(model.checkpoint)
         if head.head != "sequence" or head.problem_type == "regression":
             kind = "for residues" if head.head == "token" else "that gives no probabilities (regression)"
-            raise MissingHead(f"{self.weights} has a head {kind}: use ESM2.classify")
+            raise MissingHead(f"{model.checkpoint.source} has a head {kind}: use ESM2.classify")
         return head
 
 

@@ -94,11 +94,17 @@ def test_patterns_biases_and_old_names(base: Path, tmp_path: Path) -> None:
     tensors = {name.replace("_A.", "_A.default."): array for name, array in lora(part=query).items()}
     tensors[f"{layer}{query}.base_layer.bias"] = draw(1, WIDTH)
     tensors[f"{layer}LayerNorm.bias"] = draw(2, WIDTH)
+    tensors |= {
+        "base_model.model.lm_head.bias": draw(3, 33),
+        "base_model.model.lm_head.decoder.weight": draw(4, 33, WIDTH),
+    }
     folder = write(tmp_path / "adapter", tensors, base, bias="all", alpha_pattern={"1.attention.self.query": 80})
     found, plain = open_weights(base, adapter=folder), load_checkpoint(base)
     np.testing.assert_array_equal(found.array("layers.1.qkv.bias")[:WIDTH], draw(1, WIDTH))
     np.testing.assert_array_equal(found.array("layers.1.qkv.bias")[WIDTH:], plain.array("layers.1.qkv.bias")[WIDTH:])
     np.testing.assert_array_equal(found.array("layers.1.ffn_norm.bias"), draw(2, WIDTH))
+    np.testing.assert_array_equal(found.array("lm_head.bias"), draw(3, 33))
+    np.testing.assert_array_equal(found.vocabulary(), draw(4, 33, WIDTH).T)
     names = [f"layers.{i}.qkv.weight" for i in (0, 1)]
     sizes = [np.abs(found.array(name) - plain.array(name)).max() for name in names]
     assert sizes[1] > 5 * sizes[0]

@@ -110,8 +110,9 @@ def test_pictures_of_contacts(run: Any) -> None:
     pytest.importorskip("matplotlib")
     assert run("contacts", "MKTAYIAKQR", "-o", "map.png").code == 0
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
-    assert run("contacts", "MKTAYIAKQR", "MKT", "-o", "maps", "--format", "png").code == 0
-    assert {path.name for path in Path("maps").iterdir()} == {"001_sequence_1.png", "002_sequence_2.png"}
+    Path("in.fasta").write_text(">b$\\frac$\nMKTAYIAKQR\n>c\nMKT\n")  # no TeX
+    assert run("contacts", "in.fasta", "-o", "maps", "--format", "png").code == 0
+    assert {path.name for path in Path("maps").iterdir()} == {"001_b_frac.png", "002_c.png"}
 
 
 READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -414,6 +415,7 @@ def test_excels_delimiter_comments_and_fields_of_any_length(score: Any, loaded: 
         ("mutant,DMS_score\nM1A,1\nM1C,\nM1D,NaN\nM1E,NA\nM1F,oops\nM1G,3\nM1H,2\n",
          ["1 values of DMS_score are not numbers (first in line 6)", "(3 of 7 rows)"]),
         ("mutant,DMS_score\nM1A,1\nM1C,1\n", ["not defined"]),
+        ("mutant;fitness\nM1A;1,5\nM1C;0,5\n", ["log-prob and fitness", "(2 of 2 rows)"]),
         ("mutant,DMS_score\n", ["not defined"]),
         (",mutant,2500,pseudo-ppl,note\n0,M1A,1,5,a\n1,M1C,NA,6,b\n2,M1D,3,7,c\n", ["log-prob and 2500"]),
         ("mutant,ddG,position\nM1A,1,1\nM1C,2,1\n", ["say with --measured-col which of 'ddG', 'position' is measured"]),

@@ -274,6 +274,7 @@ REFUSED: dict[tuple[type[Exception], str], list[tuple[Any, ...]]] = {
     (InvalidSequence, "got int"): [(7, WT)],
     (InvalidSequence, "2049 residues, at most 2048"): [(LONG, END, method) for method in SCORING_METHODS],
     (InvalidSequence, "whole sequence in one pass"): [(LONG, END, "log-prob", {"window": 1022})],
+    (InvalidSequence, "the other methods can score it with a window"): [(LONG, END, "log-prob", {})],
     (InvalidOption, "method"): [(WILD_TYPE, WT, bad) for bad in ("masked_marginals", None, ["log-prob"])],
     (InvalidOption, "offset"): [(WILD_TYPE, WT, SCORING_METHODS[0], {"offset": bad}) for bad in (1.5, "1", True)],
     (InvalidOption, "window"): [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import random_sequence
+from conftest import SMALL, assert_close, random_sequence
 
 pytest.importorskip("sklearn")
 
@@ -23,6 +24,7 @@ from numpyesm import ESM2, InvalidOption
 from numpyesm.errors import InputWarning
 from numpyesm.scoring import SCAN_LETTERS
 from numpyesm.sklearn import ESM2Embedder
+from numpyesm.weights.synthetic import random_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 
@@ -98,6 +100,13 @@ def test_copies_carry_no_weights_and_share_one_model(monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(copy.transform(SEQUENCES[:2]), expected)
         copy.set_params(layer=1).transform(["MKT"])
     assert loads.call_count == 1
+
+
+def test_another_file_of_the_same_name_is_another_model(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        (model := ESM2(random_checkpoint(SMALL, seed))).save(tmp_path / "a.safetensors")
+        found = ESM2Embedder(tmp_path / "a.safetensors", backend="numpy").transform(["MKT"])
+        assert_close(found[0], model.encode(["MKT"])[0].embeddings[3])
 
 
 def test_warnings_come_once_a_call_and_at_every_call() -> None:

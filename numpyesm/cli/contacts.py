@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import textwrap
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -126,6 +127,9 @@ def contact_png(title: str, contacts: Contacts) -> bytes:
     image = axes.imshow(
         contacts, vmin=0, vmax=1, cmap="Blues", origin="lower", extent=ends + ends, interpolation=smoothing
     )
-    axes.set(xlabel="residue", ylabel="residue", title=f"{title}: {length} residues")
+    axes.set(xlabel="residue", ylabel="residue")
+    lines = textwrap.wrap(f"{title}: {length} residues", 56, max_lines=4, placeholder=" …")
+    axes.set_title("\n".join(lines), parse_math=False)  # ids may have a `$`
+    axes.locator_params(integer=True)
     figure.colorbar(image, label="contact probability")
     return outputs.png_bytes(figure)

@@ -60,7 +60,7 @@ def _labels(
     `groups` numbers the sequences; equal ones have the same number.
     """
     fields = [field.strip() for field in found.require(arguments.target, "--target")]
-    numbers = [_number(field) for field in fields]
+    numbers = [math.nan if number is None else number for number in found.numbers(arguments.target, "--target")]
     task = arguments.task or ("regression" if sum(map(math.isfinite, numbers)) * 2 > len(fields) else "classification")
     for row, field, number in zip(found.rows, fields, numbers, strict=True):
         if not field or (task == "regression" and not math.isfinite(number)):
@@ -77,13 +77,6 @@ def _labels(
     if len(set(fields)) < 2:
         raise InvalidTable(f"{found.name}: {arguments.target} is {fields[0][:40]!r} in every row")
     return task, np.array(fields if task == "classification" else numbers)
-
-
-def _number(field: str) -> float:
-    try:
-        return float(field)
-    except ValueError:
-        return math.nan
 
 
 def _tokens(found: VariantTable, sequences: Sequence[str]) -> list[npt.NDArray[np.uint8]]:

@@ -28,7 +28,6 @@ from .variant_table import VariantTable, read_table
 _MUTANT, _SEQUENCE, _MEASURED = "mutant", "mutated_sequence", "DMS_score"
 _ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _MUTATION_COL, _MEASURED_COL = "--mutation-col", "--measured-col"
-_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
 # Positions in one strip of the heat map.
 _STRIP = 100
 # A picture cannot be higher.
@@ -148,7 +147,7 @@ def _measured(table: VariantTable, name: str | None) -> tuple[str, list[float]] 
         name = _MEASURED if table.column(_MEASURED, _MEASURED_COL) is not None else _only_numbers(table)
     if name is None:
         return None
-    numbers = [_number(text) for text in table.require(name, _MEASURED_COL)]
+    numbers = table.numbers(name, _MEASURED_COL)
     unread = [row.line for row, number in zip(table.rows, numbers, strict=True) if number is None]
     if unread:
         print(
@@ -164,21 +163,13 @@ def _only_numbers(table: VariantTable) -> str | None:
     found = []
     for name in table.columns:
         if name and name not in SCORING_METHODS and table.columns.count(name) == 1:
-            numbers = [_number(text) for text in table.require(name, _MEASURED_COL)]
+            numbers = table.numbers(name, _MEASURED_COL)
             if None not in numbers and not all(number != number for number in numbers):
                 found.append(name)
     if len(found) > 1:
         names = listed(map(repr, found))
         print(f"numpyesm: no correlation: say with --measured-col which of {names} is measured", file=sys.stderr)
     return found[0] if len(found) == 1 else None
-
-
-def _number(text: str) -> float | None:
-    """Return the number, NaN for a missing value, None for anything else."""
-    try:
-        return math.nan if text.strip().lower() in _MISSING else float(text)
-    except ValueError:
-        return None
 
 
 def _report(column: str, scores: Sequence[float], name: str, measured: Sequence[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from ..text_input import encoding_of, unpacked
 _DELIMITERS = (",", "\t", ";")
 # A byte order mark, and a first line that tells Excel the delimiter.
 _HEAD = re.compile(r"\ufeff?(?:\s*\"?sep=([^\r\n\"])\"?[,;\t]*(?:\r\n|\r|\n))?", re.IGNORECASE)
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "#n/a"})
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?")
 # csv's own limit is 131,072 characters per field. This is the largest that works on every system.
 _LONGEST_FIELD = 2**31 - 1
 
@@ -67,6 +70,10 @@ class VariantTable:
             )
         return found
 
+    def numbers(self, name: str, option: str) -> list[float | None]:
+        """Return a column as numbers: NaN for a missing value, None for what is not a number."""
+        return [_number(field, comma=self.delimiter == ";") for field in self.require(name, option)]
+
     def with_column(self, name: str, values: Sequence[str], delimiter: str | None) -> bytes:
         """Return the table with one more column at the end.
 
@@ -92,6 +99,17 @@ class VariantTable:
             return text.encode(self.encoding)
         except UnicodeEncodeError:  # for the new column's name
             return text.encode()
+
+
+def _number(field: str, comma: bool) -> float | None:
+    """Read a number, perhaps with a decimal comma, as spreadsheets write it where fields end in semicolons."""
+    field = field.strip()
+    if comma and _DECIMAL_COMMA.fullmatch(field):
+        field = field.replace(",", ".")
+    try:
+        return math.nan if field.lower() in _MISSING else float(field)
+    except ValueError:
+        return None
 
 
 def _csv(rows: Iterable[Sequence[str]], delimiter: str = ",", end: str = "\n") -> str:

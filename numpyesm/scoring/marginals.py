@@ -90,6 +90,8 @@ def check_window(window: object, length: int, method: str) -> Window:
     the whole wild type is to be seen at once, and the model cannot.
     """
     advice = "a window (window=1022, --window 1022) scores every position among that many residues around it"
+    if method == "log-prob":
+        advice = "the other methods can score it with a window (window=1022, --window 1022)"
     if isinstance(window, str) and window == PROTEINGYM:
         if method not in SCAN_METHODS:
             raise InvalidOption(f"window={window!r} is for {' and '.join(SCAN_METHODS)}, not for {method!r}")

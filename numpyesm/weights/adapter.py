@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..files import same_file
 from ..printable import quoted
 from .assemble import is_finite
-from .checkpoint import CLASSIFIER, Checkpoint, canonical_shapes
+from .checkpoint import CLASSIFIER, DECODER, Checkpoint, canonical_shapes
 from .hugging_face import NAMING, adapter_file, classifier_of, read_config
 from .load import load_checkpoint, read_weights
 from .recognise import Model, named_tensors
@@ -139,8 +139,11 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, name: str = "") -> Checkpoi
         for ours, modules in NAMING.parts(config).items()
         for part, module in enumerate(modules)
     }
+    places |= {module: (module, 0, 1) for module in ("lm_head", "lm_head.decoder")}  # a bias, the last matrix
     tensors = {n: t for n, t in checkpoint.tensors.items() if head is None or not n.startswith(CLASSIFIER)}
     tensors |= head or {}
+    if checkpoint.has_lm_head and any(name.startswith("lm_head.decoder.") for name in changes):
+        tensors.setdefault(DECODER, StoredTensor(checkpoint.vocabulary()))  # it was tied to the embedding
     for changed, change in changes.items():
         module, _, kind = changed.rpartition(".")
         if module not in places and module.startswith(NAMING.layers):

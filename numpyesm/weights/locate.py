@@ -94,13 +94,22 @@ def resolve_base(folder: Path) -> tuple[str, Path | str]:
 
 def _shared_base(spec: str | os.PathLike[str], found: Path | str) -> Checkpoint:
     """Load a base of adapters once for all models of this process that are made from it."""
-    times = [file.stat().st_mtime_ns for file in weight_files(found) or [found]] if isinstance(found, Path) else []
-    key = (os.fspath(spec), str(found), *times)
+    key = (os.fspath(spec), *state_of(found))
     with _lock:
         checkpoint = _bases.get(key)
         if checkpoint is None:
             checkpoint = _bases[key] = load_found(spec, found)
     return checkpoint
+
+
+def state_of(found: Path | str) -> tuple[object, ...]:
+    """What differs as soon as what `resolve` found is another file, or was replaced or overwritten."""
+    if isinstance(found, str):
+        return (found,)
+    adapter = adapter_file(found)
+    files = weight_files(found) or [adapter or found]
+    times = tuple(file.stat().st_mtime_ns for file in files)
+    return (str(found.absolute()), *times, *(() if adapter is None else state_of(resolve_base(found)[1])))
 
 
 def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revision: str | None = None) -> Path | str:

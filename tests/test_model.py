@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import pickle
+import signal
 import sys
 import threading
 import warnings
@@ -373,19 +374,28 @@ def test_interrupt_stops_the_workers(model: ESM2, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_workers_outlive_errors_and_forks_and_end_with_their_pool() -> None:
-    others, seen = set(threading.enumerate()), list[int]()
-    pool, give_up = WorkerPool(2), Mock()
+def test_workers_outlive_errors_and_forks_and_end_with_their_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, seen, children = set(threading.enumerate()), list[int](), list[int]()
+    pool, give_up, start = WorkerPool(2), Mock(), threading.Thread.start
+
+    def fork_and_start(thread: threading.Thread) -> None:
+        """When a worker starts, the pool's lock is held, which the child must not wait for."""
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                signal.alarm(20)
+                pool.run_together(seen.append, 3, give_up)  # by workers of its own
+                os._exit(len(seen))
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fork_and_start)
     with pytest.raises(ZeroDivisionError):
         pool.run_together(lambda index: 1 // index, 2, give_up)
     give_up.assert_called_once_with()
-    if (child := os.fork()) == 0:
-        pool.run_together(seen.append, 3, give_up)  # by workers of its own
-        os._exit(len(seen))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 3
     workers = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("numpyesm_")]
     assert len(workers) == 2
-    del pool
+    pool = None  # gone
     for worker in workers:
         worker.join(10)
         assert not worker.is_alive()

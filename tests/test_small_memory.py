@@ -16,7 +16,8 @@ from numpyesm import ESM2, InvalidOption, NotEnoughMemory
 from numpyesm.batch import BLOCK_ROWS, Batch
 from numpyesm.config import PRESETS
 from numpyesm.kernels.narrow import NarrowMatrix
-from numpyesm.memory import MemoryBudget, Sizes, format_memory, parse_memory
+from numpyesm.memory import MemoryBudget, Sizes, format_memory, memory_limit, parse_memory
+from numpyesm.threads import default_threads
 from numpyesm.weights import save_canonical
 from numpyesm.weights.checkpoint import MATRICES, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
@@ -24,6 +25,30 @@ from numpyesm.weights.tensor import PRECISION_DTYPES, StoredTensor
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+GROUPS = {  # a limit on the inner group or on one around it, as Slurm and systemd set them
+    "2": {"proc/self/cgroup": "0::/job/step\n", "sys/fs/cgroup/job/cpu.max": "150000 100000\n",
+          "sys/fs/cgroup/job/step/memory.max": "1048576\n", "sys/fs/cgroup/job/step/memory.current": "4096\n"},
+    "1": {"proc/self/cgroup": "3:memory:/job\n2:cpu,cpuacct:/job/step\n",
+          "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "150000\n", "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+          "sys/fs/cgroup/memory/memory.limit_in_bytes": "1048576\n",
+          "sys/fs/cgroup/memory/memory.usage_in_bytes": "4096\n"},
+}  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("version", GROUPS)
+def test_limits_of_control_groups(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    def read_text(path: Path) -> str:
+        if str(path)[1:] not in GROUPS[version]:
+            raise FileNotFoundError(path)
+        return GROUPS[version][str(path)[1:]]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    monkeypatch.delenv("NUMPYESM_THREADS", raising=False)
+    assert (default_threads(), memory_limit()) == (2, 1 << 20)
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,7 @@ from numpyesm.serverless.function import Function
 from numpyesm.service.app import Service
 from numpyesm.weights.synthetic import random_checkpoint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
-    pytest.mark.filterwarnings("ignore::numpyesm.InputWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning", "ignore::numpyesm.InputWarning")
 
 ACTIONS = ("encode", "predict", "log_prob")
 JSON = {"content-type": "application/json"}

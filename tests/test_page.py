@@ -32,8 +32,7 @@ from numpyesm.weights.synthetic import random_checkpoint
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::numpyesm.InputWarning"),
-    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning"),
+    pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning", "ignore::numpyesm.InputWarning"),
 ]
 PAGE = Path(__file__).parents[1] / "numpyesm" / "service" / "page"
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

@@ -55,23 +55,24 @@ def test_no_private_name_is_imported() -> None:
     assert not {one for found in IMPORTS.values() for one in found if re.search(r"(^|\.)_(?!_|version\.)", one)}
 
 
-def test_what_is_loaded() -> None:
-    """By the import: NumPy and the standard library; by computing, and by fair-esm's look-alike: nothing more."""
+def test_what_is_loaded(small_file: str) -> None:
+    """By the import: NumPy and the standard library; by a file, computing and fair-esm's look-alike: little more."""
     # Editable installs put finders of their own into sys.modules.
-    code = """
+    code = f"""
 import sys, json, warnings
 warnings.simplefilter("ignore")
 before = set(sys.modules)
 import numpyesm
-print(json.dumps(list({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))))
-model = numpyesm.ESM2.from_pretrained("synthetic:esm2-8m", backend="numpy")
+print(json.dumps(list({{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names))))
+model = numpyesm.ESM2.from_pretrained({small_file!r}, backend="numpy")
 model.encode(["MKT"], include=["mean", "contacts", "logits"])
 import numpyesm.compat.fair_esm, numpyesm.compat.extract
-print(json.dumps(list({name.split(".")[0] for name in sys.modules})))
+print(json.dumps(list(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     imported, used = map(json.loads, done.stdout.splitlines())
     # numpy 1 loads numpy.random at once, and Cython leaves its name behind.
     assert {name for name in imported if not name.startswith("_")} <= {"numpy", "numpyesm", "cython_runtime"}
-    assert {"safetensors", "huggingface_hub", "numba", "torch", "scipy", "matplotlib", "httpx"}.isdisjoint(used)
+    assert {"huggingface_hub", "numba", "torch", "scipy", "matplotlib", "httpx"}.isdisjoint(used)
+    assert {"numpyesm.weights.torch_file", "numpyesm.weights.hub"}.isdisjoint(used)

@@ -252,7 +252,7 @@ builtins.open = open_without_proc
 # Everything in one process, which prints what it found.
 CODE = """
 import json, pkgutil, importlib, numpyesm
-from numpyesm import ESM2, MissingExtra
+from numpyesm import ESM2, InvalidOption, MissingExtra
 skipped = ("numba_", "service", "cli.serve", "cli.embed", "bulk", "compat", "hub", "sklearn", "ray", "serve")
 for module in pkgutil.walk_packages(numpyesm.__path__, "numpyesm.", onerror=lambda name: None):
     if not any(part in module.name for part in skipped) and module.name != "numpyesm.__main__":
@@ -264,12 +264,13 @@ for options in ({}, {"threads": 4}, {"max_memory": "500M"}):
     result = model.encode(["MKTFFVLVLLLSGALAAPVA" * 12], include=["mean", "contacts", "logits"])[0]
     found.append([result.embeddings[3].tolist(), result.contacts.tolist(), result.logits.tolist(),
                   model.predict(["MK<mask>F"])[0].logits.tolist(), float(model.log_prob(["MKT"])[0])])
-try:
-    ESM2.from_pretrained(PATH, backend="numba")
-except MissingExtra as error:
-    assert "pip install" in str(error)  # asked for by name, it is an error of ours
-else:
-    raise AssertionError("there is no Numba")
+for options, expected in (({"backend": "numba"}, MissingExtra), ({"precision": "bf16"}, InvalidOption)):
+    try:
+        ESM2.from_pretrained(PATH, **options)
+    except expected as error:  # asked for by name, it is an error of ours
+        assert all(part in str(error) for part in ("Numba is not installed", "pip install", "numpyesm[fast]"))
+    else:
+        raise AssertionError("there is no Numba")
 print(json.dumps(found))
 """
 

@@ -10,7 +10,7 @@ import pytest
 
 from numpyesm import ESM2, InvalidMutation, InvalidSequence
 from numpyesm.fasta import Record
-from numpyesm.given import labelled, texts
+from numpyesm.given import labelled
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")
@@ -78,7 +78,7 @@ def test_every_door_refuses_it(model: ESM2, given: Any, said: str) -> None:
 
 
 def test_what_is_iterated_over(model: ESM2) -> None:
-    """Used up, with an error of their own, or endless; and a record, which is not a list of them."""
+    """Used up, or with an error of their own; and a record, which is not a list of them. Endless: test_bulk.py."""
     sequences = (s for s in FEW)
     assert len(model.encode(sequences)) == 3
     with pytest.raises(InvalidSequence, match="a generator gives its items only once"):
@@ -87,13 +87,6 @@ def test_what_is_iterated_over(model: ESM2) -> None:
         model.embed_iter(Record("a", "a", "MKT"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unsupported"):
         model.encode(1 + s for s in FEW)  # type: ignore[operator]
-
-    def endless() -> Any:
-        yield "MKT"
-        pytest.fail("read ahead")
-
-    assert next(labelled(endless())) == (None, "MKT")
-    assert texts(iter(["MKT"])) == ["MKT"]
 
 
 def test_mutations(model: ESM2) -> None:

@@ -183,12 +183,6 @@ def test_dtype_of_a_canonical_file_changes_and_provenance_stays(tmp_path: Path, 
     np.testing.assert_array_equal(back.array("layers.0.qkv.weight"), half.array("layers.0.qkv.weight"))
 
 
-def test_synthetic_source_and_folder_output(tmp_path: Path) -> None:
-    result = convert("synthetic:esm2-8m:5", tmp_path / "weights", dtype="bf16")
-    assert result.path == tmp_path / "weights" / "synthetic-esm2-8m-bf16.safetensors"  # not a real model's name
-    assert (result.checkpoint.synthetic, result.checkpoint.source) == (True, "synthetic:esm2-8m:5")
-
-
 def test_the_source_is_never_overwritten(tmp_path: Path, canonical: Path) -> None:
     os.link(canonical, tmp_path / "same.safetensors")
     before = canonical.read_bytes()
@@ -237,15 +231,10 @@ def test_no_checkpoint_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: 
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_places_without_weights(tmp_path: Path, canonical: Path) -> None:
-    with pytest.raises(WeightsNotFound, match=r"none\.pt does not exist"):
-        convert(tmp_path / "none.pt", tmp_path / "x.safetensors")
+def test_a_folder_without_weights_and_a_regression_too_many(tmp_path: Path, canonical: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsNotFound, match="holds no weights"):
         load_checkpoint(tmp_path / "empty")
-    convert(canonical, tmp_path / "second.safetensors")
-    with pytest.raises(CheckpointError, match="several checkpoints"):
-        load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="not a fair-esm checkpoint"):
         load_checkpoint(canonical, regression=canonical)
 

@@ -201,7 +201,7 @@ def test_the_command_writes_tsv_json_and_npz(run: Any, weights: Any, models: Any
 @pytest.mark.filterwarnings("ignore::numpyesm.SyntheticWeightsWarning")
 def test_the_service_and_lambda(models: dict[str, ESM2]) -> None:
     from jsonschema import Draft202012Validator
-    from test_api import both_doors
+    from test_api import both_doors, post
 
     from numpyesm.api.catalog import Catalog
     from numpyesm.api.schema import openapi_document
@@ -211,27 +211,22 @@ def test_the_service_and_lambda(models: dict[str, ESM2]) -> None:
     items = [{"sequence": sequence} for sequence in SEQUENCES]
     classes = {"items": items, "params": {"include": ["classes"]}}
     with both_doors(catalog) as ask:
-
-        def post(action: str, document: Any, slug: str) -> Any:
-            body = json.dumps(document).encode()
-            return ask("POST", f"/api/v3/{slug}/{action}", body, {"content-type": "application/json"})
-
         for kind, model in models.items():
-            results = post("classify", {"items": items}, kind).json()
+            results = post(ask, "classify", {"items": items}, kind).json()
             Draft202012Validator(answers["ClassifyAnswer"]).validate(results)
             for one, expected in zip(results["results"], model.classify(SEQUENCES), strict=True):
                 assert one.pop("sequence_index") == expected.sequence_index
                 assert one.pop("labels") == HEADS[kind][2]
                 for name, values in one.items():
                     np.testing.assert_allclose(values, getattr(expected, name), atol=1e-5)
-            encoded = post("encode", classes, kind).json()
+            encoded = post(ask, "encode", classes, kind).json()
             Draft202012Validator(answers["EncodeAnswer"]).validate(encoded)
             assert encoded["results"][0]["labels"] == HEADS[kind][2]
-        bad = post("classify", {"items": [*items, {"sequence": "M1T"}], "params": {"include": []}}, "single")
+        bad = post(ask, "classify", {"items": [*items, {"sequence": "M1T"}], "params": {"include": []}}, "single")
         assert (bad.status_code, len(bad.json()["errors"])) == (422, 2)
-        assert post("classify", {"items": items * 3}, "single").status_code == 422
+        assert post(ask, "classify", {"items": items * 3}, "single").status_code == 422
         for action, document, status in (("classify", {"items": items}, 404), ("encode", classes, 422)):
-            refused = post(action, document, "plain")
+            refused = post(ask, action, document, "plain")
             assert (refused.status_code, "no classification head" in refused.json()["detail"]) == (status, True)
         described = {one["slug"]: one for one in ask("GET", "/api/v3/models").json()["models"]}
     assert (described["token"]["head"], described["token"]["labels"]) == ("token", HEADS["token"][2])

@@ -201,7 +201,6 @@ def test_outputs_that_are_streams_or_cannot_be_written(run: Any) -> None:
         (["encode", "MK<mask>"], 1, "predict"),
         (["encode", "-"], 1, "record 2 (sp|P1|BAD): 'J' at position 3"),
         (["encode", "MKT", "--layers", "9"], 2, "3 layers"),
-        (["encode", "MKT", "--weights", ""], 2, "an unset variable?"),
         (["encode", "MKT", "--max-memory", "plenty"], 2, "max_memory='plenty'"),
         (["encode", "MKT", "--max-memory", "10M"], 1, "max_memory is 10 MiB, but a process with"),
         (["classify", "MKT", "-o", "x.tsv"], 1, "have no classification head"),
@@ -256,9 +255,6 @@ def test_convert_info_and_verify(run: Any) -> None:
     done = run("verify", "--weights", "half.safetensors")
     assert (done.code, "DIFFERS" in done.out.decode()) == (1, True)
     assert "synthetic weights cannot reproduce" in done.err
-    done = run("verify")
-    assert (done.code, done.out) == (2, b"")
-    assert "reference numbers for esm2-8m and esm2-35m only" in done.err
 
 
 @pytest.mark.skipif(bool(OFFICIAL_HERE), reason="official weights are in weights/")

@@ -155,15 +155,12 @@ def test_symbols_are_the_kernels_and_a_few_of_libc(library: Path) -> None:
     assert library.stat().st_size < 3e6 / len(levels()) * len(built)
 
 
-def test_it_runs_where_numba_does_not(library: Path, tmp_path: Path) -> None:
-    path = without_numba(tmp_path)
+def test_a_library_that_fits_and_others(library: Path, tmp_path: Path) -> None:
+    """It runs where Numba does not. Another that was named is an error; that was found, passed over with a warning."""
+    path = without_numba(tmp_path)  # or it would compile now
     out, _ = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS=os.path.relpath(library.parent)))
     assert out.startswith("compiled set()")
     assert f"library {library}" in out
-
-
-def test_a_library_that_does_not_fit(library: Path, tmp_path: Path) -> None:
-    """What was named is an error; what was found is passed over with a warning."""
     other = library.read_bytes().replace(abi().encode(), abi().replace(abi()[2:6], "zzzz").encode())
     for name, content, reason in [
         ("other.so", other, "was built from other sources than this numpyesm"),
@@ -181,7 +178,6 @@ def test_a_library_that_does_not_fit(library: Path, tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").touch()
     (tmp_path / "other.so").rename(package / library_name())
-    path = without_numba(tmp_path)  # or it would compile now
     out, err = finish(start("-c", WHICH, PYTHONPATH=path, NUMPYESM_KERNELS="", NUMPYESM_CACHE=str(tmp_path)))
     assert out.startswith("numpy")
     assert "the compiled kernels are not used" in err

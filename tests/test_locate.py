@@ -296,7 +296,7 @@ def test_work_on_local_weights_opens_no_socket(run, no_sockets, monkeypatch, arg
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        *((f"{command} --weights=", "--weights") for command in ("encode MKT", "verify", "info", "score MKT x.csv")),
+        *((f"{command} --weights=", "unset") for command in ("encode MKT", "verify", "info", "score MKT x.csv")),
         ("fetch ''", "not an empty text"),
         ("fetch esm2-8m -o ''", "not an empty text"),
         ("fetch esm2-8m --revision=", "not an empty text"),

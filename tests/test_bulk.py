@@ -107,20 +107,22 @@ def test_odd_records(model: ESM2, tmp_path: Path) -> None:
     source.write_bytes(
         b">first one\r\nmkta\r\n\r\nyi*\r\n>\r\nMK-X\r\n>dup\r\nMKTAYI\n>dup again\r\nMKT AYI\n>empty\n>star\n*\n"
         b">inner\nMK*T\n>j\nMKTJ\n>mask\nMK<mask>\n>Esp\xe8ce in Latin-1\nMKU\n>\xc3\xa9 in UTF-8\tand a tab\nMKO\n"
-        b">long\n%b\n>endless\n%b\n>last\nW" % (LONG.encode(), (b"MKTQ*" * 12 + b"\n") * 33_334)
+        b">words\nno such thing\nMK\n>gaps\n----\n>long\n%b\n>endless\n%b\n>last\nW"
+        % (LONG.encode(), (b"MKTQ*" * 12 + b"\n") * 33_334)
     )
     summary = embed_fasta(source, tmp_path / "o.parquet", model, include=["mean"])
-    assert (summary.records, summary.sequences, summary.rejected) == (7, 5, 7)
+    assert (summary.records, summary.sequences, summary.rejected) == (7, 5, 9)
     found = rows(tmp_path / "o.parquet")
     sequences = ["MKTAYI", "MK-X", "MKTAYI", "MKTAYI", "MKU", "MKO", "W"]
     assert [row["id"] for row in found] == ["first", "sequence_2", "dup", "dup", "Espèce", "é", "last"]
     assert [row["length"] for row in found] == [*map(len, sequences)]
-    assert [row["record"] for row in found] == [1, 2, 3, 4, 10, 11, 14]
+    assert [row["record"] for row in found] == [1, 2, 3, 4, 10, 11, 16]
     assert found[4]["description"] == "Espèce in Latin-1"
     assert_close([row[MEAN] for row in found], [result.embeddings[LAST] for result in model.encode(sequences)])
     reasons = {
         "id": "reason", "empty": "no sequence", "star": "no sequence", "inner": "'*' at position 3",
-        "j": "'J' at position 4", "mask": "<mask>", "long": "2500 residues, at most 2048", "endless": "1000000 letters",
+        "j": "'J' at position 4", "mask": "<mask>", "words": "is text or a table", "gaps": "only gaps",
+        "long": "2500 residues, at most 2048", "endless": "1000000 letters",
     }  # fmt: skip
     lines = [line.split("\t") for line in (tmp_path / "o.rejected.tsv").read_text().splitlines()]
     assert [line[1] for line in lines] == list(reasons)

@@ -318,12 +318,10 @@ def test_impossible_headers(tmp_path, header, message):
     assert len(str(caught.value)) < 400
 
 
-def test_files_that_cannot_be_mapped_are_read(written, monkeypatch):
+def test_files_that_cannot_be_mapped_are_checked(written, monkeypatch):
+    """That they are read: test_small_memory.py."""
     monkeypatch.setattr(MappedFile, "open", Mock(side_effect=OSError(errno.ENODEV, "no such device")))
-    tensors, metadata = read_safetensors(written)
-    assert metadata["who"] == "me"
-    np.testing.assert_array_equal(tensors["b.second"].raw, TENSORS["b.second"].raw)
-    assert MappedFile.open.called
     written.write_bytes(written.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged, truncated"):
         read_safetensors(written)
+    assert MappedFile.open.called

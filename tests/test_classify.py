@@ -167,8 +167,6 @@ def test_an_unknown_head_is_left_out(changed: Any, architectures: list[str] | No
         model = ESM2.from_pretrained(changed("token", architectures=architectures), backend="numpy")
     assert (model.head, model.labels) == (None, [])
     with pytest.raises(MissingHead, match="no classification head"):
-        model.classify(["MKT"])
-    with pytest.raises(MissingHead, match="no classification head"):
         model.encode(["MKT"], include=["classes"])
 
 

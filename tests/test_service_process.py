@@ -47,7 +47,6 @@ def weights(small_file: str) -> list[str]:
         (["--api-keys-file", "absent"], "cannot be read"),
         (["--model", "ESM/2=synthetic"], "slug"),
         (["--model", "a=synthetic:esm2-8m", "--model", "a=synthetic:esm2-8m"], "twice"),
-        (["--deadline", "0"], "--deadline"),
         (["--max-memory", "lots"], "--max-memory='lots'"),
         (["--max-memory", "30M"], "a memory limit of 30 MiB"),
         (["--host", "no.such.host.invalid"], "--host"),

@@ -108,7 +108,7 @@ class MappedFile(mmap.mmap):
     def open(cls, file: BinaryIO) -> MappedFile:
         """Map an open file."""
         mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.path, mapped.identity = os.path.abspath(file.name), _identity(file.fileno())
+        mapped.path, mapped.identity = os.path.abspath(file.name), identity(file.fileno())
         return mapped
 
     def release(self) -> None:
@@ -120,13 +120,13 @@ class MappedFile(mmap.mmap):
     def overwritten(self) -> bool:
         """Whether the content changed. A file that was removed or replaced by another is still mapped as it was."""
         try:
-            now = _identity(self.path)
+            now = identity(self.path)
         except OSError:
             return False
         return now != self.identity and now[:2] == self.identity[:2]
 
 
-def _identity(file: _AnyPath | int) -> tuple[int, ...]:
+def identity(file: _AnyPath | int) -> tuple[int, ...]:
     """Return what changes when a file is replaced (device, inode) or overwritten in place (size, time)."""
     found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

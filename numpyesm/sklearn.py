@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from .alphabet import tokenize, warn_of_odd_sequences
 from .config import Classifier
-from .errors import InvalidOption, MissingExtra, MissingHead, warn
+from .errors import InvalidOption, MissingExtra, MissingHead, WeightsNotFound, warn
 from .given import Sequences, texts
 from .model import ESM2, SyntheticWeightsWarning
 from .options import (
@@ -26,7 +25,7 @@ from .options import (
     whole_number,
 )
 from .passes import Tokens
-from .threads import check_threads
+from .threads import Lock, check_threads
 from .weights.locate import default_weights, resolve, state_of
 
 try:
@@ -39,7 +38,7 @@ Estimator = TypeVar("Estimator", bound="_FromWeights")
 
 # Copies of an estimator (clone, every fold of a cross-validation) share one loaded model per process.
 _loaded: dict[tuple[Any, ...], ESM2] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class _FromWeights(BaseEstimator):  # type: ignore[misc]
@@ -86,8 +85,12 @@ class _FromWeights(BaseEstimator):  # type: ignore[misc]
             yield tokens[start : start + self.batch_size]
 
     def _model(self) -> ESM2:
-        found = resolve(default_weights() if self.weights is None else self.weights)
-        key = (state_of(found), self.backend, self.precision, self.threads, os.getpid())
+        named = default_weights() if self.weights is None else self.weights
+        try:
+            state = state_of(resolve(named, allow_download=False))
+        except WeightsNotFound:  # loading fetches them, or says so
+            state = (os.fspath(named),)
+        key = (state, self.backend, self.precision, self.threads, os.getpid())
         with _lock:
             model = _loaded.get(key)
             if model is None:

@@ -55,10 +55,10 @@ class WorkerPool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.begin()
-        _pools.add(self)
+        self.begin_anew()
+        _renewed.add(self)
 
-    def begin(self) -> None:
+    def begin_anew(self) -> None:
         """No workers yet: they start when there is work for them, and end with this object."""
         self._lock = threading.Lock()
         self._started = self._unfinished = 0
@@ -135,13 +135,30 @@ class WorkerPool:
             return self._tasks if self._started else None
 
 
-_pools: WeakSet[WorkerPool] = WeakSet()
+class Lock:
+    """A lock that is open in the child of a fork, whoever held it."""
+
+    def __init__(self) -> None:
+        self.begin_anew()
+        _renewed.add(self)
+
+    def begin_anew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_renewed: WeakSet[WorkerPool | Lock] = WeakSet()
 
 
 def _begin_anew() -> None:
     """In the child of a fork: the workers are not there, and whoever held a lock is not, either."""
-    for pool in list(_pools):
-        pool.begin()
+    for one in list(_renewed):
+        one.begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -17,7 +17,7 @@ from numpyesm import ESM2
 from numpyesm.cli import main
 from numpyesm.config import ModelConfig
 from numpyesm.errors import CheckpointError, WeightsNotFound
-from numpyesm.weights import convert, load_checkpoint, open_weights, save_canonical
+from numpyesm.weights import convert, default_weights, load_checkpoint, open_weights, save_canonical
 from numpyesm.weights.synthetic import random_checkpoint
 
 mk = pytest.importorskip("make_checkpoints")
@@ -67,7 +67,7 @@ def write(folder: Path, tensors: Arrays, base: object = None, **config: Any) -> 
     return folder
 
 
-def test_doors_to_an_adapter(base: Path, tmp_path: Path) -> None:
+def test_doors_to_an_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base and adapter, the adapter alone, the merged file: the same numbers."""
     folder = write(tmp_path / "adapter", lora() | head(), base, task_type="SEQ_CLS")
     (folder / "config.json").write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
@@ -76,7 +76,10 @@ def test_doors_to_an_adapter(base: Path, tmp_path: Path) -> None:
     assert main(["convert", str(folder), "-o", str(tmp_path / "again.safetensors")]) == 0
     assert load_file(merged).keys() == load_file(tmp_path / "again.safetensors").keys()
     sequences = [random_sequence(40), random_sequence(7)]
-    opened = [open_weights(base, adapter=folder), open_weights(folder), open_weights(merged)]
+    monkeypatch.setenv("NUMPYESM_WEIGHTS", str(folder))
+    with pytest.raises(CheckpointError, match="not the esm2-8m that was asked for"):
+        open_weights("esm2-8m")
+    opened = [open_weights(base, adapter=folder), open_weights(default_weights()), open_weights(merged)]
     models = [ESM2(checkpoint, backend="numpy") for checkpoint in opened]
     first, *others = [model.classify(sequences) for model in models]
     for other in others:

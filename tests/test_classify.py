@@ -58,6 +58,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     models = {kind: write(folder / kind, kind) for kind in HEADS}
     for kind in HEADS:
         convert(folder / kind, folder / f"{kind}.safetensors")
+        # In a folder, not by the name of a published model, by which it would be found.
+        assert convert(folder / kind, folder / "all").path.name == f"custom-{kind}.safetensors"
     return folder, models
 
 

@@ -111,8 +111,9 @@ def test_pictures_of_contacts(run: Any) -> None:
     assert run("contacts", "MKTAYIAKQR", "-o", "map.png").code == 0
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
     Path("in.fasta").write_text(">b$\\frac$\nMKTAYIAKQR\n>c\nMKT\n")  # no TeX
+    Path("maps/map").mkdir(parents=True)  # somebody's own
     assert run("contacts", "in.fasta", "-o", "maps", "--format", "png").code == 0
-    assert {path.name for path in Path("maps").iterdir()} == {"001_b_frac.png", "002_c.png"}
+    assert {path.name for path in Path("maps").iterdir()} == {"001_b_frac.png", "002_c.png", "map"}
 
 
 READERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

@@ -16,7 +16,7 @@ from numpyesm import ESM2
 from numpyesm.cli import main
 from numpyesm.config import PRESETS, ModelConfig
 from numpyesm.errors import CheckpointError, InvalidOption, WeightsNotFound
-from numpyesm.weights import cache_dir, find_local, open_weights, resolve, save_canonical
+from numpyesm.weights import cache_dir, convert, find_local, open_weights, resolve, save_canonical
 from numpyesm.weights.cache import PINNED_COMMITS
 from numpyesm.weights.hub import is_offline
 from numpyesm.weights.synthetic import synthetic_checkpoint
@@ -117,6 +117,7 @@ def test_another_model_than_the_one_that_was_asked_for(tmp_path, models, monkeyp
         for ask in (resolve, open_weights):
             with pytest.raises(CheckpointError, match="NUMPYESM_WEIGHTS"):
                 ask("esm2-35m")
+        assert main(["convert", "esm2-35m", "-o", "out"]) == 1
 
 
 def test_synthetic_weights_are_never_found_by_a_real_name(tmp_path, models, monkeypatch):
@@ -195,8 +196,9 @@ def test_cache_of_huggingface_hub(tmp_path, models, monkeypatch, official, varia
     assert resolve("facebook/esm2_t6_8M_UR50D") == pinned
     blob = (pinned / "model.safetensors").resolve()
     blob.write_bytes(official[1][:-4] + b"\0\0\0\0")
-    with pytest.raises(CheckpointError, match="is corrupted: its checksum is not the one"):
-        open_weights("esm2-8m")
+    for read in (open_weights, lambda name: convert(resolve(name), tmp_path)):
+        with pytest.raises(CheckpointError, match="is corrupted: its checksum is not the one"):
+            read("esm2-8m")
     for commit in "123":
         shutil.rmtree(pinned.with_name(commit * 40))
     blob.unlink()  # interrupted: the links stand there, or only the configuration

@@ -29,7 +29,7 @@ from numpyesm.kernels.numpy_steps import gelu
 from numpyesm.memory import Sizes
 from numpyesm.options import Outputs
 from numpyesm.results import count_numbers, fields
-from numpyesm.threads import WorkerPool
+from numpyesm.threads import Lock, WorkerPool
 from numpyesm.weights import convert, save_canonical
 from numpyesm.weights.checkpoint import CONTACT_HEAD, LM_HEAD, Checkpoint
 from numpyesm.weights.synthetic import random_checkpoint
@@ -362,7 +362,7 @@ def test_interrupt_stops_the_workers(model: ESM2, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_workers_outlive_errors_and_forks_and_end_with_their_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     others, seen, children = set(threading.enumerate()), list[int](), list[int]()
-    pool, give_up, start = WorkerPool(2), Mock(), threading.Thread.start
+    lock, pool, give_up, start = Lock(), WorkerPool(2), Mock(), threading.Thread.start
 
     def fork_and_start(thread: threading.Thread) -> None:
         """When a worker starts, the pool's lock is held, which the child must not wait for."""
@@ -370,12 +370,13 @@ def test_workers_outlive_errors_and_forks_and_end_with_their_pool(monkeypatch: p
             children.append(os.fork())
             if not children[0]:
                 signal.alarm(20)
-                pool.run_together(seen.append, 3, give_up)  # by workers of its own
+                with lock:
+                    pool.run_together(seen.append, 3, give_up)  # by workers of its own
                 os._exit(len(seen))
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", fork_and_start)
-    with pytest.raises(ZeroDivisionError):
+    with lock, pytest.raises(ZeroDivisionError):
         pool.run_together(lambda index: 1 // index, 2, give_up)
     give_up.assert_called_once_with()
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 3

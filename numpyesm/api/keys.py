@@ -66,11 +66,13 @@ def read_keys(path: str | Path | None) -> list[str]:
             text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidOption(f"the API key file {path} cannot be read: {error}") from None
-        keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        for number, line in enumerate(text.splitlines(), start=1):
+            words = [] if line.lstrip().startswith("#") else line.split()
+            if len(words) > 1:
+                raise InvalidOption(f"the key in line {number} of {path} has a blank in it; write one key per line")
+            keys += words
         if not keys:
             raise InvalidOption(f"there is no key in the API key file {path}")
-        if bad := next((number for number, key in enumerate(keys, start=1) if len(key.split()) > 1), None):
-            raise InvalidOption(f"key {bad} in {path} has a blank in it; write one key per line")
     if (setting := os.environ.get(ENVIRONMENT)) is not None:
         found = setting.replace(",", " ").split()
         if not found:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         target = outputs.destination(arguments, _ENDINGS, terminal="map", otherwise="tsv")
     else:
         target = outputs.Destination(arguments.format or "tsv", str(folder))
-        outputs.check_writable(folder / "map")
+        outputs.check_writable(folder / "001_map.txt")
     options = {name: getattr(arguments, name) for name in ("threshold", "min_separation")}
     chosen = {name: value for name, value in options.items() if value is not None}
     if chosen and target.form not in outputs.DELIMITERS:

@@ -22,6 +22,7 @@ from ..threads import check_threads, default_threads
 from ..verification import compare_with_reference
 from ..weights import cache_dir, default_weights, find_local, open_weights, resolve
 from ..weights.checkpoint import Checkpoint
+from ..weights.hugging_face import adapter_file
 from ..weights.load import open_checkpoint
 from .inputs import load_model
 from .outputs import table
@@ -63,6 +64,7 @@ def convert(arguments: argparse.Namespace) -> int:
         regression=arguments.regression,
         layers=arguments.layers,
         adapter=adapter,
+        name="" if os.path.exists(arguments.source) else arguments.source,
         progress=True,
     )
     checkpoint = made.checkpoint
@@ -78,7 +80,7 @@ def convert(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     """Check the checksums in and next to the file, and the published numbers; return 1 if any differs."""
     path = resolve(arguments.weights or default_weights())
-    if isinstance(path, Path):
+    if isinstance(path, Path) and adapter_file(path) is None:
         verified = open_checkpoint(path).checksums
         print(f"{path}: {verified or 'no'} checksum{'s'[: verified != 1]} verified", file=sys.stderr)
     model = load_model(arguments)

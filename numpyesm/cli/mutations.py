@@ -216,7 +216,7 @@ def _scan_outputs(arguments: argparse.Namespace) -> tuple[outputs.Destination, P
         return target, picture
     if arguments.no_heatmap or target.path is None or is_stream(target.path):
         return target, None
-    return target, Path(target.path.removesuffix(target.compression)).with_suffix(".png")
+    return target, Path(target.path[: len(target.path) - len(target.compression)]).with_suffix(".png")
 
 
 def _matrix(scan: MutationScan, form: str) -> Iterator[bytes]:

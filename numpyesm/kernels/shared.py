@@ -5,17 +5,17 @@ Adapters of one base share the tensors that they do not touch (`Checkpoint.base`
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy.typing as npt
 
+from ..threads import Lock
 from ..weights.tensor import StoredTensor
 
 _made: WeakKeyDictionary[StoredTensor, WeakValueDictionary[Hashable, npt.NDArray[Any]]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def shared(tensor: StoredTensor, form: Hashable, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:

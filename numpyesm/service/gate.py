@@ -141,6 +141,7 @@ class _Exchange:
         except asyncio.TimeoutError:
             self.record.facts["reason"] = "the client does not read"
             self.break_connection()
+            await asyncio.sleep(0)  # for uvicorn to see that the connection is lost
             raise ClientDisconnect from None
 
     async def _discard_body(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from ..api.errors import ApiError
 from ..api.requests import Work
 from ..formats import Result
 
-# A piece of an answer as text, the same compressed and in the socket's buffer, and Python's own needs.
+# Pieces of answers as text, the same compressed and in the sockets' buffers (less than a megabyte for each client that
+# is slow to read), and Python's own needs.
 _SENDING = 16 << 20
 # Python's objects of one item.
 _PER_ITEM = 4096
@@ -123,19 +125,24 @@ class FairQueue:
             fits = not taken or (job.group == taken[0][0].group and job.rows[job.taken] <= rows_left)
             return fits and admit(job)
 
-        candidates = list(self._jobs)  # in order: clients with equal shares are served as they came
+        # With their places: clients with equal shares are served as they came.
+        candidates = [(self._given[job.client], place, job) for place, job in enumerate(self._jobs)]
+        heapq.heapify(candidates)
         while candidates:
-            job = min(candidates, key=lambda one: self._given[one.client])
-            if not may_join(job):
-                candidates.remove(job)  # room only shrinks during a pass
+            given, place, job = heapq.heappop(candidates)
+            if given < self._given[job.client]:  # another job of this client was taken since
+                heapq.heappush(candidates, (self._given[job.client], place, job))
+                continue
+            if not may_join(job):  # now or later: room only shrinks during a pass
                 continue
             taken.append((job, job.taken))
             rows_left -= job.rows[job.taken]
             self._given[job.client] += job.rows[job.taken]
             job.taken += 1
             if job.all_taken:
-                candidates.remove(job)
                 self.remove(job)
+            else:
+                heapq.heappush(candidates, (self._given[job.client], place, job))
         unfinished = {job.client for job, _ in taken if not job.all_taken}
         self._jobs.sort(key=lambda job: job.client in unfinished and (job.taken > 0 or sum(job.rows) > max_rows))
         return taken

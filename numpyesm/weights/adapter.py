@@ -93,7 +93,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     base, revision = _stated_base(config), config.get("revision")
     if not base:
         raise CheckpointError(f"{folder} is an adapter that does not name its base: give both (adapter=…)")
-    return base, revision if isinstance(revision, str) and revision else None
+    return base, revision if isinstance(revision, str) and revision not in ("", "main") else None
 
 
 def read_adapter(folder: Path) -> Adapter:

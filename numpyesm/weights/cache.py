@@ -14,11 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import OFFICIAL_NAMES, PRESETS, preset_name
+from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, warn
 from ..files import atomic_write, file_sha256
 from .hugging_face import adapter_file, files_of, weight_files
 
+VARIABLE = "NUMPYESM_WEIGHTS"
 # The commit of "facebook/<official name>" that each preset means.
 PINNED_COMMITS = {
     "esm2-8m": "c731040fcd8d73dceaa04b0a8e6329b345b0f5df",
@@ -183,6 +184,17 @@ def check_official(place: Path) -> None:
         blob = Path(os.path.realpath(file))
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and file_sha256(blob) != blob.name:
             raise CheckpointError(f"{file} is corrupted: its checksum is not the one that names it in the cache")
+
+
+def check_model(config: ModelConfig, spec: str | os.PathLike[str], found: Path | str) -> None:
+    """Raise CheckpointError if `spec` is the name of another published model than the one that was found."""
+    name = preset_name(spec) if isinstance(spec, str) else None
+    if name is None or config == PRESETS[name]:
+        return
+    where = f"{found} (from {VARIABLE})" if VARIABLE in os.environ else found
+    shape = f"a model of {config.num_layers} layers and width {config.embed_dim}"
+    what = shape if config.name == "custom" else config.name
+    raise CheckpointError(f"{where} holds {what}, not the {name} that was asked for")
 
 
 def ways_out(name: str) -> str:

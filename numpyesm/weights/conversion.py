@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InvalidOption
-from ..files import file_sha256, same_file
+from ..files import file_sha256, safe_stem, same_file
 from .adapter import merged, read_adapter
-from .cache import file_name
+from .cache import check_model, check_official, file_name
 from .canonical import check_dtype, save_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import files_of
 from .load import Opened, load_checkpoint, open_checkpoint
 from .reading import reading
+from .synthetic import is_synthetic_spec
 
 
 class Conversion(NamedTuple):
@@ -36,6 +37,7 @@ def convert(
     regression: str | os.PathLike[str] | None = None,
     layers: int | None = None,
     adapter: Path | None = None,
+    name: str = "",
     progress: bool = False,
 ) -> Conversion:
     """Convert weights to a canonical file.
@@ -45,7 +47,8 @@ def convert(
     source : str or path
         Whatever `load_checkpoint` opens, also a canonical file to change its dtype, or `synthetic[:name[:seed]]`.
     output : str or path
-        A `.safetensors` file, or a folder for `<model>.safetensors`. Written atomically.
+        A `.safetensors` file, or a folder for `<model>.safetensors`, or `<model>-<source>.safetensors` of what was
+        fine-tuned. Written atomically.
     dtype : {'fp32', 'fp16', 'bf16', 'int8'}
         Storage of the matrices; everything else is float32.
     regression : path, optional
@@ -54,6 +57,8 @@ def convert(
         Keep only this many of the first layers, without the heads: a smaller, faster file with the same embeddings.
     adapter : Path, optional
         A folder of peft, to be merged in.
+    name : str
+        What the user called the source: if it is a published model, no other will do.
     progress : bool
         Show a progress bar on stderr, if it takes longer than a second.
 
@@ -64,10 +69,19 @@ def convert(
     """
     check_target(output, dtype)
     _announce(Path(source), progress)
+    if not is_synthetic_spec(os.fspath(source)):
+        check_official(Path(source))
     opened = open_checkpoint(source, regression=regression)
+    check_model(opened.checkpoint.config, name, os.fspath(source))
     if adapter is not None:
         made = merged(opened.checkpoint, read_adapter(adapter), os.fspath(source))
-        opened = replace(opened, checkpoint=made, files=(*opened.files, *files_of(adapter)))
+        theirs = files_of(adapter)
+        opened = replace(
+            opened,
+            checkpoint=made,
+            files=(*opened.files, *theirs),
+            weight_files=(*opened.weight_files, *theirs),
+        )
     if layers is not None:
         opened = replace(opened, checkpoint=opened.checkpoint.first_layers(layers))
     path = write(opened, output, dtype, progress)
@@ -85,15 +99,22 @@ def write(opened: Opened, output: str | os.PathLike[str], dtype: str, progress: 
     """Write a canonical file, with its provenance, at the path that is returned; see `convert`."""
     checkpoint, path = opened.checkpoint, Path(output)
     if path.suffix != ".safetensors" or path.is_dir():
-        # Never a real model's name for synthetic weights.
-        name = f"synthetic-{checkpoint.config.name}" if checkpoint.synthetic else checkpoint.config.name
-        path /= file_name(name, dtype)
+        path /= file_name(_name(checkpoint), dtype)
     if any(same_file(file, path) for file in opened.files):
         raise InvalidOption(f"{path} is the source itself: choose another output")
     checkpoint = _with_provenance(opened, dtype)
     with _progress_bar(path, progress) as advance:
         save_canonical(path, checkpoint, precision=dtype, progress=advance)
     return path
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """Name a file: by a published model only what may be one, because files are found by that name."""
+    model = checkpoint.config.name
+    if checkpoint.synthetic:
+        return f"synthetic-{model}"
+    tuned = checkpoint.base is not None or checkpoint.config.classifier is not None
+    return f"{model}-{safe_stem(checkpoint.source.rpartition(' + ')[2])}" if tuned else model
 
 
 @contextmanager

@@ -8,13 +8,24 @@ error, never passed over. Synthetic weights are not taken for a published model,
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from ..config import OFFICIAL_NAMES, PRESETS, ModelConfig, preset_name
 from ..errors import CheckpointError, InvalidOption, WeightsNotFound
-from .cache import RemoteModel, cache_dir, check_official, file_name, is_hub_id, torch_hub_folder, ways_out
+from ..files import identity
+from ..threads import Lock
+from .cache import (
+    VARIABLE,
+    RemoteModel,
+    cache_dir,
+    check_model,
+    check_official,
+    file_name,
+    is_hub_id,
+    torch_hub_folder,
+    ways_out,
+)
 from .canonical import is_canonical
 from .checkpoint import Checkpoint
 from .hugging_face import adapter_file, weight_files
@@ -23,11 +34,10 @@ from .safetensors_file import read_safetensors_metadata
 from .synthetic import is_synthetic_spec, parse_synthetic
 from .tensor import PRECISION_DTYPES
 
-_VARIABLE = "NUMPYESM_WEIGHTS"
 _DEFAULT = "esm2-35m"
 # Bases of adapters, while some model uses them.
 _bases: WeakValueDictionary[tuple[object, ...], Checkpoint] = WeakValueDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def open_weights(
@@ -66,17 +76,17 @@ def load_found(spec: str | os.PathLike[str], found: Path | str, *, adapter: Path
         if adapter is not None:
             raise InvalidOption(f"{found} is itself an adapter, into which {adapter} cannot be merged: name a base")
         base, place = resolve_base(found)
-        return load_found(base, place, adapter=found)
+        checkpoint = load_found(base, place, adapter=found)
+        check_model(checkpoint.config, spec, found)
+        return checkpoint
     if adapter is not None:
         from .adapter import merged, read_adapter  # not for canonical files
 
         return merged(_shared_base(spec, found), read_adapter(adapter), os.fspath(spec))
-    name = preset_name(spec) if isinstance(spec, str) else None
     if isinstance(found, Path):
         check_official(found)
     checkpoint = load_checkpoint(found)
-    if name is not None:
-        _check_model(checkpoint.config, name, found)
+    check_model(checkpoint.config, spec, found)
     return checkpoint
 
 
@@ -108,8 +118,9 @@ def state_of(found: Path | str) -> tuple[object, ...]:
         return (found,)
     adapter = adapter_file(found)
     files = weight_files(found) or [adapter or found]
-    times = tuple(file.stat().st_mtime_ns for file in files)
-    return (str(found.absolute()), *times, *(() if adapter is None else state_of(resolve_base(found)[1])))
+    beside = [file for file in (found / "config.json",) if file.is_file()]
+    states = tuple(identity(file) for file in (*files, *beside))
+    return (str(found.absolute()), *states, *(() if adapter is None else state_of(resolve_base(found)[1])))
 
 
 def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revision: str | None = None) -> Path | str:
@@ -132,7 +143,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revisi
     if name is not None:
         if found := find_local(name):
             if metadata := _canonical_metadata(found):  # `load_found` checks the other kinds when it has read them
-                _check_model(ModelConfig.from_json(metadata.get("config", "")), name, found)
+                check_model(ModelConfig.from_json(metadata.get("config", "")), name, found)
             return found
     else:
         path = Path(spec).expanduser()
@@ -151,7 +162,7 @@ def resolve(spec: str | os.PathLike[str], *, allow_download: bool = True, revisi
 
 def default_weights() -> str | Path:
     """Return what to load if nothing is named: what NUMPYESM_WEIGHTS holds, whatever model that is, or esm2-35m."""
-    return _chosen(os.environ[_VARIABLE], _DEFAULT) if _VARIABLE in os.environ else _DEFAULT
+    return _chosen(os.environ[VARIABLE], _DEFAULT) if VARIABLE in os.environ else _DEFAULT
 
 
 def find_local(name: str) -> Path | None:
@@ -170,8 +181,8 @@ def find_local(name: str) -> Path | None:
     preset = preset_name(name)
     if preset is None:
         raise WeightsNotFound(f"{name!r} is not a published model: {', '.join(PRESETS)}")
-    if _VARIABLE in os.environ:
-        return _chosen(os.environ[_VARIABLE], preset)
+    if VARIABLE in os.environ:
+        return _chosen(os.environ[VARIABLE], preset)
     for folder in (Path.cwd() / "weights", *checkout_folders(), cache_dir()):
         if found := _in_folder(folder, preset):
             return found
@@ -182,18 +193,18 @@ def find_local(name: str) -> Path | None:
 def _chosen(value: str, preset: str) -> Path:
     """Return what NUMPYESM_WEIGHTS names: a file, the folder of a model, or one of several models."""
     if not value:
-        raise InvalidOption(f"{_VARIABLE} is set but empty: set it to a file or a folder, or unset it")
+        raise InvalidOption(f"{VARIABLE} is set but empty: set it to a file or a folder, or unset it")
     path = Path(value).expanduser()
     if not path.exists():
-        raise WeightsNotFound(f"{_VARIABLE} points to {path}, which does not exist")
-    if path.is_file():
+        raise WeightsNotFound(f"{VARIABLE} points to {path}, which does not exist")
+    if path.is_file() or adapter_file(path) is not None:
         return path
     try:
         found = _in_folder(path, preset) or find_in_folder(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{_VARIABLE}: {error}, or give one the name {preset}.safetensors") from error
+        raise CheckpointError(f"{VARIABLE}: {error}, or give one the name {preset}.safetensors") from error
     if found is None:
-        raise WeightsNotFound(f"{_VARIABLE} points to the folder {path}, which holds no weights")
+        raise WeightsNotFound(f"{VARIABLE} points to the folder {path}, which holds no weights")
     return found
 
 
@@ -232,12 +243,3 @@ def _existing(path: Path, bare_name: str = "") -> Path:
             f"{bare_name!r} is not a known model ({', '.join(PRESETS)}, synthetic), a Hub id, a file or a folder"
         )
     raise WeightsNotFound(f"{path} does not exist")
-
-
-def _check_model(config: ModelConfig, name: str, found: Path | str) -> None:
-    if config == PRESETS[name]:
-        return
-    where = f"{found} (from {_VARIABLE})" if _VARIABLE in os.environ else found
-    shape = f"a model of {config.num_layers} layers and width {config.embed_dim}"
-    what = shape if config.name == "custom" else config.name
-    raise CheckpointError(f"{where} holds {what}, not the {name} that was asked for")

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", type=_words, help=f"of {', '.join(PARTS)}")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(%(default)s)")
     p.add_argument("--repeats", type=int, help="turns of an engine at a workload; short runs come five in a turn")
-    p.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS}; for --full, one of this version)")
+    p.add_argument("--output", type=Path, help=f"folder ({RESULTS}; in it, one for --full and one for partial runs)")
     p.add_argument("--model", default="esm2-35m", help="a preset, or its first layers: esm2-3b/4 (%(default)s)")
     return p
 
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     try:
         plan = plan_of(options)
-        output = options.output or (RESULTS / f"v{__version__}" if options.full else RESULTS)
+        partial = options.engines or options.workloads or options.only or options.model != "esm2-35m"
+        output = options.output or RESULTS / ("partial" if partial else f"v{__version__}" if options.full else "")
         output.mkdir(parents=True, exist_ok=True)  # now, not after an hour of measuring
     except (ValueError, OSError) as error:
         p.error(str(error))

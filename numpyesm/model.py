@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .alphabet import has_amino_acid, nothing_to_score, tokenize, warn_of_odd_sequences
 from .config import ModelConfig
-from .errors import CheckpointError, InputWarning, warn
+from .errors import CheckpointError, InputWarning, InvalidOption, warn
 from .given import Sequences, texts
 from .options import POSITIONS, Outputs, one_of, require_head
 from .passes import Passes
@@ -68,6 +68,8 @@ class ESM2:
         max_memory: int | str | None = None,
         _reload_from: tuple[str, Path | None] | None = None,
     ) -> None:
+        if not isinstance(checkpoint, Checkpoint):
+            raise InvalidOption(f"expected loaded weights, got {checkpoint!r}: write ESM2.from_pretrained(…)")
         self.passes = Passes(checkpoint, backend=backend, precision=precision, threads=threads, max_memory=max_memory)
         self._reload_from = _reload_from
         if checkpoint.synthetic:

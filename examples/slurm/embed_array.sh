@@ -14,8 +14,8 @@
 #SBATCH --output=numpyesm-%A_%a.log
 set -euo pipefail
 
-input=$1
-folder=$2
+input=${1:?the FASTA file}
+folder=${2:?the folder for the parts}
 shards=${3:?how many shards there are: the N of --array=1-N}
 weights=${WEIGHTS:-esm2-35m}
 mkdir -p "$folder"

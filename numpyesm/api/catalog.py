@@ -27,8 +27,8 @@ def check_slug(slug: str) -> str:
     """Return the slug, or raise InvalidOption if it cannot be part of a path."""
     if not _SLUG.fullmatch(slug) or slug in _RESERVED:
         raise InvalidOption(
-            f"{slug[:80]!r} cannot be a model's slug: it has lower-case letters, digits, dots, dashes and underscores, "
-            f"and {' and '.join(_RESERVED)} are reserved"
+            f"{slug[:80]!r} cannot be a model's slug, as in SLUG=WEIGHTS: expected lower-case letters, digits, dots, "
+            f"dashes and underscores, and neither of {' and '.join(_RESERVED)}, which are reserved"
         )
     return slug
 

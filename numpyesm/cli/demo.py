@@ -21,7 +21,7 @@ _BANNER = """\
 ======================================================================
   SYNTHETIC WEIGHTS: no official ESM-2 weights were found.
   The model below is random: timings are real, numbers MEAN NOTHING.
-  With a network: numpyesm fetch esm2-35m        Without: see README.
+  With a network: numpyesm fetch esm2-35m  Without: weights/README.md
 ======================================================================"""
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     except MissingExtra as error:
         print(f"no picture: {error}")
     write(contact_text(title, contacts, width=160), output / "contacts.txt")
-    print(f"all results: {output}/")
+    print(f"all results: {output}/\nnext: {sys.argv[0]} encode FILE.fasta -o FILE.npz, and docs/tutorial.md")
     return 0
 
 

@@ -35,7 +35,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     path = fetch_weights(
         arguments.name or arguments.weights or "esm2-35m",
         revision=arguments.revision,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or arguments.precision or "fp32",
         output=arguments.output,
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
@@ -60,7 +60,7 @@ def convert(arguments: argparse.Namespace) -> int:
     made = convert_weights(
         source,
         arguments.output,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or arguments.precision or "fp32",
         regression=arguments.regression,
         layers=arguments.layers,
         adapter=adapter,

